@@ -1,0 +1,46 @@
+# make quickstart: from a clone to a trained model and its report, on a CPU.  make test: what CI runs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+RUN := runs/quickstart
+
+# ranks share the cores: more threads per rank only make them wait for each other
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup quickstart test test-dist test-gpu lint clean
+.DEFAULT_GOAL := test
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,test]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
+	$(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
+	    --run-dir $(RUN) parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
+	$(BIN)/megatron-synth eval $(RUN)
+	$(BIN)/megatron-synth report $(RUN)
+
+test: lint
+	$(BIN)/python -m pytest -m 'not gpu' --durations 10
+
+test-dist: setup
+	$(BIN)/python -m pytest tests/dist
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart data/quickstart
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,32 @@
+"""Causal, grouped-query attention that never materialises S x S scores."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale * Q K^T + causal mask) V, through torch's scaled_dot_product_attention.
+
+    S tokens, B sequences, A query heads, G key/value heads (A a multiple of G), D channels of a head.
+
+    Args:
+        query: [S, B, A, D].
+        key: [S, B, G, D].
+        value: [S, B, G, D].
+        scale: factor of the scores, 1 / sqrt(D) as a rule.
+
+    Returns:
+        [S, B, A * D].
+    """
+    sequence, batch, heads, channels = query.shape
+    out = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=key.shape[2] != heads,
+    )  # [B, A, S, D]
+    return out.permute(2, 0, 1, 3).reshape(sequence, batch, heads * channels)

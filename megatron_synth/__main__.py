@@ -1,0 +1,8 @@
+"""`python -m megatron_synth`."""
+
+import sys
+
+from megatron_synth.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""`megatron-synth bench`: benchmarks that a command regenerates."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from megatron_synth.bench.compare import Comparison
+    from megatron_synth.config.schema import Config
+    from megatron_synth.parallel.plan import Layout
+
+DEFAULT_CONFIG = "bench/tiny-7m.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark that `argv[0]` names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: megatron-synth bench {{{','.join(BENCHMARKS)}}} [ARGUMENT ...]; each tells more with --help")
+        return EXIT_OK
+    if argv[0] not in BENCHMARKS:
+        raise UserError(f"unknown benchmark '{argv[0]}'; one of: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[argv[0]](argv[1:])
+
+
+def train(argv: list[str]) -> int:
+    """Throughput of training, the engine alone or beside plain training loops."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth bench train",
+        description="Tokens per second of the training engine on random tokens, beside plain loops of the same model.",
+        epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench train ... --vs none",
+    )
+    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
+    parser.add_argument(
+        "--vs", default=None, help="rivals: hf, plain, both with a comma (default on one rank), or none"
+    )
+    parser.add_argument("--pairs", type=_count, default=5, help="blocks of steps of each contender, in turn; default 5")
+    parser.add_argument("--steps", type=_count, default=8, help="timed optimizer steps in a block; default 8")
+    parser.add_argument("--warmup", type=_count, default=3, help="optimizer steps before the first block; default 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    options = parser.parse_intermixed_args(argv)
+    given: list[str] = options.arguments
+    path, overrides = (given[0], given[1:]) if given and "=" not in given[0] else (DEFAULT_CONFIG, given)
+
+    from megatron_synth.config.load import load_file
+    from megatron_synth.config.schema import Config
+    from megatron_synth.parallel.plan import plan
+
+    config = load_file(Config, path, overrides)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rivals = _rivals(options.vs, world_size)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: {options.json.parent} is not a folder")
+    layout = plan(config, world_size)
+
+    from megatron_synth.bench import report
+    from megatron_synth.bench.compare import compare
+    from megatron_synth.core.files import write_json
+    from megatron_synth.core.log import is_first_rank, say
+
+    head = report.header("bench", ["train", *argv])
+    result = compare(config, layout, rivals, pairs=options.pairs, steps=options.steps, warmup=options.warmup)
+    say("\n" + render(head, config, layout, result))
+    if options.json is not None and is_first_rank():
+        write_json(options.json, to_json(head, config, layout, result))
+    return EXIT_OK
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], int]] = {"train": train}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
+    return int(text)
+
+
+def _rivals(text: str | None, world_size: int) -> list[str]:
+    known = ("hf", "plain")
+    if text is None:
+        return list(known) if world_size == 1 else []
+    names = [] if text == "none" else list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--vs: unknown rival '{unknown[0]}'; any of {', '.join(known)} with commas, or none")
+    return names
+
+
+def render(head: dict[str, Any], config: Config, layout: Layout, result: Comparison) -> str:
+    """The result as Markdown."""
+    from megatron_synth.bench.report import header_lines, markdown_table
+    from megatron_synth.core.hardware import show_mfu
+    from megatron_synth.core.log import gib
+
+    engine, train_config = result.rows[0], config.train
+    pairs, steps = len(engine.blocks), len(engine.blocks[0].step_s)
+    columns = ("loop", "ms/step", "tokens/s/rank", "TFLOP/s/rank", "MFU", "peak GiB", "first loss", "engine / loop")
+    rows: list[Sequence[str]] = [columns]
+    for row in result.rows:
+        rates = row.rates
+        rows.append(
+            (
+                row.name,
+                f"{1000 * rates.step_s:.1f}",
+                f"{rates.tokens_per_s_per_rank:,.0f}",
+                f"{rates.tflops_per_rank:.3g}",
+                show_mfu(rates.mfu),
+                "n/a" if row.peak_bytes is None else gib(row.peak_bytes),
+                f"{row.losses[0]:.5f}",
+                "" if row is engine else _spread(engine.speedups_over(row)),
+            )
+        )
+    lines = [
+        *header_lines(head),
+        f"- model: {config.model.name}, {config.precision.dtype}, sequence_length {train_config.sequence_length}, "
+        f"global_batch_size {train_config.global_batch_size}, micro_batch_size {train_config.micro_batch_size}",
+        f"- layout of the engine: {layout.describe()}",
+        f"- timing: {pairs} pairs, blocks of {steps} optimizer steps in turn in one process; ms/step is the median of "
+        "all steps; engine / loop is the ratio of tokens/s, median (min to max) over the pairs",
+        "- FLOPs/token: 6 x (body + head parameters) + 12 x layers x hidden x sequence, full attention; MFU against "
+        "the device's dense BF16 peak; data loading not included",
+    ]
+    if len(result.rows) > 1:
+        lines.append(
+            f"- same computation: over {len(engine.losses)} warm-up steps losses differ by {apart(result):.1e} at most"
+        )
+        if config.precision.dtype == "bf16":
+            lines.append(
+                "- the rivals hold weights, gradients and moments in bf16; the engine's gradients, moments and master "
+                "weights are fp32"
+            )
+    return "\n".join([*lines, "", *markdown_table(rows)])
+
+
+def apart(result: Comparison) -> float:
+    """Largest difference between a rival's loss and the engine's, over all warm-up steps."""
+    expected = result.rows[0].losses
+    return max(abs(a - b) for row in result.rows[1:] for a, b in zip(expected, row.losses, strict=True))
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    import statistics
+
+    return f"x{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def to_json(head: dict[str, Any], config: Config, layout: Layout, result: Comparison) -> dict[str, Any]:
+    """The result with every single step time."""
+    from dataclasses import asdict
+
+    engine = result.rows[0]
+    return {
+        **head,
+        "layout": layout.describe(),
+        "world_size": result.world_size,
+        "config": config.model_dump(mode="json"),
+        "rows": [
+            {
+                "name": row.name,
+                **asdict(row.rates),
+                "peak_bytes": row.peak_bytes,
+                "warmup_losses": row.losses,
+                "step_s": [block.step_s for block in row.blocks],
+                "engine_speedup": None if row is engine else engine.speedups_over(row),
+            }
+            for row in result.rows
+        ],
+    }

@@ -1,0 +1,83 @@
+"""The command line: a verb names a function, which is imported only when it is called.
+
+A function takes the arguments after its verb and returns the exit code: 0 done, 2 wrong configuration or input,
+75 stopped on request.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from megatron_synth import __version__
+from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
+
+VERBS: dict[str, tuple[str, str]] = {
+    "prepare": ("megatron_synth.data.prepare:main", "turn text into token shards"),
+    "train": ("megatron_synth.train.main:main", "train a model, alone or under torchrun; resumes by itself"),
+    "eval": ("megatron_synth.train.evaluate_cli:main", "loss and bits per byte of a checkpoint on each domain"),
+    "config": ("megatron_synth.config.cli:main", "show FILE | check FILE: resolve or check a configuration"),
+    "convert": ("megatron_synth.interop.cli:main", "to-hf | from-hf: exchange weights with Hugging Face"),
+    "bench": ("megatron_synth.bench.cli:main", "train: measure throughput"),
+    "report": ("megatron_synth.train.report:main", "summarise a run directory in text and figures"),
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    width = max(map(len, VERBS))
+    lines = [
+        "usage: megatron-synth VERB [ARGUMENT ...]",
+        "",
+        "Pre-training of language models on exact mixtures of natural and synthetic text.",
+        "",
+        *(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()),
+        "",
+        "megatron-synth VERB --help tells more; --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def load(verb: str) -> Callable[[list[str]], int]:
+    """The function behind a verb.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(VERBS)}"
+        raise UserError(f"unknown verb '{verb}'; {hint}")
+    module, _, function = VERBS[verb][0].partition(":")
+    loaded: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"megatron-synth {__version__}")
+        return EXIT_OK
+    try:
+        return load(arguments[0])(arguments[1:])
+    except UserError as error:
+        # every rank ends; one of them says why
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader, such as `head`, has seen enough; keep the interpreter from flushing into the closed pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK

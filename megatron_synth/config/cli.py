@@ -1,0 +1,42 @@
+"""`megatron-synth config`: what a configuration file comes to, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.load import apply_overrides, digest, load_file, load_yaml, to_yaml
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.config.schema import Config
+
+
+def main(argv: list[str]) -> int:
+    """Run `config show` or `config check` and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth config",
+        description="Both verbs take training configurations and, told by their `output` key, preparation ones.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    show = verbs.add_parser("show", help="print every setting, bases merged and defaults filled in")
+    check = verbs.add_parser("check", help="tell all problems of a file, or its digest when there are none")
+    for verb in (show, check):
+        verb.add_argument("file", type=Path, help="a YAML file; also looked for in the shipped configs/ folder")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
+    arguments = parser.parse_args(argv)
+
+    config = _load(arguments.file, arguments.overrides)
+    if arguments.verb == "show":
+        print(to_yaml(config), end="")
+    else:
+        print(f"{arguments.file}: ok, digest {digest(config)}")
+    return EXIT_OK
+
+
+def _load(path: Path, overrides: list[str]) -> BaseModel:
+    content = apply_overrides(load_yaml(path), overrides)
+    if set(content) == {"model"}:
+        raise UserError(f"{path}: holds a model section alone, to be named under `base:` of a training configuration")
+    return load_file(PrepareConfig if "output" in content else Config, path, overrides)

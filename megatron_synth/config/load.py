@@ -1,0 +1,188 @@
+"""Configuration files: YAML with `base:` inheritance, and `a.b=c` overrides.
+
+A file names one or more others under `base:`; they are merged in order, then the file itself, later values winning
+key by key. `null` over a section removes what the base had there. Files are looked for where they are named (in the
+working directory, or beside the file whose `base:` names them) and then in the configs/ folder that ships with the
+package. Paths of data and checkpoints inside a configuration stay relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from megatron_synth.config import rules, yaml12
+from megatron_synth.config.errors import ConfigError, Problem, UserError
+from megatron_synth.config.schema import Config
+from megatron_synth.config.validation import examine, validate
+
+__all__ = ["apply_overrides", "digest", "load_file", "load_yaml", "resolve", "shipped", "to_yaml", "validate"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def shipped(folder: str) -> Path:
+    """A folder that is installed with the package: `configs` or `launch`."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def resolve(path: str | Path, beside: Path | None = None) -> Path:
+    """The configuration file that `path` names.
+
+    Args:
+        path: absolute, or relative to `beside` (default: the working directory) or to the shipped configs/ folder,
+            with or without the leading `configs/`.
+        beside: the folder of the file whose `base:` names `path`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(path)
+    shelf = shipped("configs")
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    candidates = [(beside or Path()) / path, shelf / inside]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = [str(file.relative_to(shelf)) for file in sorted(shelf.rglob("*.yaml"))]
+    close = difflib.get_close_matches(str(inside), known, n=1, cutoff=0.6)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shelf}{hint}")
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a configuration file, merged over its `base:` files.
+
+    Raises:
+        UserError: a file is missing, is not YAML, has a key twice, or is its own base.
+    """
+    return _load(resolve(path), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    identity = path.resolve()
+    if identity in above:
+        chain = " -> ".join(str(file) for file in (*above[above.index(identity) :], identity))
+        raise UserError(f"{path}: a file cannot be its own base: {chain}")
+    try:
+        content = yaml12.parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), [Problem("", "expected sections (key: value lines) at the top level")])
+    bases = content.pop("base", None)
+    bases = [] if bases is None else [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(str(path), [Problem("base", f"expected a path or a list of paths, got {bases!r}")])
+    merged: dict[str, Any] = {}
+    for base in bases:
+        try:
+            file = resolve(base, path.parent)
+        except UserError as error:
+            raise ConfigError(str(path), [Problem("base", str(error))]) from None
+        merged = _merge(merged, _load(file, (*above, identity)))
+    return _merge(merged, content)
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            merged[key] = _merge(before, value)
+        elif isinstance(before, dict) and value is None:
+            del merged[key]
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with each `a.b=c` applied in order; values are YAML, so that `a.b=null` unsets.
+
+    Raises:
+        ConfigError: overrides that cannot be read, all of them at once.
+    """
+    result, problems = copy.deepcopy(data), []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = key.strip().split(".")
+        if not equals or not text.strip() or not all(path):
+            problems.append(Problem("", f"'{override}': expected key=value, such as train.steps=100 or a.b=null"))
+            continue
+        try:
+            value = yaml12.parse(text, f"'{override}'")
+        except ConfigError as error:
+            problems.append(Problem(key, "; ".join(problem.message for problem in error.problems)))
+            continue
+        change: dict[str, Any] = {path[-1]: value}
+        for depth in range(len(path) - 1, 0, -1):
+            above = _at(result, path[:depth])
+            if above is not None and not isinstance(above, dict):
+                message = f"cannot be set: {'.'.join(path[:depth])} is {above!r}, not a section"
+                problems.append(Problem(key, message))
+                break
+            change = {path[depth - 1]: change}
+        else:
+            result = _merge(result, change)
+    if problems:
+        raise ConfigError("overrides", problems)
+    return result
+
+
+def _at(data: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        data = data.get(name) if isinstance(data, dict) else None
+    return data
+
+
+def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[str] = ()) -> Model:
+    """The configuration in a file, with overrides applied.
+
+    A `Config` is also held against `rules.check`; what it finds stands in the same report.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+        ConfigError: with all problems of the configuration.
+    """
+    overrides = tuple(overrides)
+    changes = " ".join(overrides) if len(overrides) <= 3 else f"{len(overrides)} overrides"
+    source = f"{path} with {changes}" if overrides else str(path)
+    problems, model = examine(model_class, apply_overrides(load_yaml(path), overrides))
+    if isinstance(model, Config):
+        # a section with a mistake in it was completed with defaults: rules would speak of values nobody chose
+        doubtful = {part.split(".")[0] for problem in problems for part in (problem.path, *_quoted(problem.message))}
+        problems += [problem for problem in rules.check(model) if problem.path.split(".")[0] not in doubtful]
+    if problems:
+        raise ConfigError(source, problems)
+    assert model is not None
+    return model
+
+
+def _quoted(text: str) -> list[str]:
+    return text.split("'")[1::2]
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Every setting of `config`, defaults filled in, as YAML that `load_file` reads back as an equal configuration."""
+    return yaml12.dump(config.model_dump(mode="json", by_alias=True))
+
+
+def digest(config: BaseModel) -> str:
+    """12 hexadecimal characters that name `config`: SHA-256 over its JSON, in the order of the schema.
+
+    The order of the sources counts, because the order of the samples depends on it.
+    """
+    canonical = json.dumps(config.model_dump(mode="json", by_alias=True), separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,0 +1,134 @@
+"""The file that `megatron-synth prepare` reads: which text becomes which prepared source, and by which tokenizer."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_synth.config.schema import PositiveInt, Ratio, Section
+
+Kind = Literal["natural", "rephrased", "qa", "textbook", "other"]
+Split = Literal["train", "validation"]
+VALID_SUFFIX = "-valid"
+BYTE_ALPHABET = 256
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class HubInput(Section):
+    """A data set of the `datasets` library."""
+
+    path: str
+    """A folder written by `save_to_disk`, or a name on the Hugging Face Hub, which is streamed."""
+    subset: str | None = None
+    """Configuration of the data set (Hub only)."""
+    split: str = "train"
+    """Split to read; ignored for a folder that holds a single split."""
+    revision: str | None = None
+    """Branch, tag or commit (Hub only). Name a commit to be sure of the same text next time."""
+
+
+class PrepareSource(Section):
+    """One source. Give exactly one of `input`, `hf` and `builtin`."""
+
+    kind: Kind
+    """What the text is."""
+    generator: str | None = None
+    """What wrote it: a model's name, `rule`; none for natural text."""
+    input: Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple)] = None
+    """Files or globs, read in sorted order: .txt, .jsonl (both also .gz and .zst), .parquet."""
+    hf: HubInput | None = None
+    """A data set of the `datasets` library."""
+    builtin: Literal["natural", "qa", "unseen"] | None = None
+    """Text of the running Python's standard library: for trying things out without any data."""
+    text_key: str = "text"
+    """Field or column that holds the text (.jsonl, .parquet, hf)."""
+    text_as: Literal["file", "line"] = "file"
+    """.txt: a document is the whole file, or one line."""
+    split: Split = "train"
+    """What the source is for."""
+    holdout: Ratio | None = None
+    """Share of the documents, such as `1/50`, chosen by their hash, that goes to a second source `<name>-valid`."""
+    max_bytes: PositiveInt | None = None
+    """Stop reading once this many bytes of text were read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PrepareSource:
+        given = [key for key in ("input", "hf", "builtin") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of input, hf and builtin, found {' and '.join(given) or 'none'}")
+        if self.input == ():
+            raise ValueError("input names no file")
+        if self.holdout is not None and self.split == "validation":
+            raise ValueError("a validation source has no holdout: drop one of `holdout` and `split: validation`")
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must lie between 0 and 1, got {self.holdout}; leave it out for none")
+        return self
+
+
+class TrainTokenizer(Section):
+    """Train a byte-level BPE on the training split of the sources."""
+
+    vocab_size: Annotated[int, Field(gt=BYTE_ALPHABET)]
+    """Tokens at most: the 256 bytes, the end-of-document token, and merges."""
+    sources: tuple[str, ...] = ()
+    """Sources to train on. Default: all whose split is train."""
+    max_bytes: PositiveInt = 2**30
+    """Text to train on at most, an equal part of it from the start of each source."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer. Give exactly one of `path`, `name` and `train`."""
+
+    path: str | None = None
+    """A tokenizer.json."""
+    name: str | None = None
+    """A model on the Hugging Face Hub whose tokenizer.json to use."""
+    train: TrainTokenizer | None = None
+    """Train one."""
+    eod: str = "<|endoftext|>"
+    """The token that ends each document; it must be in the vocabulary of a given tokenizer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        given = [key for key in ("path", "name", "train") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, name and train, found {' and '.join(given) or 'none'}")
+        if not self.eod:
+            raise ValueError("eod is empty: name the token that ends a document")
+        return self
+
+
+class PrepareConfig(Section):
+    """What to prepare. Paths are relative to the working directory."""
+
+    output: str
+    """Folder to make: tokenizer.json and one folder per prepared source."""
+    tokenizer: TokenizerConfig
+    """The tokenizer of all sources."""
+    sources: dict[str, PrepareSource] = Field(min_length=1)
+    """Sources by name, which is also the name of the folder."""
+    shard_tokens: PositiveInt = 2**30
+    """Tokens per shard at most; a longer document gets a shard of its own."""
+    dtype: Literal["auto", "uint16", "int32"] = "auto"
+    """Type of stored tokens. auto: uint16 for vocabularies below 65500, as Megatron does, else int32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PrepareConfig:
+        for name, source in self.sources.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in ("tokenizer.json", "prepare.json"):
+                raise ValueError(f"source name {name!r}: use letters, digits, `.`, `_` and `-`, as in a folder's name")
+            if source.holdout is not None and name + VALID_SUFFIX in self.sources:
+                raise ValueError(f"source {name + VALID_SUFFIX!r} has the name that the holdout of {name!r} gets")
+        if self.tokenizer.train is not None:
+            training = [name for name, source in self.sources.items() if source.split == "train"]
+            unknown = [name for name in self.tokenizer.train.sources if name not in training]
+            if unknown:
+                raise ValueError(f"tokenizer.train.sources: {unknown} not among the training sources {training}")
+            if not training:
+                raise ValueError("tokenizer.train needs a source whose split is train")
+        return self

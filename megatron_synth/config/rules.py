@@ -1,0 +1,123 @@
+"""Rules between settings that hold whatever the number of ranks. Those that need it are in `parallel/plan.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from megatron_synth.config.errors import Problem
+from megatron_synth.config.schema import Config
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_/-]*")
+
+
+def check(config: Config) -> list[Problem]:
+    """Everything in `config` that contradicts something else in it; an empty list when it is sound."""
+    return [*_model(config), *_parallel(config), *_data(config), *_schedule(config), *_saving(config)]
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` around `value`, as advice: `8 or 12`."""
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    model = config.model
+    heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
+    if hidden % heads:
+        message = f"{hidden} is not divisible by the {heads} heads of model.num_attention_heads"
+        yield Problem("model.hidden_size", f"{message}; nearest: {nearest_multiples(hidden, heads)}")
+    elif model.head_dim % 2:
+        message = f"{hidden} / {heads} heads gives a head dimension of {model.head_dim}; rotary embedding needs it even"
+        yield Problem("model.hidden_size", message)
+    if heads % groups:
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        message = f"{groups} does not divide the {heads} heads of model.num_attention_heads; one of: "
+        yield Problem("model.num_query_groups", message + ", ".join(divisors))
+
+
+def _parallel(config: Config) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for key, value, what in (
+        ("num_attention_heads", model.num_attention_heads, "heads"),
+        ("num_query_groups", model.query_groups, "key/value heads"),
+        ("ffn_hidden_size", model.ffn_hidden_size, "MLP channels"),
+    ):
+        if value % tensor and not (key == "num_query_groups" and model.num_query_groups is None):
+            message = f"{tensor} tensor-parallel ranks cannot share model.{key} = {value} {what} evenly"
+            yield Problem("parallel.tensor_model_parallel_size", message)
+    multiple = model.make_vocab_size_divisible_by
+    if multiple % tensor:
+        # stricter than "the padded vocabulary is divisible": one padding for all layouts, so that one seed is one model
+        message = f"{multiple} is not a multiple of the {tensor} tensor-parallel ranks that share the vocabulary"
+        nearest = nearest_multiples(multiple, tensor)
+        yield Problem("model.make_vocab_size_divisible_by", f"{message}; nearest: {nearest}")
+    if parallel.uses_sequence_parallel and tensor == 1:
+        message = "true needs parallel.tensor_model_parallel_size > 1: it splits the sequence over those ranks"
+        yield Problem("parallel.sequence_parallel", message)
+    length = config.train.sequence_length
+    if parallel.uses_sequence_parallel and length % tensor:
+        message = f"{length} is not divisible by the {tensor} ranks that sequence parallelism splits it over"
+        yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, tensor)}")
+
+    chunks = parallel.virtual_stages
+    if chunks > 1 and pipeline == 1:
+        message = f"{chunks} model chunks per stage need parallel.pipeline_model_parallel_size > 1"
+        yield Problem("parallel.virtual_pipeline_model_parallel_size", message)
+    elif model.num_layers % (pipeline * chunks):
+        parts = f"{pipeline} pipeline stages" + (f" x {chunks} chunks" if chunks > 1 else "")
+        message = f"{model.num_layers} layers do not divide evenly over {parts}"
+        nearest = nearest_multiples(model.num_layers, pipeline * chunks)
+        yield Problem("model.num_layers", f"{message}; nearest: {nearest}")
+
+    if parallel.overlap_param_gather:
+        for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(parallel, key):
+                yield Problem("parallel.overlap_param_gather", f"true needs parallel.{key}: true")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    data = config.data
+    total = sum((source.ratio for source in data.sources.values()), Fraction(0))
+    if total != 1:
+        parts = " + ".join(f"{name} {source.ratio}" for name, source in data.sources.items())
+        decimal = "" if total.denominator == 1 else f" ({float(total):.10g})"
+        yield Problem("data.sources", f"the ratios must sum to exactly 1, but {parts} = {total}{decimal}")
+    for section, names in (("sources", data.sources), ("validation", data.validation)):
+        for name in names:
+            if not _NAME.fullmatch(name):
+                message = "a name has letters, digits, '_', '-' and '/' only: it becomes part of metric names"
+                yield Problem(f"data.{section}.{name}", message)
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        nearest = nearest_multiples(train.global_batch_size, train.micro_batch_size)
+        message = f"{train.global_batch_size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"
+        yield Problem("train.global_batch_size", f"{message}; nearest: {nearest}")
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if optim.min_lr > optim.lr:
+        yield Problem("optim.min_lr", f"{optim.min_lr:g} is above the peak, optim.lr = {optim.lr:g}")
+    decay = (optim.decay_steps or 0) if optim.schedule == "wsd" else 0
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        message = f"only the schedule 'wsd' has decay steps, optim.schedule is '{optim.schedule}'; set it to null"
+        yield Problem("optim.decay_steps", message)
+    if optim.warmup_steps + decay > steps:
+        parts = f"{optim.warmup_steps} warm-up" + (f" + {decay} decay" if decay else "")
+        yield Problem("optim.warmup_steps", f"{parts} steps do not fit in train.steps = {steps}")
+
+
+def _saving(config: Config) -> Iterator[Problem]:
+    every, interval = config.checkpoint.keep_every, config.checkpoint.interval
+    if every is not None and interval is None:
+        message = f"{every} keeps nothing without checkpoint.interval, which says when to save"
+        yield Problem("checkpoint.keep_every", message)
+    elif every is not None and interval is not None and every % interval:
+        message = f"{every} is not a multiple of checkpoint.interval = {interval}, so few such steps are ever saved"
+        yield Problem("checkpoint.keep_every", f"{message}; nearest: {nearest_multiples(every, interval)}")
+    if config.eval.interval is not None and not config.data.validation:
+        yield Problem("eval.interval", f"{config.eval.interval} has nothing to evaluate: data.validation is empty")

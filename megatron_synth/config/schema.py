@@ -1,0 +1,278 @@
+"""Every setting of a training run, as frozen sections. One field, one docstring, one default.
+
+Names are Megatron's where Megatron has one. Rules that span sections are in `rules.py`; reading files is in `load.py`.
+"""
+
+from __future__ import annotations
+
+import typing
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, field docstrings kept as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1: `steps: true` would train one step
+        if isinstance(value, bool) and info.field_name is not None:
+            types = _plain_types(cls.model_fields[info.field_name].annotation)
+            if bool not in types and types & {int, float}:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    arguments = typing.get_args(annotation)
+    return set().union(*map(_plain_types, arguments)) if arguments else {annotation}
+
+
+def parse_ratio(value: Any) -> Fraction:
+    """An exact rational from `"1/3"`, `0.337` (337/1000, by its decimal digits) or an integer."""
+    if isinstance(value, Fraction):
+        ratio = value
+    elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f'expected a ratio such as "1/3" or 0.337, got {value!r}')
+    else:
+        try:
+            # repr gives the shortest decimal that names the float: the number that the user typed
+            ratio = Fraction(value.replace(" ", "") if isinstance(value, str) else repr(value))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f'expected a ratio such as "1/3" or 0.337, got {value!r}') from None
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"a ratio lies between 0 and 1, got {value}")
+    return ratio
+
+
+Ratio = Annotated[Fraction, BeforeValidator(parse_ratio), PlainSerializer(str, return_type=str)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class ModelConfig(Section):
+    """A decoder-only, Llama-style model: RoPE, RMSNorm, SwiGLU, no biases."""
+
+    name: str = "custom"
+    """Name shown in the run header and in tables."""
+    num_layers: PositiveInt
+    """Transformer layers (L)."""
+    hidden_size: PositiveInt
+    """Width of the residual stream (H)."""
+    ffn_hidden_size: PositiveInt
+    """Width of the SwiGLU MLP (F)."""
+    num_attention_heads: PositiveInt
+    """Query heads (A)."""
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads (G); fewer than query heads gives grouped-query attention. Default: as many as query heads."""
+    vocab_size: PositiveInt | None = None
+    """Tokens in the vocabulary (V). Default: that of the data's tokenizer."""
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The embedding is padded to a multiple of this. Independent of the layout, so that one seed stays one model."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer to the embedding."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base period of the rotary position embedding."""
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of RMSNorm."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; those that write to the residual stream get it / sqrt(2 L)."""
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, after the default."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head (D)."""
+        return self.hidden_size // self.num_attention_heads
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding for a vocabulary of `vocab_size` tokens."""
+        multiple = self.make_vocab_size_divisible_by
+        return (vocab_size + multiple - 1) // multiple * multiple
+
+
+class ParallelConfig(Section):
+    """The layout. The data-parallel size is what remains: world size / (tensor x pipeline)."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices (TP)."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that share the layers (PP)."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per stage in the interleaved schedule (VP). Default: one, plain 1F1B."""
+    sequence_parallel: bool | None = None
+    """Split norms and residuals over the tensor-parallel ranks. Default: on exactly when tensor parallel."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the forward pass runs; needs the distributed optimizer and overlap_grad_reduce."""
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """`sequence_parallel` after the default."""
+        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def virtual_stages(self) -> int:
+        """Model chunks per stage, after the default."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+
+class SourceConfig(Section):
+    """One training source of the mixture."""
+
+    path: str
+    """A prepared source: the folder of its manifest.json, or the prefix of a Megatron .bin/.idx pair."""
+    ratio: Ratio
+    """Share of the training samples: `1/3`, `0.337`. Exact; all ratios sum to 1."""
+    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """How often the source may be seen; `.inf` for any number. A run that needs more is refused before training."""
+
+
+class ValidationConfig(Section):
+    """One validation domain."""
+
+    path: str
+    """A prepared source, as for training."""
+
+
+class DataConfig(Section):
+    """The mixture and the validation domains."""
+
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    """Training sources by name."""
+    validation: dict[str, ValidationConfig] = {}
+    """Validation domains by name."""
+    seed: int | None = None
+    """Seed of the data order. Default: train.seed."""
+    tokenizer: str | None = None
+    """tokenizer.json for sources without a manifest. Default: the one that the manifests name."""
+
+
+class TrainConfig(Section):
+    """How long, how much at a time."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass of one data-parallel rank."""
+    sequence_length: PositiveInt
+    """Tokens per sequence (S)."""
+    seed: NonNegativeInt = 1234
+    """Seed of the initial weights and, unless data.seed is set, of the data order."""
+    max_consecutive_skips: PositiveInt = 5
+    """Stop after this many steps in a row whose loss or gradient was not finite."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Trained tokens per optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+
+class OptimConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to min_lr, warmup-stable-decay, or constant."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: PositiveInt | None = None
+    """wsd: steps of the final linear decay. Default: a tenth of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations. With bf16, master weights, gradients and optimizer states stay fp32."""
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep."""
+
+    interval: PositiveInt | None = None
+    """Save every so many steps. Default: only at the end and when stopped."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Also keep, for good, those whose step is a multiple of this."""
+    init_from: str | None = None
+    """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
+
+
+class EvalConfig(Section):
+    """Validation."""
+
+    interval: PositiveInt | None = None
+    """Evaluate every so many steps. Default: only at the end."""
+    batches: PositiveInt | None = None
+    """Global batches per domain. Default: the whole domain."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    """Offline runs are written below the run directory; `wandb sync` uploads them."""
+    project: str = "megatron-synth"
+    """Project name."""
+    entity: str | None = None
+    """Team or user. Default: wandb's own."""
+    name: str | None = None
+    """Display name. Default: the run directory's name."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+
+class LogConfig(Section):
+    """Console, metrics.jsonl and wandb."""
+
+    interval: PositiveInt = 10
+    """Steps between log lines. metrics.jsonl has every step all the same."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+
+class Config(Section):
+    """A training run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order, after the default."""
+        return self.train.seed if self.data.seed is None else self.data.seed

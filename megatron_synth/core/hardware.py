@@ -1,0 +1,44 @@
+"""Peak arithmetic rates of accelerators, by the name that the driver reports."""
+
+from __future__ import annotations
+
+import re
+
+# Dense BF16 with FP32 accumulation, in FLOP/s, from NVIDIA's data sheets (half of the figure "with sparsity").
+# The first pattern that occurs in the device name decides: variants of a chip stand before the chip.
+_PEAKS: tuple[tuple[str, float | None], ...] = (
+    (r"\bMIG\b", None),  # a slice of a chip: its share of the peak is not in the name
+    (r"\bGB200\b", 2500e12),
+    (r"\bB200\b", 2250e12),
+    (r"\bGH200\b", 989e12),
+    (r"\bH200 NVL\b", 835e12),
+    (r"\bH200\b", 989e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100\b", 989e12),
+    (r"\bH800 PCIe\b", 756e12),
+    (r"\bH800\b", 989e12),
+    (r"\bH20\b", 148e12),
+    (r"\bA100\b", 312e12),
+    (r"\bA800\b", 312e12),
+    (r"\bL40S\b", 362e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense BF16 peak in FLOP/s of a device named as by `torch.cuda.get_device_name()`; None when it is not known."""
+    for pattern, peak in _PEAKS:
+        if re.search(pattern, device_name, re.IGNORECASE):
+            return peak
+    return None
+
+
+def mfu(flops_per_second: float, device_name: str) -> float | None:
+    """Model FLOPs utilisation, a fraction of the dense BF16 peak (also for FP8 runs); None for an unknown device."""
+    peak = peak_flops(device_name)
+    return None if peak is None else flops_per_second / peak
+
+
+def show_mfu(value: float | None) -> str:
+    """`51.8%`, or `n/a` where the peak is not known."""
+    return "n/a" if value is None else f"{100 * value:.1f}%"

@@ -1,0 +1,234 @@
+"""Which source each sample comes from: the chairman assignment problem, solved exactly.
+
+Given K sources with ratios r_j > 0 that sum to 1, find a sequence in which, after *every* prefix of n samples, each
+source's count x_j(n) is as near as possible to n r_j. R. Tijdeman, "The chairman assignment problem", Discrete
+Mathematics 32 (1980) 323-330: there is always one with
+
+    |x_j(n) - n r_j| <= 1 - e   for all n and j,      e = 1 / (2K - 2),
+
+and no smaller bound holds for all ratios.
+
+**The rule.** The bound is a window in time for each occurrence. Sample number k + 1 of source j (k = 0, 1, ...) may
+come at step n (counted from 1) only if k + 1 - n r_j <= 1 - e, and must have come at step n if n r_j - k > 1 - e:
+
+    release  = ceil((k + e) / r_j),      deadline = floor((k + 1 - e) / r_j) + 1.
+
+At each step take, among the released occurrences, the one with the earliest deadline (ties: the lower source number).
+
+**Why it works.** Someone is always released: if n r_j - x_j(n-1) < e for all j, then their sum, which is 1, would be
+below K e <= 1. Earliest deadline first meets all deadlines of unit jobs with whole-numbered windows if no interval of
+steps [s, t] must hold more jobs than it has steps. Source j must place in it each k + 1 between (s-1) r_j + 1 - e and
+t r_j + e, both excluded: N_j = (t-s+1) r_j + u_j + v_j of them, or 0 where that is negative, with
+
+    u_j = ceil(t r_j + e) - 1 - t r_j < e,      v_j = (s-1) r_j - 1 - floor((s-1) r_j - e) < e.
+
+If no N_j is negative: the u_j sum to an integer, since the t r_j sum to t, and to less than K e <= 1, hence to at
+most 0, and so do the v_j; the jobs number at most t-s+1. Otherwise at most K-1 sources have jobs, and these number
+less than (t-s+1) + 2 (K-1) e = (t-s+1) + 1: again at most t-s+1.
+
+**Why nothing is better.** Let one source have the tiny ratio d and K-1 others share the rest equally. As long as the
+rare one has not come, step (K-1) m + 1 gives some other source m + 1 samples where m + (1 - n d) / (K-1) are due;
+once it has come, at step (K-1) m some other has at most m - 1 where m - n d / (K-1) are due. The first is off by more
+than 1 - e when n d > 1/2, the second when n d < 1/2; so some step is off by 1 - e, up to terms that vanish with d.
+
+At the common denominator M of the ratios the counts are exact and the state is that of the start: the period is M.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_synth.config.errors import UserError
+
+Int64 = npt.NDArray[np.int64]
+
+SEGMENT_LENGTH = 1 << 20
+"""Samples per table. Ratios with a common denominator up to this (six decimal digits) need one table for ever."""
+MAX_DENOMINATOR = 10**9
+"""Largest denominator of one ratio: bounds every product in a table below 2**63."""
+MAX_SOURCES = 256
+_TABLES_KEPT = 2
+_SAMPLES_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """The sequence from one position of the period on."""
+
+    counts_before: Int64
+    """[K] samples of each source in the period before this segment."""
+    counts_after: Int64
+    """[K] samples of each source in the period up to and with this segment."""
+    order: npt.NDArray[np.uint16]
+    """[L] source of each sample."""
+    rank: npt.NDArray[np.int32]
+    """[L] how many samples of the same source came before it in this segment."""
+    positions: list[npt.NDArray[np.intp]]
+    """Per source, ascending positions in this segment."""
+
+
+class Apportionment:
+    """The sequence of sources for fixed ratios: sample n -> (source, occurrence), and prefix -> counts.
+
+    Tables are built on first use, `SEGMENT_LENGTH` samples at a time (under a second and 15 MB each), and the last two
+    are kept. With a common denominator M up to `SEGMENT_LENGTH` there is one. With a larger one, sample n (modulo M)
+    needs the segments before it built once, in order; of those only K counts each are kept.
+    """
+
+    def __init__(self, ratios: Sequence[Fraction], *, segment_length: int = SEGMENT_LENGTH):
+        """ratios: [K], each in [0, 1], together 1 (else UserError). A source with ratio 0 never comes."""
+        assert segment_length <= SEGMENT_LENGTH
+        _check_ratios(ratios)
+        self.ratios = tuple(ratios)
+        self._active = [source for source, ratio in enumerate(ratios) if ratio > 0]
+        # 1 / e; a single source (e = 1) has windows of one step
+        self._inverse_slack = max(1, 2 * len(self._active) - 2)
+        self.period = math.lcm(*(ratio.denominator for ratio in ratios))
+        # no sample lies beyond the limit, so that a longer period never ends and its counts are never needed
+        self._reachable = min(self.period, _SAMPLES_LIMIT)
+        endless = self.period > _SAMPLES_LIMIT
+        self._per_period = np.array([0 if endless else int(ratio * self.period) for ratio in ratios], dtype=np.int64)
+        self._segment_length = segment_length
+        # written once per key, with a value that depends on the key alone: threads may share the object
+        self._starts: dict[int, Int64] = {0: np.zeros(len(ratios), dtype=np.int64)}
+        self._segments: dict[int, _Segment] = {}
+
+    @property
+    def bound(self) -> Fraction:
+        """No count is farther from its share after any prefix: 1 - 1 / (2K - 2), K counting the sources in use."""
+        return 1 - Fraction(1, self._inverse_slack)
+
+    def locate(self, samples: Int64) -> tuple[Int64, Int64]:
+        """Source of each sample, and how many samples of that source came before it.
+
+        samples: int64 [N], each >= 0, in any order. Returns int64 [N], int64 [N].
+        """
+        samples = np.asarray(samples, dtype=np.int64)
+        assert samples.size == 0 or int(samples.min()) >= 0, "samples are counted from 0"
+        periods, positions = np.divmod(samples, self._reachable)
+        sources = np.empty(samples.shape, dtype=np.int64)
+        occurrences = np.empty(samples.shape, dtype=np.int64)
+        numbers = positions // self._segment_length
+        for number in np.unique(numbers).tolist():
+            segment = self._segment(number)
+            chosen = numbers == number
+            inside = positions[chosen] - number * self._segment_length
+            source = segment.order[inside].astype(np.int64)
+            sources[chosen] = source
+            occurrences[chosen] = (
+                periods[chosen] * self._per_period[source] + segment.counts_before[source] + segment.rank[inside]
+            )
+        return sources, occurrences
+
+    def counts(self, samples: int) -> Int64:
+        """int64 [K]: samples of each source among the first `samples`."""
+        assert samples >= 0
+        periods, position = divmod(samples, self._reachable)
+        segment = self._segment(position // self._segment_length)
+        inside = position % self._segment_length
+        within = [np.searchsorted(positions, inside) for positions in segment.positions]
+        counts: Int64 = periods * self._per_period + segment.counts_before + np.array(within, dtype=np.int64)
+        return counts
+
+    def _segment(self, number: int) -> _Segment:
+        """Segment `number` of the period, built after those before it have been."""
+        for missing in range(len(self._starts) - 1, number):
+            self._load(missing)
+        return self._load(number)
+
+    def _load(self, number: int) -> _Segment:
+        segment = self._segments.get(number)
+        if segment is None:
+            segment = self._build(number)
+            self._starts[number + 1] = segment.counts_after
+            self._segments[number] = segment
+            for oldest in list(self._segments)[:-_TABLES_KEPT]:
+                self._segments.pop(oldest, None)
+        return segment
+
+    def _build(self, number: int) -> _Segment:
+        """Earliest deadline first over one segment, from the counts at its start."""
+        first = number * self._segment_length
+        length = min(self._segment_length, self._reachable - first)
+        before = self._starts[number]
+        windows = [self._windows(source, first, length, int(before[source])) for source in self._active]
+        release = np.concatenate([opens for opens, _ in windows])
+        deadline = np.concatenate([closes for _, closes in windows])
+        source = np.repeat(np.array(self._active, dtype=np.int64), [len(opens) for opens, _ in windows])
+        by_release = np.argsort(release, kind="stable")
+        order = _earliest_deadline_first(release[by_release], (deadline * MAX_SOURCES + source)[by_release], length)
+
+        grouped = np.argsort(order, kind="stable")
+        taken = np.bincount(order, minlength=len(self.ratios))
+        ends = np.cumsum(taken)
+        rank = np.empty(length, dtype=np.int32)
+        rank[grouped] = np.arange(length) - np.repeat(ends - taken, taken)
+        positions = np.split(grouped, ends[:-1])
+        for index, (opens, closes) in zip(self._active, windows, strict=True):
+            steps = positions[index] + 1
+            # the theorem, checked on the table itself: each occurrence is in its window, none that was due is missing
+            assert np.all(opens[: len(steps)] <= steps) and np.all(steps <= closes[: len(steps)])
+            assert np.all(closes[len(steps) :] > length)
+        return _Segment(before, before + taken, order, rank, positions)
+
+    def _windows(self, source: int, first: int, length: int, count: int) -> tuple[Int64, Int64]:
+        """Release and deadline, in steps after `first`, of a source's occurrences `count`, `count` + 1, ...
+
+        Only of those released within `length` steps. With r = p / d and e = 1 / q, (k + e) / r = (k q + 1) d / (q p).
+        Python integers move the origin to `first`; what is left stays near length x q p < 2**63.
+        """
+        p, d, q = self.ratios[source].numerator, self.ratios[source].denominator, self._inverse_slack
+        origin = (count * q + 1) * d - first * q * p
+        # release <= length  <=>  origin + i q d <= length q p
+        number = max(0, (length * q * p - origin) // (q * d) + 1)
+        opens = origin + np.arange(number, dtype=np.int64) * (q * d)
+        closes = opens + (q - 2) * d  # (k + 1 - e) - (k + e) = (q - 2) / q
+        return -(-opens // (q * p)), closes // (q * p) + 1
+
+
+@functools.lru_cache(maxsize=8)
+def apportionment(ratios: tuple[Fraction, ...]) -> Apportionment:
+    """The sequence for these ratios; one object, with its tables, per set of ratios."""
+    return Apportionment(ratios)
+
+
+def _earliest_deadline_first(release: Int64, job: Int64, length: int) -> npt.NDArray[np.uint16]:
+    """Source of each of the steps 1..`length`. `release` ascends; `job` = deadline * MAX_SOURCES + source."""
+    released = np.searchsorted(release, np.arange(1, length + 1), side="right").tolist()
+    jobs = job.tolist()
+    heap: list[int] = []
+    chosen: list[int] = []
+    push, pop, choose, done = heapq.heappush, heapq.heappop, chosen.append, 0
+    for available in released:
+        while done < available:
+            push(heap, jobs[done])
+            done += 1
+        choose(pop(heap))
+    return (np.array(chosen, dtype=np.int64) % MAX_SOURCES).astype(np.uint16)
+
+
+def _check_ratios(ratios: Sequence[Fraction]) -> None:
+    if not 1 <= len(ratios) <= MAX_SOURCES:
+        raise UserError(f"a mixture has 1 to {MAX_SOURCES} sources, this one has {len(ratios)}")
+    for ratio in ratios:
+        if not 0 <= ratio <= 1:
+            raise UserError(f"a ratio lies between 0 and 1, found {ratio}")
+        if ratio.denominator > MAX_DENOMINATOR:
+            raise UserError(
+                f"ratio {ratio} has a denominator above {MAX_DENOMINATOR}: write it as a short fraction such as 1/3, "
+                "or with at most nine decimal digits"
+            )
+    total = sum(ratios, start=Fraction(0))
+    if total != 1:
+        raise UserError(
+            f"the ratios sum to {total} (about {float(total):.9g}), not to exactly 1; the difference is {total - 1}: "
+            "change one of them by that, or write repeating decimals as fractions such as 1/3"
+        )

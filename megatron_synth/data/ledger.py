@@ -1,0 +1,121 @@
+"""What was really delivered, per source, held against the plan.
+
+Each rank counts the rows of the batches that it trained on; the trainer sums the counts over the data-parallel ranks
+at the end of a step and merges the sum. The total must then equal the plan's count of the same prefix, source by
+source, to the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.mixture import MixturePlan
+
+Int64 = npt.NDArray[np.int64]
+
+
+class LedgerMismatch(AssertionError):
+    """Samples delivered are not the samples planned."""
+
+
+class Ledger:
+    """Samples delivered by each source, over all ranks since the run began."""
+
+    def __init__(
+        self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], sequence_length: int
+    ):
+        """One entry per source, in the order of the plan's source ids."""
+        assert len(names) == len(ratios) == len(num_windows)
+        self.names = tuple(names)
+        self.ratios = tuple(ratios)
+        self.num_windows = tuple(num_windows)
+        self.sequence_length = sequence_length
+        self._total = np.zeros(len(self.names), dtype=np.int64)
+        self._local = np.zeros(len(self.names), dtype=np.int64)
+
+    @property
+    def samples(self) -> Int64:
+        """int64 [K]: merged samples of each source (a copy)."""
+        return self._total.copy()
+
+    def add(self, source_ids: Int64) -> None:
+        """Count rows that this rank trained on. source_ids: int64 [B]."""
+        counts = np.bincount(source_ids, minlength=len(self.names))
+        assert len(counts) == len(self.names), f"source id {len(counts) - 1} of {len(self.names)} sources"
+        self._local += counts
+
+    def take_counts(self) -> Int64:
+        """int64 [K]: this rank's counts since the last call. Sum them over data-parallel ranks, then `merge`."""
+        taken = self._local
+        self._local = np.zeros_like(taken)
+        return taken
+
+    def merge(self, global_delta: npt.ArrayLike) -> None:
+        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]."""
+        delta = np.asarray(global_delta, dtype=np.int64)
+        assert delta.shape == self._total.shape and np.all(delta >= 0)
+        self._total += delta
+
+    def verify(self, plan: MixturePlan, samples_consumed: int) -> None:
+        """Raise LedgerMismatch unless the merged counts are those of the plan's first `samples_consumed` samples."""
+        assert plan.names == self.names
+        expected = plan.counts(samples_consumed)
+        if np.array_equal(expected, self._total):
+            return
+        wrong = [
+            f"{name}: expected {due}, found {found}"
+            for name, due, found in zip(self.names, expected.tolist(), self._total.tolist(), strict=True)
+            if due != found
+        ]
+        raise LedgerMismatch(
+            f"samples delivered differ from the plan after {samples_consumed} samples "
+            f"({int(self._total.sum())} counted): {'; '.join(wrong)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of ledger.json.
+
+        Per source: tokens = samples x sequence_length, epochs = samples / windows, share = fraction of all samples.
+        """
+        total = int(self._total.sum())
+        sources = {
+            name: {
+                "ratio": str(ratio),
+                "samples": samples,
+                "tokens": samples * self.sequence_length,
+                "epochs": samples / windows,
+                "share": samples / total if total else 0.0,
+            }
+            for name, ratio, windows, samples in zip(
+                self.names, self.ratios, self.num_windows, self._total.tolist(), strict=True
+            )
+        }
+        return {
+            "samples": total,
+            "tokens": total * self.sequence_length,
+            "sequence_length": self.sequence_length,
+            "sources": sources,
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """Samples by source name. To be taken when nothing is unmerged: at the end of a step."""
+        assert not self._local.any(), "counts of this rank are not merged yet: take_counts, sum over ranks, merge"
+        return dict(zip(self.names, self._total.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved state. UserError if it is of other sources."""
+        if set(state) != set(self.names):
+            raise UserError(
+                f"the checkpoint's ledger counts the sources {', '.join(sorted(state))}, the run has "
+                f"{', '.join(sorted(self.names))}: resume with the data.sources that the checkpoint was "
+                "made with, or start a new run from its weights "
+                "(checkpoint.init_from)"
+            )
+        self._total = np.array([state[name] for name in self.names], dtype=np.int64)
+        self._local = np.zeros_like(self._total)

@@ -1,0 +1,137 @@
+"""manifest.json: what the Megatron format does not say about a prepared source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import Kind, Split
+from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.core.files import write_json
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION: Literal[1] = 1
+
+Sha256 = str
+
+
+class TokenizerInfo(Section):
+    """The tokenizer that made the tokens."""
+
+    path: str
+    """tokenizer.json, relative to the folder of the manifest."""
+    fingerprint: Sha256
+    """SHA-256 of its canonical content; equal fingerprints give equal tokens."""
+    vocab_size: PositiveInt
+    """Largest token id + 1."""
+    eod_id: NonNegativeInt
+    """The token that ends each document."""
+
+
+class Counts(Section):
+    """How much there is."""
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    """End-of-document tokens included."""
+    text_bytes: NonNegativeInt
+    """UTF-8 bytes of the text, without what separates documents: the denominator of bits per byte."""
+
+
+class ShardInfo(Section):
+    """One .bin/.idx pair."""
+
+    name: str
+    """File name without suffix."""
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bin_bytes: NonNegativeInt
+    idx_bytes: NonNegativeInt
+    bin_sha256: Sha256
+    idx_sha256: Sha256
+
+
+class Provenance(Section):
+    """How the source was made. Nothing here differs between two runs that do the same."""
+
+    program: str
+    """Name and version of the program."""
+    config_digest: Sha256
+    """Digest of the settings and of the inputs."""
+    inputs: dict[str, Any]
+    """Where the text came from."""
+    holdout: str
+    """The share of the documents that the validation split got, such as 1/20; 0 when there is none."""
+
+
+class Manifest(Section):
+    """A prepared source: identity, size, shards, origin."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str
+    kind: Kind
+    generator: str | None
+    """What wrote the text: a model's name, `rule`; null for natural text."""
+    split: Split
+    dtype: Literal["uint16", "int32"]
+    """Type of the stored tokens."""
+    tokenizer: TokenizerInfo
+    counts: Counts
+    shards: tuple[ShardInfo, ...] = Field(min_length=1)
+    made: Provenance
+
+    def digest(self) -> str:
+        """SHA-256 that two sources share exactly when they hold the same tokens of the same tokenizer."""
+        content = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "eod_id": self.tokenizer.eod_id,
+            "dtype": self.dtype,
+            "shards": [[shard.bin_sha256, shard.idx_sha256] for shard in self.shards],
+        }
+        return canonical_digest(content)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/manifest.json."""
+        write_json(folder / FILE_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder`/manifest.json; a UserError when it is missing or not one of ours."""
+        path = folder / FILE_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again"
+            ) from None
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: broken JSON, {error}; prepare the source again") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the source again"
+            )
+        try:
+            # JSON has no tuples: validate it as JSON, not as Python objects
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {where}: {first['msg']}; prepare the source again") from None
+
+
+def canonical_digest(value: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys and no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,145 @@
+"""Tokenizers: load, fetch or train a tokenizer.json, and turn texts into token arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_atomic
+from megatron_synth.data.manifest import canonical_digest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+FILE_NAME = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.json and the token that ends a document.
+
+    content: the file, word for word; eod: the token's text; where: what error messages call it.
+    """
+
+    content: str
+    eod: str
+    where: str = field(default=FILE_NAME, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.backend.token_to_id(self.eod) is None:
+            special = sorted(
+                token.content for token in self.backend.get_added_tokens_decoder().values() if token.special
+            )
+            raise UserError(
+                f"{self.where}: has no end-of-document token {self.eod!r}; set `tokenizer.eod` to the one that it has, "
+                f"its special tokens are {', '.join(special[:20]) or 'none'}"
+            )
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The `tokenizers` object, set to read all text as text."""
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_str(self.content)
+        except Exception as error:  # the library raises it bare
+            raise UserError(f"{self.where}: not a tokenizer.json, {error}") from None
+        backend.no_truncation()
+        backend.no_padding()
+        # text that spells a special token must not become one: a document could end itself
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def eod_id(self) -> int:
+        """Id of the token that ends a document."""
+        token = self.backend.token_to_id(self.eod)
+        assert token is not None
+        return token
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Largest token id + 1."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the token ids, independent of formatting and of the version that wrote the file."""
+        data: dict[str, Any] = json.loads(self.content)
+        for key in ("version", "truncation", "padding"):  # no part of the mapping as used here
+            data.pop(key, None)
+        merges = data.get("model", {}).get("merges")
+        if merges:  # written as "a b" by older versions, as ["a", "b"] by newer ones
+            data["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        return canonical_digest(data)
+
+    def encode(self, texts: Sequence[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts one after the other [T], each text closed by eod, and the length of each, int32 [N]."""
+        parts = [np.array([*encoding.ids, self.eod_id], dtype) for encoding in self._encode(texts)]
+        lengths = np.array([part.size for part in parts], np.int32)
+        return (np.concatenate(parts) if parts else np.empty(0, dtype)), lengths
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of `tokens`; eod and other special tokens are left out."""
+        return self.backend.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json."""
+        write_atomic(path, self.content)
+
+
+def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:
+    """Read a tokenizer.json."""
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a tokenizer.json") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a tokenizer.json, {error.reason} at byte {error.start}") from None
+    return Tokenizer(content, eod, str(path))
+
+
+def fetch_tokenizer(name: str, eod: str) -> Tokenizer:
+    """The tokenizer.json of a model on the Hugging Face Hub, from its cache when it is there."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(name, FILE_NAME)
+    except Exception as error:  # network, login, no such model: all end the same way
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"tokenizer.name {name!r}: cannot fetch its {FILE_NAME} ({reason}); check the name, the network and your "
+            f"login, or download the file and set `tokenizer.path`"
+        ) from None
+    return Tokenizer(Path(path).read_text(encoding="utf-8"), eod, f"{FILE_NAME} of {name}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, eod: str) -> Tokenizer:
+    """Train a byte-level BPE. The same texts in any order and on any number of threads give the same tokenizer.
+
+    The trainer counts words, so that memory grows with the number of different words, not with the text.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eod],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(iter(texts), trainer)
+    return Tokenizer(backend.to_str(pretty=False), eod, "the trained tokenizer")

@@ -1,0 +1,404 @@
+"""Weights and settings between megatron-core's GPT model and Hugging Face's Llama, without either library.
+
+Both sides compute the same function: RMSNorm, rotate-half RoPE, grouped-query attention, SwiGLU, no biases. They differ
+in names and in how two matrices are stored:
+
+- `linear_qkv.weight` [(A + 2 G) D, H] holds, for each of the G query groups, its A / G query heads, then its key
+  head, then its value head; Hugging Face has `q_proj` [A D, H], `k_proj` and `v_proj` [G D, H], heads in that order.
+- `linear_fc1.weight` [2 F, H] is `gate_proj` [F, H] above `up_proj` [F, H].
+
+Padding of the vocabulary. Our embedding and output layer have V' = `padded_vocab_size(V)` rows, and the rows beyond V
+take part in the softmax: a trained model's probabilities are over V' tokens. So `to_hf_state` keeps all rows and
+`hf_config` writes V' as `vocab_size`: every logit and probability stays as it was, and tokenizers never produce the ids
+beyond V. In the other direction `model_config_from_hf` picks a `make_vocab_size_divisible_by` that divides V, so that
+nothing is padded. Where a model pads all the same, `from_hf_state` fills the output layer's new rows with the mean of
+the real rows. Their logit is then the mean of the real logits, which by Jensen's inequality is at most their
+log-mean-exp, so that for any input the log-probability of a real token falls by at most log(V' / V); rows of zeros
+would have no such bound. The embedding's new rows are zeros, unless it is tied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def _same_names(model: ModelConfig) -> dict[str, str]:
+    """Our name -> Hugging Face's, of the tensors that both store alike."""
+    names = {EMBEDDING: HF_EMBEDDING, "decoder.final_layernorm.weight": "model.norm.weight"}
+    if not model.share_embeddings_and_output_weights:
+        names[OUTPUT] = HF_OUTPUT
+    for i in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        names[ours + "input_layernorm.weight"] = theirs + "input_layernorm.weight"
+        names[ours + "self_attention.linear_proj.weight"] = theirs + "self_attn.o_proj.weight"
+        names[ours + "pre_mlp_layernorm.weight"] = theirs + "post_attention_layernorm.weight"
+        names[ours + "mlp.linear_fc2.weight"] = theirs + "mlp.down_proj.weight"
+    return names
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our names and full shapes, but for the two with vocabulary rows."""
+    width, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"decoder.final_layernorm.weight": (width,)}
+    for i in range(model.num_layers):
+        layer = f"decoder.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (width,)
+        shapes[layer + "self_attention.linear_qkv.weight"] = (heads + 2 * model.query_groups * model.head_dim, width)
+        shapes[layer + "self_attention.linear_proj.weight"] = (width, heads)
+        shapes[layer + "pre_mlp_layernorm.weight"] = (width,)
+        shapes[layer + "mlp.linear_fc1.weight"] = (2 * ffn, width)
+        shapes[layer + "mlp.linear_fc2.weight"] = (width, ffn)
+    return shapes
+
+
+def _hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's names and shapes, but for the two with vocabulary rows."""
+    shapes, same = {}, _same_names(model)
+    for name, shape in _shapes(model).items():
+        if name in same:
+            shapes[same[name]] = shape
+    for i in range(model.num_layers):
+        layer, width = f"model.layers.{i}.", model.hidden_size
+        shapes[layer + "self_attn.q_proj.weight"] = (model.num_attention_heads * model.head_dim, width)
+        for name in ("k_proj", "v_proj"):
+            shapes[layer + f"self_attn.{name}.weight"] = (model.query_groups * model.head_dim, width)
+        for name in ("gate_proj", "up_proj"):
+            shapes[layer + f"mlp.{name}.weight"] = (model.ffn_hidden_size, width)
+    return shapes
+
+
+def _check(state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], vocabulary: list[str], width: int) -> None:
+    """UserError unless `state` has exactly these tensors; those of `vocabulary` are [any one number of rows, width]."""
+    expected = set(shapes) | set(vocabulary)
+    problems = [f"{name} is missing" for name in sorted(expected - set(state))]
+    problems += [f"{name} is not part of the model" for name in sorted(set(state) - expected)]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    tables = {name: tuple(state[name].shape) for name in vocabulary if name in state}
+    rows = {shape[0] for shape in tables.values()}
+    if len(rows) > 1 or any(len(shape) != 2 or shape[1] != width for shape in tables.values()):
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in tables.items())
+        problems.append(f"expected [vocabulary, {width}] for both ends of the model, found {found}")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError("the weights do not fit the model's settings:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face Llama's weights from ours (full tensors, our names); every tensor has its own memory.
+
+    The vocabulary keeps its padding rows, see the module's docstring. UserError names tensors that are missing,
+    unknown or misshapen.
+    """
+    import torch
+
+    tied = model.share_embeddings_and_output_weights
+    _check(state, _shapes(model), [EMBEDDING] if tied else [EMBEDDING, OUTPUT], model.hidden_size)
+    groups, channels = model.query_groups, model.head_dim
+    queries = model.num_attention_heads // groups
+    hf = {
+        theirs: state[ours].clone(memory_format=torch.contiguous_format) for ours, theirs in _same_names(model).items()
+    }
+    for i in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        qkv = state[ours + "self_attention.linear_qkv.weight"]
+        grouped = qkv.reshape(groups, queries + 2, channels, model.hidden_size)
+        slices = {"q_proj": grouped[:, :queries], "k_proj": grouped[:, queries], "v_proj": grouped[:, queries + 1]}
+        for name, rows in slices.items():
+            hf[theirs + f"self_attn.{name}.weight"] = rows.reshape(-1, model.hidden_size).clone()
+        gate, up = state[ours + "mlp.linear_fc1.weight"].chunk(2)
+        hf[theirs + "mlp.gate_proj.weight"], hf[theirs + "mlp.up_proj.weight"] = gate.clone(), up.clone()
+    return hf
+
+
+def from_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Our weights (full tensors) from Hugging Face Llama's.
+
+    The vocabulary is padded as `model` asks, see the module's docstring. UserError names tensors that are missing,
+    unknown or misshapen. An `lm_head` beside tied embeddings must equal them.
+    """
+    import torch
+
+    tied = model.share_embeddings_and_output_weights
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    if tied and HF_OUTPUT in state:
+        head = state.pop(HF_OUTPUT)
+        if HF_EMBEDDING in state and not torch.equal(head, state[HF_EMBEDDING]):
+            raise UserError(
+                f"{HF_OUTPUT} differs from {HF_EMBEDDING}, but the settings tie them; set tie_word_embeddings false"
+            )
+    _check(state, _hf_shapes(model), [HF_EMBEDDING] if tied else [HF_EMBEDDING, HF_OUTPUT], model.hidden_size)
+    groups, channels, width = model.query_groups, model.head_dim, model.hidden_size
+    ours_state = {ours: state[theirs].clone() for ours, theirs in _same_names(model).items()}
+    ours_state[EMBEDDING] = _pad_rows(ours_state[EMBEDDING], model, with_mean=tied)
+    if not tied:
+        ours_state[OUTPUT] = _pad_rows(ours_state[OUTPUT], model, with_mean=True)
+    for i in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        per_group = [
+            state[theirs + f"self_attn.{name}.weight"].reshape(groups, -1, channels, width)
+            for name in ("q_proj", "k_proj", "v_proj")
+        ]
+        ours_state[ours + "self_attention.linear_qkv.weight"] = torch.cat(per_group, dim=1).reshape(-1, width)
+        gate_up = [state[theirs + f"mlp.{name}.weight"] for name in ("gate_proj", "up_proj")]
+        ours_state[ours + "mlp.linear_fc1.weight"] = torch.cat(gate_up)
+    return ours_state
+
+
+def _pad_rows(table: Tensor, model: ModelConfig, *, with_mean: bool) -> Tensor:
+    """[V, H] -> [V', H]; the new rows are the mean of the real ones, or zeros."""
+    import torch
+
+    rows, width = table.shape
+    missing = model.padded_vocab_size(rows) - rows
+    if not missing:
+        return table
+    fill = table.double().mean(dim=0).to(table.dtype) if with_mean else torch.zeros(width, dtype=table.dtype)
+    return torch.cat([table, fill.to(table.device).expand(missing, width)])
+
+
+# ---- settings
+
+
+def hf_config(
+    model: ModelConfig,
+    vocab_size: int,
+    sequence_length: int,
+    dtype: Literal["fp32", "bf16"],
+    *,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+) -> dict[str, Any]:
+    """The config.json of the exported model.
+
+    vocab_size: tokens of the tokenizer (V); the file holds the padded size, as the weights do.
+    eos_token_id: the end-of-document token of the training data.
+    """
+    rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.padded_vocab_size(vocab_size),
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": sequence_length,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,  # read by transformers 4, which does not know rope_parameters
+        "rope_parameters": rope,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+    }
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+)
+# field -> the values that our model can represent; a field that is absent has the first one
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "quantization_config": (None,),
+}
+
+
+def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> ModelConfig:
+    """Our settings from a Llama's config.json; UserError names each field that our model cannot represent.
+
+    `make_vocab_size_divisible_by` becomes the largest divisor of 128 that divides the vocabulary: nothing is padded.
+    """
+    if config.get("model_type") != "llama":
+        raise UserError(f"config.json: model_type: expected 'llama', found {config.get('model_type')!r}")
+    problems = [f"{field}: missing" for field in _REQUIRED if config.get(field) is None]
+    problems += [
+        f"{field}: expected {allowed[0]!r}, found {config[field]!r}"
+        for field, allowed in _ONLY.items()
+        if field in config and config[field] not in allowed
+    ]
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        problems.append(f"{field}: expected unscaled rotary embeddings, found {kind!r}")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append("partial_rotary_factor: expected 1.0, rotary embeddings on all channels")
+    if not problems:
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        if width % heads:
+            problems.append(f"num_attention_heads: {heads} does not divide hidden_size {width}")
+        elif config.get("head_dim") not in (None, width // heads):
+            expected = f"hidden_size / num_attention_heads = {width // heads}"
+            problems.append(f"head_dim: expected {expected}, found {config['head_dim']}")
+        if heads % (config.get("num_key_value_heads") or heads):
+            problems.append(f"num_key_value_heads: {config['num_key_value_heads']} does not divide {heads} query heads")
+    if problems:
+        raise UserError("config.json: not a model that we can represent\n  " + "\n  ".join(problems))
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    return ModelConfig(
+        name=name,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        make_vocab_size_divisible_by=math.gcd(config["vocab_size"], 128),
+        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
+        rotary_base=10_000.0 if theta is None else theta,
+        norm_epsilon=config["rms_norm_eps"],
+        init_method_std=config.get("initializer_range") or 0.02,
+    )
+
+
+# ---- files
+
+
+def write_hf(
+    folder: Path,
+    hf_state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer_path: Path | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` reads: whole, or not at all.
+
+    hf_state: from `to_hf_state`, on CPU. config: from `hf_config`. tokenizer_path: a tokenizer.json, None for none.
+    Weights beyond `max_shard_bytes` go to several files with an index. UserError if the folder holds anything.
+    """
+    from safetensors.torch import save_file
+
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; choose another folder, or remove this one")
+    if tokenizer_path is not None and not tokenizer_path.is_file():
+        raise UserError(f"{tokenizer_path}: no such tokenizer file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        partial.chmod(0o755)  # mkdtemp makes folders private
+        shards = _shards(hf_state, max_shard_bytes)
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file({name: hf_state[name] for name in names}, partial / file, metadata={"format": "pt"})
+            (partial / file).chmod(0o644)
+            weight_map.update(dict.fromkeys(names, file))
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in hf_state.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(partial / "model.safetensors.index.json", index)
+        _write_json(partial / "config.json", config)
+        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(partial / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, partial / "tokenizer.json")
+            _write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer_path, config))
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights (on CPU, as stored) and config.json of a Hugging Face folder with safetensors, in one file or several."""
+    from safetensors.torch import load_file
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise UserError(f"{settings}: no such file; expected a Hugging Face model folder")
+    config = _read_json(settings)
+    if index.is_file():
+        weight_map = _read_json(index)["weight_map"]
+        files = sorted({folder / file for file in weight_map.values()})
+    elif single.is_file():
+        weight_map, files = None, [single]
+    else:
+        raise UserError(f"{folder}: neither {single.name} nor {index.name}; save the model as safetensors")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: named by {index.name} but missing; download or copy the folder again")
+        try:
+            state.update(load_file(file))
+        except Exception as error:  # safetensors raises its own, untyped errors
+            raise UserError(f"{file}: not a readable safetensors file ({error}); download or copy it again") from error
+    if weight_map is not None and set(weight_map) != set(state):
+        odd = sorted(set(weight_map) ^ set(state))
+        raise UserError(f"{index}: disagrees with the files about {', '.join(odd[:4])}; download or copy it again")
+    return state, config
+
+
+def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut so that a shard exceeds `max_bytes` only where a single tensor does."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in state.items():
+        if shards[-1] and held + tensor.nbytes > max_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += tensor.nbytes
+    return shards
+
+
+def _tokenizer_config(tokenizer_path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json: the class, the context length, and the text of the special tokens."""
+    added = {token["id"]: token["content"] for token in _read_json(tokenizer_path).get("added_tokens", [])}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
+    for name in ("bos_token", "eos_token"):
+        if config.get(f"{name}_id") in added:
+            settings[name] = added[config[f"{name}_id"]]
+    return settings
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

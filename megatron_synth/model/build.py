@@ -1,0 +1,103 @@
+"""From the configuration to the model chunks of this rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_synth.config.schema import Config
+from megatron_synth.model import ops
+from megatron_synth.model.init import initialize_weights
+from megatron_synth.model.spec import block_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LlamaModel(GPTModel):
+    """megatron-core's GPT with our loss at its end."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Labels [B, S] and this rank's logits [S, B, V / TP] -> per-token loss [B, S] in fp32 nats."""
+        return ops.vocab_cross_entropy(logits, labels.t().contiguous()).t().contiguous()
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's view of the model and the layout."""
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[config.precision.dtype]
+    interleaved = parallel.virtual_stages > 1
+    result = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
+        sequence_parallel=parallel.uses_sequence_parallel,
+        # With two stages the batched sends and receives of the default, overlap_p2p_comm=False, get mismatched in the
+        # interleaved schedule and training goes on with wrong numbers.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Saves memory under NCCL, where streams order the release after the send. Gloo sends from the released tensor.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,  # see init.py
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+    # Without it nothing fails, but the norm weights of tensor-parallel ranks drift apart.
+    result.finalize_model_grads_func = finalize_model_grads
+    return result
+
+
+def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
+    """This rank's model chunks (one, or as many as virtual pipeline stages), with their initial weights.
+
+    Args:
+        config: the run.
+        vocab_size: tokens in the tokenizer's vocabulary; the embedding is padded as the configuration says.
+    """
+    ops.connect()
+    mcore = transformer_config(config)
+    stages = config.parallel.virtual_stages
+    chunks = []
+    for stage in range(stages):
+        vp_stage = stage if stages > 1 else None
+        chunk = LlamaModel(
+            config=mcore,
+            transformer_layer_spec=block_spec(mcore, vp_stage),
+            vocab_size=config.model.padded_vocab_size(vocab_size),
+            max_sequence_length=config.train.sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())
+    initialize_weights(
+        chunks, seed=config.train.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
+    )
+    return chunks

@@ -1,0 +1,140 @@
+"""Initial weights as a function of (seed, parameter name, global index): one seed is one model in every layout.
+
+A generator that each rank draws from gives other weights in other layouts. Here every element is the hash of its place in
+the whole, unsharded parameter, so that a rank computes just its shard, and equally on 1 or 512 ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor
+
+_BLOCK = 1 << 20  # elements hashed at a time; bounds temporary memory to some 50 MB
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit constant as the int64 with the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own keeps the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): int64 -> int64, a bijection that scatters its input."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    """Hashes to fp64 in (0, 1), 53 bits."""
+    return (_shift_right(x, 11).double() + 0.5) * 2.0**-53
+
+
+def normal_at(index: Tensor, key: int) -> Tensor:
+    """Standard normal fp64 numbers at the given positions of an endless sequence named by `key`.
+
+    Box-Muller over two independent hashes of each position.
+
+    Args:
+        index: int64, any shape; positions.
+        key: 64-bit name of the sequence.
+    """
+    state = (index * 2 + 1) * _GOLDEN + _signed(key)
+    radius = torch.sqrt(-2.0 * torch.log(_uniform(_splitmix64(state))))
+    return radius * torch.cos(2.0 * math.pi * _uniform(_splitmix64(state + _GOLDEN)))
+
+
+def _global_index(start: int, stop: int, shard: ShardedTensor, device: torch.device) -> Tensor:
+    """Positions in the whole parameter of the local elements [start, stop), both counted in row-major order."""
+    local = torch.arange(start, stop, dtype=torch.int64, device=device)
+    index = torch.zeros_like(local)
+    lead = shard.prepend_axis_num
+    stride = 1
+    for axis in reversed(range(len(shard.global_shape))):
+        if axis >= lead:
+            size = shard.local_shape[axis - lead]
+            index += (local % size + shard.global_offset[axis]) * stride
+            local = local // size
+        else:
+            index += shard.global_offset[axis] * stride
+        stride *= shard.global_shape[axis]
+    return index
+
+
+@torch.no_grad()
+def fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
+    """Fill a shard with its part of the parameter's N(0, std^2) values."""
+    digest = hashlib.blake2b(f"{seed}/{shard.key}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest, "little")
+    data = shard.data
+    assert data is not None and data.is_contiguous()
+    flat = data.view(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        stop = min(start + _BLOCK, flat.numel())
+        values = normal_at(_global_index(start, stop, shard, data.device), key)
+        flat[start:stop] = (values * std).to(data.dtype)
+
+
+def parameter_shards(model: GPTModel) -> Iterator[ShardedTensor]:
+    """The parameters of one model chunk with their global names and places; the two halves of a SwiGLU matrix apart."""
+    for entry in model.sharded_state_dict().values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        for part in parts if isinstance(parts, list) else [parts]:
+            if isinstance(part, ShardedTensor):  # the rest is TransformerEngine's extra state
+                yield part
+
+
+def _mark_sharded(model: GPTModel) -> None:
+    """Mark the weights that tensor-parallel ranks hold in parts.
+
+    megatron-core does it in the initialisation that we replace; without the marks it counts one rank's part alone in the
+    gradient norm.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
+            _mark(module.weight, 0, getattr(module, "stride", 1))
+        elif isinstance(module, RowParallelLinear):
+            _mark(module.weight, 1, 1)
+
+
+def _mark(weight: torch.nn.Parameter, dim: int, stride: int) -> None:
+    if not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, dim, stride)
+
+
+@torch.no_grad()
+def initialize_weights(chunks: Iterable[GPTModel], *, seed: int, std: float, num_layers: int) -> None:
+    """Norms one, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)).
+
+    The scaling by depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
+    """
+    for chunk in chunks:
+        _mark_sharded(chunk)
+        for shard in parameter_shards(chunk):
+            assert shard.data is not None
+            if len(shard.local_shape) == 1:
+                shard.data.fill_(1.0)
+            else:
+                writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                fill_normal(shard, seed, std / math.sqrt(2 * num_layers) if writes_residual else std)

@@ -1,0 +1,101 @@
+"""The processes of a run: who they are, what device they use, how they are grouped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_synth.parallel.plan import Layout
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place. Data-parallel ranks see different samples, all others of one replica the same."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    is_last_stage: bool
+    """Holds the loss."""
+    device: torch.device
+
+    @property
+    def reports_loss(self) -> bool:
+        """One rank per model replica: tensor-parallel ranks of the last stage hold equal losses."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def _import_engine() -> None:
+    """Import megatron-core once, without its page on absent optional libraries: the kernel table says what is used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.dist_checkpointing
+        import megatron.core.models.gpt.gpt_model
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel  # noqa: F401
+    # It knows the modules of its own specs by name and warns of every other MLP class, ours included.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    for message in (".*torch.distributed.*is deprecated", ".*deprecating ShardedTensor"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+
+
+@contextmanager
+def process_group(layout: Layout, seed: int) -> Iterator[Ranks]:
+    """Join the other processes, form megatron-core's groups, and leave them at the end.
+
+    NCCL where there are GPUs, gloo otherwise. Without torchrun's environment the run is a single process.
+
+    Args:
+        layout: the checked plan.
+        seed: for megatron-core's random state; nothing in a run draws from it, dropout is not implemented.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        _import_engine()
+    else:
+        device = torch.device("cpu")
+        from megatron_synth.parallel import cpu
+
+        cpu.prepare()
+        _import_engine()
+        cpu.connect()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, device_id=device if on_gpu else None)
+    else:
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert torch.distributed.get_world_size() == layout.world_size
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(seed)
+        yield Ranks(
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""What a run will be, told in seconds without a GPU, without torch and without reading a token."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.load import digest
+from megatron_synth.config.schema import Config
+from megatron_synth.core.flops import count_parameters, flops_per_token, memory_per_rank
+from megatron_synth.core.log import gib, human, scientific, table
+from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.store import Source, check_compatible, open_source
+from megatron_synth.parallel.plan import Layout, plan
+
+
+def dry_run(config: Config, world_size: int) -> str:
+    """Layout, sizes, cost, memory per rank and the mixture of a run on `world_size` ranks, as text.
+
+    Sources that are not prepared yet are told as such. Those that are prepared are checked as for training.
+
+    Raises:
+        ConfigError: the layout is impossible.
+        UserError: a prepared source is damaged, was made with another tokenizer, or is too small for the run.
+    """
+    layout = plan(config, world_size)
+    sources = {name: _open(source.path, name) for name, source in config.data.sources.items()}
+    validation = {name: _open(domain.path, name) for name, domain in config.data.validation.items()}
+    vocab_size = _vocab_size(config, [source for source in (*sources.values(), *validation.values()) if source])
+    sections = [
+        [f"dry run of {config.model.name}, config {digest(config)}: nothing is trained, no tokens are read"],
+        ["layout", f"  {layout.describe()}; {_layers(layout)}"],
+        ["model", *_model(config, vocab_size)],
+    ]
+    if vocab_size is not None:
+        sections.append(["memory per rank, estimated, GiB", *_memory(config, layout, vocab_size)])
+    sections.append(["training sources", *_mixture(config, sources)])
+    if validation:
+        sections.append(["validation domains", *_validation(validation)])
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _open(path: str, name: str) -> Source | None:
+    """The prepared source; None when there is nothing at `path` yet."""
+    prefix = Path(path)
+    if prefix.is_dir() or any(prefix.parent.glob(f"{prefix.name}.*")) or prefix.is_file():
+        return open_source(path, name)
+    return None
+
+
+def _vocab_size(config: Config, sources: list[Source]) -> int | None:
+    """The vocabulary that training will use; None when only unprepared data would tell."""
+    tokenizer = check_compatible(sources)
+    if tokenizer is not None and config.model.vocab_size is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
+            f"data's tokenizer; raise it, or set it to null to take the tokenizer's"
+        )
+    return config.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
+
+
+def _layers(layout: Layout) -> str:
+    text = f"{layout.layers_per_stage} layers per stage"
+    return text if layout.virtual == 1 else f"{text}, {layout.layers_per_chunk} per chunk"
+
+
+def _model(config: Config, vocab_size: int | None) -> list[str]:
+    train = config.train
+    tokens = train.steps * train.tokens_per_step
+    size = f"{train.steps} steps x {train.global_batch_size} sequences x {train.sequence_length}"
+    lines = [f"  tokens             {tokens:,} ({size})"]
+    if vocab_size is None:
+        return [*lines, "  parameters         known once the data is prepared, or model.vocab_size is set"]
+    parameters = count_parameters(config.model, vocab_size)
+    per_token = flops_per_token(config.model, train.sequence_length, vocab_size)
+    return [
+        *lines,
+        f"  vocabulary         {vocab_size:,}, padded to {config.model.padded_vocab_size(vocab_size):,}",
+        f"  parameters         {parameters.total:,} ({human(parameters.total)})",
+        f"    non-embedding    {parameters.non_embedding:,} ({human(parameters.non_embedding)})",
+        f"  tokens/parameter   {tokens / parameters.total:.3g}",
+        f"  FLOPs per token    {scientific(per_token)}  = 6 x (body + head) + 12 x layers x hidden x sequence",
+        f"  FLOPs in all       {scientific(per_token * tokens)}",
+    ]
+
+
+def _memory(config: Config, layout: Layout, vocab_size: int) -> list[str]:
+    rows: list[tuple[str, ...]] = [("stage", "weights", "gradients", "optimizer", "activations", "logits", "total")]
+    for stage, memory in enumerate(memory_per_rank(config, layout.data, vocab_size)):
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits, memory.total)
+        rows.append((str(stage), *map(gib, parts)))
+    return [table(rows), "  the framework, communication buffers and fragmentation come on top"]
+
+
+def _mixture(config: Config, sources: dict[str, Source | None]) -> list[str]:
+    """One row per source; checks the mixture as far as its sources are prepared."""
+    train = config.train
+    length, total = train.sequence_length, train.steps * train.global_batch_size
+    ready = {name: source for name, source in sources.items() if source is not None}
+    # which samples a source gets follows from the ratios alone: one window stands for a source that is not there yet
+    plan_of_all = MixturePlan(
+        [
+            SourceSpec(
+                name,
+                source.ratio,
+                ready[name].num_windows(length) if name in ready else 1,
+                source.max_epochs if name in ready else math.inf,
+            )
+            for name, source in config.data.sources.items()
+        ],
+        config.data_seed,
+    )
+    plan_of_all.check(total, length)
+    rows: list[tuple[str, ...]] = [("source", "ratio", "tokens", "available", "epochs", "max epochs", "lasts for")]
+    for source_id, samples in enumerate(plan_of_all.counts(total).tolist()):
+        spec = plan_of_all.sources[source_id]
+        row = (spec.name, str(spec.ratio), f"{samples * length:,}")
+        limit = f"{config.data.sources[spec.name].max_epochs:g}"
+        if spec.name not in ready:
+            rows.append((*row, "not prepared", "-", limit, "-"))
+            continue
+        available, epochs = f"{spec.num_windows * length:,}", f"{samples / spec.num_windows:.3f}"
+        rows.append((*row, available, epochs, limit, _lasts(plan_of_all, source_id, train.global_batch_size)))
+    return [table(rows)]
+
+
+def _lasts(mixture: MixturePlan, source_id: int, global_batch_size: int) -> str:
+    """Whole optimizer steps that the source can serve at its ratio."""
+    spec = mixture.sources[source_id]
+    if spec.allowed_samples is None or spec.ratio == 0:
+        return "no end"
+    # a count is less than one sample from its share: start a sample above and go down to what fits
+    steps = math.floor(Fraction(spec.allowed_samples + 1) / spec.ratio / global_batch_size)
+    while mixture.counts(steps * global_batch_size)[source_id] > spec.allowed_samples:
+        steps -= 1
+    return f"{steps:,} steps"
+
+
+def _validation(domains: dict[str, Source | None]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("domain", "tokens")]
+    rows += [(name, "not prepared" if source is None else f"{source.num_tokens:,}") for name, source in domains.items()]
+    return [table(rows)]

@@ -1,0 +1,252 @@
+"""The training loop: read this first.
+
+    plan -> data -> processes -> model -> resume -> steps -> save, evaluate, report
+
+Everything that a user can get wrong is checked before the processes are joined.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
+from megatron_synth.config.schema import Config
+from megatron_synth.core.flops import count_parameters, flops_per_token
+from megatron_synth.core.log import human, say
+from megatron_synth.data.dataset import RunData
+from megatron_synth.data.ledger import Ledger
+from megatron_synth.data.loader import Loader
+from megatron_synth.parallel.groups import Ranks, process_group
+from megatron_synth.parallel.plan import Layout
+from megatron_synth.train.preempt import StopRequest
+from megatron_synth.train.record import Recorder
+from megatron_synth.train.rundir import RunDir
+from megatron_synth.train.schedule import learning_rate
+from megatron_synth.train.tracker import Tracker
+
+T = TypeVar("T")
+
+
+def train(config: Config, layout: Layout, data: RunData, run_path: Path) -> int:
+    """Train until the last step or a stop request.
+
+    Args:
+        config: the run.
+        layout: its checked plan on this world size.
+        data: its opened data.
+        run_path: run directory; one that holds a checkpoint is resumed.
+
+    Returns:
+        The exit code: 0 done, 75 stopped on request.
+    """
+    stop = StopRequest()
+    with process_group(layout, config.train.seed) as ranks:
+        trainer = Trainer(config, layout, data, ranks, run_path)
+        return trainer.run(stop)
+
+
+def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
+    outcome: list[object] = [None]
+    if ranks.rank == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+class Trainer:
+    """A run on this rank: model, optimizer, data position and record."""
+
+    def __init__(self, config: Config, layout: Layout, data: RunData, ranks: Ranks, run_path: Path):
+        # megatron-core takes seconds to import and must find the device prepared
+        from megatron_synth.model.build import build_model
+        from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
+        from megatron_synth.train import checkpoint
+        from megatron_synth.train.step import Stepper
+
+        self.config, self.layout, self.data, self.ranks = config, layout, data, ranks
+        self._checkpoint = checkpoint
+        self.run_dir = on_main(
+            ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
+        )
+        found = on_main(ranks, lambda: checkpoint.find(self.run_dir.path))
+        saved = None
+        if found is not None:
+            saved = checkpoint.read_trainer(found)
+            checkpoint.check_resumable(found, saved, config, data.vocab_size, data.digest)
+        weights = None
+        if found is None and config.checkpoint.init_from is not None:
+            weights = checkpoint.to_start_from(config, data.vocab_size)
+        on_main(ranks, self._check_disk)
+
+        self.chunks = wrap_ddp(build_model(config, data.vocab_size), config)
+        self.optimizer = build_optimizer(self.chunks, config)
+        self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
+        self.step = self.samples = 0
+        self.ledger = Ledger(data.plan.names, data.plan.ratios, data.plan.num_windows, config.train.sequence_length)
+        if saved is not None:
+            assert found is not None
+            checkpoint.load(found, self.chunks, self.optimizer)
+            self.step, self.samples = saved.step, saved.samples
+            self.ledger.load_state_dict(saved.ledger)
+            self.ledger.verify(data.plan, self.samples)
+            on_main(ranks, lambda: self.run_dir.record_resume(self.step))
+        elif weights is not None:
+            checkpoint.load_weights(weights, self.chunks, self.optimizer)
+        self.loader = Loader(
+            data.plan,
+            data.sources,
+            sequence_length=config.train.sequence_length,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=ranks.data_rank,
+            data_parallel_size=layout.data,
+        )
+        self.tracker = on_main_only(ranks, self._start_tracker)
+        self.recorder = Recorder(
+            config,
+            data,
+            self.ledger,
+            self.run_dir,
+            self.tracker,
+            ranks,
+            step=self.step,
+            skipped=saved.skipped if saved else 0,
+        )
+
+    def _start_tracker(self) -> Tracker:
+        return Tracker.start(
+            self.config.log.wandb,
+            self.run_dir.path,
+            self.run_dir.id,
+            self.config.model_dump(mode="json"),
+            self.run_dir.name,
+        )
+
+    def _check_disk(self) -> None:
+        """Refuse to start when not even one checkpoint will fit."""
+        parameters = count_parameters(self.config.model, self.data.vocab_size).total
+        # weights, fp32 master weights and Adam's two moments
+        needed = parameters * ((2 if self.config.precision.dtype == "bf16" else 4) + 12)
+        free = shutil.disk_usage(self.run_dir.path).free
+        if free < needed:
+            raise UserError(
+                f"{self.run_dir.path}: {human(free)} bytes free, but one checkpoint takes about {human(needed)}; make room "
+                "or choose a run directory on another disk"
+            )
+
+    def run(self, stop: StopRequest) -> int:
+        """All remaining steps, with saves and evaluations where they are due."""
+        train, steps = self.config.train, self.config.train.steps
+        self._header()
+        saved_at = self.step if self.samples else None
+        stopping = False
+        self.recorder.start()
+        while self.step < steps and not stopping:
+            lr = learning_rate(self.step, self.config.optim, steps)
+            began = time.perf_counter()
+            batches = self._batches()
+            loaded = time.perf_counter()
+            result = self.stepper.step(batches, len(self.data.plan.names), lr, stop.requested)
+            ended = time.perf_counter()
+            self.step += 1
+            self.samples += train.global_batch_size
+            self.recorder.add(self.step, result, lr, step_s=ended - began, data_s=loaded - began)
+            stopping = result.stop
+            done = self.step == steps
+            if done or (_due(self.step, self.config.eval.interval) and not stopping):
+                self._evaluate()
+            if done or stopping or _due(self.step, self.config.log.interval) or self.recorder.in_trouble:
+                self.recorder.flush(shown=True)
+            if done or stopping or _due(self.step, self.config.checkpoint.interval):
+                self._save()
+                saved_at = self.step
+        if saved_at != self.step:
+            self._save()
+        self._finish(stopping and self.step < steps, stop)
+        return EXIT_STOPPED if stopping and self.step < steps else EXIT_OK
+
+    def _batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        from megatron_synth.train.step import to_device
+
+        stream = self.loader.micro_batches(self.samples, self.config.train.global_batch_size)
+        return [to_device(batch, self.ranks.device) for batch in stream]
+
+    def _evaluate(self) -> None:
+        from megatron_synth.train.evaluate import evaluate
+
+        if self.data.validation:
+            self.recorder.evaluated(evaluate(self.stepper, self.data.validation, self.layout))
+
+    def _save(self) -> None:
+        self.recorder.flush()
+        self.ledger.verify(self.data.plan, self.samples)
+        began = time.perf_counter()
+        path = self._checkpoint.save(
+            self.run_dir.checkpoints,
+            self.chunks,
+            self.optimizer,
+            self._checkpoint.TrainerState(
+                step=self.step,
+                samples=self.samples,
+                skipped=self.recorder.skipped,
+                run_id=self.run_dir.id,
+                plan_digest=self.data.digest,
+                ledger=self.ledger.state_dict(),
+                vocab_size=self.data.vocab_size,
+                eod_id=self.data.eod_id,
+                tokenizer=str(self.data.tokenizer.resolve()) if self.data.tokenizer else None,
+                config=self.config.model_dump(mode="json"),
+            ),
+            keep_last=self.config.checkpoint.keep_last,
+            keep_every=self.config.checkpoint.keep_every,
+        )
+        if self.ranks.rank == 0:
+            self.run_dir.write_ledger(self.ledger.to_json())
+            took = time.perf_counter() - began
+            self.run_dir.event(f"saved {path.name} in {took:.1f} s")
+            say(f"saved {path} in {took:.1f} s")
+
+    def _finish(self, stopped: bool, stop: StopRequest) -> None:
+        if self.ranks.rank == 0:
+            why = f"stopped on request ({stop.signal_name or 'by another rank'})" if stopped else "done"
+            self.run_dir.event(f"{why} at step {self.step}")
+            say(f"{why} at step {self.step}; run directory {self.run_dir.path}")
+        if self.tracker is not None:
+            self.tracker.finish(EXIT_STOPPED if stopped else EXIT_OK)
+
+    def _header(self) -> None:
+        """What this run is, before its first step."""
+        config, data = self.config, self.data
+        parameters = count_parameters(config.model, data.vocab_size)
+        total = config.train.steps * config.train.global_batch_size
+        flops = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
+        say(f"run {self.run_dir.id} in {self.run_dir.path}" + (f", resumed at step {self.step}" if self.step else ""))
+        say(
+            f"model {config.model.name}: {human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding), "
+            f"{config.precision.dtype}, {human(flops)} FLOPs/token (full attention, head counted)"
+        )
+        say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
+        shares = ", ".join(f"{name} {ratio}" for name, ratio in zip(data.plan.names, data.plan.ratios, strict=True))
+        say(f"mixture {shares} over {human(total * config.train.sequence_length)} tokens in {config.train.steps} steps")
+
+
+def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """Run `action` on rank 0; its UserError reaches all ranks, its result stays there."""
+    kept: list[T] = []
+    on_main(ranks, lambda: kept.append(action()))
+    return kept[0] if kept else None
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,157 @@
+"""From steps to records: sums stay on the device until a log step, then one reduction serves all steps since the last."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import Config
+from megatron_synth.core.flops import flops_per_token
+from megatron_synth.core.hardware import mfu
+from megatron_synth.core.log import say
+from megatron_synth.data.dataset import RunData
+from megatron_synth.data.ledger import Ledger
+from megatron_synth.parallel.groups import Ranks
+from megatron_synth.train import metrics
+from megatron_synth.train.rundir import RunDir
+from megatron_synth.train.tracker import Tracker
+
+if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepared
+    from megatron_synth.train.step import StepResult
+
+
+class Recorder:
+    """Collects steps on all ranks; rank 0 writes metrics.jsonl, the console line and the tracker.
+
+    The ledger is fed from what the loss was computed on, row by row, not from what was planned.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        ledger: Ledger,
+        run_dir: RunDir,
+        tracker: Tracker | None,
+        ranks: Ranks,
+        *,
+        step: int,
+        skipped: int,
+    ):
+        self._config, self._plan, self._ledger = config, data.plan, ledger
+        self._run_dir, self._tracker, self._ranks = run_dir, tracker, ranks
+        self._flops_per_token = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
+        self._device_name = run_dir.info["device"]
+        self._memory_total = (
+            torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if ranks.device.type == "cuda" else None
+        )
+        self._file = metrics.MetricsFile(run_dir.metrics)
+        self._times = metrics.RunningWindow()
+        self._pending: list[tuple[metrics.Record, torch.Tensor]] = []
+        self._first_step = step
+        self._consecutive = 0
+        self.skipped = skipped
+        """Steps skipped since step 0."""
+
+    def start(self) -> None:
+        """Begin writing after the step that the run is at."""
+        if self._ranks.rank == 0:
+            self._file.truncate_after(self._first_step)
+
+    @property
+    def in_trouble(self) -> bool:
+        """So many steps in a row were skipped that the run must stop; the next flush raises."""
+        return self._consecutive >= self._config.train.max_consecutive_skips
+
+    def add(self, step: int, result: StepResult, lr: float, *, step_s: float, data_s: float) -> None:
+        """Take in a finished step. No wait for the device, nothing sent."""
+        self._consecutive = self._consecutive + 1 if result.skipped else 0
+        self.skipped += result.skipped
+        self._times.add(step_s)
+        tokens_per_s = self._config.train.tokens_per_step / step_s / self._ranks.world_size
+        flops_per_s = tokens_per_s * self._flops_per_token
+        record: metrics.Record = {
+            metrics.STEP: step,
+            metrics.LOSS: None,  # its place in the record; known at the flush
+            metrics.GRAD_NORM: result.grad_norm,
+            metrics.LR: lr,
+            metrics.SKIPPED: self.skipped,
+            metrics.TOKENS_PER_SEC: tokens_per_s,
+            metrics.TFLOPS: flops_per_s / 1e12,
+            metrics.MFU: mfu(flops_per_s, self._device_name),
+            metrics.STEP_S: step_s,
+            metrics.DATA_PCT: 100 * data_s / step_s,
+        }
+        self._pending.append((record, result.sums))
+
+    def flush(self, *, shown: bool = False) -> None:
+        """Reduce and write the steps since the last flush; `shown` prints the newest. Called by all ranks.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        if self._pending:
+            sums = torch.stack([sums for _, sums in self._pending])  # [steps, 2, K]
+            torch.distributed.all_reduce(sums)
+            memory = torch.tensor(_peak_memory_gib(self._ranks.device), dtype=torch.float64, device=self._ranks.device)
+            torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
+            records = [record for record, _ in self._pending]
+            for record, (losses, rows) in zip(records, sums.tolist(), strict=True):
+                self._complete(record, losses, rows, memory.item())
+            self._pending = []
+            self._write(records)
+            if shown:
+                self._show(records[-1])
+        if self.in_trouble:
+            raise UserError(
+                f"{self._consecutive} steps in a row had a loss or gradient that was not finite "
+                f"(train.max_consecutive_skips); the weights are those before them. The last checkpoint is in "
+                f"{self._run_dir.checkpoints}. Look at the samples of these steps, or lower optim.lr"
+            )
+
+    def evaluated(self, result: Mapping[str, Any]) -> None:
+        """Add the evaluation that followed the newest step to its record."""
+        self._pending[-1][0].update(result)
+
+    def _show(self, record: metrics.Record) -> None:
+        total = self._config.train.steps
+        left = self._times.eta_s(total - record[metrics.STEP])
+        say(metrics.format_step(record, total, eta_s=left, memory_total_gib=self._memory_total))
+        if metrics.has_eval(record):
+            say(metrics.format_eval(record))
+
+    def _complete(self, record: metrics.Record, losses: list[float], rows: list[float], peak_gib: float) -> None:
+        """Fill in what the reduction brought, and count the rows in the ledger."""
+        train = self._config.train
+        assert sum(rows) == train.global_batch_size, f"{sum(rows)} rows in a batch of {train.global_batch_size}"
+        self._ledger.merge([int(count) for count in rows])
+        record[metrics.LOSS] = math.fsum(losses) / train.global_batch_size
+        for name, loss, count in zip(self._plan.names, losses, rows, strict=True):
+            if count:
+                record[metrics.SOURCE_LOSS + name] = loss / count
+        record[metrics.PEAK_GIB] = peak_gib
+        counted = self._ledger.to_json()
+        record[metrics.TOKENS] = counted["tokens"]
+        for name, source in counted["sources"].items():
+            record[metrics.SHARE + name] = source["share"]
+            record[metrics.EPOCH + name] = source["epochs"]
+
+    def _write(self, records: list[metrics.Record]) -> None:
+        if self._ranks.rank != 0:
+            return
+        self._file.append(records)
+        if self._tracker is not None:
+            for record in records:
+                self._tracker.log(record, record[metrics.STEP])
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process ever held: on the device, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

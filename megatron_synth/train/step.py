@@ -1,0 +1,160 @@
+"""One optimizer step: forward and backward over the micro-batches, then the update or, if it is not finite, no update.
+
+B sequences of a micro-batch, S tokens, K sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_synth.config.schema import Config
+from megatron_synth.data.loader import Batch
+from megatron_synth.parallel.groups import Ranks
+
+TensorBatch = tuple[Tensor, Tensor, Tensor]
+"""tokens [B, S + 1] int64, source ids [B] int64, weights of the rows [B] fp64 (0 for padding), on the device."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind.
+
+    sums: [2, K] fp64 on the device: per source, the sum of its samples' mean losses and their number, of this rank's share;
+        zeros on ranks that do not report the loss. Summed over all ranks it is the global batch's.
+    grad_norm: global norm before clipping.
+    skipped: the loss or the gradient was not finite and the weights stayed as they were.
+    stop: some rank was asked to stop; equal on every rank.
+    """
+
+    sums: Tensor
+    grad_norm: float
+    skipped: bool
+    stop: bool
+
+
+def to_device(batch: Batch, device: torch.device, valid: Any = None) -> TensorBatch:
+    """A loader's batch as tensors on the device."""
+    tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
+    sources = torch.from_numpy(batch.source_ids).to(device, non_blocking=True)
+    if valid is None:
+        weights = torch.ones(sources.shape, dtype=torch.float64, device=device)
+    else:
+        weights = torch.from_numpy(valid).to(device, torch.float64)
+    return tokens, sources, weights
+
+
+def _sums_per_source(losses: Tensor, sources: Tensor, weights: Tensor, num_sources: int) -> Tensor:
+    """Per-token losses [B, S] -> [2, K]: sums of the rows' mean losses and numbers of rows, by source."""
+    sums = torch.zeros((2, num_sources), dtype=torch.float64, device=losses.device)
+    means = losses.detach().mean(dim=1, dtype=torch.float64)
+    # a NaN in a padded row must not survive the multiplication by 0
+    sums[0].index_add_(0, sources, torch.where(weights > 0, means, 0.0))
+    sums[1].index_add_(0, sources, weights)
+    return sums
+
+
+def _loss(losses: Tensor, *, sources: Tensor, weights: Tensor, num_sources: int) -> tuple[Tensor, Tensor]:
+    """What the schedule asks of the last stage: the scalar to differentiate, and data to keep."""
+    return losses.mean(), _sums_per_source(losses, sources, weights, num_sources)
+
+
+def _forward_step(
+    batches: Iterator[TensorBatch], model: torch.nn.Module, *, num_sources: int, positions: Tensor
+) -> tuple[Tensor, Any]:
+    tokens, sources, weights = next(batches)
+    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    return losses, partial(_loss, sources=sources, weights=weights, num_sources=num_sources)
+
+
+class Pipeline:
+    """Sends micro-batches through this rank's model chunks and, by them, through the pipeline."""
+
+    def __init__(self, config: Config, chunks: list[DistributedDataParallel], ranks: Ranks):
+        self.config, self.chunks, self.ranks = config, chunks, ranks
+        self._schedule = get_forward_backward_func()
+        sequence = config.train.sequence_length
+        self._positions = torch.arange(sequence, device=ranks.device).expand(config.train.micro_batch_size, sequence)
+
+    def forward(self, batches: Sequence[TensorBatch], num_sources: int, *, backward: bool) -> Tensor:
+        """All micro-batches through the pipeline. Returns `sums` of StepResult."""
+        step = partial(_forward_step, num_sources=num_sources, positions=self._positions)
+        # every model chunk of an interleaved pipeline walks through the micro-batches by itself
+        iterators = [iter(batches) for _ in self.chunks]
+        kept = self._schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.train.sequence_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=not backward,
+        )
+        if self.ranks.reports_loss:
+            return torch.stack(kept).sum(dim=0)
+        return torch.zeros((2, num_sources), dtype=torch.float64, device=self.ranks.device)
+
+
+class Stepper(Pipeline):
+    """Runs optimizer steps on this rank's model chunks."""
+
+    def __init__(
+        self, config: Config, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, ranks: Ranks, data_size: int
+    ):
+        super().__init__(config, chunks, ranks)
+        self.optimizer = optimizer
+        # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
+        self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else data_size
+
+    def step(self, batches: Sequence[TensorBatch], num_sources: int, lr: float, stop_requested: bool = False) -> StepResult:
+        """One optimizer step at learning rate `lr`. `stop_requested` of any rank reaches all in the result's `stop`."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self.forward(batches, num_sources, backward=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+        norm, loss_is_finite, stop = self._agree(sums, stop_requested)
+        skipped = not (loss_is_finite and math.isfinite(norm))
+        if not skipped:
+            self._clip(norm)
+            self.optimizer.step_with_ready_grads()
+        return StepResult(sums, norm, skipped, stop)
+
+    @torch.no_grad()
+    def _agree(self, sums: Tensor, stop_requested: bool) -> tuple[float, bool, bool]:
+        """Global gradient norm, whether the global loss is finite, whether to stop: one all-reduce, one wait for the device.
+
+        megatron-core's own norm costs the same wait. With the loss and the stop flag folded in, every rank decides alike
+        on a step before any weight changes.
+        """
+        self.optimizer.prepare_grads()
+        gradients = [g for part in self.optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
+        stats = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            stats[0] = norms.double().square().sum() / self._gradient_copies
+        stats[1] = (~torch.isfinite(sums[0])).sum()
+        stats[2] = float(stop_requested)
+        torch.distributed.all_reduce(stats)
+        square, not_finite, stop = stats.tolist()
+        return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0
+
+    @torch.no_grad()
+    def _clip(self, norm: float) -> None:
+        limit = self.config.optim.clip_grad
+        if limit > 0 and norm > limit:
+            parameters = [p for part in self.optimizer.chained_optimizers for p in part.get_parameters()]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, limit / (norm + 1e-6))

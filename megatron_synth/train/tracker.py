@@ -1,0 +1,97 @@
+"""Weights & Biases: a mirror of metrics.jsonl that may fail without harm once training has begun."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import EXIT_STOPPED, UserError
+from megatron_synth.config.schema import WandbConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The tracker's run, or nothing where tracking is disabled. Only rank 0 has one that is not disabled."""
+
+    def __init__(self, run: Any | None = None):
+        """run: a started wandb run; None tracks nothing."""
+        self._run = run
+
+    @classmethod
+    def start(
+        cls, config: WandbConfig, run_dir: Path, run_id: str, run_config: Mapping[str, Any], name: str | None = None
+    ) -> Tracker:
+        """Start, or continue, the run `run_id`; its files go to `run_dir`/wandb.
+
+        run_config: the resolved configuration, shown beside the run. name: display name if the config has none.
+        A restarted run with the same id continues the same run: online at once, offline when its parts are synced.
+        UserError if tracking was asked for and cannot start: that is a wish to be mended before hours are spent.
+        """
+        if config.mode == "disabled":
+            return cls()
+        hint = "mend it, or set log.wandb.mode to offline or disabled"
+        if config.mode == "offline":
+            hint = "mend it, or set log.wandb.mode to disabled"
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"log.wandb.mode is {config.mode}, but wandb cannot be imported ({error}); {hint}"
+            ) from error
+        try:
+            run = wandb.init(
+                mode=config.mode,
+                project=config.project,
+                entity=config.entity,
+                name=config.name or name or run_dir.resolve().name,
+                tags=list(config.tags),
+                dir=str(run_dir),
+                id=run_id,
+                resume="allow",
+                config=dict(run_config),
+                # our console is the console: wandb neither prints to it nor copies it
+                settings=wandb.Settings(console="off", silent=True, init_timeout=60.0),
+            )
+            # The record's own step is the axis. wandb's counter only grows, and would drop the steps that a run which
+            # crashed after its last checkpoint does again.
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
+        except Exception as error:  # wandb documents no common base of what init raises
+            raise UserError(f"log.wandb.mode is {config.mode}, but wandb did not start: {error}; {hint}") from error
+        return cls(run)
+
+    @property
+    def active(self) -> bool:
+        """Whether records still go anywhere."""
+        return self._run is not None
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Mirror the record of `step`. After a first failure: one warning, and nothing more is sent."""
+        if self._run is None:
+            return
+        values = {name: value for name, value in record.items() if value is not None}
+        try:
+            self._run.log(values | {"step": step})
+        except Exception as error:  # whatever it is, it must not end the training
+            self._give_up(f"logging step {step}", error)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; a run that was stopped on request is shown as preempted, not as failed."""
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        try:
+            if exit_code == EXIT_STOPPED:
+                run.mark_preempting()
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up("closing the run", error)
+
+    def _give_up(self, while_doing: str, error: Exception) -> None:
+        self._run = None
+        logger.warning(
+            "wandb failed while %s (%s); training goes on without it, metrics.jsonl has it all", while_doing, error
+        )

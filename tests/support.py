@@ -1,0 +1,185 @@
+"""What many tests share: small learnable sources, a base configuration, comparison of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_synth.data.indexed import ShardWriter
+from megatron_synth.data.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.train import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB_SIZE = 256
+SEQUENCE_LENGTH = 32
+STEPS = 20
+GLOBAL_BATCH_SIZE = 8
+CLIP_GRAD = 1.3
+RATIOS = {"web": "2/3", "qa": "1/3"}
+
+# Sizes in tokens. A run of 160 samples passes through each training source more than once; the windows of the domains
+# are no multiple of a micro-batch.
+_TRAINING_TOKENS = {"web": 2_500, "qa": 1_300}
+_VALIDATION_TOKENS = {"val": 32 * 13 + 7, "val2": 32 * 5 + 1}
+
+TENSOR = "parallel.tensor_model_parallel_size"
+PIPELINE = "parallel.pipeline_model_parallel_size"
+VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+PLAIN_OPTIMIZER = "parallel.use_distributed_optimizer=false"
+OVERLAP_REDUCE = "parallel.overlap_grad_reduce=true"
+OVERLAP_GATHER = "parallel.overlap_param_gather=true"
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "single": (1, ()),
+    "single-plain": (1, (PLAIN_OPTIMIZER,)),
+    "tp2": (2, (f"{TENSOR}=2",)),
+    "pp2": (2, (f"{PIPELINE}=2",)),
+    "pp2vp2": (2, (f"{PIPELINE}=2", f"{VIRTUAL}=2")),
+    "dp2": (2, ()),
+    "dp2-plain": (2, (PLAIN_OPTIMIZER,)),
+    "dp2-overlap-reduce": (2, (OVERLAP_REDUCE,)),
+    "dp2-overlap-both": (2, (OVERLAP_REDUCE, OVERLAP_GATHER)),
+    "tp2pp2": (4, (f"{TENSOR}=2", f"{PIPELINE}=2")),
+    "tp2pp2-plain": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", PLAIN_OPTIMIZER)),
+    "tp2dp2": (4, (f"{TENSOR}=2",)),
+}
+"""Name to ranks and settings."""
+
+
+def learnable_tokens(seed: int, count: int, vocab_size: int = VOCAB_SIZE, *, rule: int = 3) -> np.ndarray:
+    """Mostly a function of the token before, which `rule` picks, else noise: uint16 [count]."""
+    generator = np.random.default_rng(seed)
+    noise = generator.integers(0, vocab_size, size=count)
+    follows = generator.random(count) < 0.8
+    tokens = np.empty(count, dtype=np.uint16)
+    token = 0
+    for place in range(count):
+        token = (token * 5 + rule) % vocab_size if follows[place] else int(noise[place])
+        tokens[place] = token
+    return tokens
+
+
+def write_source(
+    folder: Path, seed: int, tokens: int, *, fingerprint: str = "0" * 64, vocab_size: int = VOCAB_SIZE, shards: int = 2,
+    rule: int = 3,
+) -> Path:
+    """A prepared source of `tokens` tokens in documents of 5 to 60, with its manifest."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng([seed, 1])
+    infos = []
+    for number, part in enumerate(np.array_split(learnable_tokens(seed, tokens, rule=rule), shards)):
+        ends = np.cumsum(generator.integers(5, 60, size=part.size))
+        ends = np.append(ends[ends < part.size], part.size)
+        name = f"shard-{number:05d}"
+        writer = ShardWriter(folder / name, np.dtype(np.uint16))
+        writer.add(part, np.diff(ends, prepend=0))
+        infos.append(ShardInfo(name=name, **vars(writer.finish())))
+    Manifest(
+        name=folder.name,
+        kind="other",
+        generator="rule",
+        split="train",
+        dtype="uint16",
+        tokenizer=TokenizerInfo(path="../tokenizer.json", fingerprint=fingerprint, vocab_size=vocab_size, eod_id=0),
+        counts=Counts(documents=sum(info.documents for info in infos), tokens=tokens, text_bytes=3 * tokens),
+        shards=tuple(infos),
+        made=Provenance(program="tests", config_digest="0" * 64, inputs={}, holdout="0"),
+    ).save(folder)
+    return folder
+
+
+def write_corpus(folder: Path) -> Path:
+    """Two training sources and, of the same two kinds, two validation domains."""
+    for seed, (name, tokens) in enumerate({**_TRAINING_TOKENS, **_VALIDATION_TOKENS}.items()):
+        write_source(folder / name, seed, tokens, rule=4 if name in ("qa", "val2") else 3)
+    return folder
+
+
+def write_config(path: Path, corpus: Path) -> Path:
+    """The base configuration: 20 steps in fp32, gradient norms on both sides of the clipping limit."""
+    sources = {name: f"{{path: {corpus / name}, ratio: {ratio}, max_epochs: 5}}" for name, ratio in RATIOS.items()}
+    path.write_text(
+        f"""model: {{num_layers: 4, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2}}
+data:
+  sources: {{web: {sources["web"]}, qa: {sources["qa"]}}}
+  validation: {{val: {{path: {corpus / "val"}}}, val2: {{path: {corpus / "val2"}}}}}
+train:
+  steps: {STEPS}
+  global_batch_size: {GLOBAL_BATCH_SIZE}
+  micro_batch_size: 2
+  sequence_length: {SEQUENCE_LENGTH}
+optim: {{lr: 3e-3, warmup_steps: 3, clip_grad: {CLIP_GRAD}}}
+precision: {{dtype: fp32}}
+checkpoint: {{interval: 10}}
+eval: {{interval: 10}}
+log: {{interval: 7, wandb: {{mode: disabled}}}}
+"""
+    )
+    return path
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run directory."""
+    return metrics.read_metrics(run / "metrics.jsonl")
+
+
+def read_ledger(run: Path) -> dict[str, Any]:
+    """ledger.json of a run directory."""
+    return dict(json.loads((run / "ledger.json").read_text()))
+
+
+def is_numeric_result(name: str) -> bool:
+    """Whether a metric is computed by the model, and so subject to rounding."""
+    return name.startswith(("train/loss", "eval/loss", "eval/bpb")) or name == metrics.GRAD_NORM
+
+
+def is_exact_result(name: str) -> bool:
+    """Whether a metric follows from the configuration alone."""
+    return name.startswith(("data/", "eval/tokens")) or name in (metrics.STEP, metrics.LR, metrics.SKIPPED)
+
+
+def assert_same_losses(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]], rtol: float) -> None:
+    """Equal steps, equal names; losses, norms and evaluations within `rtol`, 0 for bit-equal; the rest exact."""
+    assert [record[metrics.STEP] for record in found] == [record[metrics.STEP] for record in expected]
+    wrong: list[str] = []
+    compared = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        step = theirs[metrics.STEP]
+        names = {name for name in {*ours, *theirs} if is_numeric_result(name) or is_exact_result(name)}
+        for name in sorted(names):
+            if name not in ours or name not in theirs:
+                wrong.append(f"step {step}: {name} is missing on one side")
+                continue
+            compared += 1
+            a, b = ours[name], theirs[name]
+            same = a == b if rtol == 0 or is_exact_result(name) else math.isclose(a, b, rel_tol=rtol)
+            if not same:
+                wrong.append(f"step {step}: {name} is {a!r}, expected {b!r}, relative difference {abs(a - b) / abs(b):.1e}")
+    assert compared >= 4 * len(expected)
+    assert not wrong, "\n".join([f"{len(wrong)} differences, the first:", *wrong[:8]])
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    """Names of the checkpoints of a run, ascending."""
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def rewound(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as it was when the checkpoint of `step` was written, but for its metrics."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    (to / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+    return to
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder; empty if there is none."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

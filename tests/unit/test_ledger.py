@@ -1,0 +1,96 @@
+"""The ledger: what was delivered equals the plan, or the run stops."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.ledger import Ledger, LedgerMismatch
+from megatron_synth.data.loader import deal
+from megatron_synth.data.mixture import MixturePlan, SourceSpec
+
+PLAN = MixturePlan(
+    [
+        SourceSpec("web", Fraction(1, 2), 40, 10),
+        SourceSpec("qa", Fraction(1, 3), 7, 10),
+        SourceSpec("code", Fraction(1, 6), 9, 10),
+    ],
+    seed=5,
+)
+
+
+def new_ledger() -> Ledger:
+    return Ledger(PLAN.names, PLAN.ratios, PLAN.num_windows, sequence_length=16)
+
+
+def deliver(ledgers: list[Ledger], first: int, size: int) -> None:
+    """One optimizer step: every rank counts its rows, the sum is merged everywhere."""
+    for rank, ledger in enumerate(ledgers):
+        for row in deal(5, first, size, micro_batch_size=2, data_parallel_rank=rank, data_parallel_size=len(ledgers)):
+            ledger.add(PLAN.locate(row)[0])
+    total = sum(ledger.take_counts() for ledger in ledgers)
+    for ledger in ledgers:
+        ledger.merge(total)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_delivered_equals_planned_after_every_step(ranks: int) -> None:
+    ledgers = [new_ledger() for _ in range(ranks)]
+    for step in range(12):
+        deliver(ledgers, step * 8, 8)
+        for ledger in ledgers:
+            ledger.verify(PLAN, (step + 1) * 8)
+            assert not ledger.take_counts().any()
+    assert ledgers[0].samples.tolist() == [48, 32, 16]
+
+
+def test_one_wrong_sample_is_found_and_named() -> None:
+    ledger = new_ledger()
+    ledger.add(np.repeat([0, 1, 2], [47, 33, 16]))
+    ledger.merge(ledger.take_counts())
+    with pytest.raises(
+        LedgerMismatch, match=r"after 96 samples .*web: expected 48, found 47; qa: expected 32, found 33$"
+    ):
+        ledger.verify(PLAN, 96)
+    with pytest.raises(AssertionError, match="source id 3 of 3"):
+        ledger.add(np.array([3]))
+
+
+def test_json_has_exact_counts() -> None:
+    ledger = new_ledger()
+    assert ledger.to_json()["sources"]["web"]["share"] == 0.0
+    deliver([ledger], 0, 96)
+    assert json.loads(json.dumps(ledger.to_json())) == {
+        "samples": 96,
+        "tokens": 1536,
+        "sequence_length": 16,
+        "sources": {
+            "web": {"ratio": "1/2", "samples": 48, "tokens": 768, "epochs": 1.2, "share": 0.5},
+            "qa": {"ratio": "1/3", "samples": 32, "tokens": 512, "epochs": 32 / 7, "share": 1 / 3},
+            "code": {"ratio": "1/6", "samples": 16, "tokens": 256, "epochs": 16 / 9, "share": 1 / 6},
+        },
+    }
+
+
+def test_a_resumed_ledger_goes_on() -> None:
+    ledger = new_ledger()
+    deliver([ledger], 0, 24)
+    state = json.loads(json.dumps(ledger.state_dict()))
+    resumed = new_ledger()
+    resumed.load_state_dict(state)
+    deliver([resumed], 24, 24)
+    resumed.verify(PLAN, 48)
+    assert ledger.samples.sum() == 24
+
+
+def test_state_with_unmerged_counts_or_other_sources_is_refused() -> None:
+    ledger = new_ledger()
+    ledger.add(np.array([0]))
+    with pytest.raises(AssertionError, match="not merged"):
+        ledger.state_dict()
+    with pytest.raises(UserError, match=r"counts the sources qa, web, the run has code, qa, web"):
+        ledger.load_state_dict({"web": 1, "qa": 2})
