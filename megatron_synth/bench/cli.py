@@ -99,33 +99,48 @@ def render(head: dict[str, Any], config: Config, layout: Layout, result: Compari
 
     engine, train_config = result.rows[0], config.train
     pairs, steps = len(engine.blocks), len(engine.blocks[0].step_s)
-    columns = ("loop", "ms/step", "tokens/s/rank", "TFLOP/s/rank", "MFU", "peak GiB", "first loss", "engine / loop")
-    rows: list[Sequence[str]] = [columns]
+    on_cpu, compared = engine.cpu_s is not None, len(result.rows) > 1
+    rows = [["loop", "ms/step", "tokens/s/rank", "TFLOP/s/rank", "MFU", "peak GiB", "first loss"]]
+    rows[0] += ["engine / loop"] * compared + ["CPU ms/step"] * on_cpu
+    rows[0] += ["engine / loop, CPU time"] * (on_cpu and compared)
     for row in result.rows:
         rates = row.rates
-        rows.append(
-            (
-                row.name,
-                f"{1000 * rates.step_s:.1f}",
-                f"{rates.tokens_per_s_per_rank:,.0f}",
-                f"{rates.tflops_per_rank:.3g}",
-                show_mfu(rates.mfu),
-                "n/a" if row.peak_bytes is None else gib(row.peak_bytes),
-                f"{row.losses[0]:.5f}",
-                "" if row is engine else _spread(engine.speedups_over(row)),
-            )
+        cells = [
+            row.name,
+            f"{1000 * rates.step_s:.1f}",
+            f"{rates.tokens_per_s_per_rank:,.0f}",
+            f"{rates.tflops_per_rank:.3g}",
+            show_mfu(rates.mfu),
+            "n/a" if row.peak_bytes is None else gib(row.peak_bytes),
+            f"{row.losses[0]:.5f}",
+        ]
+        if compared:
+            cells.append("" if row is engine else _spread(engine.speedups_over(row)))
+        if row.cpu_s is not None:
+            cells.append(f"{1000 * row.cpu_s:.1f}")
+            if compared:
+                cells.append("" if row is engine else _spread(engine.cpu_speedups_over(row)))
+        rows.append(cells)
+    turns = f"{pairs} blocks of {steps} optimizer steps; ms/step is the median of all steps"
+    if compared:
+        turns = (
+            f"{pairs} pairs, blocks of {steps} optimizer steps in turn in one process; ms/step is the median of all "
         )
+        turns += "steps; engine / loop is the ratio of tokens/s, median (min to max) over the pairs"
     lines = [
         *header_lines(head),
         f"- model: {config.model.name}, {config.precision.dtype}, sequence_length {train_config.sequence_length}, "
         f"global_batch_size {train_config.global_batch_size}, micro_batch_size {train_config.micro_batch_size}",
         f"- layout of the engine: {layout.describe()}",
-        f"- timing: {pairs} pairs, blocks of {steps} optimizer steps in turn in one process; ms/step is the median of "
-        "all steps; engine / loop is the ratio of tokens/s, median (min to max) over the pairs",
+        f"- timing: {turns}",
         "- FLOPs/token: 6 x (body + head parameters) + 12 x layers x hidden x sequence, full attention; MFU against "
         "the device's dense BF16 peak; data loading not included",
     ]
-    if len(result.rows) > 1:
+    if on_cpu:
+        lines.append(
+            "- CPU time is that of all threads of the process: with one thread on shared cores it is what a step costs"
+        )
+    if compared:
         lines.append(
             f"- same computation: over {len(engine.losses)} warm-up steps losses differ by {apart(result):.1e} at most"
         )
@@ -166,7 +181,9 @@ def to_json(head: dict[str, Any], config: Config, layout: Layout, result: Compar
                 "peak_bytes": row.peak_bytes,
                 "warmup_losses": row.losses,
                 "step_s": [block.step_s for block in row.blocks],
+                "cpu_step_s": [block.cpu_s for block in row.blocks],
                 "engine_speedup": None if row is engine else engine.speedups_over(row),
+                "engine_cpu_speedup": None if row is engine else engine.cpu_speedups_over(row),
             }
             for row in result.rows
         ],

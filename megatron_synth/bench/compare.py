@@ -49,6 +49,8 @@ class Row:
     name: str
     rates: Rates
     """Of the median of all timed steps."""
+    cpu_s: float | None
+    """Median processor time of all timed steps; None on a GPU."""
     blocks: tuple[Block, ...]
     """One per pair."""
     peak_bytes: int | None
@@ -58,6 +60,14 @@ class Row:
     def speedups_over(self, other: Row) -> list[float]:
         """Per pair: this contender's tokens/s divided by the other's."""
         return [b.median_s / a.median_s for a, b in zip(self.blocks, other.blocks, strict=True)]
+
+    def cpu_speedups_over(self, other: Row) -> list[float]:
+        """Per pair: this contender's tokens per second of processor time divided by the other's; empty on a GPU."""
+        return [
+            statistics.median(b.cpu_s) / statistics.median(a.cpu_s)
+            for a, b in zip(self.blocks, other.blocks, strict=True)
+            if a.cpu_s
+        ]
 
 
 @dataclass(frozen=True)
@@ -127,12 +137,14 @@ def _compare(
     for contender, measured, warm_losses, static in zip(contenders, blocks, losses, held, strict=True):
         all_steps = [seconds for block in measured for seconds in block.step_s]
         rates = Rates.of(statistics.median(all_steps), config, ranks.world_size, where)
+        cpu_steps = [seconds for block in measured for seconds in block.cpu_s]
+        cpu_s = statistics.median(cpu_steps) if cpu_steps else None
         peak: int | None = None
         if device.type == "cuda":
             peak = busiest(static + max(block.peak_bytes for block in measured), ranks)
         elif not rivals:
             peak = busiest(resident_bytes(), ranks)
-        rows.append(Row(contender.name, rates, tuple(measured), peak, warm_losses))
+        rows.append(Row(contender.name, rates, cpu_s, tuple(measured), peak, warm_losses))
     return Comparison(tuple(rows), where, ranks.world_size)
 
 

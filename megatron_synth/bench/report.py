@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,13 +28,22 @@ def header(verb: str, argv: Sequence[str]) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         found["transformers"] = "absent"
     return {
-        "command": shlex.join(["megatron-synth", verb, *argv]),
+        "command": shlex.join([*_launcher(), verb, *argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_state(Path(__file__).parent),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": found,
     }
+
+
+def _launcher() -> list[str]:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return ["megatron-synth"]
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = ["--nnodes", str(world_size // per_node)] if per_node < world_size else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(per_node), "-m", "megatron_synth"]
 
 
 def header_lines(head: dict[str, Any]) -> list[str]:

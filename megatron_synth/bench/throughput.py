@@ -7,6 +7,8 @@ Conventions, stated again in every table:
 - tokens/s per rank = global_batch_size x sequence_length / median step time / world size.
 - FLOPs per token are those of `core/flops.py`: 6 x (body + head parameters) + 12 x layers x hidden x sequence.
 - MFU is against the dense BF16 peak of the named device, and n/a on a device that is not known.
+- On a CPU, processor time is told beside the time on the wall: with one thread per process it is what the step costs,
+  however many others want the same cores. Waiting threads count too, so it says little with more threads or ranks.
 - Peak memory is what the device allocator handed out on the busiest rank for this model alone. On a CPU it is what the
   process ever had resident, and n/a when several models share the process.
 """
@@ -18,6 +20,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -119,6 +122,8 @@ class Block:
 
     step_s: tuple[float, ...]
     """Seconds of each step."""
+    cpu_s: tuple[float, ...]
+    """Processor time of each step, over all threads of this process; empty on a GPU."""
     peak_bytes: int
     """Most device memory allocated meanwhile, above what was held when the block began; 0 on a CPU."""
 
@@ -126,6 +131,10 @@ class Block:
     def median_s(self) -> float:
         """Median seconds per step."""
         return statistics.median(self.step_s)
+
+
+def _differences(times: Sequence[float]) -> tuple[float, ...]:
+    return tuple(end - begin for begin, end in pairwise(times))
 
 
 def run_block(
@@ -137,11 +146,12 @@ def run_block(
     """
     torch.distributed.barrier()
     if device.type != "cuda":
-        times = [time.perf_counter()]
+        times, cpu_times = [time.perf_counter()], [time.process_time()]
         for index in range(steps):
             contender.step(batches[index % len(batches)])
             times.append(time.perf_counter())
-        return Block(tuple(end - begin for begin, end in zip(times, times[1:], strict=False)), 0)
+            cpu_times.append(time.process_time())
+        return Block(_differences(times), _differences(cpu_times), 0)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = allocated(device)
@@ -151,8 +161,8 @@ def run_block(
         contender.step(batches[index % len(batches)])
         events[index + 1].record()
     torch.cuda.synchronize(device)
-    seconds = tuple(begin.elapsed_time(end) / 1000 for begin, end in zip(events, events[1:], strict=False))
-    return Block(seconds, torch.cuda.max_memory_allocated(device) - held)
+    seconds = tuple(begin.elapsed_time(end) / 1000 for begin, end in pairwise(events))
+    return Block(seconds, (), torch.cuda.max_memory_allocated(device) - held)
 
 
 def busiest(value: int, ranks: Ranks) -> int:

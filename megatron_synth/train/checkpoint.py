@@ -276,6 +276,8 @@ def load(
         UserError: a file is missing or damaged, or the shapes differ.
     """
     state = _sharded_state(chunks, optimizer, loading=True)
+    if optimizer is None:  # weights from elsewhere come without TransformerEngine's extra state
+        state = {name: {key: v for key, v in part.items() if not _is_extra(key)} for name, part in state.items()}
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint))
     except (OSError, RuntimeError, CheckpointingException, EOFError, ValueError, KeyError) as error:
@@ -284,9 +286,15 @@ def load(
             "the newest whole one before it is used then."
         ) from error
     for index, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+        part = loaded["model" if len(chunks) == 1 else f"model{index}"]
+        missing, unexpected = chunk.module.load_state_dict(part, strict=False)
+        assert all(map(_is_extra, [*missing, *unexpected])), f"missing {missing}, unexpected {unexpected}"
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _is_extra(key: str) -> bool:
+    return key.endswith("_extra_state")
 
 
 def load_weights(checkpoint: Path, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

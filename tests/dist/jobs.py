@@ -47,16 +47,27 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
 
     from megatron.core import dist_checkpointing
 
-    a, b = dist_checkpointing.load_plain_tensors(left), dist_checkpointing.load_plain_tensors(right)
+    def flat(value: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        return {key: leaf for part, inner in value.items() for key, leaf in flat(inner, f"{name}/{part}").items()}
+
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, torch.Tensor):
+            return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+        return bool(x == y)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    a, b = (flat(dist_checkpointing.load_plain_tensors(path)) for path in (left, right))
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return len(a), [name for name in sorted(a) if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    return sum(isinstance(x, torch.Tensor) for x in a.values()), [name for name in sorted(a) if not equal(a[name], b[name])]
 
 
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:
-    """Train; rank r gets each signal (r, when, number), `when` being "step N" (in the middle of it) or "save"."""
+    """Train; rank r gets each signal (r, when, number), `when` being "step N" (while it reads data) or "save"."""
     from megatron_synth import cli
+    from megatron_synth.data.loader import Loader
     from megatron_synth.train import checkpoint
-    from megatron_synth.train.step import Stepper
 
     def send(when: str) -> None:
         for target, moment, number in signals:
@@ -64,66 +75,81 @@ def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, i
                 os.kill(os.getpid(), number)
 
     steps = 0
-    forward, save = Stepper.forward, checkpoint.save
+    micro_batches, save = Loader.micro_batches, checkpoint.save
 
-    def forward_with_signal(self: Any, *args: Any, backward: bool, **kwargs: Any) -> Any:
+    def micro_batches_with_signal(self: Any, *args: Any) -> Any:
         nonlocal steps
-        if backward:
-            steps += 1
-            send(f"step {steps}")
-        return forward(self, *args, backward=backward, **kwargs)
+        steps += 1
+        send(f"step {steps}")
+        return micro_batches(self, *args)
 
     def save_with_signal(*args: Any, **kwargs: Any) -> Any:
         send("save")
         return save(*args, **kwargs)
 
-    Stepper.forward = forward_with_signal  # type: ignore[method-assign]
+    Loader.micro_batches = micro_batches_with_signal  # type: ignore[method-assign]
     checkpoint.save = save_with_signal
     return cli.main(arguments)
 
 
 def train_killed_in_save(arguments: list[str], moment: str, number: int, target: int) -> int:
-    """Train; rank `target` kills itself in its save number `number`, before what `moment` names, or after it."""
+    """Train; rank `target` kills itself in its save number `number`, just before what `moment` names.
+
+    "torn shards": before trainer.json, with the files of the shards cut in half, as after a loss of power.
+    """
     from pathlib import Path
 
     from megatron_synth import cli
     from megatron_synth.train import checkpoint
 
-    saves = 0
+    calls = 0
 
-    def before(function: Callable[..., Any], *, unless: Callable[..., bool] = lambda *args: False) -> Callable[..., Any]:
+    def fatal(function: Callable[..., Any], counts: Callable[..., bool] = lambda *args: True) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal saves
-            if rank() == target and not unless(*args):
-                saves += 1
-                if saves == number:
+            nonlocal calls
+            if rank() == target and counts(*args):
+                calls += 1
+                if calls == number:
+                    if moment == "torn shards":
+                        for file in args[0].parent.glob("*.distcp"):
+                            os.truncate(file, file.stat().st_size // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
 
-    def torn(transforms: Any, rank_: int, buckets: Any, results: Any) -> None:
-        write_buckets(transforms, rank_, buckets, results)
-        if saves == number - 1 and rank() == target:
-            for file in {bucket[1] for bucket in buckets}:
-                path = Path(file)
-                os.truncate(path, path.stat().st_size // 2)
-
-    write_buckets = checkpoint._write_buckets
     if moment == "shards":
-        checkpoint._write_buckets = before(write_buckets)
-    elif moment == "torn shards":
-        checkpoint.write_json = before(checkpoint.write_json)
-        checkpoint._write_buckets = torn
-    elif moment == "trainer.json":
-        checkpoint.write_json = before(checkpoint.write_json)
+        checkpoint._write_buckets = fatal(checkpoint._write_buckets)
+    elif moment in ("torn shards", "trainer.json"):
+        checkpoint.write_json = fatal(checkpoint.write_json)
     elif moment == "rename":
-        Path.rename = before(Path.rename, unless=lambda path, _: path.suffix != ".tmp")  # type: ignore[method-assign]
+        counts = lambda path, _: path.name.startswith("step_")  # noqa: E731
+        Path.rename = fatal(Path.rename, counts)  # type: ignore[method-assign]
     elif moment == "latest":
-        checkpoint.write_atomic = before(checkpoint.write_atomic)
+        checkpoint.write_atomic = fatal(checkpoint.write_atomic)
     else:
         assert moment == "prune"
-        checkpoint._prune = before(checkpoint._prune)
+        checkpoint._prune = fatal(checkpoint._prune)
+    return cli.main(arguments)
+
+
+def train_with_a_full_disk_in_save(arguments: list[str], number: int, target: int) -> int:
+    """Train; from its save number `number` on, rank `target` cannot write more than 100 kB to a file."""
+    import resource
+
+    from megatron_synth import cli
+    from megatron_synth.train import checkpoint
+
+    saves, save = 0, checkpoint.save
+
+    def save_with_limit(*args: Any, **kwargs: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        if saves == number and rank() == target:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        return save(*args, **kwargs)
+
+    checkpoint.save = save_with_limit
     return cli.main(arguments)
 
 

@@ -189,6 +189,9 @@ class RankPool:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         if not waiting and not failures:
             return [RankResult(values[rank], *_read_output(output[rank])) for rank in range(len(processes))]
+        for rank, process in enumerate(processes):
+            if rank not in waiting.values():
+                process.join(5)  # it has sent its result and is about to end
         late = "was ended: it went on after another rank had failed" if failures else f"did not return in {timeout:g} s"
         failures |= {rank: late for rank in waiting.values()}
         exit_codes = {rank: None if rank in waiting.values() else process.exitcode for rank, process in enumerate(processes)}

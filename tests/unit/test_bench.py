@@ -91,14 +91,16 @@ def test_rates_follow_the_convention() -> None:
     assert Rates.of(0.5, config, 2, "some CPU").mfu is None
 
 
-def row(name: str, *blocks: tuple[float, ...]) -> Row:
+def measured(name: str, *blocks: tuple[float, ...]) -> Row:
     rates = Rates(1.0, 1.0, 1.0, None)
-    return Row(name, rates, tuple(Block(steps, 0) for steps in blocks), None, (0.0,))
+    return Row(name, rates, None, tuple(Block(steps, (1.0,), 0) for steps in blocks), None, (0.0,))
 
 
 def test_ratios_are_taken_within_pairs() -> None:
-    engine, rival = row("a", (1.0, 1.0, 9.0), (4.0, 4.0, 4.0)), row("b", (2.0, 2.0, 2.0), (8.0, 0.1, 8.0))
+    engine, rival = measured("a", (1.0, 1.0, 9.0), (4.0, 4.0, 4.0)), measured("b", (2.0, 2.0, 2.0), (8.0, 0.1, 8.0))
     assert engine.speedups_over(rival) == [2.0, 2.0]
+    assert engine.cpu_speedups_over(rival) == [1.0, 1.0]
+    assert "x2.000 (2.000 to 2.000)" == cli._spread(engine.speedups_over(rival))
 
 
 def test_losses_that_differ_are_refused() -> None:

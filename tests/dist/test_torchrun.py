@@ -1,0 +1,64 @@
+"""The real launcher, and real processes that import everything by themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.dist.conftest import Run
+from tests.support import ROOT, assert_same_losses, checkpoint_names, read_metrics
+
+
+def _start(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def _torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return _start(*launcher, "-m", "megatron_synth", "train", *arguments)
+
+
+def test_torchrun_trains(config: Path, trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # the schedule depends on the number of steps, but not within the warm-up
+    result = _torchrun(str(config), "train.steps=3", "--run-dir", str(run))
+    assert result.returncode == 0, result.stderr
+    assert "TP1 x PP1 x DP2, 2 ranks" in result.stdout and "done at step 3" in result.stdout
+    assert result.stdout.count("done at step 3") == 1
+    for noise in ("Warning", "WARNING:megatron", "Unknown MLP"):
+        assert noise not in result.stderr, result.stderr
+    reference = [dict(record) for record in trained("dp2").records[:3]]
+    records = [{k: v for k, v in record.items() if not k.startswith("eval/")} for record in read_metrics(run)]
+    assert_same_losses(records, reference, 0)
+    assert checkpoint_names(run) == ["step_00000003"]
+    assert json.loads((run / "run.json").read_text())["world_size"] == 2
+
+
+def test_torchrun_shows_one_readable_error(config: Path, tmp_path: Path) -> None:
+    result = _torchrun(str(config), "train.global_batch_size=6", "--run-dir", str(tmp_path / "run"))
+    assert result.returncode == 1  # torchrun's own, whatever its ranks return
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "train.global_batch_size: 6 is not divisible by micro_batch_size 2 x 2" in result.stderr
+    assert 'megatron_synth/' not in result.stderr  # no traceback through our code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_process_needs_no_launcher(config: Path, trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = _start("-m", "megatron_synth", "train", str(config), "train.steps=3", "--run-dir", str(run))
+    assert (result.returncode, result.stderr) == (0, "")
+    records = [{k: v for k, v in record.items() if not k.startswith("eval/")} for record in read_metrics(run)]
+    assert_same_losses(records, trained("single").records[:3], 0)
