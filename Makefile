@@ -9,7 +9,7 @@ RUN := runs/quickstart
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-dist test-gpu lint clean
+.PHONY: setup quickstart test test-dist test-gpu golden lint clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -31,6 +31,9 @@ test: lint
 
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist
+
+golden: setup
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.golden.quickstart
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -39,13 +39,16 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
     "single-plain": (1, (PLAIN_OPTIMIZER,)),
     "tp2": (2, (f"{TENSOR}=2",)),
+    "tp2-whole-sequence": (2, (f"{TENSOR}=2", "parallel.sequence_parallel=false")),
     "pp2": (2, (f"{PIPELINE}=2",)),
+    "pp4": (4, (f"{PIPELINE}=4",)),
     "pp2vp2": (2, (f"{PIPELINE}=2", f"{VIRTUAL}=2")),
     "dp2": (2, ()),
     "dp2-plain": (2, (PLAIN_OPTIMIZER,)),
     "dp2-overlap-reduce": (2, (OVERLAP_REDUCE,)),
     "dp2-overlap-both": (2, (OVERLAP_REDUCE, OVERLAP_GATHER)),
     "tp2pp2": (4, (f"{TENSOR}=2", f"{PIPELINE}=2")),
+    "tp2pp2vp2": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", f"{VIRTUAL}=2")),
     "tp2pp2-plain": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", PLAIN_OPTIMIZER)),
     "tp2dp2": (4, (f"{TENSOR}=2",)),
 }
@@ -66,7 +69,13 @@ def learnable_tokens(seed: int, count: int, vocab_size: int = VOCAB_SIZE, *, rul
 
 
 def write_source(
-    folder: Path, seed: int, tokens: int, *, fingerprint: str = "0" * 64, vocab_size: int = VOCAB_SIZE, shards: int = 2,
+    folder: Path,
+    seed: int,
+    tokens: int,
+    *,
+    fingerprint: str = "0" * 64,
+    vocab_size: int = VOCAB_SIZE,
+    shards: int = 2,
     rule: int = 3,
 ) -> Path:
     """A prepared source of `tokens` tokens in documents of 5 to 60, with its manifest."""
@@ -154,13 +163,13 @@ def assert_same_losses(found: Sequence[dict[str, Any]], expected: Sequence[dict[
         names = {name for name in {*ours, *theirs} if is_numeric_result(name) or is_exact_result(name)}
         for name in sorted(names):
             if name not in ours or name not in theirs:
-                wrong.append(f"step {step}: {name} is missing on one side")
+                wrong.append(f"step {step}: {name} is {a!r}, expected {b!r}, off by {abs(a - b):.1e}")
                 continue
             compared += 1
             a, b = ours[name], theirs[name]
             same = a == b if rtol == 0 or is_exact_result(name) else math.isclose(a, b, rel_tol=rtol)
             if not same:
-                wrong.append(f"step {step}: {name} is {a!r}, expected {b!r}, relative difference {abs(a - b) / abs(b):.1e}")
+                wrong.append(f"step {step}: {name} is {a!r}, expected {b!r}, off by {abs(a - b):.1e}")
     assert compared >= 4 * len(expected)
     assert not wrong, "\n".join([f"{len(wrong)} differences, the first:", *wrong[:8]])
 

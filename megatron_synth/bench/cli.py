@@ -121,18 +121,16 @@ def render(head: dict[str, Any], config: Config, layout: Layout, result: Compari
             if compared:
                 cells.append("" if row is engine else _spread(engine.cpu_speedups_over(row)))
         rows.append(cells)
-    turns = f"{pairs} blocks of {steps} optimizer steps; ms/step is the median of all steps"
+    turns = f"{pairs} blocks of {steps} optimizer steps"
     if compared:
-        turns = (
-            f"{pairs} pairs, blocks of {steps} optimizer steps in turn in one process; ms/step is the median of all "
-        )
-        turns += "steps; engine / loop is the ratio of tokens/s, median (min to max) over the pairs"
+        turns += " of each loop, in turn in one process; engine / loop is the ratio of tokens/s in blocks of one turn, "
+        turns += "median (min to max)"
     lines = [
         *header_lines(head),
         f"- model: {config.model.name}, {config.precision.dtype}, sequence_length {train_config.sequence_length}, "
         f"global_batch_size {train_config.global_batch_size}, micro_batch_size {train_config.micro_batch_size}",
         f"- layout of the engine: {layout.describe()}",
-        f"- timing: {turns}",
+        f"- timing: {turns}; ms/step is the median of all steps",
         "- FLOPs/token: 6 x (body + head parameters) + 12 x layers x hidden x sequence, full attention; MFU against "
         "the device's dense BF16 peak; data loading not included",
     ]

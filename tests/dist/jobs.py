@@ -44,7 +44,6 @@ def initial_weights(config_path: str, settings: list[str]) -> list[Piece]:
 def differences(left: str, right: str) -> tuple[int, list[str]]:
     """Tensors of two checkpoints, weights and optimizer states: how many, and the names of those not bit-equal."""
     import torch
-
     from megatron.core import dist_checkpointing
 
     def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -60,7 +59,9 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     a, b = (flat(dist_checkpointing.load_plain_tensors(path)) for path in (left, right))
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return sum(isinstance(x, torch.Tensor) for x in a.values()), [name for name in sorted(a) if not equal(a[name], b[name])]
+    return sum(isinstance(x, torch.Tensor) for x in a.values()), [
+        name for name in sorted(a) if not equal(a[name], b[name])
+    ]
 
 
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:

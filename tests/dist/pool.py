@@ -194,8 +194,12 @@ class RankPool:
                 process.join(5)  # it has sent its result and is about to end
         late = "was ended: it went on after another rank had failed" if failures else f"did not return in {timeout:g} s"
         failures |= {rank: late for rank in waiting.values()}
-        exit_codes = {rank: None if rank in waiting.values() else process.exitcode for rank, process in enumerate(processes)}
-        printed = "\n".join(f"--- output of rank {rank}\n{''.join(_read_output(name))}" for rank, name in enumerate(output))
+        exit_codes = {
+            rank: None if rank in waiting.values() else process.exitcode for rank, process in enumerate(processes)
+        }
+        printed = "\n".join(
+            f"--- output of rank {rank}\n{''.join(_read_output(name))}" for rank, name in enumerate(output)
+        )
         raise RanksFailed(function, failures, exit_codes, printed)
 
 

@@ -277,7 +277,9 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoint_before(
     results = ranks.run(world_size, "tests.dist.jobs.train_with_a_full_disk_in_save", arguments, 2, target)
     assert [result.value for result in results] == [2] * world_size
     assert "".join(result.stderr for result in results).count("error:") == 1
-    assert results[0].stderr.startswith("error:") and "the checkpoint of step 10 could not be written" in results[0].stderr
+    assert (
+        results[0].stderr.startswith("error:") and "the checkpoint of step 10 could not be written" in results[0].stderr
+    )
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
     results = train(run, layout, interval)
     assert "resumed at step 5" in results[0].stdout

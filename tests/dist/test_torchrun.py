@@ -14,7 +14,9 @@ from tests.support import ROOT, assert_same_losses, checkpoint_names, read_metri
 
 
 def _start(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
@@ -52,7 +54,7 @@ def test_torchrun_shows_one_readable_error(config: Path, tmp_path: Path) -> None
     errors = [line for line in lines if line.startswith("error:")]
     assert len(errors) == 1
     assert "train.global_batch_size: 6 is not divisible by micro_batch_size 2 x 2" in result.stderr
-    assert 'megatron_synth/' not in result.stderr  # no traceback through our code
+    assert "megatron_synth/" not in result.stderr  # no traceback through our code
     assert not (tmp_path / "run").exists()
 
 
