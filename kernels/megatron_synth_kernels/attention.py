@@ -21,12 +21,15 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         [S, B, A * D].
     """
     sequence, batch, heads, channels = query.shape
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, A or G, S, D]
+    if query.device.type == "cpu":  # its kernel gains more from contiguous heads than the copies cost
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),
-        key.permute(1, 2, 0, 3),
-        value.permute(1, 2, 0, 3),
+        query,
+        key,
+        value,
         is_causal=True,
         scale=scale,
-        enable_gqa=key.shape[2] != heads,
+        enable_gqa=key.shape[1] != heads,
     )  # [B, A, S, D]
     return out.permute(2, 0, 1, 3).reshape(sequence, batch, heads * channels)

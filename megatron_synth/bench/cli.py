@@ -36,9 +36,7 @@ def train(argv: list[str]) -> int:
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench train ... --vs none",
     )
     parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
-    parser.add_argument(
-        "--vs", default=None, help="rivals: hf, plain, both with a comma (default on one rank), or none"
-    )
+    parser.add_argument("--vs", default=None, help="rivals: hf, plain, both with a comma (default on one rank), or none")
     parser.add_argument("--pairs", type=_count, default=5, help="blocks of steps of each contender, in turn; default 5")
     parser.add_argument("--steps", type=_count, default=8, help="timed optimizer steps in a block; default 8")
     parser.add_argument("--warmup", type=_count, default=3, help="optimizer steps before the first block; default 3")

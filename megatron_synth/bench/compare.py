@@ -79,9 +79,7 @@ class Comparison:
     world_size: int
 
 
-def compare(
-    config: Config, layout: Layout, rivals: Sequence[str], *, pairs: int, steps: int, warmup: int
-) -> Comparison:
+def compare(config: Config, layout: Layout, rivals: Sequence[str], *, pairs: int, steps: int, warmup: int) -> Comparison:
     """Measure the engine, and rivals by name (keys of `rivals.RIVALS`).
 
     Args:
@@ -127,10 +125,7 @@ def _compare(
         order = range(len(contenders))
         for index in order if pair % 2 == 0 else reversed(order):
             blocks[index].append(run_block(contenders[index], batches, steps, device))
-        say(
-            f"pair {pair + 1}/{pairs}: "
-            + ", ".join(_progress(c, b[-1]) for c, b in zip(contenders, blocks, strict=True))
-        )
+        say(f"pair {pair + 1}/{pairs}: " + ", ".join(_progress(c, b[-1]) for c, b in zip(contenders, blocks, strict=True)))
 
     where = device_name()
     rows = []

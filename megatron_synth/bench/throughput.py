@@ -137,9 +137,7 @@ def _differences(times: Sequence[float]) -> tuple[float, ...]:
     return tuple(end - begin for begin, end in pairwise(times))
 
 
-def run_block(
-    contender: Contender, batches: Sequence[Sequence[TensorBatch]], steps: int, device: torch.device
-) -> Block:
+def run_block(contender: Contender, batches: Sequence[Sequence[TensorBatch]], steps: int, device: torch.device) -> Block:
     """Time `steps` steps, walking round and round through `batches`.
 
     On a GPU the clock is one event on the stream after every step, so that nothing waits for the host to look.

@@ -194,4 +194,3 @@ def _salvage(model_class: type[Model], data: dict[str, Any], errors: list[Any]) 
         return model_class.model_validate(rest)
     except ValidationError:
         return None
-

@@ -44,7 +44,12 @@ def open_data(config: Config) -> RunData:
     sources = tuple(open_source(entry.path, name) for name, entry in config.data.sources.items())
     validation = {name: open_source(entry.path, name) for name, entry in config.data.validation.items()}
     info = check_compatible([*sources, *validation.values()])
-    vocab_size = _vocab_size(config, info)
+    vocab_size = vocab_size_of(config, info)
+    if vocab_size is None:
+        raise UserError(
+            "model.vocab_size: not set, and no source has a manifest.json that names its tokenizer; set it to the "
+            "tokenizer's number of tokens"
+        )
     plan = MixturePlan(
         [
             SourceSpec(name, entry.ratio, source.num_windows(sequence), entry.max_epochs)
@@ -61,20 +66,19 @@ def open_data(config: Config) -> RunData:
     return RunData(plan, sources, validation, vocab_size, info.eod_id if info else None, tokenizer, digest)
 
 
-def _vocab_size(config: Config, info: TokenizerInfo | None) -> int:
-    """Size of the vocabulary: the configuration's if it says one, else the tokenizer's."""
+def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:
+    """Size of the vocabulary: the configuration's if it says one, else the tokenizer's; None if neither is known.
+
+    Raises:
+        UserError: the configuration's is too small for the tokenizer.
+    """
     asked = config.model.vocab_size
     if info is None:
-        if asked is None:
-            raise UserError(
-                "model.vocab_size: not set, and no source has a manifest.json that names its tokenizer; set it to the "
-                "tokenizer's number of tokens"
-            )
         return asked
     if asked is not None and asked < info.vocab_size:
         raise UserError(
-            f"model.vocab_size: {asked} is smaller than the {info.vocab_size} tokens of the data's tokenizer; "
-            "leave it out or raise it"
+            f"model.vocab_size: {asked} is smaller than the {info.vocab_size} tokens of the data's tokenizer; raise it, or "
+            "set it to null to take the tokenizer's"
         )
     return asked or info.vocab_size
 

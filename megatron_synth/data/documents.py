@@ -157,9 +157,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:  # of the decompressors, too
-        raise UserError(
-            f"{path}: cannot be read after line {number}: {error}; copy or compress the file again"
-        ) from None
+        raise UserError(f"{path}: cannot be read after line {number}: {error}; copy or compress the file again") from None
 
 
 def _utf8(path: Path, number: int, line: bytes) -> str:
@@ -184,15 +182,11 @@ def _json_text(path: Path, number: int, line: bytes, key: str) -> str:
 
 def _checked_text(value: Any, where: str, key: str) -> str:
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {key!r} holds {type(value).__name__}, expected text; set text_key to the field of the text"
-        )
+        raise UserError(f"{where}: {key!r} holds {type(value).__name__}, expected text; set text_key to the field of the text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: not valid Unicode, a lone surrogate at character {error.start}; mend the text"
-        ) from None
+        raise UserError(f"{where}: not valid Unicode, a lone surrogate at character {error.start}; mend the text") from None
     return value
 
 
@@ -226,23 +220,17 @@ def _hub_texts(name: str, source: PrepareSource) -> Iterator[str]:
             data = datasets.load_dataset(hub.path, hub.subset, split=hub.split, revision=hub.revision, streaming=True)
     except Exception as error:  # the library has no common base for network, name and format errors
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{where}: cannot open {hub.path!r}: {reason}; check path, subset, split and the network"
-        ) from None
+        raise UserError(f"{where}: cannot open {hub.path!r}: {reason}; check path, subset, split and the network") from None
     if isinstance(data, datasets.DatasetDict):
         if hub.split not in data:
             raise UserError(f"{where}: {hub.path} has no split {hub.split!r}, found {sorted(map(str, data))}")
         data = data[hub.split]
     columns = data.column_names
     if columns is not None and source.text_key not in columns:
-        raise UserError(
-            f"{where}: no column {source.text_key!r}, found {columns}; set text_key to the column of the text"
-        )
+        raise UserError(f"{where}: no column {source.text_key!r}, found {columns}; set text_key to the column of the text")
     for number, record in enumerate(_records(data, where)):
         if source.text_key not in record:
-            raise UserError(
-                f"{where}, record {number}: no field {source.text_key!r}, found {sorted(record)}; set text_key"
-            )
+            raise UserError(f"{where}, record {number}: no field {source.text_key!r}, found {sorted(record)}; set text_key")
         yield _checked_text(record[source.text_key], f"{where}, record {number}", source.text_key)
 
 

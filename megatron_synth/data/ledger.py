@@ -27,9 +27,7 @@ class LedgerMismatch(AssertionError):
 class Ledger:
     """Samples delivered by each source, over all ranks since the run began."""
 
-    def __init__(
-        self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], sequence_length: int
-    ):
+    def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], sequence_length: int):
         """One entry per source, in the order of the plan's source ids."""
         assert len(names) == len(ratios) == len(num_windows)
         self.names = tuple(names)

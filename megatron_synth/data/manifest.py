@@ -106,22 +106,16 @@ class Manifest(Section):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`"
-            ) from None
+            raise UserError(f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`") from None
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again"
-            ) from None
+            raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again") from None
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: broken JSON, {error}; prepare the source again") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the source again"
-            )
+            raise UserError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the source again")
         try:
             # JSON has no tuples: validate it as JSON, not as Python objects
             return cls.model_validate_json(text)

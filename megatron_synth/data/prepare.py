@@ -194,9 +194,7 @@ def _stored_dtype(config: PrepareConfig, vocab_size: int) -> np.dtype[Any]:
         return token_dtype(vocab_size)
     dtype = np.dtype(config.dtype)
     if vocab_size - 1 > np.iinfo(dtype).max:
-        raise UserError(
-            f"dtype: {config.dtype} cannot hold a vocabulary of {vocab_size} tokens; set dtype to auto or int32"
-        )
+        raise UserError(f"dtype: {config.dtype} cannot hold a vocabulary of {vocab_size} tokens; set dtype to auto or int32")
     return dtype
 
 
@@ -289,8 +287,7 @@ def format_table(prepared: Sequence[Prepared]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
@@ -301,12 +298,8 @@ def main(argv: list[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="megatron-synth prepare", description="Turn text into token shards.")
     parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="processes that tokenise (default: all cores, %(default)s)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
+    parser.add_argument("--workers", type=int, default=cores, help="processes that tokenise (default: all cores, %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.workers < 1:

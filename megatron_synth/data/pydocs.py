@@ -159,9 +159,7 @@ def _module_files() -> list[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
     _collect(root, (), found)
     if not any(name.split(".")[0] in UNSEEN for name, _ in found):
-        raise UserError(
-            f"{root}: no sources of Python's standard library here, the built-in corpus needs them; use `input`"
-        )
+        raise UserError(f"{root}: no sources of Python's standard library here, the built-in corpus needs them; use `input`")
     return sorted(found)
 
 

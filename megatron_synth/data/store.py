@@ -78,9 +78,7 @@ def open_source(path: str | Path, name: str) -> Source:
     path = Path(path)
     if path.is_dir():
         manifest = Manifest.load(path)
-        return Source(
-            name, path, manifest, [_open_checked(path, manifest, number) for number in range(len(manifest.shards))]
-        )
+        return Source(name, path, manifest, [_open_checked(path, manifest, number) for number in range(len(manifest.shards))])
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if not with_suffix(prefix, ".idx").exists() and not with_suffix(prefix, ".bin").exists():
         raise UserError(

@@ -34,9 +34,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.backend.token_to_id(self.eod) is None:
-            special = sorted(
-                token.content for token in self.backend.get_added_tokens_decoder().values() if token.special
-            )
+            special = sorted(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
             raise UserError(
                 f"{self.where}: has no end-of-document token {self.eod!r}; set `tokenizer.eod` to the one that it has, "
                 f"its special tokens are {', '.join(special[:20]) or 'none'}"

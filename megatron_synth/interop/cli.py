@@ -116,4 +116,3 @@ def _from_hf(folder: Path, out: Path) -> int:
 def _refuse_existing(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder, or remove this one")
-

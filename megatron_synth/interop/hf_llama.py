@@ -117,9 +117,7 @@ def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
     _check(state, _shapes(model), [EMBEDDING] if tied else [EMBEDDING, OUTPUT], model.hidden_size)
     groups, channels = model.query_groups, model.head_dim
     queries = model.num_attention_heads // groups
-    hf = {
-        theirs: state[ours].clone(memory_format=torch.contiguous_format) for ours, theirs in _same_names(model).items()
-    }
+    hf = {theirs: state[ours].clone(memory_format=torch.contiguous_format) for ours, theirs in _same_names(model).items()}
     for i in range(model.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         qkv = state[ours + "self_attention.linear_qkv.weight"]

@@ -86,18 +86,15 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         vp_stage = stage if stages > 1 else None
         chunk = LlamaModel(
             config=mcore,
-            transformer_layer_spec=block_spec(mcore, vp_stage),
+            transformer_layer_spec=block_spec(mcore, vp_stage, config.model.rotary_base),
             vocab_size=config.model.padded_vocab_size(vocab_size),
             max_sequence_length=config.train.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=config.model.rotary_base,
+            position_embedding_type="none",  # rotary, inside the attention: ops.CoreAttention
             vp_stage=vp_stage,
         )
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())
-    initialize_weights(
-        chunks, seed=config.train.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
-    )
+    initialize_weights(chunks, seed=config.train.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
     return chunks

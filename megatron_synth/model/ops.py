@@ -26,6 +26,7 @@ from megatron_synth_kernels.adam import FusedAdam
 from megatron_synth_kernels.attention import causal_attention
 from megatron_synth_kernels.loss import cross_entropy
 from megatron_synth_kernels.norm import rms_norm
+from megatron_synth_kernels.rope import rotary
 
 
 def connect() -> None:
@@ -61,17 +62,25 @@ class RMSNorm(torch.nn.Module):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal self-attention of one rank's heads, in the place of megatron-core's DotProductAttention."""
+    """Causal self-attention of one rank's heads, in the place of megatron-core's DotProductAttention.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: Any):
+    It also rotates queries and keys. megatron-core would do that just before, but computes the tables anew in every layer and
+    leaves the result in an order that attention must copy.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, rotary_base: float, **_: Any
+    ):
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and config.context_parallel_size == 1
         assert config.attention_dropout == 0.0, "attention dropout is not implemented"
         self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.rotary_base = rotary_base
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **kwargs: Any) -> Tensor:
-        """[S, B, A, D], [S, B, G, D], [S, B, G, D] -> [S, B, A * D]; the causal mask is implied."""
+        """[S, B, A, D], [S, B, G, D], [S, B, G, D] -> [S, B, A * D]; the causal mask is implied, positions count from 0."""
         assert attention_mask is None and kwargs.get("packed_seq_params") is None and kwargs.get("attention_bias") is None
+        query, key = rotary(query, self.rotary_base), rotary(key, self.rotary_base)
         return causal_attention(query, key, value, self.scale)
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_synth.model.ops import CoreAttention, RMSNorm, SwiGLUMLP
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(rotary_base: float) -> ModuleSpec:
     """One pre-norm transformer layer: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
     return ModuleSpec(
         module=TransformerLayer,
@@ -26,7 +26,7 @@ def layer_spec() -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=ModuleSpec(module=CoreAttention, params={"rotary_base": rotary_base}),
                     linear_proj=RowParallelLinear,
                 ),
             ),
@@ -47,7 +47,7 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, vp_stage: int | None, rotary_base: float) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and model chunk), and the norm after the last one."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(rotary_base)] * layers, layer_norm=RMSNorm)

@@ -127,6 +127,7 @@ def save(
     Raises:
         UserError: it could not be written (a full disk, say); older checkpoints are untouched.
     """
+
     def state() -> dict[str, Any]:
         with whole_weights(chunks):
             return _sharded_state(chunks, optimizer, loading=False)

@@ -6,11 +6,11 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest
 from megatron_synth.config.schema import Config
 from megatron_synth.core.flops import count_parameters, flops_per_token, memory_per_rank
 from megatron_synth.core.log import gib, human, scientific, table
+from megatron_synth.data.dataset import vocab_size_of
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.store import Source, check_compatible, open_source
 from megatron_synth.parallel.plan import Layout, plan
@@ -28,7 +28,8 @@ def dry_run(config: Config, world_size: int) -> str:
     layout = plan(config, world_size)
     sources = {name: _open(source.path, name) for name, source in config.data.sources.items()}
     validation = {name: _open(domain.path, name) for name, domain in config.data.validation.items()}
-    vocab_size = _vocab_size(config, [source for source in (*sources.values(), *validation.values()) if source])
+    prepared = [source for source in (*sources.values(), *validation.values()) if source]
+    vocab_size = vocab_size_of(config, check_compatible(prepared))
     sections = [
         [f"dry run of {config.model.name}, config {digest(config)}: nothing is trained, no tokens are read"],
         ["layout", f"  {layout.describe()}; {_layers(layout)}"],
@@ -48,17 +49,6 @@ def _open(path: str, name: str) -> Source | None:
     if prefix.is_dir() or any(prefix.parent.glob(f"{prefix.name}.*")) or prefix.is_file():
         return open_source(path, name)
     return None
-
-
-def _vocab_size(config: Config, sources: list[Source]) -> int | None:
-    """The vocabulary that training will use; None when only unprepared data would tell."""
-    tokenizer = check_compatible(sources)
-    if tokenizer is not None and config.model.vocab_size is not None and tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
-            f"data's tokenizer; raise it, or set it to null to take the tokenizer's"
-        )
-    return config.model.vocab_size or (tokenizer.vocab_size if tokenizer is not None else None)
 
 
 def _layers(layout: Layout) -> str:

@@ -232,10 +232,9 @@ class Trainer:
         total = config.train.steps * config.train.global_batch_size
         flops = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
         say(f"run {self.run_dir.id} in {self.run_dir.path}" + (f", resumed at step {self.step}" if self.step else ""))
-        say(
-            f"model {config.model.name}: {human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding), "
-            f"{config.precision.dtype}, {human(flops)} FLOPs/token (full attention, head counted)"
-        )
+        size = f"{human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding)"
+        convention = f"{human(flops)} FLOPs/token (full attention, head counted)"
+        say(f"model {config.model.name}: {size}, {config.precision.dtype}, {convention}")
         say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
         shares = ", ".join(f"{name} {ratio}" for name, ratio in zip(data.plan.names, data.plan.ratios, strict=True))
         say(f"mixture {shares} over {human(total * config.train.sequence_length)} tokens in {config.train.steps} steps")

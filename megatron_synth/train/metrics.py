@@ -94,8 +94,7 @@ def read_metrics(path: Path) -> list[Record]:
             if number == len(lines):
                 break
             raise UserError(
-                f"{path}: line {number} of {len(lines)} is not a step record ({error}); "
-                "restore the file or delete the line"
+                f"{path}: line {number} of {len(lines)} is not a step record ({error}); restore the file or delete the line"
             ) from error
     return records
 

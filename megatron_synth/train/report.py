@@ -106,9 +106,7 @@ class _Report:
             heads += f" in {model['num_query_groups']} groups"
         shape = f"{model['num_layers']} layers of {model['hidden_size']}, {heads}, sequence {train['sequence_length']}"
         ranks = info["world_size"]
-        where = (
-            f"{info['layout']} on {ranks} x {info['device']}" if ranks > 1 else f"{info['layout']} on {info['device']}"
-        )
+        where = f"{info['layout']} on {ranks} x {info['device']}" if ranks > 1 else f"{info['layout']} on {info['device']}"
         seed = f"seed {train['seed']}, {self.config['precision']['dtype']}"
         commit = ""
         if info.get("git"):

@@ -38,9 +38,7 @@ class Tracker:
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                f"log.wandb.mode is {config.mode}, but wandb cannot be imported ({error}); {hint}"
-            ) from error
+            raise UserError(f"log.wandb.mode is {config.mode}, but wandb cannot be imported ({error}); {hint}") from error
         try:
             run = wandb.init(
                 mode=config.mode,
@@ -92,6 +90,4 @@ class Tracker:
 
     def _give_up(self, while_doing: str, error: Exception) -> None:
         self._run = None
-        logger.warning(
-            "wandb failed while %s (%s); training goes on without it, metrics.jsonl has it all", while_doing, error
-        )
+        logger.warning("wandb failed while %s (%s); training goes on without it, metrics.jsonl has it all", while_doing, error)

@@ -59,9 +59,7 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     a, b = (flat(dist_checkpointing.load_plain_tensors(path)) for path in (left, right))
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return sum(isinstance(x, torch.Tensor) for x in a.values()), [
-        name for name in sorted(a) if not equal(a[name], b[name])
-    ]
+    return sum(isinstance(x, torch.Tensor) for x in a.values()), [name for name in sorted(a) if not equal(a[name], b[name])]
 
 
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:
@@ -88,7 +86,7 @@ def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, i
         send("save")
         return save(*args, **kwargs)
 
-    Loader.micro_batches = micro_batches_with_signal  # type: ignore[method-assign]
+    Loader.micro_batches = micro_batches_with_signal  # type: ignore[assignment, method-assign]
     checkpoint.save = save_with_signal
     return cli.main(arguments)
 

@@ -142,7 +142,7 @@ class RankPool:
                     values = (rank, rank, world_size, world_size, "127.0.0.1", port)
                     environment = dict(zip(_LAUNCHER, map(str, values), strict=True))
                 receiver, sender = self._context.Pipe(duplex=False)
-                process = self._context.Process(  # type: ignore[attr-defined]
+                process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
                     target=_work, args=(sender, environment, output[rank], timeout, function, args), daemon=True
                 )
                 process.start()
@@ -194,12 +194,8 @@ class RankPool:
                 process.join(5)  # it has sent its result and is about to end
         late = "was ended: it went on after another rank had failed" if failures else f"did not return in {timeout:g} s"
         failures |= {rank: late for rank in waiting.values()}
-        exit_codes = {
-            rank: None if rank in waiting.values() else process.exitcode for rank, process in enumerate(processes)
-        }
-        printed = "\n".join(
-            f"--- output of rank {rank}\n{''.join(_read_output(name))}" for rank, name in enumerate(output)
-        )
+        exit_codes = {rank: None if rank in waiting.values() else process.exitcode for rank, process in enumerate(processes)}
+        printed = "\n".join(f"--- output of rank {rank}\n{''.join(_read_output(name))}" for rank, name in enumerate(output))
         raise RanksFailed(function, failures, exit_codes, printed)
 
 

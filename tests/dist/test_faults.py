@@ -52,16 +52,12 @@ CASES = {
         ("train.sequence_length=512", "data.sources.web.max_epochs=.inf", "data.sources.qa.max_epochs=.inf"),
     ),
     "indivisible ranks": Case((TENSOR.partition(".")[0], "TP2"), (f"{TENSOR}=2",)),
-    "indivisible layers": Case(
-        ("model.num_layers", "5", "4 or 6"), ("model.num_layers=5", f"{PIPELINE}=2"), world_size=2
-    ),
+    "indivisible layers": Case(("model.num_layers", "5", "4 or 6"), ("model.num_layers=5", f"{PIPELINE}=2"), world_size=2),
     "indivisible heads": Case((TENSOR, "num_query_groups"), (f"{TENSOR}=2", "model.num_query_groups=1"), world_size=2),
     "indivisible batch": Case(
         ("train.global_batch_size", "micro_batch_size 8 x 2"), ("train.micro_batch_size=8",), world_size=2
     ),
-    "init_from missing": Case(
-        ("checkpoint.init_from", "{corpus}/elsewhere"), ("checkpoint.init_from={corpus}/elsewhere",)
-    ),
+    "init_from missing": Case(("checkpoint.init_from", "{corpus}/elsewhere"), ("checkpoint.init_from={corpus}/elsewhere",)),
     "init_from missing, 2 ranks": Case(
         ("checkpoint.init_from", "{corpus}/elsewhere"), ("checkpoint.init_from={corpus}/elsewhere",), world_size=2
     ),
@@ -94,9 +90,7 @@ def test_a_wrong_start_says_why_and_leaves_nothing(name: str, ranks: RankPool, t
 
 def test_all_problems_of_a_configuration_come_at_once(ranks: RankPool, config: Path, tmp_path: Path) -> None:
     settings = ["train.stpes=3", "optim.lr=-1", "parallel.tensor_model_parallel_size=0", "log.interval=often"]
-    results = ranks.run(
-        1, "megatron_synth.cli.main", ["train", str(config), *settings, "--run-dir", str(tmp_path / "run")]
-    )
+    results = ranks.run(1, "megatron_synth.cli.main", ["train", str(config), *settings, "--run-dir", str(tmp_path / "run")])
     _assert_one_error(results, ("4 problems", "train.stpes", "optim.lr", TENSOR, "log.interval"))
 
 
@@ -141,9 +135,7 @@ def test_init_from_another_model(ranks: RankPool, config: Path, trained: Callabl
     assert not run.parent.exists()
 
 
-def test_a_damaged_run_json_is_named(
-    ranks: RankPool, config: Path, trained: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_a_damaged_run_json_is_named(ranks: RankPool, config: Path, trained: Callable[..., Run], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained("dp2").path, run)
     (run / "run.json").write_text("{")

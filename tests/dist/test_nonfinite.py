@@ -26,7 +26,7 @@ def _arguments(config: Path, run: Path, layout: str, *settings: str) -> list[str
         ("tp2pp2", "gradient", 1),
         ("dp2", "loss", 1),
         ("dp2-plain", "gradient", 1),
-        ("dp2-overlap-both", "gradient", 0),
+        ("dp2-overlap-both", "loss", 0),
     ],
 )
 def test_a_step_that_is_not_finite_is_skipped_on_every_rank(

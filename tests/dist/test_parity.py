@@ -85,9 +85,7 @@ def test_initial_weights_are_bit_equal_in_every_layout(tied: bool, ranks: RankPo
     matrices = {name: values for name, values in expected.items() if np.ptp(values)}
     assert len(matrices) == (5 if tied else 6)
     # no two parameters, layers or halves of a matrix share their numbers
-    rows = [
-        row for values in matrices.values() for row in values.reshape(-1, values.shape[-1])[:, :32].round(7).tolist()
-    ]
+    rows = [row for values in matrices.values() for row in values.reshape(-1, values.shape[-1])[:, :32].round(7).tolist()]
     assert len({tuple(row) for row in rows}) == len(rows)
 
 

@@ -86,9 +86,7 @@ def test_resuming_an_interleaved_or_data_parallel_run_on_one_rank(
         assert_same_losses(read_metrics(run), reference.records, 1e-5)
 
 
-def test_another_batch_size_goes_on_with_the_next_samples(
-    trained: Callable[..., Run], train: Train, tmp_path: Path
-) -> None:
+def test_another_batch_size_goes_on_with_the_next_samples(trained: Callable[..., Run], train: Train, tmp_path: Path) -> None:
     reference = trained("single")
     run = rewound(reference.path, tmp_path / "run", HALF)
     steps = HALF + HALF // 2
@@ -277,9 +275,7 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoint_before(
     results = ranks.run(world_size, "tests.dist.jobs.train_with_a_full_disk_in_save", arguments, 2, target)
     assert [result.value for result in results] == [2] * world_size
     assert "".join(result.stderr for result in results).count("error:") == 1
-    assert (
-        results[0].stderr.startswith("error:") and "the checkpoint of step 10 could not be written" in results[0].stderr
-    )
+    assert results[0].stderr.startswith("error:") and "the checkpoint of step 10 could not be written" in results[0].stderr
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
     results = train(run, layout, interval)
     assert "resumed at step 5" in results[0].stdout

@@ -30,7 +30,10 @@ def prepared(folder: Path) -> list[str]:
     """Prepare the quickstart's data below `folder`; the settings that make a training run use it."""
     output = folder / "data"
     prepare(load_file(PrepareConfig, ROOT / "configs" / "data" / "quickstart.yaml", [f"output={output}"]))
-    names = {"sources": {"natural": "natural", "qa": "qa"}, "validation": {"natural": "natural-valid", "qa": "qa-valid", "unseen": "unseen"}}
+    names = {
+        "sources": {"natural": "natural", "qa": "qa"},
+        "validation": {"natural": "natural-valid", "qa": "qa-valid", "unseen": "unseen"},
+    }
     return [f"data.{part}.{name}.path={output / path}" for part, paths in names.items() for name, path in paths.items()]
 
 

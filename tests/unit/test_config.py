@@ -130,9 +130,7 @@ def test_one_base_by_two_ways_is_no_cycle_but_a_cycle_is_an_error(tmp_path: Path
         load_yaml(tmp_path / "both.yaml")
 
 
-def test_files_are_found_here_first_and_then_among_the_shipped_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_found_here_first_and_then_among_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = resolve("configs/train/quickstart.yaml")
     assert shipped == resolve("train/quickstart.yaml") and shipped.is_absolute()
@@ -263,8 +261,7 @@ def test_load_file_reports_mistakes_and_broken_rules_together(tmp_path: Path) ->
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel", ["tensor_model_parallel_size > 1"]),
         ("parallel.overlap_param_gather=true", "parallel.overlap_param_gather", ["overlap_grad_reduce: true"]),
         (
-            "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true "
-            "parallel.use_distributed_optimizer=false",
+            "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true parallel.use_distributed_optimizer=false",
             "parallel.overlap_param_gather",
             ["use_distributed_optimizer: true"],
         ),

@@ -27,7 +27,7 @@ def files(folder: str) -> list[str]:
 
 
 def test_every_folder_has_a_schema() -> None:
-    schemas = {"model", "data", "train"}
+    schemas = {"model", "data", "train", "bench"}
     assert {file.relative_to(CONFIGS).parts[0] for file in CONFIGS.rglob("*.yaml")} == schemas
 
 
@@ -46,7 +46,7 @@ def test_model_files_hold_one_sound_model_section(path: str) -> None:
     validate(Config, {**quickstart, "model": content["model"]}, path)
 
 
-@pytest.mark.parametrize("path", files("train"))
+@pytest.mark.parametrize("path", files("train") + files("bench"))
 def test_training_files_are_sound(path: str) -> None:
     load_file(Config, path)
 
@@ -61,11 +61,11 @@ def test_quickstart_runs_in_the_layout_that_make_uses(tmp_path: Path, monkeypatc
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     config = load_file(Config, "train/quickstart.yaml", layout)
     text = dry_run(config, 4)
-    assert "TP2 x PP2 x DP1 (SP), 4 ranks, 8 micro-batches" in text
-    assert "491,520 (120 steps x 16 sequences x 256)" in text
+    assert "TP2 x PP2 x DP1 (SP), 4 ranks, 4 micro-batches" in text
+    assert "614,400 (150 steps x 16 sequences x 256)" in text
     assert text.count("not prepared") == 5
     rows = [line.split() for line in text.splitlines() if line.split()[1:2] in (["2/3"], ["1/3"])]
-    assert [(row[0], row[2]) for row in rows] == [("natural", "327,680"), ("qa", "163,840")]
+    assert [(row[0], row[2]) for row in rows] == [("natural", "409,600"), ("qa", "204,800")]
 
 
 def test_dry_run_tells_sizes_cost_and_memory_once_the_vocabulary_is_known() -> None:
@@ -90,7 +90,8 @@ def write_source(prefix: Path, tokens: int) -> Path:
     return prefix
 
 
-def test_dry_run_tells_how_long_prepared_sources_last(tmp_path: Path) -> None:
+def test_dry_run_tells_how_long_prepared_sources_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the other sources are not prepared
     natural = write_source(tmp_path / "natural", 100 * 256 + 1)
     overrides = [f"data.sources.natural.path={natural}", "model.vocab_size=100", "train.steps=30", "train.seed=5"]
     config = load_file(Config, "train/quickstart.yaml", overrides)

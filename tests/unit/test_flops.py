@@ -90,9 +90,7 @@ def test_tiny_sizes_are_what_they_say(name: str) -> None:
     assert count_parameters(model, 4096).non_embedding == pytest.approx(nominal, rel=0.06)
 
 
-def run(
-    dtype: str = "bf16", tied: bool = False, distributed: bool = True, micro: int = 1, **parallel: int | bool
-) -> Config:
+def run(dtype: str = "bf16", tied: bool = False, distributed: bool = True, micro: int = 1, **parallel: int | bool) -> Config:
     model = LLAMA3_8B.model_copy(update={"share_embeddings_and_output_weights": tied}).model_dump()
     data = {
         "model": model,

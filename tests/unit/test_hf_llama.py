@@ -227,9 +227,7 @@ def test_wrong_weights_are_named() -> None:
     state = random_state(model, 256)
     other = dict(state)
     other["decoder.layers.2.mlp.experts.weight"] = other.pop("decoder.layers.2.mlp.linear_fc2.weight")
-    with pytest.raises(
-        UserError, match=r"decoder\.layers\.2\.mlp\.linear_fc2\.weight is missing\n.*experts.* not part"
-    ):
+    with pytest.raises(UserError, match=r"decoder\.layers\.2\.mlp\.linear_fc2\.weight is missing\n.*experts.* not part"):
         to_hf_state(other, model)
     hf = to_hf_state(state, model)
     hf["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(32, 32)

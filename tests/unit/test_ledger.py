@@ -52,9 +52,7 @@ def test_one_wrong_sample_is_found_and_named() -> None:
     ledger = new_ledger()
     ledger.add(np.repeat([0, 1, 2], [47, 33, 16]))
     ledger.merge(ledger.take_counts())
-    with pytest.raises(
-        LedgerMismatch, match=r"after 96 samples .*web: expected 48, found 47; qa: expected 32, found 33$"
-    ):
+    with pytest.raises(LedgerMismatch, match=r"after 96 samples .*web: expected 48, found 47; qa: expected 32, found 33$"):
         ledger.verify(PLAN, 96)
     with pytest.raises(AssertionError, match="source id 3 of 3"):
         ledger.add(np.array([3]))

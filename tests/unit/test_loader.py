@@ -120,9 +120,7 @@ def test_document_starts_come_when_asked_for() -> None:
 def test_a_batch_that_cannot_be_dealt_is_refused_before_reading() -> None:
     plan, sources = two_sources(16)
     loader = Loader(plan, sources, sequence_length=16, micro_batch_size=3, data_parallel_rank=0, data_parallel_size=2)
-    with pytest.raises(
-        UserError, match=r"global_batch_size 8 is not a multiple of .*_size 3 x 2 data-parallel ranks = 6"
-    ):
+    with pytest.raises(UserError, match=r"global_batch_size 8 is not a multiple of .*_size 3 x 2 data-parallel ranks = 6"):
         loader.micro_batches(0, 8)
 
 

@@ -40,9 +40,7 @@ def test_each_epoch_is_each_window_once_in_a_new_order(sources: list[tuple[int, 
 
 
 def test_locate_is_a_function_of_the_sample_alone() -> None:
-    plan = MixturePlan(
-        [spec("web", "0.67"), spec("qa", "0.2", 50), spec("books", "0.1", 3), spec("code", "0.03", 1)], 7
-    )
+    plan = MixturePlan([spec("web", "0.67"), spec("qa", "0.2", 50), spec("books", "0.1", 3), spec("code", "0.03", 1)], 7)
     ids, windows = plan.locate(np.arange(40_000))
     order = np.random.default_rng(0).permutation(40_000)
     for part in np.split(order, [1, 100, 20_000]):
@@ -109,9 +107,9 @@ def test_all_small_sources_are_named_with_numbers_and_the_advice_holds() -> None
     plan.check(longest)
     with pytest.raises(UserError):
         plan.check(longest + 1)
-    MixturePlan(
-        [spec("web", "0.7208", 10_000, 1.0), spec("qa", "0.2", 400, 2.5), spec("books", "0.0792", 99, 4.0)], 1
-    ).check(5000)
+    MixturePlan([spec("web", "0.7208", 10_000, 1.0), spec("qa", "0.2", 400, 2.5), spec("books", "0.0792", 99, 4.0)], 1).check(
+        5000
+    )
     MixturePlan([sources[0], spec("qa", "0.3", 400, 3.75), spec("books", "0.2", 99, 10.102)], 1).check(5000)
 
 

@@ -49,11 +49,7 @@ def test_every_planned_layout_adds_up_and_every_refusal_has_a_reason() -> None:
     for tensor, pipeline, virtual, batch, world in choices:
         wanted = config(tensor, pipeline, virtual, batch, 1)
         data, rest = divmod(world, tensor * pipeline)
-        possible = (
-            rest == 0
-            and batch % data == 0
-            and (virtual is None or (pipeline > 1 and batch // data % pipeline == 0))
-        )
+        possible = rest == 0 and batch % data == 0 and (virtual is None or (pipeline > 1 and batch // data % pipeline == 0))
         if not possible:
             with pytest.raises(ConfigError):
                 plan(wanted, world)

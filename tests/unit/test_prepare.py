@@ -396,9 +396,7 @@ def test_a_tokenizer_without_the_eod_token_names_those_that_it_has(make, tokeniz
         prepare(make(tokenizer={"path": str(tokenizer_path), "eod": "</s>"}))
 
 
-def test_a_tokenizer_from_the_hub_is_its_file_and_a_failure_says_what_to_do(
-    tmp_path, make, tokenizer_path, monkeypatch
-):
+def test_a_tokenizer_from_the_hub_is_its_file_and_a_failure_says_what_to_do(tmp_path, make, tokenizer_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tokenizer_path))

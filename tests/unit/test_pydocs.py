@@ -90,9 +90,7 @@ def test_natural_holds_sources_docstrings_and_topics(corpus):
 
     texts = {text for _, text in corpus["natural"]}
     assert inspect.getsource(textwrap) in texts
-    assert any(
-        text.startswith("json.loads(s, *, cls=None") and json.loads.__doc__.strip()[:40] in text for text in texts
-    )
+    assert any(text.startswith("json.loads(s, *, cls=None") and json.loads.__doc__.strip()[:40] in text for text in texts)
     assert any(key == "pydoc_data.topics.lambda" for key, _ in corpus["natural"])
 
 

@@ -112,9 +112,7 @@ def has_colour(image: np.ndarray, colour: str) -> bool:
 
 def test_a_long_run_with_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_run(tmp_path / "mix-67-20-10-3", 800, eval_every=100)
-    run = RunDir.create_or_open(
-        path, Config.model_validate(RunDir.open(path).read_config()), layout="TP4", world_size=8
-    )
+    run = RunDir.create_or_open(path, Config.model_validate(RunDir.open(path).read_config()), layout="TP4", world_size=8)
     run.record_resume(400)
     assert main([str(path)]) == 0
     assert capsys.readouterr().out.strip() == str(path / "report.png")

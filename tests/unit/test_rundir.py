@@ -52,9 +52,7 @@ def test_a_new_run_has_all_that_is_needed_to_resume_it(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{8}", info["id"]) and info["id"] == run.id
     assert info["digest"] == digest(config()) and info["device"] == "Test Chip"
     assert {"python", "torch", "megatron-core", "numpy", "megatron-synth"} <= set(info["versions"])
-    assert info["starts"] == [
-        {"time": info["created"], "layout": "TP1 PP1 DP2", "world_size": 2, "resumed_from_step": None}
-    ]
+    assert info["starts"] == [{"time": info["created"], "layout": "TP1 PP1 DP2", "world_size": 2, "resumed_from_step": None}]
     assert events(run) == [f"start 1 of run {run.id}: TP1 PP1 DP2, 2 ranks, Test Chip"]
     assert run.metrics == run.path / "metrics.jsonl" and run.checkpoints.is_dir() and run.name == "b"
 

@@ -185,6 +185,4 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path):
 def test_importing_the_store_needs_neither_torch_nor_datasets():
     code = "import sys, megatron_synth.data.prepare, megatron_synth.data.store as s; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not [
-        name for name in ("torch", "datasets", "pyarrow", "tokenizers", "megatron.core") if f"'{name}'" in loaded
-    ]
+    assert not [name for name in ("torch", "datasets", "pyarrow", "tokenizers", "megatron.core") if f"'{name}'" in loaded]

@@ -90,9 +90,7 @@ def test_wandb_that_cannot_start_is_the_users_to_mend(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"mode is online.*no API key configured.*offline or disabled"):
         Tracker.start(WandbConfig(mode="online"), tmp_path, "id", {})
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        UserError, match=r"mode is offline, but wandb cannot be imported.*set log\.wandb\.mode to disabled"
-    ):
+    with pytest.raises(UserError, match=r"mode is offline, but wandb cannot be imported.*set log\.wandb\.mode to disabled"):
         Tracker.start(OFFLINE, tmp_path, "id", {})
 
 

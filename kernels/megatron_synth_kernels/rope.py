@@ -1,0 +1,60 @@
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864), the kind that rotates halves."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(length: int, channels: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x base^(-2 i / D) for channels i and i + D/2, each [S, 1, 1, D].
+
+    Angles are computed in fp32 and rounded at the end, as in megatron-core and in Hugging Face's Llama.
+    """
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / base**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """The rotation by `sign` times the angle, [S, B, A, D] -> [S, B, A, D] in memory ordered [B, A, S, D]."""
+    sequence, batch, heads, channels = x.shape
+    half = channels // 2
+    # the order in memory that attention reads: a head's tokens one after the other
+    out = torch.empty((batch, heads, sequence, channels), dtype=x.dtype, device=x.device).permute(2, 0, 1, 3)
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # the inverse of a rotation is its transpose
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1), None, None
+
+
+def rotary(x: Tensor, base: float) -> Tensor:
+    """Rotate channels (i, i + D/2) of the token at position s by s x base^(-2 i / D), positions counted from 0.
+
+    Args:
+        x: [S, B, A, D]; any strides.
+        base: period base.
+
+    Returns:
+        [S, B, A, D], in memory ordered [B, A, S, D].
+    """
+    cos, sin = rotary_tables(x.shape[0], x.shape[-1], base, x.dtype, x.device)
+    return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
