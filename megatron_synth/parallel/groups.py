@@ -33,7 +33,7 @@ class Ranks:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def _import_engine() -> None:
+def import_engine() -> None:
     """Import megatron-core once, without its page on absent optional libraries: the kernel table says what is used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,13 +62,13 @@ def process_group(layout: Layout, seed: int) -> Iterator[Ranks]:
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        _import_engine()
+        import_engine()
     else:
         device = torch.device("cpu")
         from megatron_synth.parallel import cpu
 
         cpu.prepare()
-        _import_engine()
+        import_engine()
         cpu.connect()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

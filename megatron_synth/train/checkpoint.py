@@ -27,10 +27,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig
 from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.log import human
 from megatron_synth.parallel.wrap import whole_weights
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
@@ -134,7 +136,7 @@ def save(
 
     final = _write(root, state, trainer)
     if torch.distributed.get_rank() == 0:
-        _prune(root, keep_last, keep_every)
+        _prune(root, trainer.step, keep_last, keep_every)
     return final
 
 
@@ -156,18 +158,20 @@ def _write(root: Path, state: Callable[[], dict[str, Any]], trainer: TrainerStat
             write_json(temporary / _TRAINER, asdict(trainer))
             temporary.rename(final)
             write_atomic(root / _LATEST, final.name + "\n")
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         raise UserError(
-            f"{temporary}: the checkpoint of step {trainer.step} could not be written: {error}. Older checkpoints are "
-            "untouched. Make room or mend the path and start the same command again"
+            f"{temporary}: the checkpoint of step {trainer.step} could not be written: {error} "
+            f"({human(shutil.disk_usage(root.parent).free)} bytes are free there). Older checkpoints are untouched. Make room or "
+            "mend the path and start the same command again"
         ) from error
     torch.distributed.barrier()
     return final
 
 
-def _prune(root: Path, keep_last: int, keep_every: int | None) -> None:
+def _prune(root: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
     steps = sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if not path.suffix)
-    for step in steps[:-keep_last]:
+    # later ones are of a future that the run has left; they are replaced when it comes there again
+    for step in [step for step in steps if step <= newest][:-keep_last]:
         if keep_every is None or step % keep_every:
             shutil.rmtree(root / directory_of(step), ignore_errors=True)
 
@@ -281,7 +285,7 @@ def load(
         state = {name: {key: v for key, v in part.items() if not _is_extra(key)} for name, part in state.items()}
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (OSError, RuntimeError, CheckpointingException, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"{checkpoint}: cannot {what} from this checkpoint: {error}. If a file of it is damaged, remove the folder; "
             "the newest whole one before it is used then."

@@ -77,10 +77,8 @@ class Trainer:
 
         self.config, self.layout, self.data, self.ranks = config, layout, data, ranks
         self._checkpoint = checkpoint
-        self.run_dir = on_main(
-            ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
-        )
-        found = on_main(ranks, lambda: checkpoint.find(self.run_dir.path))
+        # all that can be refused is refused before the run directory is made or changed
+        found = on_main(ranks, lambda: checkpoint.find(run_path))
         saved = None
         if found is not None:
             saved = checkpoint.read_trainer(found)
@@ -88,7 +86,10 @@ class Trainer:
         weights = None
         if found is None and config.checkpoint.init_from is not None:
             weights = checkpoint.to_start_from(config, data.vocab_size)
-        on_main(ranks, self._check_disk)
+        on_main(ranks, lambda: self._check_disk(run_path))
+        self.run_dir = on_main(
+            ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
+        )
 
         self.chunks = wrap_ddp(build_model(config, data.vocab_size), config)
         self.optimizer = build_optimizer(self.chunks, config)
@@ -133,15 +134,16 @@ class Trainer:
             self.run_dir.name,
         )
 
-    def _check_disk(self) -> None:
+    def _check_disk(self, run_path: Path) -> None:
         """Refuse to start when not even one checkpoint will fit."""
         parameters = count_parameters(self.config.model, self.data.vocab_size).total
         # weights, fp32 master weights and Adam's two moments
         needed = parameters * ((2 if self.config.precision.dtype == "bf16" else 4) + 12)
-        free = shutil.disk_usage(self.run_dir.path).free
+        existing = next(folder for folder in [run_path, *run_path.resolve().parents] if folder.exists())
+        free = shutil.disk_usage(existing).free
         if free < needed:
             raise UserError(
-                f"{self.run_dir.path}: {human(free)} bytes free, but one checkpoint takes about {human(needed)}; make room "
+                f"{run_path}: {human(free)} bytes free, but one checkpoint takes about {human(needed)}; make room "
                 "or choose a run directory on another disk"
             )
 
@@ -157,7 +159,7 @@ class Trainer:
             began = time.perf_counter()
             batches = self._batches()
             loaded = time.perf_counter()
-            result = self.stepper.step(batches, len(self.data.plan.names), lr, stop.requested)
+            result = self.stepper.step(batches, len(self.data.plan.names), lr, lambda: stop.requested)
             ended = time.perf_counter()
             self.step += 1
             self.samples += train.global_batch_size

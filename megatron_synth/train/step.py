@@ -6,7 +6,7 @@ B sequences of a micro-batch, S tokens, K sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,8 +115,17 @@ class Stepper(Pipeline):
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
         self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else data_size
 
-    def step(self, batches: Sequence[TensorBatch], num_sources: int, lr: float, stop_requested: bool = False) -> StepResult:
-        """One optimizer step at learning rate `lr`. `stop_requested` of any rank reaches all in the result's `stop`."""
+    def step(
+        self,
+        batches: Sequence[TensorBatch],
+        num_sources: int,
+        lr: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """One optimizer step at learning rate `lr`.
+
+        `stop_requested` is asked when the gradients are there; any rank's yes reaches all in the result's `stop`.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -124,7 +133,7 @@ class Stepper(Pipeline):
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
-        norm, loss_is_finite, stop = self._agree(sums, stop_requested)
+        norm, loss_is_finite, stop = self._agree(sums, stop_requested())
         skipped = not (loss_is_finite and math.isfinite(norm))
         if not skipped:
             self._clip(norm)

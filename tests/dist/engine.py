@@ -13,9 +13,9 @@ with warnings.catch_warnings():
     import megatron_synth.train.loop
     import megatron_synth.train.main
     import megatron_synth.train.step  # noqa: F401
-    from megatron_synth.parallel.groups import _import_engine
+    from megatron_synth.parallel.groups import import_engine
 
-    _import_engine()
+    import_engine()
 
 gc.collect()
 gc.freeze()  # what is shared with the workers stays shared
