@@ -159,10 +159,10 @@ def _write(root: Path, state: Callable[[], dict[str, Any]], trainer: TrainerStat
             temporary.rename(final)
             write_atomic(root / _LATEST, final.name + "\n")
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        free = human(shutil.disk_usage(root.parent).free)
         raise UserError(
-            f"{temporary}: the checkpoint of step {trainer.step} could not be written: {error} "
-            f"({human(shutil.disk_usage(root.parent).free)} bytes are free there). Older checkpoints are untouched. Make room or "
-            "mend the path and start the same command again"
+            f"{temporary}: the checkpoint of step {trainer.step} could not be written: {error} ({free} bytes are free there). "
+            "Older checkpoints are untouched. Make room or mend the path and start the same command again"
         ) from error
     torch.distributed.barrier()
     return final
