@@ -62,10 +62,10 @@ def test_quickstart_runs_in_the_layout_that_make_uses(tmp_path: Path, monkeypatc
     config = load_file(Config, "train/quickstart.yaml", layout)
     text = dry_run(config, 4)
     assert "TP2 x PP2 x DP1 (SP), 4 ranks, 4 micro-batches" in text
-    assert "614,400 (150 steps x 16 sequences x 256)" in text
+    assert "491,520 (120 steps x 16 sequences x 256)" in text
     assert text.count("not prepared") == 5
     rows = [line.split() for line in text.splitlines() if line.split()[1:2] in (["2/3"], ["1/3"])]
-    assert [(row[0], row[2]) for row in rows] == [("natural", "409,600"), ("qa", "204,800")]
+    assert [(row[0], row[2]) for row in rows] == [("natural", "327,680"), ("qa", "163,840")]
 
 
 def test_dry_run_tells_sizes_cost_and_memory_once_the_vocabulary_is_known() -> None:
