@@ -9,7 +9,7 @@ RUN := runs/quickstart
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-dist test-gpu golden lint clean
+.PHONY: setup quickstart test test-dist test-gpu golden tables lint clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -31,6 +31,9 @@ test: lint
 
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist
+
+tables: setup
+	PYTHONPATH=.:kernels $(BIN)/python docs/tables.py
 
 golden: setup
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.golden.quickstart

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_dry_run_needs_no_torch(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_the_readme_lists_the_sizes_as_they_are() -> None:
+    spec = importlib.util.spec_from_file_location("tables", CONFIGS.parent / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert tables.replace(readme, "sizes", tables.sizes()) == readme, "run `python docs/tables.py sizes`"

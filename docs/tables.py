@@ -1,0 +1,91 @@
+"""Rewrites the tables of README.md and docs/benchmarks.md between their `<!-- table: NAME -->` marks.
+
+make tables                 # all of them: runs the CPU benchmark, reads runs/quickstart
+python docs/tables.py sizes # one of them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head; the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def sizes() -> str:
+    """Named model sizes, counted."""
+    from megatron_synth.config.load import load_yaml
+    from megatron_synth.config.schema import ModelConfig
+    from megatron_synth.core.flops import count_parameters
+    from megatron_synth.core.log import human
+
+    counted = []
+    for file in sorted((ROOT / "configs" / "model").glob("*.yaml")):
+        model = ModelConfig(**load_yaml(file)["model"])
+        counted.append((count_parameters(model, 50_000).non_embedding, model))
+    rows = [["configs/model/", "non-embedding parameters", "layers", "hidden", "MLP", "heads", "KV heads"]]
+    for parameters, model in sorted(counted, key=lambda entry: entry[0]):
+        shape = (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads, model.query_groups)
+        rows.append([f"`{model.name}`", human(parameters), *map(str, shape)])
+    return markdown(rows)
+
+
+def quickstart() -> str:
+    """What the quickstart's ledger and evaluation say."""
+    run = ROOT / "runs" / "quickstart"
+    if not (run / "eval.json").is_file():
+        sys.exit(f"{run}: run `make quickstart` first")
+    ledger, evaluation = (json.loads((run / name).read_text()) for name in ("ledger.json", "eval.json"))
+    info = json.loads((run / "run.json").read_text())
+    rows = [["source or domain", "ratio asked", "tokens delivered", "share", "validation loss", "bits/byte"]]
+    names = [*ledger["sources"], *(key.removeprefix("eval/loss/") for key in evaluation if key.startswith("eval/loss/"))]
+    for name in dict.fromkeys(names):
+        source = ledger["sources"].get(name)
+        delivered = (
+            [source["ratio"], f"{source['tokens']:,}", f"{source['share']:.6f}"] if source else ["not trained on", "0", ""]
+        )
+        loss, bpb = evaluation.get(f"eval/loss/{name}"), evaluation.get(f"eval/bpb/{name}")
+        rows.append([name, *delivered, *("" if value is None else f"{value:.3f}" for value in (loss, bpb))])
+    commit = (info["git"] or {}).get("commit", "no commit")[:10]
+    return f"{markdown(rows)}\n\n`make quickstart`, {info['device']} ({info['layout']}), {info['created'][:10]}, {commit}."
+
+
+def cpu_speed() -> str:
+    """The engine against plain loops on this machine, as `bench train` prints it."""
+    command = [sys.executable, "-m", "megatron_synth", "bench", "train", "--vs", "hf,plain"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    return "\n".join(line for line in lines if line.startswith(("- ", "|")) or not line).strip()
+
+
+TABLES: dict[str, Callable[[], str]] = {"sizes": sizes, "quickstart": quickstart, "cpu-speed": cpu_speed}
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """`text` with the table between the marks of `name` replaced."""
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+
+
+def main(names: list[str]) -> None:
+    """Rewrite the named tables wherever they stand."""
+    for name in names or TABLES:
+        table = TABLES[name]()
+        for document in DOCUMENTS:
+            text = document.read_text()
+            document.write_text(replace(text, name, table))
+        print(f"{name}: {len(table.splitlines())} lines")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""What only a GPU can show: `make test-gpu` on a machine with one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_synth.train import metrics
+from tests.support import ROOT, read_ledger, read_metrics, write_config, write_corpus
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _device() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    return write_config(folder / "base.yaml", write_corpus(folder / "corpus"))
+
+
+def train(config: Path, run: Path, *settings: str, gpu: bool = True) -> Path:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "megatron_synth", "train", str(config), *settings, "--run-dir", str(run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_losses_are_those_of_the_cpu(config: Path, tmp_path: Path) -> None:
+    """The same seed, fp32 without TF32: another device is another rounding, not another run."""
+    gpu = read_metrics(train(config, tmp_path / "gpu"))
+    cpu = read_metrics(train(config, tmp_path / "cpu", gpu=False))
+    for name, tolerance in ((metrics.LOSS, 1e-4), (metrics.GRAD_NORM, 1e-3)):
+        assert [record[name] for record in gpu] == pytest.approx([record[name] for record in cpu], rel=tolerance), name
+    assert read_ledger(tmp_path / "gpu") == read_ledger(tmp_path / "cpu")
+
+
+def test_same_seed_same_losses(config: Path, tmp_path: Path) -> None:
+    first, second = (read_metrics(train(config, tmp_path / name)) for name in ("a", "b"))
+    assert [record[metrics.LOSS] for record in first] == pytest.approx([record[metrics.LOSS] for record in second], rel=1e-6)
+
+
+def test_bf16_trains_and_resumes(config: Path, tmp_path: Path) -> None:
+    run = train(config, tmp_path / "run", "precision.dtype=bf16", "optim.schedule=constant")
+    losses = [record[metrics.LOSS] for record in read_metrics(run)]
+    assert losses[-1] < losses[0] - 0.05
+    train(config, run, "precision.dtype=bf16", "optim.schedule=constant", "train.steps=25")
+    records = read_metrics(run)
+    assert [record[metrics.STEP] for record in records] == list(range(1, 26))
+    assert records[-1][metrics.PEAK_GIB] > 0
