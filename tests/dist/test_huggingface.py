@@ -92,9 +92,7 @@ def train_llama(model: Any, config: Config) -> list[float]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_of_adamw(
-    ranks: RankPool, trained: Callable[..., Run], config: Path, tmp_path: Path, variant: str
-) -> None:
+def test_ten_steps_of_adamw(ranks: RankPool, trained: Callable[..., Run], config: Path, tmp_path: Path, variant: str) -> None:
     settings = VARIANTS[variant]
     ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), list(settings), str(tmp_path / "hf"))
     layout = {"grouped-query": "tp2pp2", "multi-head": "single", "tied": "tp2pp2", "multi-head-tied": "pp2vp2"}[variant]
