@@ -1,7 +1,6 @@
 """Rewrites the tables of README.md and docs/benchmarks.md between their `<!-- table: NAME -->` marks.
 
-make tables                 # all of them: runs the CPU benchmark, reads runs/quickstart
-python docs/tables.py sizes # one of them
+`make tables` rewrites all of them: it runs the CPU benchmark and reads runs/quickstart. `python docs/tables.py sizes` does one.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ def quickstart() -> str:
     names = [*ledger["sources"], *(key.removeprefix("eval/loss/") for key in evaluation if key.startswith("eval/loss/"))]
     for name in dict.fromkeys(names):
         source = ledger["sources"].get(name)
-        delivered = (
-            [source["ratio"], f"{source['tokens']:,}", f"{source['share']:.6f}"] if source else ["not trained on", "0", ""]
-        )
+        delivered = ["not trained on", "0", ""]
+        if source is not None:
+            delivered = [source["ratio"], f"{source['tokens']:,}", f"{source['share']:.6f}"]
         loss, bpb = evaluation.get(f"eval/loss/{name}"), evaluation.get(f"eval/bpb/{name}")
         rows.append([name, *delivered, *("" if value is None else f"{value:.3f}" for value in (loss, bpb))])
     commit = (info["git"] or {}).get("commit", "no commit")[:10]

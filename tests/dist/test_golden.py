@@ -13,9 +13,9 @@ from tests.dist.pool import RankPool
 from tests.golden import quickstart
 from tests.support import LAYOUTS
 
-# Relative. Rounding differs between layouts and between processors, and Adam's first steps, which move every weight by the
-# sign of its gradient, magnify it in gradients near zero: at this learning rate norms differ by 3e-5, losses by far less.
-TOLERANCE = {metrics.LOSS: 1e-5, metrics.GRAD_NORM: 1e-4}
+# Relative. Rounding differs between layouts and between processors. Gradient norms are compared in test_parity.py, at a learning
+# rate that does not magnify rounding as the quickstart's does (to 1e-4 of a norm within 20 steps).
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,12 @@ def test_golden_losses(single: list[dict[str, Any]], settings: list[str]) -> Non
     golden = json.loads(quickstart.FILE.read_text())
     if golden["data"] != quickstart.data_digest(settings):
         pytest.skip(f"the golden losses are those of Python {golden['python']}'s standard library, this one's text differs")
-    for name, key in ((metrics.LOSS, "loss"), (metrics.GRAD_NORM, "grad_norm")):
-        assert [record[name] for record in single] == pytest.approx(golden[key], rel=TOLERANCE[name]), name
+    assert [record[metrics.LOSS] for record in single] == pytest.approx(golden["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2vp2", "dp2", "tp2pp2"])
 def test_layouts(ranks: RankPool, single: list[dict[str, Any]], settings: list[str], tmp_path: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     records = quickstart.first_steps(ranks, world_size, [*settings, *parallel], tmp_path / layout)
-    for name, tolerance in TOLERANCE.items():
-        expected = [record[name] for record in single]
-        assert [record[name] for record in records] == pytest.approx(expected, rel=tolerance), name
+    expected = [record[metrics.LOSS] for record in single]
+    assert [record[metrics.LOSS] for record in records] == pytest.approx(expected, rel=TOLERANCE)

@@ -63,7 +63,6 @@ def regenerate() -> None:
             "python": platform.python_version(),
             "data": data_digest(settings),
             "loss": [record[metrics.LOSS] for record in records],
-            "grad_norm": [record[metrics.GRAD_NORM] for record in records],
         }
     FILE.write_text(json.dumps(golden, indent=1) + "\n")
     ranks.close()
