@@ -43,6 +43,7 @@ test-gpu: setup
 
 lint: setup
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 

@@ -7,6 +7,8 @@
 set -uo pipefail
 ranks=${1:?usage: local.sh RANKS CONFIG [a.b=c ...] [--run-dir DIR]}
 shift
+# in half a second, and with the exit code that torchrun would turn into 1
+python -m megatron_synth train "$@" --dry-run --world-size "$ranks" >/dev/null || exit $?
 stopping=0
 torchrun --standalone --nproc-per-node "$ranks" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" \

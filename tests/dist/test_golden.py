@@ -13,8 +13,8 @@ from tests.dist.pool import RankPool
 from tests.golden import quickstart
 from tests.support import LAYOUTS
 
-# Relative. Rounding differs between layouts and between processors. Gradient norms are compared in test_parity.py, at a learning
-# rate that does not magnify rounding as the quickstart's does (to 1e-4 of a norm within 20 steps).
+# Relative. Rounding differs between layouts and between processors. Gradient norms are compared in test_parity.py, at a
+# learning rate that does not magnify rounding as the quickstart's does (to 1e-4 of a norm within 20 steps).
 TOLERANCE = 1e-5
 
 

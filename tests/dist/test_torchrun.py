@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,15 +14,19 @@ from tests.dist.conftest import Run
 from tests.support import ROOT, assert_same_losses, checkpoint_names, read_metrics
 
 
-def _start(*command: str) -> subprocess.CompletedProcess[str]:
+def _environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {
+    return environment | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def _start(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], env=_environment(), capture_output=True, text=True, timeout=240)
 
 
 def _torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,3 +67,34 @@ def test_a_single_process_needs_no_launcher(config: Path, trained: Callable[...,
     assert (result.returncode, result.stderr) == (0, "")
     records = [{k: v for k, v in record.items() if not k.startswith("eval/")} for record in read_metrics(run)]
     assert_same_losses(records, trained("single").records[:3], 0)
+
+
+def test_the_launch_script_stops_and_resumes(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("optim.schedule=constant", "checkpoint.interval=null", "log.interval=1")
+    script = [str(ROOT / "launch" / "local.sh"), "2", str(config), *settings, "--run-dir", str(run)]
+    with subprocess.Popen(
+        [*script, "train.steps=400", "data.sources.web.max_epochs=.inf", "data.sources.qa.max_epochs=.inf"],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/400"):
+                process.send_signal(signal.SIGUSR1)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=120) == 75, rest
+    records = read_metrics(run)
+    stopped = int(records[-1]["step"])
+    assert 3 <= stopped < 400 and checkpoint_names(run) == [f"step_{stopped:08d}"]
+    wrong = subprocess.run([*script, "train.global_batch_size=6"], env=_environment(), capture_output=True, text=True)
+    assert wrong.returncode == 2 and "train.global_batch_size" in wrong.stderr
+    endless = ("data.sources.web.max_epochs=.inf", "data.sources.qa.max_epochs=.inf")
+    again = subprocess.run(
+        [*script, f"train.steps={stopped + 2}", *endless], env=_environment(), capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, stopped + 3))
