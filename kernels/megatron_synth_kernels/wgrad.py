@@ -20,7 +20,7 @@ def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_
     if inputs.dtype == main_grad.dtype:
         main_grad.addmm_(grad_output.t(), inputs)
     elif inputs.is_cuda:
-        torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+        torch.ops.aten.addmm.dtype_out(main_grad, grad_output.t(), inputs, main_grad.dtype, out=main_grad)
     else:  # CPU has no product of bf16 operands into fp32; the fp32 sum keeps the accumulation exact
         main_grad.add_(torch.mm(grad_output.t(), inputs))
 

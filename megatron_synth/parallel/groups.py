@@ -60,6 +60,9 @@ def process_group(layout: Layout, seed: int) -> Iterator[Ranks]:
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # one hardware queue, so that a layer's all-gather or reduce-scatter starts before the product it overlaps with
+        if layout.tensor > 1:
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         import_engine()
