@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_synth.config.schema import PositiveInt, Ratio, Section
+from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Ratio, Section
 
 Kind = Literal["natural", "rephrased", "qa", "textbook", "other"]
 Split = Literal["train", "validation"]
@@ -103,6 +103,12 @@ class TokenizerConfig(Section):
         return self
 
 
+class Shuffle(Section):
+    """The order of the documents within each source: at random, all of them."""
+
+    seed: NonNegativeInt
+
+
 class PrepareConfig(Section):
     """What to prepare. Paths are relative to the working directory."""
 
@@ -114,6 +120,8 @@ class PrepareConfig(Section):
     """Sources by name, which is also the name of the folder."""
     shard_tokens: PositiveInt = 2**30
     """Tokens per shard at most; a longer document gets a shard of its own."""
+    shuffle: Shuffle | None = None
+    """Shuffle the documents of each source; none keeps the order of the input. Needs disk space for the tokens twice."""
     dtype: Literal["auto", "uint16", "int32"] = "auto"
     """Type of stored tokens. auto: uint16 for vocabularies below 65500, as Megatron does, else int32."""
 

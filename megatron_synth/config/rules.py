@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from megatron_synth.config.errors import Problem
@@ -81,11 +81,13 @@ def _parallel(config: Config) -> Iterator[Problem]:
 
 def _data(config: Config) -> Iterator[Problem]:
     data = config.data
-    total = sum((source.ratio for source in data.sources.values()), Fraction(0))
-    if total != 1:
-        parts = " + ".join(f"{name} {source.ratio}" for name, source in data.sources.items())
-        decimal = "" if total.denominator == 1 else f" ({float(total):.10g})"
-        yield Problem("data.sources", f"the ratios must sum to exactly 1, but {parts} = {total}{decimal}")
+    if data.phases:
+        yield from _phases(config)
+    else:
+        missing = [name for name, source in data.sources.items() if source.ratio is None]
+        yield from (Problem(f"data.sources.{name}.ratio", "required, but not set") for name in missing)
+        if not missing:
+            yield from _whole("data.sources", {name: source.ratio or Fraction(0) for name, source in data.sources.items()})
     for section, names in (("sources", data.sources), ("validation", data.validation)):
         for name in names:
             if not _NAME.fullmatch(name):
@@ -96,6 +98,55 @@ def _data(config: Config) -> Iterator[Problem]:
         nearest = nearest_multiples(train.global_batch_size, train.micro_batch_size)
         message = f"{train.global_batch_size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"
         yield Problem("train.global_batch_size", f"{message}; nearest: {nearest}")
+
+
+def _whole(path: str, ratios: Mapping[str, Fraction]) -> Iterator[Problem]:
+    total = sum(ratios.values(), Fraction(0))
+    if total != 1:
+        parts = " + ".join(f"{name} {ratio}" for name, ratio in ratios.items())
+        decimal = "" if total.denominator == 1 else f" ({float(total):.10g})"
+        yield Problem(path, f"the ratios must sum to exactly 1, but {parts} = {total}{decimal}")
+
+
+def _phases(config: Config) -> Iterator[Problem]:
+    data, last = config.data, len(config.data.phases) - 1
+    before: int | None = 0
+    for number, (phase, end) in enumerate(zip(data.phases, data.phase_ends, strict=True)):
+        path = f"data.phases.{number}"
+        if phase.tokens is not None and phase.until is not None:
+            yield Problem(path, "has both `tokens` (its length) and `until` (its end); keep one of them")
+        elif end is None and number < last and before is not None:
+            yield Problem(path, "needs `tokens` or `until`: only the last phase may have no end")
+        elif end is not None and before is not None and end <= before:
+            yield Problem(f"{path}.until", f"{end} is not after the end of the phase before, {before}; both since the start")
+        before = end
+        if phase.ratios is not None and phase.ramp is not None:
+            yield Problem(path, "has both `ratios` and `ramp`; keep one of them")
+        elif phase.ramp is not None:
+            if end is None:
+                yield Problem(path, "a ramp needs an end: set `tokens` or `until`")
+            for key, ratios in (("from", phase.ramp.start), ("to", phase.ramp.end)):
+                yield from _shares(config, f"{path}.ramp.{key}", ratios)
+        elif phase.ratios is not None:
+            yield from _shares(config, f"{path}.ratios", phase.ratios)
+    rest = [number for number, phase in enumerate(data.phases) if phase.ratios is None and phase.ramp is None]
+    stated = [name for name, source in data.sources.items() if source.ratio is not None]
+    if rest and stated:
+        yield from _whole("data.sources", data.phase_ratios(data.phases[rest[0]]))
+    elif rest:
+        message = "has neither `ratios` nor `ramp`, and data.sources has no ratios to take instead"
+        yield from (Problem(f"data.phases.{number}", message) for number in rest)
+    else:
+        message = "has no effect: every phase of data.phases has its own ratios; set it to null"
+        yield from (Problem(f"data.sources.{name}.ratio", message) for name in stated)
+
+
+def _shares(config: Config, path: str, ratios: Mapping[str, Fraction]) -> Iterator[Problem]:
+    known = list(config.data.sources)
+    for name in ratios:
+        if name not in known:
+            yield Problem(f"{path}.{name}", f"no source of data.sources has this name; known: {', '.join(known)}")
+    yield from _whole(path, ratios)
 
 
 def _schedule(config: Config) -> Iterator[Problem]:

@@ -133,10 +133,13 @@ class SourceConfig(Section):
 
     path: str
     """A prepared source: the folder of its manifest.json, or the prefix of a Megatron .bin/.idx pair."""
-    ratio: Ratio
-    """Share of the training samples: `1/3`, `0.337`. Exact; all ratios sum to 1."""
+    ratio: Ratio | None = None
+    """Share of the training samples: `1/3`, `0.337`. Exact; all ratios sum to 1. Required unless data.phases says it."""
     max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """How often the source may be seen; `.inf` for any number. A run that needs more is refused before training."""
+    unique_tokens: PositiveInt | None = None
+    """Use only so many tokens of the source, in whole windows chosen by the data seed; a smaller number chooses a part of
+    what a larger one does. Epochs are then passes over these. Default: all."""
 
 
 class ValidationConfig(Section):
@@ -146,17 +149,59 @@ class ValidationConfig(Section):
     """A prepared source, as for training."""
 
 
+class RampConfig(Section):
+    """A straight line from one mixture to another, in blocks of fixed ratios."""
+
+    start: dict[str, Ratio] = Field(alias="from", min_length=1)
+    """Shares at the start, by source; a source that is not named has none. They sum to 1."""
+    end: dict[str, Ratio] = Field(alias="to", min_length=1)
+    """Shares at the end."""
+    blocks: PositiveInt = 100
+    """Steps of the line; each has the exact ratios of the line at its middle."""
+
+
+class PhaseConfig(Section):
+    """A part of the run with a mixture of its own."""
+
+    tokens: PositiveInt | None = None
+    """Length. Ends are rounded to the nearest whole sample."""
+    until: PositiveInt | None = None
+    """End, in tokens since the run began, instead of `tokens`. The last phase may have neither: it does not end."""
+    ratios: dict[str, Ratio] | None = Field(default=None, min_length=1)
+    """Share of each source; a source that is not named has none. Default: the ratios in data.sources."""
+    ramp: RampConfig | None = None
+    """Change of the shares along a straight line, instead of `ratios`."""
+
+
 class DataConfig(Section):
     """The mixture and the validation domains."""
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """Training sources by name."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Mixtures that follow each other. Default: one, with the ratios in `sources`."""
     validation: dict[str, ValidationConfig] = {}
     """Validation domains by name."""
     seed: int | None = None
     """Seed of the data order. Default: train.seed."""
     tokenizer: str | None = None
     """tokenizer.json for sources without a manifest. Default: the one that the manifests name."""
+
+    @property
+    def phase_ends(self) -> tuple[int | None, ...]:
+        """End of each phase in tokens since the run began; None: it has no end."""
+        ends: list[int | None] = []
+        for phase in self.phases:
+            before = ends[-1] if ends else 0
+            after = None if phase.tokens is None or before is None else before + phase.tokens
+            ends.append(phase.until if phase.until is not None else after)
+        return tuple(ends)
+
+    def phase_ratios(self, phase: PhaseConfig) -> dict[str, Fraction]:
+        """Fixed shares of a phase by source, after the default."""
+        if phase.ratios is not None:
+            return phase.ratios
+        return {name: source.ratio or Fraction(0) for name, source in self.sources.items()}
 
 
 class TrainConfig(Section):

@@ -178,6 +178,9 @@ def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
     elif origin in (dict, Mapping):
         for section, _ in _sections(arguments[1]):
             yield section, True
+    elif origin is tuple:  # the place in the list is a free name
+        for section, _ in _sections(arguments[0]):
+            yield section, True
 
 
 def _salvage(model_class: type[Model], data: dict[str, Any], errors: list[Any]) -> Model | None:

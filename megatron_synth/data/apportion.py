@@ -50,12 +50,16 @@ from megatron_synth.config.errors import UserError
 
 Int64 = npt.NDArray[np.int64]
 
-SEGMENT_LENGTH = 1 << 20
-"""Samples per table. Ratios with a common denominator up to this (six decimal digits) need one table for ever."""
+SEGMENT_LENGTH = 1 << 11
+"""Samples per table: some milliseconds."""
 MAX_DENOMINATOR = 10**9
 """Largest denominator of one ratio: bounds every product in a table below 2**63."""
 MAX_SOURCES = 256
-_TABLES_KEPT = 2
+_TABLES_KEPT = 1 << 10  # together 2 million samples and 30 MB: all of ratios with up to six decimal digits
+_MARK_EVERY = 1 << 8  # tables, half a million samples
+_SMALL_PERIOD = 1 << 14
+_LOOK_LENGTH, _LOOK_BACK = 1 << 11, 1 << 15  # steps searched at once and at most for one without a choice
+_MAX_SEGMENT_LENGTH = 1 << 20  # with 2 x MAX_SOURCES x MAX_DENOMINATOR a number below 2**63
 _SAMPLES_LIMIT = 1 << 62
 
 
@@ -78,15 +82,17 @@ class _Segment:
 class Apportionment:
     """The sequence of sources for fixed ratios: sample n -> (source, occurrence), and prefix -> counts.
 
-    Tables are built on first use, `SEGMENT_LENGTH` samples at a time (under a second and 15 MB each), and the last two
-    are kept. With a common denominator M up to `SEGMENT_LENGTH` there is one. With a larger one, sample n (modulo M)
-    needs the segments before it built once, in order; of those only K counts each are kept.
+    Tables are built on first use, `SEGMENT_LENGTH` samples at a time, and the last thousand are kept. A table begins with
+    the counts at its first sample. They follow from the last step before it at which the bound leaves one choice:
+    where the smallest counts that it allows, ceil(n r_j - 1 + e), or the largest sum to n. With few sources such a step
+    is near, and any sample is found in milliseconds; with many it is rare, and with a common denominator M beyond
+    10^5 sample n (modulo M) needs what comes before it built once, in order: about a second per million.
     """
 
     def __init__(self, ratios: Sequence[Fraction], *, segment_length: int = SEGMENT_LENGTH):
         """ratios: [K], each in [0, 1], together 1 (else UserError). A source with ratio 0 never comes."""
-        assert segment_length <= SEGMENT_LENGTH
-        _check_ratios(ratios)
+        assert segment_length <= _MAX_SEGMENT_LENGTH
+        check_ratios(ratios)
         self.ratios = tuple(ratios)
         self._active = [source for source, ratio in enumerate(ratios) if ratio > 0]
         # 1 / e; a single source (e = 1) has windows of one step
@@ -98,7 +104,8 @@ class Apportionment:
         self._per_period = np.array([0 if endless else int(ratio * self.period) for ratio in ratios], dtype=np.int64)
         self._segment_length = segment_length
         # written once per key, with a value that depends on the key alone: threads may share the object
-        self._starts: dict[int, Int64] = {0: np.zeros(len(ratios), dtype=np.int64)}
+        self._marks: dict[int, Int64] = {0: np.zeros(len(ratios), dtype=np.int64)}
+        """Counts before some segments, kept for good."""
         self._segments: dict[int, _Segment] = {}
 
     @property
@@ -132,33 +139,67 @@ class Apportionment:
         """int64 [K]: samples of each source among the first `samples`."""
         assert samples >= 0
         periods, position = divmod(samples, self._reachable)
+        if position == 0:  # whole periods need no table
+            return periods * self._per_period
         segment = self._segment(position // self._segment_length)
         inside = position % self._segment_length
         within = [np.searchsorted(positions, inside) for positions in segment.positions]
         counts: Int64 = periods * self._per_period + segment.counts_before + np.array(within, dtype=np.int64)
         return counts
 
-    def _segment(self, number: int) -> _Segment:
-        """Segment `number` of the period, built after those before it have been."""
-        for missing in range(len(self._starts) - 1, number):
-            self._load(missing)
-        return self._load(number)
-
-    def _load(self, number: int) -> _Segment:
+    def _segment(self, number: int, before: Int64 | None = None) -> _Segment:
+        """Segment `number` of the period; before: [K] counts at its start, if they are known."""
         segment = self._segments.get(number)
         if segment is None:
-            segment = self._build(number)
-            self._starts[number + 1] = segment.counts_after
+            first = number * self._segment_length
+            length = min(self._segment_length, self._reachable - first)
+            segment = self._build(first, length, self._start(number) if before is None else before)
             self._segments[number] = segment
             for oldest in list(self._segments)[:-_TABLES_KEPT]:
                 self._segments.pop(oldest, None)
+            if number % _MARK_EVERY == 0:
+                self._marks[number] = segment.counts_before
         return segment
 
-    def _build(self, number: int) -> _Segment:
-        """Earliest deadline first over one segment, from the counts at its start."""
-        first = number * self._segment_length
-        length = min(self._segment_length, self._reachable - first)
-        before = self._starts[number]
+    def _start(self, number: int) -> Int64:
+        """[K] counts before segment `number`: from the one before it, from a step without a choice, or in order."""
+        previous = self._segments.get(number - 1)
+        if previous is not None:
+            return previous.counts_after
+        first, nearest = number * self._segment_length, max(mark for mark in list(self._marks) if mark <= number)
+        for begin in range(0, min(_LOOK_BACK, (first - nearest * self._segment_length) // 2), _LOOK_LENGTH):
+            found = self._forced(first - begin)
+            if found is not None:
+                step, counts = found
+                return self._build(step, first - step, counts).counts_after if step < first else counts
+        counts = self._marks[nearest]
+        for missing in range(nearest, number):
+            counts = self._segment(missing, counts).counts_after
+        return counts
+
+    def _forced(self, last: int) -> tuple[int, Int64] | None:
+        """The latest of the steps up to `last` after which the counts can be no others, and these counts.
+
+        Looks at `_LOOK_LENGTH` steps. Python integers move the origin to `last`; what is left stays below 2**63.
+        """
+        back = np.arange(min(_LOOK_LENGTH, last + 1), dtype=np.int64)
+        smallest, largest = [np.zeros((len(self.ratios), len(back)), dtype=np.int64) for _ in range(2)]
+        # counts relative to the whole part at `last`, so that sums stay small
+        whole = [int(last * ratio) for ratio in self.ratios]
+        for source in self._active:
+            p, d, q = self.ratios[source].numerator, self.ratios[source].denominator, self._inverse_slack
+            origin = (last * p - whole[source] * d) * q
+            smallest[source] = -((d * (q - 1) - origin + back * (p * q)) // (d * q))
+            largest[source] = (origin + d * (q - 1) - back * (p * q)) // (d * q)
+        for counts in (smallest, largest):
+            hits = np.flatnonzero(counts.sum(axis=0) + back == last - sum(whole))
+            if hits.size:
+                step = int(hits[0])
+                return last - step, counts[:, step] + np.array(whole, dtype=np.int64)
+        return None
+
+    def _build(self, first: int, length: int, before: Int64) -> _Segment:
+        """Earliest deadline first over the `length` samples after the first `first`, from the counts at their start."""
         windows = [self._windows(source, first, length, int(before[source])) for source in self._active]
         release = np.concatenate([opens for opens, _ in windows])
         deadline = np.concatenate([closes for _, closes in windows])
@@ -194,9 +235,19 @@ class Apportionment:
         return -(-opens // (q * p)), closes // (q * p) + 1
 
 
-@functools.lru_cache(maxsize=8)
 def apportionment(ratios: tuple[Fraction, ...]) -> Apportionment:
-    """The sequence for these ratios; one object, with its tables, per set of ratios."""
+    """The sequence for these ratios; one object, with its tables, per set of ratios, while it is among the last used."""
+    small = math.lcm(*(ratio.denominator for ratio in ratios)) <= _SMALL_PERIOD
+    return _small(ratios) if small else _large(ratios)
+
+
+@functools.lru_cache(maxsize=256)
+def _small(ratios: tuple[Fraction, ...]) -> Apportionment:
+    return Apportionment(ratios)
+
+
+@functools.lru_cache(maxsize=8)
+def _large(ratios: tuple[Fraction, ...]) -> Apportionment:
     return Apportionment(ratios)
 
 
@@ -215,7 +266,8 @@ def _earliest_deadline_first(release: Int64, job: Int64, length: int) -> npt.NDA
     return (np.array(chosen, dtype=np.int64) % MAX_SOURCES).astype(np.uint16)
 
 
-def _check_ratios(ratios: Sequence[Fraction]) -> None:
+def check_ratios(ratios: Sequence[Fraction]) -> None:
+    """Refuse (UserError) what is not the ratios of a mixture: each in [0, 1], together exactly 1, of sane size."""
     if not 1 <= len(ratios) <= MAX_SOURCES:
         raise UserError(f"a mixture has 1 to {MAX_SOURCES} sources, this one has {len(ratios)}")
     for ratio in ratios:

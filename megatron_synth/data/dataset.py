@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loader import validation_windows
 from megatron_synth.data.manifest import TokenizerInfo
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.phases import phases_of
 from megatron_synth.data.store import Source, check_compatible, open_source
 
 
@@ -32,6 +37,16 @@ class RunData:
     """tokenizer.json, where it is known."""
     digest: str
     """Of all that decides which tokens sample n holds: the plan, the sequence length, the sources' content."""
+    sequence_length: int
+
+    def prefix_digest(self, samples: int) -> str:
+        """Of all that decides which tokens the first `samples` samples hold.
+
+        Unlike `digest` it is the same for a mixture that changes only after them: a run may go on with such a one.
+        """
+        used = self.plan.prefix_names(samples)
+        content = {source.name: _content(source) for source in self.sources if source.name in used}
+        return _hash([self.plan.prefix_digest(samples), self.sequence_length, content])
 
 
 def open_data(config: Config) -> RunData:
@@ -50,20 +65,14 @@ def open_data(config: Config) -> RunData:
             "model.vocab_size: not set, and no source has a manifest.json that names its tokenizer; set it to the "
             "tokenizer's number of tokens"
         )
-    plan = MixturePlan(
-        [
-            SourceSpec(name, entry.ratio, source.num_windows(sequence), entry.max_epochs)
-            for (name, entry), source in zip(config.data.sources.items(), sources, strict=True)
-        ],
-        config.data_seed,
-    )
+    plan = plan_of(config, {source.name: source.num_windows(sequence) for source in sources})
     plan.check(config.train.steps * config.train.global_batch_size, sequence)
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
     digest = _digest(plan, sequence, sources)
-    return RunData(plan, sources, validation, vocab_size, info.eod_id if info else None, tokenizer, digest)
+    return RunData(plan, sources, validation, vocab_size, info.eod_id if info else None, tokenizer, digest, sequence)
 
 
 def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:
@@ -83,8 +92,32 @@ def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:
     return asked or info.vocab_size
 
 
+def plan_of(config: Config, num_windows: Mapping[str, int | None]) -> MixturePlan:
+    """The order of the samples of a configuration.
+
+    num_windows: of each source, by name; None for one that is not prepared yet. Which samples such a one gets follows
+    from the ratios alone: one window, as often as needed, stands for it.
+    """
+    sequence = config.train.sequence_length
+    specs = []
+    for name, entry in config.data.sources.items():
+        windows, ratio = num_windows[name], entry.ratio or Fraction(0)
+        if windows is None:
+            specs.append(SourceSpec(name, ratio, 1, math.inf))
+        else:
+            unique = None if entry.unique_tokens is None else entry.unique_tokens // sequence
+            specs.append(SourceSpec(name, ratio, windows, entry.max_epochs, unique))
+    return MixturePlan(specs, config.data_seed, phases_of(config.data, sequence))
+
+
 def _digest(plan: MixturePlan, sequence_length: int, sources: tuple[Source, ...]) -> str:
+    return _hash([plan.digest(), sequence_length, [_content(source) for source in sources]])
+
+
+def _content(source: Source) -> str | int:
     # a bare shard pair has no checksum: its size stands for it
-    content = [source.manifest.digest() if source.manifest else source.num_tokens for source in sources]
-    text = json.dumps([plan.digest(), sequence_length, content])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return source.manifest.digest() if source.manifest else source.num_tokens
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -12,8 +12,8 @@ import io
 import json
 import platform
 import zlib
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -106,39 +106,79 @@ def read_documents(name: str, source: PrepareSource) -> Iterator[Document]:
     elif source.hf is not None:
         documents = (Document(text, text) for text in _hub_texts(name, source))
     else:
-        documents = (Document(text, text) for file in input_files(name, source) for text in _file_texts(file, source))
+        documents = (Document(text, text) for file in input_files(name, source) for text in file_texts(file, source))
     read = 0
-    for document in documents:
-        if not document.text or document.text.isspace():
-            continue
-        size = len(document.text.encode())
-        if size > MAX_SEQUENCE_TOKENS:  # a byte is a token at worst
-            raise UserError(f"sources.{name}: a document of {size} bytes, at most {MAX_SEQUENCE_TOKENS} fit; split it")
+    for document, size in with_text(name, documents):
         yield document
         read += size
         if source.max_bytes is not None and read >= source.max_bytes:
             return
 
 
-def _file_texts(path: Path, source: PrepareSource) -> Iterator[str]:
+def with_text(name: str, documents: Iterable[Document]) -> Iterator[tuple[Document, int]]:
+    """The documents that are not empty, and the UTF-8 bytes of each."""
+    for document in documents:
+        if not document.text or document.text.isspace():
+            continue
+        size = len(document.text) if document.text.isascii() else len(document.text.encode())
+        if size > MAX_SEQUENCE_TOKENS:  # a byte is a token at worst
+            raise UserError(f"sources.{name}: a document of {size} bytes, at most {MAX_SEQUENCE_TOKENS} fit; split it")
+        yield document, size
+
+
+@dataclass
+class Place:
+    """A line of a file, for messages. number: of the line, from 1, counted from byte `begin` of the file."""
+
+    path: Path
+    begin: int = 0
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number + self._before()}"
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns errors of the disk and of the decompressors into a UserError."""
+        try:
+            yield
+        except (OSError, EOFError, zlib.error) as error:
+            last = self.number + self._before()
+            raise UserError(
+                f"{self.path}: cannot be read after line {last}: {error}; copy or compress the file again"
+            ) from None
+
+    def _before(self) -> int:
+        """Lines before `begin`, counted only when something is wrong."""
+        lines, left = 0, self.begin
+        with open(self.path, "rb") as file:
+            while left > 0 and (part := file.read(min(left, SAMPLE_BYTES))):
+                lines += part.count(b"\n")
+                left -= len(part)
+        return lines
+
+
+def file_texts(path: Path, source: PrepareSource, begin: int = 0, end: int | None = None) -> Iterator[str]:
+    """The texts of a file, or of the lines that start at bytes [begin, end), or of row groups [begin, end) of parquet."""
     if path.suffix == ".parquet":
-        yield from _parquet_texts(path, source.text_key)
-        return
-    if ".jsonl" in path.suffixes[-2:]:
-        for number, line in _lines(path):
-            if line.strip():
-                yield _json_text(path, number, line, source.text_key)
-    elif source.text_as == "line":
-        for number, line in _lines(path):
-            yield _utf8(path, number, line.rstrip(b"\r\n"))
+        yield from _parquet_texts(path, source.text_key, begin, end)
+    elif ".jsonl" in path.suffixes[-2:] or source.text_as == "line":
+        yield from line_texts(_lines(path, begin, None if path.name.endswith(COMPRESSED) else end), source)
     else:
-        lines = []
-        for number, line in _lines(path):
-            lines.append(_utf8(path, number, line))
-        yield "".join(lines)
+        yield "".join(_utf8(place, line) for place, line in _lines(path))
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def line_texts(lines: Iterable[tuple[Place, bytes]], source: PrepareSource) -> Iterator[str]:
+    """The texts of the lines of a .jsonl or .txt file."""
+    for place, line in lines:
+        if ".jsonl" not in place.path.suffixes[-2:]:
+            yield _utf8(place, line.rstrip(b"\r\n"))
+        elif line.strip():
+            yield _json_text(place, line, source.text_key)
+
+
+def open_file(path: Path) -> io.BufferedIOBase:
+    """A plain or compressed file."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -148,41 +188,47 @@ def _open(path: Path) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line with its end) of a plain or compressed file."""
-    number = 0
-    try:
-        with closing(_open(path)) as file:
-            for line in file:
-                number += 1
-                yield number, line
-    except (OSError, EOFError, zlib.error) as error:  # of the decompressors, too
-        raise UserError(f"{path}: cannot be read after line {number}: {error}; copy or compress the file again") from None
+def _lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[Place, bytes]]:
+    """The lines that start at bytes [begin, end) of a plain file, or all lines of any, with their ends."""
+    place, at = Place(path, begin), begin
+    with place.reading(), closing(open_file(path)) as file:
+        if begin:
+            file.seek(begin - 1)
+            at += len(file.readline()) - 1  # the rest of a line that the range before this one has
+            place.begin = at
+        if end is not None and at >= end:
+            return
+        for line in file:
+            place.number += 1
+            yield place, line
+            at += len(line)
+            if end is not None and at >= end:
+                return
 
 
-def _utf8(path: Path, number: int, line: bytes) -> str:
+def _utf8(place: Place, line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: not UTF-8, {error.reason} at byte {error.start} of the line; convert the file"
-        ) from None
+        raise UserError(f"{place}: not UTF-8, {error.reason} at byte {error.start} of the line; convert the file") from None
 
 
-def _json_text(path: Path, number: int, line: bytes, key: str) -> str:
+def _json_text(place: Place, line: bytes, key: str) -> str:
     try:
-        record = json.loads(_utf8(path, number, line))
+        record = json.loads(_utf8(place, line))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: broken JSON, {error}; one object per line was expected") from None
-    keys = sorted(record) if isinstance(record, dict) else []
-    if key not in keys:
-        raise UserError(f"{path}, line {number}: no field {key!r}, found {keys}; set text_key to the field of the text")
-    return _checked_text(record[key], f"{path}, line {number}", key)
+        raise UserError(f"{place}: broken JSON, {error}; one object per line was expected") from None
+    if not isinstance(record, dict) or key not in record:
+        keys = sorted(record) if isinstance(record, dict) else []
+        raise UserError(f"{place}: no field {key!r}, found {keys}; set text_key to the field of the text")
+    return _checked_text(record[key], place, key)
 
 
-def _checked_text(value: Any, where: str, key: str) -> str:
+def _checked_text(value: Any, where: object, key: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} holds {type(value).__name__}, expected text; set text_key to the field of the text")
+    if value.isascii():  # known without looking
+        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -190,7 +236,20 @@ def _checked_text(value: Any, where: str, key: str) -> str:
     return value
 
 
-def _parquet_texts(path: Path, key: str) -> Iterator[str]:
+def row_groups(path: Path) -> list[int]:
+    """Bytes of each row group of a parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            metadata = file.metadata
+            return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read after row 0: {error}; write the file again") from None
+
+
+def _parquet_texts(path: Path, key: str, begin: int, end: int | None) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
@@ -200,7 +259,10 @@ def _parquet_texts(path: Path, key: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if key not in names:
                 raise UserError(f"{path}: no column {key!r}, found {names}; set text_key to the column of the text")
-            for batch in file.iter_batches(BATCH_ROWS, columns=[key]):
+            metadata = file.metadata
+            row = sum(metadata.row_group(group).num_rows for group in range(begin))
+            groups = list(range(begin, metadata.num_row_groups if end is None else end))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key]):
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield _checked_text(value, f"{path}, row {row}", key)

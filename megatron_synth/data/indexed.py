@@ -18,10 +18,13 @@ The .bin file is the sequences, one after the other, without gaps. We write one 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+import resource
 import struct
+import weakref
 from array import array
-from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.blocks import BlockHasher
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -36,6 +40,9 @@ HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 UINT16_VOCAB_LIMIT = 65500  # megatron-core's: smaller vocabularies are stored as uint16
 MAX_SEQUENCE_TOKENS = 2**31 - 1
+
+MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
+SAMPLED = 4096  # documents of a shard whose place is kept in memory
 
 AGAIN = "prepare the source again, or copy it again"
 
@@ -60,6 +67,7 @@ class WrittenShard:
     idx_bytes: int
     bin_sha256: str
     idx_sha256: str
+    bin_blocks: str
 
 
 class ShardWriter:
@@ -71,6 +79,7 @@ class ShardWriter:
         self.tokens = 0
         self._lengths = array("i")
         self._hash = hashlib.sha256()
+        self._blocks = BlockHasher()
         self._bin = open(with_suffix(prefix, ".bin"), "wb")  # until finish or abandon
 
     @property
@@ -84,6 +93,7 @@ class ShardWriter:
         data = np.ascontiguousarray(tokens).tobytes()
         self._bin.write(data)
         self._hash.update(data)
+        self._blocks.update(data)
         self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).tobytes())
         self.tokens += tokens.size
 
@@ -108,6 +118,7 @@ class ShardWriter:
             idx_bytes=len(index),
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
+            bin_blocks=self._blocks.finish(),
         )
 
     def abandon(self) -> None:
@@ -121,17 +132,72 @@ def _sync_and_close(file: BinaryIO) -> None:
     file.close()
 
 
-class Shard:
-    """One .bin/.idx pair, opened. Sizes are checked at once; the files are mapped when first read.
+class OpenFile:
+    """A descriptor of a file that is read at random; closed when nobody holds the object any more."""
 
-    num_tokens, num_documents: what the pair holds; dtype: type of the stored tokens.
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # windows come in random order: what read-ahead would fetch beside them is not wanted
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", None)
+        if fd is not None:
+            os.close(fd)
+
+
+class OpenShards:
+    """Which shards have files open: so many files at most, the shard that opened first gives way."""
+
+    def __init__(self) -> None:
+        self._open: deque[weakref.ref[Shard]] = deque()
+        self._limit = 0
+
+    @property
+    def limit(self) -> int:
+        """Files of shards that may be open at once."""
+        if not self._limit:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+            if soft != resource.RLIM_INFINITY and soft < wanted:
+                # without privileges a process may raise its own limit up to the hard one
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            self._limit = max(wanted, soft) // 2  # the other half is for others
+        return self._limit
+
+    def add(self, shard: Shard) -> None:
+        """Note that `shard` opens its files; close those of the oldest if there are too many."""
+        self._open.append(weakref.ref(shard))
+        while len(self._open) > self.limit:
+            oldest = self._open.popleft()()
+            if oldest is not None and oldest is not shard:
+                oldest.close()
+
+
+_open_shards = OpenShards()
+
+
+class Shard:
+    """One .bin/.idx pair. Sizes are checked at once; the files are opened when first read, by any thread.
+
+    Through a memory map, the default, windows are read at the least cost. A disk error then kills the process (SIGBUS),
+    as does a file that is cut off while in use. Without the map each window is one request to the file system: such
+    errors become exceptions that name file and offset, and over a network no page is asked for on its own.
+
+    num_tokens, num_documents: what the pair holds; dtype: type of the stored tokens; mapped: the tokens, once mapped.
     """
 
-    def __init__(self, prefix: Path):
-        self.prefix = prefix
+    def __init__(self, prefix: Path, *, memory_map: bool = True):
+        self.prefix, self.memory_map = prefix, memory_map
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
-        with open(self.idx_path, "rb") as file:
+        try:
+            file = open(self.idx_path, "rb")
+        except OSError as error:
+            raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
+        with file:
             header = file.read(HEADER.size)
             if len(header) < HEADER.size:
                 raise UserError(
@@ -160,49 +226,166 @@ class Shard:
         self.num_tokens = end // self.dtype.itemsize
         self.num_documents = max(document_entries - 1, 0)
         self._sequences, self._document_entries = sequences, document_entries
-        self._tokens: np.ndarray | None = None
-        self._index: tuple[np.ndarray, np.ndarray] | None = None
+        self._file: OpenFile | None = None
+        self.mapped: np.ndarray | None = None
+        self._index: DocumentIndex | None = None
 
     @property
     def tokens(self) -> np.ndarray:
         """All tokens of the shard [num_tokens], mapped from disk."""
-        if self._tokens is None:
-            empty = self.num_tokens == 0  # an empty file cannot be mapped
-            mapped = np.empty(0, self.dtype) if empty else np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-            self._tokens = np.asarray(mapped)  # slices of a plain array cost a tenth of a memmap's
-        return self._tokens
+        if self.num_tokens == 0:  # an empty file cannot be mapped
+            return np.empty(0, self.dtype)
+        return self._mapped()
+
+    def read(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` [N], of any integer type that holds the vocabulary, with tokens [begin, begin + N).
+
+        Raises:
+            UserError: the file cannot be opened or read there, or has become shorter.
+        """
+        tokens = self.mapped
+        if tokens is None and self.memory_map:
+            tokens = self._mapped()
+        if tokens is not None:
+            out[:] = tokens[begin : begin + len(out)]
+            return
+        stored = np.empty(len(out), self.dtype)
+        offset = begin * self.dtype.itemsize
+        try:
+            done = os.preadv((self._file or self._opened()).fd, [stored.data], offset)
+        except OSError as error:
+            raise UserError(
+                f"{self.bin_path}: {error.strerror} while reading {stored.nbytes} bytes at offset {offset}; check the disk, "
+                f"then {AGAIN}"
+            ) from error
+        if done != stored.nbytes:
+            raise UserError(
+                f"{self.bin_path}: {stored.nbytes} bytes expected at offset {offset}, found {done}: the file was cut off "
+                f"after it was opened; {AGAIN}"
+            )
+        out[:] = stored
+
+    def will_need(self, begin: int, count: int) -> None:
+        """Ask the system to fetch tokens [begin, begin + count) from disk in the background."""
+        size = self.dtype.itemsize
+        try:
+            os.posix_fadvise((self._file or self._opened()).fd, begin * size, count * size, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # a hint: the read itself will tell what is wrong
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
-        """Token offsets in [begin, end) of this shard at which a document starts, ascending, int64.
+        """Token offsets in [begin, end) of this shard at which a document starts, ascending, int64."""
+        return self.document_starts_of(np.array([begin]), np.array([end]))[0]
 
-        Looks up only the pages of the index that the binary search and the answer need.
+    def document_starts_of(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token offsets at which a document starts, for each of N stretches [begin, end) of this shard.
+
+        begins, ends: int64 [N]. Returns all offsets, stretch by stretch, ascending in each, int64; and how many belong to
+        each stretch, int64 [N]. Reads only the pages of the index that the search and the answer need.
         """
-        if not self._sequences or begin >= end:
-            return np.empty(0, np.int64)
-        pointers, documents = self._mapped_index()
-        size: int = self.dtype.itemsize
+        if not self._sequences:
+            return np.empty(0, np.int64), np.zeros(len(begins), np.int64)
+        index = self._index or self._opened_index()
+        return index.starts(begins, np.maximum(begins, ends))
 
-        def offset(entry: int) -> int:
-            sequence = int(documents[entry])
-            return self.num_tokens if sequence == self._sequences else int(pointers[sequence]) // size
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        self._file = self.mapped = self._index = None
 
-        entries = range(self.num_documents)
-        first = bisect_left(entries, begin, key=offset)
-        last = bisect_left(entries, end, lo=first, key=offset)
-        sequences = np.asarray(documents[first:last])
+    def _opened(self) -> OpenFile:
+        file = OpenFile(self.bin_path)
+        self._file = file
+        _open_shards.add(self)
+        return file
+
+    def _mapped(self) -> np.ndarray:
+        tokens = self.mapped
+        if tokens is None:
+            content = _mapped(self.bin_path, self.num_tokens * self.dtype.itemsize)
+            content.madvise(mmap.MADV_RANDOM)  # windows come in random order: what lies beside them is not wanted
+            tokens = self.mapped = np.frombuffer(content, self.dtype, self.num_tokens)
+            _open_shards.add(self)
+        return tokens
+
+    def _opened_index(self) -> DocumentIndex:
+        content = _mapped(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
+        at = HEADER.size + 4 * self._sequences
+        pointers = np.frombuffer(content, np.int64, self._sequences, at)
+        documents = np.frombuffer(content, np.int64, self._document_entries, at + pointers.nbytes)
+        index = DocumentIndex(pointers, documents, self.num_tokens, self.dtype.itemsize)
+        self._index = index
+        _open_shards.add(self)
+        return index
+
+
+def _mapped(path: Path, size: int) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file is a ValueError
+        raise UserError(f"{path}: {error} while mapping it; {AGAIN}") from error
+    if len(content) < size:
+        raise UserError(f"{path}: {size} bytes expected, found {len(content)}: the file was cut off; {AGAIN}")
+    return content
+
+
+class DocumentIndex:
+    """Finds the documents of stretches of a shard, many stretches at once.
+
+    The arrays lie in the file at odd addresses, where numpy's own search would first copy them whole. A sample of the
+    first tokens of the documents, `SAMPLED` of them, is kept instead; between two of them a binary search goes on in the
+    file, for all stretches in step.
+    """
+
+    def __init__(self, pointers: np.ndarray, documents: np.ndarray, num_tokens: int, token_bytes: int):
+        """pointers: byte offset of each sequence; documents: first sequence of each document, and one entry more."""
+        self._pointers, self._documents = pointers, documents
+        self._num_tokens, self._token_bytes = num_tokens, token_bytes
+        self._entries = max(len(documents) - 1, 0)
+        self._step = -(-self._entries // SAMPLED) or 1
+        self._sample = self._offsets(np.arange(0, self._entries, self._step))
+
+    def starts(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shard.document_starts_of`."""
+        found = self._first_from(np.concatenate([begins, ends]))
+        first, last = found[: len(begins)], found[len(begins) :]
+        counts = last - first
+        before = np.cumsum(counts) - counts
+        entries = np.arange(int(counts.sum())) + np.repeat(first - before, counts)
+        offsets = self._offsets(entries)
         # an empty document starts where the next one does: one start
-        return np.unique(np.asarray(pointers[sequences], dtype=np.int64) // size)
+        again = np.zeros(len(offsets), bool)
+        again[1:] = offsets[1:] == offsets[:-1]
+        if again.any():
+            rows = np.repeat(np.arange(len(counts)), counts)
+            again[1:] &= rows[1:] == rows[:-1]
+            counts = np.bincount(rows[~again], minlength=len(counts))
+            offsets = offsets[~again]
+        return offsets, counts
 
-    def _mapped_index(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._index is None:
-            at = HEADER.size + 4 * self._sequences
-            pointers = np.memmap(self.idx_path, np.int64, "r", at, (self._sequences,))
-            documents = np.memmap(self.idx_path, np.int64, "r", at + pointers.nbytes, (self._document_entries,))
-            self._index = (pointers, documents)
-        return self._index
+    def _first_from(self, positions: np.ndarray) -> np.ndarray:
+        """Of each position, the first document that starts there or later: int64 [N]."""
+        after = np.searchsorted(self._sample, positions)  # the first sampled one that does
+        high = np.minimum(after * self._step, self._entries)
+        low = np.maximum(after * self._step - self._step + 1, 0)
+        for _ in range((self._step - 1).bit_length()):
+            middle = (low + high) >> 1
+            open_ = low < high
+            later = self._offsets(np.minimum(middle, self._entries - 1)) >= positions
+            high = np.where(open_ & later, middle, high)
+            low = np.where(open_ & ~later, middle + 1, low)
+        return high
+
+    def _offsets(self, entries: np.ndarray) -> np.ndarray:
+        """Token offset at which each of these documents starts."""
+        sequences = self._documents[entries]
+        # documents without a sequence at the end of the shard start where it ends
+        beyond = sequences >= len(self._pointers)
+        offsets = self._pointers[np.where(beyond, 0, sequences)] // self._token_bytes
+        return np.where(beyond, self._num_tokens, offsets)
 
 
-def file_size(path: Path) -> int:
+def file_size(path: Path | str) -> int:
     """Bytes of `path`; a UserError when it is not there."""
     try:
         return os.stat(path).st_size

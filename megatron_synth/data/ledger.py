@@ -7,7 +7,7 @@ source, to the sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,14 +28,30 @@ class Ledger:
     """Samples delivered by each source, over all ranks since the run began."""
 
     def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], sequence_length: int):
-        """One entry per source, in the order of the plan's source ids."""
+        """One entry per source, in the order of the plan's source ids. num_windows: of one epoch."""
         assert len(names) == len(ratios) == len(num_windows)
         self.names = tuple(names)
         self.ratios = tuple(ratios)
         self.num_windows = tuple(num_windows)
         self.sequence_length = sequence_length
+        self._overall: Callable[[int], tuple[Fraction, ...]] | None = None
         self._total = np.zeros(len(self.names), dtype=np.int64)
         self._local = np.zeros(len(self.names), dtype=np.int64)
+
+    @classmethod
+    def of(cls, plan: MixturePlan, sequence_length: int) -> Ledger:
+        """The empty ledger of a plan."""
+        ledger = cls(plan.names, plan.ratios, plan.epoch_windows, sequence_length)
+        if plan.phased:
+            ledger._overall = plan.overall_ratios
+        return ledger
+
+    @classmethod
+    def planned(cls, plan: MixturePlan, sequence_length: int, samples: int) -> Ledger:
+        """The ledger of a run that has delivered the plan's first `samples` samples."""
+        ledger = cls.of(plan, sequence_length)
+        ledger.merge(plan.counts(samples))
+        return ledger
 
     @property
     def samples(self) -> Int64:
@@ -79,9 +95,11 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Content of ledger.json.
 
-        Per source: tokens = samples x sequence_length, epochs = samples / windows, share = fraction of all samples.
+        Per source: tokens = samples x sequence_length, epochs = samples / windows of an epoch, share = fraction of all
+        samples. ratio: of a mixture in phases, the exact share that the phases so far give it, as a fraction.
         """
         total = int(self._total.sum())
+        ratios = self.ratios if self._overall is None else self._overall(total)
         sources = {
             name: {
                 "ratio": str(ratio),
@@ -90,9 +108,7 @@ class Ledger:
                 "epochs": samples / windows,
                 "share": samples / total if total else 0.0,
             }
-            for name, ratio, windows, samples in zip(
-                self.names, self.ratios, self.num_windows, self._total.tolist(), strict=True
-            )
+            for name, ratio, windows, samples in zip(self.names, ratios, self.num_windows, self._total.tolist(), strict=True)
         }
         return {
             "samples": total,
@@ -107,13 +123,13 @@ class Ledger:
         return dict(zip(self.names, self._total.tolist(), strict=True))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved state. UserError if it is of other sources."""
-        if set(state) != set(self.names):
+        """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
+        if not set(state) <= set(self.names):
             raise UserError(
                 f"the checkpoint's ledger counts the sources {', '.join(sorted(state))}, the run has "
                 f"{', '.join(sorted(self.names))}: resume with the data.sources that the checkpoint was "
                 "made with, or start a new run from its weights "
                 "(checkpoint.init_from)"
             )
-        self._total = np.array([state[name] for name in self.names], dtype=np.int64)
+        self._total = np.array([state.get(name, 0) for name in self.names], dtype=np.int64)
         self._local = np.zeros_like(self._total)

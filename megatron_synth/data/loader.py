@@ -3,22 +3,33 @@
 The order of sources is deterministic, so dealing consecutive samples to ranks would tie ranks to sources (at 50/50 on
 8 ranks, half of them would see one source for ever). The samples of an optimizer step are therefore permuted by key
 before they are dealt; which samples a step consumes is not changed.
+
+What a step holds is a function of its first sample alone. It is worked out for many steps at once when steps are asked
+for one after the other, since numpy's cost per call would otherwise be most of the time; that is a cache, not a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.boundaries import Boundaries, BoundaryTable
 from megatron_synth.data.mixture import MixturePlan
 from megatron_synth.data.permute import derive_key, permute
 
 Int64 = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
+
+LOOK_AHEAD_ROWS = 4096
+"""Rows of this rank that are worked out at once when steps follow each other: 100 kB, and as much again per dozen
+documents in a row when boundaries are asked for."""
 
 
 class WindowSource(Protocol):
@@ -38,22 +49,25 @@ class WindowSource(Protocol):
     def read_window(self, window: int, out: npt.NDArray[np.integer]) -> None:
         """Fill `out` [S + 1] with the tokens from window x S on."""
 
-    def document_starts(self, window: int, sequence_length: int) -> Int64:
-        """Ascending offsets in [0, S) of the window at which a document starts."""
+    def document_starts_of(self, windows: Int64, sequence_length: int) -> tuple[Int64, Int64]:
+        """Ascending offsets in [0, S] of each window at which a document starts, and how many each has."""
+
+    def will_need(self, window: int, sequence_length: int) -> None:
+        """Hint that the window will be read soon."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B rows of S + 1 tokens: inputs are columns 0..S-1, labels columns 1..S."""
 
-    tokens: Int64
-    """[B, S + 1]"""
+    tokens: Tokens
+    """[B, S + 1]; [B, 0] from a loader that reads none."""
     source_ids: Int64
     """[B] source of each row, an index of the plan's names."""
     samples: Int64
     """[B] sample number of each row in the plan."""
-    document_starts: tuple[Int64, ...] = ()
-    """Per row, ascending offsets in [0, S) at which a document starts. Empty unless asked for."""
+    boundaries: Boundaries | None = None
+    """Where documents begin and end. None unless asked for."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,16 +92,62 @@ def deal(
     The samples are permuted by key; slot j goes to micro-batch j // (B x ranks), rank (j // B) % ranks, row j % B,
     where B = micro_batch_size. Returns int64 [micro-batches, B]. Over all ranks it is each sample of the step once.
     """
+    return _deal(seed, first_sample, global_batch_size, 1, micro_batch_size, data_parallel_rank, data_parallel_size).reshape(
+        -1, micro_batch_size
+    )
+
+
+def _deal(
+    seed: int,
+    first_sample: int,
+    global_batch_size: int,
+    steps: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Int64:
+    """As `deal`, for `steps` steps that follow each other: int64 [steps x micro-batches x B]."""
     _check_rank(data_parallel_rank, data_parallel_size)
-    if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
+    stride = micro_batch_size * data_parallel_size
+    if global_batch_size < 1 or global_batch_size % stride:
         raise UserError(
             f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks = {micro_batch_size * data_parallel_size}: "
-            "change one of them"
+            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks = {stride}: change one of them"
         )
-    slots = permute(np.arange(global_batch_size), global_batch_size, derive_key(seed, "step", first_sample))
-    mine: Int64 = first_sample + slots.reshape(-1, data_parallel_size, micro_batch_size)[:, data_parallel_rank]
-    return mine
+    # only the slots of this rank are worked out
+    first_slot = data_parallel_rank * micro_batch_size
+    slots = (np.arange(0, global_batch_size, stride)[:, None] + np.arange(first_slot, first_slot + micro_batch_size)).ravel()
+    firsts = first_sample + np.arange(steps) * global_batch_size
+    keys = np.stack([derive_key(seed, "step", first) for first in firsts.tolist()], axis=1)
+    number = len(slots)
+    key = keys[:, 0] if steps == 1 else np.repeat(keys, number, axis=1)
+    samples = permute(np.tile(slots, steps), global_batch_size, key)
+    samples += np.repeat(firsts, number)
+    return samples
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What one rank gets in some steps that follow each other."""
+
+    first_sample: int
+    global_batch_size: int
+    steps: int
+    samples: Int64
+    source_ids: Int64
+    windows: Int64
+    boundaries: BoundaryTable | None
+
+    @property
+    def end(self) -> int:
+        """First sample after the table."""
+        return self.first_sample + self.steps * self.global_batch_size
+
+    def step(self, first_sample: int, global_batch_size: int) -> int | None:
+        """Number in this table of the step that begins with `first_sample`; None if it is not here."""
+        step, rest = divmod(first_sample - self.first_sample, self.global_batch_size)
+        here = global_batch_size == self.global_batch_size and rest == 0 and 0 <= step < self.steps
+        return step if here else None
 
 
 class Loader:
@@ -102,9 +162,24 @@ class Loader:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        with_documents: bool = False,
+        with_boundaries: bool = False,
+        with_tokens: bool = True,
+        dtype: npt.DTypeLike = np.int64,
     ):
-        """`sources` in the plan's order, with the plan's names and numbers of windows at this sequence length."""
+        """One rank's loader.
+
+        Args:
+            plan: the order of the samples.
+            sources: in the plan's order, with the plan's names and numbers of windows at this sequence length.
+            sequence_length: S.
+            micro_batch_size: B.
+            data_parallel_rank: this rank.
+            data_parallel_size: of so many.
+            with_boundaries: also tell where documents begin and end.
+            with_tokens: read tokens; without, batches carry sources and samples only, for pipeline stages that look at
+                neither inputs nor labels.
+            dtype: of the tokens delivered, int64 or int32.
+        """
         _check_rank(data_parallel_rank, data_parallel_size)
         found = [(source.name, source.num_windows(sequence_length)) for source in sources]
         planned = list(zip(plan.names, plan.num_windows, strict=True))
@@ -115,31 +190,89 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
-        self.with_documents = with_documents
+        self.with_boundaries = with_boundaries
+        self.with_tokens = with_tokens
+        self.dtype = np.dtype(dtype)
+        assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
+        self._readers = [source.read_window for source in sources]
+        # replaced as a whole, by a value that depends on its key alone: threads may share the object
+        self._table: _Table | None = None
 
-    def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[Batch]:
-        """This rank's part of the optimizer step that consumes [first_sample, first_sample + global_batch_size)."""
-        samples = deal(
+    def micro_batches(self, first_sample: int, global_batch_size: int, allocate: Allocate | None = None) -> Iterator[Batch]:
+        """This rank's part of the optimizer step that consumes [first_sample, first_sample + global_batch_size).
+
+        allocate: gives the array for the tokens of each batch from shape and type; default: a new one each time.
+        """
+        table, first_row, rows = self._rows(first_sample, global_batch_size)
+        micro = self.micro_batch_size
+        return map(partial(self._batch, table, allocate or np.empty), range(first_row, first_row + rows, micro))
+
+    def will_need(self, first_sample: int, global_batch_size: int) -> None:
+        """Ask the system to fetch what a step will read from disk, in the background."""
+        if self.with_tokens:
+            table, first_row, rows = self._rows(first_sample, global_batch_size)
+            part = slice(first_row, first_row + rows)
+            for source_id, window in zip(table.source_ids[part].tolist(), table.windows[part].tolist(), strict=True):
+                self.sources[source_id].will_need(window, self.sequence_length)
+
+    def _rows(self, first_sample: int, global_batch_size: int) -> tuple[_Table, int, int]:
+        """The rows of a step: in which table, from which row on, how many."""
+        rows = global_batch_size // self.data_parallel_size
+        table = self._table
+        step = None if table is None else table.step(first_sample, global_batch_size)
+        if table is None or step is None:
+            follows = table is not None and (table.end, table.global_batch_size) == (first_sample, global_batch_size)
+            # a first step must not wait for those that may follow
+            steps = LOOK_AHEAD_ROWS // max(rows, 1) if follows else 1
+            end = self.plan.schedule.samples
+            if end is not None:
+                steps = min(steps, (end - first_sample) // global_batch_size)
+            table = self._make(first_sample, global_batch_size, max(steps, 1))
+            self._table, step = table, 0
+        return table, step * rows, rows
+
+    def _make(self, first_sample: int, global_batch_size: int, steps: int) -> _Table:
+        samples = _deal(
             self.plan.seed,
             first_sample,
             global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            data_parallel_rank=self.data_parallel_rank,
-            data_parallel_size=self.data_parallel_size,
+            steps,
+            self.micro_batch_size,
+            self.data_parallel_rank,
+            self.data_parallel_size,
         )
-        source_ids, windows = self.plan.locate(samples.reshape(-1))
-        return map(self._read, samples, source_ids.reshape(samples.shape), windows.reshape(samples.shape))
+        source_ids, windows = self.plan.locate(samples)
+        boundaries = None
+        if self.with_boundaries:
+            offsets, counts = self._document_starts(source_ids, windows)
+            boundaries = BoundaryTable(offsets, counts, self.sequence_length, self.micro_batch_size)
+        return _Table(first_sample, global_batch_size, steps, samples, source_ids, windows, boundaries)
 
-    def _read(self, samples: Int64, source_ids: Int64, windows: Int64) -> Batch:
-        tokens = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
-        rows = list(zip(source_ids.tolist(), windows.tolist(), strict=True))
-        for row, (source_id, window) in enumerate(rows):
-            self.sources[source_id].read_window(window, tokens[row])
-        starts: tuple[Int64, ...] = ()
-        if self.with_documents:
-            length = self.sequence_length
-            starts = tuple(self.sources[source_id].document_starts(window, length) for source_id, window in rows)
-        return Batch(tokens, source_ids, samples, starts)
+    def _document_starts(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:
+        """`document_starts_of` for rows of any sources."""
+        rows_of, offsets_of = [], []
+        for source_id in np.unique(source_ids).tolist():
+            rows = np.flatnonzero(source_ids == source_id)
+            offsets, counts = self.sources[source_id].document_starts_of(windows[rows], self.sequence_length)
+            rows_of.append(np.repeat(rows, counts))
+            offsets_of.append(offsets)
+        rows = np.concatenate(rows_of)
+        by_row = np.argsort(rows, kind="stable")
+        return np.concatenate(offsets_of)[by_row], np.bincount(rows, minlength=len(windows))
+
+    def _batch(self, table: _Table, allocate: Allocate, row: int) -> Batch:
+        rows = self.micro_batch_size
+        part = slice(row, row + rows)
+        source_ids = table.source_ids[part]
+        boundaries = None if table.boundaries is None else table.boundaries.batch(row // rows)
+        if not self.with_tokens:
+            return Batch(np.empty((rows, 0), self.dtype), source_ids, table.samples[part], boundaries)
+        shape = (rows, self.sequence_length + 1)
+        tokens = allocate(shape, self.dtype)
+        readers = self._readers
+        for out, source_id, window in zip(tokens, source_ids.tolist(), table.windows[part].tolist(), strict=True):
+            readers[source_id](window, out)
+        return Batch(tokens, source_ids, table.samples[part], boundaries)
 
 
 def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:
@@ -168,7 +301,7 @@ def validation_batches(
     data_parallel_size: int,
     max_windows: int | None = None,
     *,
-    with_documents: bool = False,
+    with_boundaries: bool = False,
 ) -> Iterator[ValidationBatch]:
     """Every window of a domain once, in order, dealt to the ranks; the first `max_windows` if given.
 
@@ -186,10 +319,11 @@ def validation_batches(
         tokens = np.empty((micro_batch_size, sequence_length + 1), dtype=np.int64)
         for row, window in enumerate(windows.tolist()):
             source.read_window(window, tokens[row])
-        starts: tuple[Int64, ...] = ()
-        if with_documents:
-            starts = tuple(source.document_starts(window, sequence_length) for window in windows.tolist())
-        return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, starts, valid=slots < total)
+        boundaries = None
+        if with_boundaries:
+            table = BoundaryTable(*source.document_starts_of(windows, sequence_length), sequence_length, micro_batch_size)
+            boundaries = table.batch(0)
+        return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
 
     rounds = range(0, total, stride)
     return (read(first + data_parallel_rank * micro_batch_size) for first in rounds)

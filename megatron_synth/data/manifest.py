@@ -7,15 +7,17 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, Split
 from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_synth.core.files import write_json
+from megatron_synth.data.blocks import BLOCK_BYTES, DIGITS, block_count
 
 FILE_NAME = "manifest.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2  # 2 added the checksums of blocks and the seed of the shuffle
+READABLE_VERSIONS = (1, 2)
 
 Sha256 = str
 
@@ -54,6 +56,8 @@ class ShardInfo(Section):
     idx_bytes: NonNegativeInt
     bin_sha256: Sha256
     idx_sha256: Sha256
+    bin_blocks: str | None = None
+    """XXH3 of each block of the .bin file, 16 hexadecimal digits each, joined; null in version 1."""
 
 
 class Provenance(Section):
@@ -67,12 +71,14 @@ class Provenance(Section):
     """Where the text came from."""
     holdout: str
     """The share of the documents that the validation split got, such as 1/20; 0 when there is none."""
+    shuffle_seed: NonNegativeInt | None = None
+    """Seed of the shuffle of the documents; null when they stand in the order of the input."""
 
 
 class Manifest(Section):
     """A prepared source: identity, size, shards, origin."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: str
     kind: Kind
     generator: str | None
@@ -82,8 +88,18 @@ class Manifest(Section):
     """Type of the stored tokens."""
     tokenizer: TokenizerInfo
     counts: Counts
+    block_bytes: PositiveInt = BLOCK_BYTES
+    """Size of the blocks that `bin_blocks` are the checksums of."""
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
     made: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for shard in self.shards:
+            count = block_count(shard.bin_bytes, self.block_bytes)
+            if shard.bin_blocks is not None and len(shard.bin_blocks) != count * DIGITS:
+                raise ValueError(f"{shard.name}: {len(shard.bin_blocks) // DIGITS} checksums for {count} blocks")
+        return self
 
     def digest(self) -> str:
         """SHA-256 that two sources share exactly when they hold the same tokens of the same tokenizer."""
@@ -114,8 +130,9 @@ class Manifest(Section):
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: broken JSON, {error}; prepare the source again") from None
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the source again")
+        if version not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise UserError(f"{path}: format_version {version}, this program reads {known}; prepare the source again")
         try:
             # JSON has no tuples: validate it as JSON, not as Python objects
             return cls.model_validate_json(text)

@@ -4,7 +4,11 @@ Sample n is the k-th (from 0) of its source by `apportion`; a source of W window
 order that is a keyed permutation: epoch = k // W, window = permutation(seed, source name, epoch)(k % W). Nothing is
 stored, and nothing depends on the layout, on the length of the run, or on where it was restarted. The order of a
 source's windows is also independent of the ratios and of the other sources, so that runs that differ only in their
-mixture see the same text of a source in the same order.
+mixture see the same text of a source in the same order. Over several phases (`phases`) k counts on.
+
+Of a source with a limit of U unique windows only those of the subset take part that another keyed permutation, of all
+its W windows, takes 0 .. U - 1 to; k then counts passes over the subset. It depends on the seed, the name and W alone,
+and a smaller limit is a part of a larger one.
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.apportion import apportionment
 from megatron_synth.data.permute import UInt64, derive_key, permute
+from megatron_synth.data.phases import Phase, Schedule
 
 Int64 = npt.NDArray[np.int64]
 
@@ -39,33 +44,47 @@ class SourceSpec:
 
     name: str
     ratio: Fraction
-    """Share of the samples, exact."""
+    """Share of the samples, exact. Phases, where there are any, say it instead."""
     num_windows: int
     """Windows of sequence_length + 1 tokens, neighbours sharing one token."""
     max_epochs: float = 1.0
     """How often the source may be seen; `inf` for any number."""
 
+    unique_windows: int | None = None
+    """Use only so many of the windows. None: all."""
+
+    @property
+    def epoch_windows(self) -> int:
+        """Windows of one epoch."""
+        return self.num_windows if self.unique_windows is None else self.unique_windows
+
     @property
     def allowed_samples(self) -> int | None:
-        """Samples that the source may give: floor(max_epochs x num_windows). None: any number."""
+        """Samples that the source may give: floor(max_epochs x epoch_windows). None: any number."""
         if math.isinf(self.max_epochs):
             return None
         # repr names the number that the user typed: 0.29 x 100 is 29, though not in binary
-        return math.floor(Fraction(repr(self.max_epochs)) * self.num_windows)
+        return math.floor(Fraction(repr(self.max_epochs)) * self.epoch_windows)
 
 
 class MixturePlan:
     """The order of all samples of a run.
 
-    names, ratios: per source, in the order of the source ids.
+    names: per source, in the order of the source ids. ratios: per source, at the start of the run.
+    schedule: the sources of all samples, and their counts; its module states the bounds of deviation.
     """
 
-    def __init__(self, sources: Sequence[SourceSpec], seed: int):
-        """Refuses (UserError) repeated names, ratios that do not sum to 1, and sources without a single window."""
+    def __init__(self, sources: Sequence[SourceSpec], seed: int, phases: Sequence[Phase] = ()):
+        """Without phases each source's own ratio holds for ever.
+
+        Refuses (UserError) repeated names, ratios that do not sum to 1, sources without a single window, and limits of
+        unique windows that a source cannot fill.
+        """
         self.sources = tuple(sources)
         self.seed = seed
         self.names = tuple(source.name for source in sources)
-        self.ratios = tuple(source.ratio for source in sources)
+        self.phased = bool(phases)
+        """Whether the mixture is made of phases; otherwise each source's ratio is fixed."""
         repeated = sorted(name for name, times in Counter(self.names).items() if times > 1)
         if repeated:
             raise UserError(f"data.sources: each source needs its own name; more than once: {', '.join(repeated)}")
@@ -75,9 +94,20 @@ class MixturePlan:
                 f"data.sources: {', '.join(empty)}: not one full window: a source needs at least "
                 "train.sequence_length + 1 tokens; use a larger source or a smaller train.sequence_length"
             )
-        self._num_windows = np.array([source.num_windows for source in sources], dtype=np.int64)
+        for source in sources:
+            if not 1 <= source.epoch_windows <= source.num_windows:
+                raise UserError(
+                    f"data.sources.{source.name}.unique_tokens: gives {source.epoch_windows} whole windows, the source has "
+                    f"{source.num_windows}: set it to 1 to {source.num_windows} times train.sequence_length, or to null "
+                    "for all"
+                )
+        self._epoch_windows = np.array([source.epoch_windows for source in sources], dtype=np.int64)
+        self._limited = [number for number, source in enumerate(sources) if source.epoch_windows != source.num_windows]
+        if not phases:
+            phases = [Phase(None, tuple(source.ratio for source in sources))]
+        self.ratios = phases[0].ratios
         try:
-            self._apportionment = apportionment(self.ratios)
+            self.schedule = Schedule(phases)
         except UserError as error:
             listed = ", ".join(f"{source.name} {source.ratio}" for source in sources)
             raise UserError(f"data.sources ({listed}): {error}") from None
@@ -86,6 +116,18 @@ class MixturePlan:
     def num_windows(self) -> tuple[int, ...]:
         """Windows of each source."""
         return tuple(source.num_windows for source in self.sources)
+
+    @property
+    def epoch_windows(self) -> tuple[int, ...]:
+        """Windows of one epoch of each source."""
+        return tuple(source.epoch_windows for source in self.sources)
+
+    def occurrences(self, samples: npt.ArrayLike) -> tuple[Int64, Int64]:
+        """Source id of each sample, and how many samples of that source came before it. int64 [N] -> int64 [N] twice.
+
+        What `locate` maps to windows: an occurrence k is in epoch k // epoch_windows.
+        """
+        return self.schedule.locate(np.asarray(samples, dtype=np.int64))
 
     def locate(self, samples: npt.ArrayLike) -> tuple[Int64, Int64]:
         """Source id and window of each sample. samples: int64 [N], any order. Returns int64 [N], int64 [N]."""
@@ -99,8 +141,8 @@ class MixturePlan:
         return source_ids, windows
 
     def _locate(self, samples: Int64) -> tuple[Int64, Int64]:
-        source_ids, occurrences = self._apportionment.locate(samples)
-        sizes = self._num_windows[source_ids]
+        source_ids, occurrences = self.schedule.locate(samples)
+        sizes = self._epoch_windows[source_ids]
         epochs, places = np.divmod(occurrences, sizes)
         # one key per (source, epoch) that occurs
         pairs, which = np.unique(epochs * len(self.sources) + source_ids, return_inverse=True)
@@ -109,37 +151,69 @@ class MixturePlan:
             epoch, source_id = divmod(pair, len(self.sources))
             keys.append(_epoch_key(self.seed, self.names[source_id], epoch))
         if len(keys) == 1:
-            return source_ids, permute(places, int(sizes[0]), keys[0])
-        return source_ids, permute(places, sizes, np.stack(keys, axis=1)[:, which])
+            windows = permute(places, int(sizes[0]), keys[0])
+        else:
+            windows = permute(places, sizes, np.stack(keys, axis=1)[:, which])
+        for source_id in self._limited:
+            chosen = source_ids == source_id
+            if chosen.any():
+                source = self.sources[source_id]
+                windows[chosen] = permute(windows[chosen], source.num_windows, _subset_key(self.seed, source.name))
+        return source_ids, windows
 
     def counts(self, samples: int) -> Int64:
         """int64 [K]: samples of each source among the first `samples`; costs the same for any number."""
-        return self._apportionment.counts(samples)
+        return self.schedule.counts(samples)
+
+    def overall_ratios(self, samples: int) -> tuple[Fraction, ...]:
+        """[K] exact share that the phases give each source of the first `samples` samples."""
+        if not self.phased or samples == 0:
+            return self.ratios
+        return tuple(share / samples for share in self.schedule.due(samples))
 
     def required_windows(self, total_samples: int) -> dict[str, int]:
         """Windows, repeats included, that a run of `total_samples` takes from each source."""
         return dict(zip(self.names, self.counts(total_samples).tolist(), strict=True))
 
     def check(self, total_samples: int, sequence_length: int | None = None) -> None:
-        """Refuse (UserError) a run that would repeat a source more than its max_epochs: all such sources at once.
+        """Refuse (UserError) a run longer than its phases, or that would repeat a source more than its max_epochs.
 
-        sequence_length: only to name the sizes in tokens too.
+        All such sources at once. sequence_length: only to name the sizes in tokens too.
         """
+
+        def in_tokens(samples: int) -> str:
+            return "" if sequence_length is None else f" ({samples * sequence_length} tokens)"
+
+        end = self.schedule.samples
+        if end is not None and end < total_samples:
+            raise UserError(
+                f"data.phases: end after {end} samples{in_tokens(end)}, the run has {total_samples}"
+                f"{in_tokens(total_samples)}: leave `tokens` and `until` of the last phase out, or make the run shorter "
+                "(train.steps x train.global_batch_size)"
+            )
         problems, longest_run = [], total_samples
         for source_id, needed in enumerate(self.counts(total_samples).tolist()):
             source = self.sources[source_id]
             allowed = source.allowed_samples
             if allowed is None or needed <= allowed:
                 continue
-            longest_run = min(longest_run, self._longest_run(source_id, allowed))
-            tokens = "" if sequence_length is None else f" ({source.num_windows * sequence_length} tokens)"
-            enough = math.ceil(Fraction(needed * 1000, source.num_windows)) / 1000
+            longest = self.longest_run(source_id)
+            assert longest is not None
+            longest_run = min(longest_run, longest)
+            windows = source.epoch_windows
+            enough = math.ceil(Fraction(needed * 1000, windows)) / 1000
             small = math.floor(Fraction(allowed * 10**6, total_samples)) / 10**6
+            unique = "" if source.unique_windows is None else "unique "
+            if self.phased:
+                phase = self.schedule.phase_of(longest)
+                what = f"the phases need {needed} of {total_samples} samples"
+                advice = f"Runs out after sample {longest}, in data.phases.{phase}: lower its share or set max_epochs to"
+            else:
+                what = f"ratio {source.ratio} of {total_samples} samples needs {needed}"
+                advice = f"Lower its ratio to {small:.12g} or set max_epochs to"
             problems.append(
-                f"  {source.name}: has {source.num_windows} windows{tokens}; ratio {source.ratio} of {total_samples} "
-                f"samples needs {needed}, {needed / source.num_windows:.3f} epochs; "
-                f"max_epochs {source.max_epochs:.12g} allows {allowed}. "
-                f"Lower its ratio to {small:.12g} or set max_epochs to {enough:.12g}"
+                f"  {source.name}: has {windows} {unique}windows{in_tokens(windows)}; {what}, {needed / windows:.3f} epochs; "
+                f"max_epochs {source.max_epochs:.12g} allows {allowed}. {advice} {enough:.12g}"
             )
         if problems:
             raise UserError(
@@ -152,21 +226,79 @@ class MixturePlan:
                 )
             )
 
-    def _longest_run(self, source_id: int, allowed: int) -> int:
-        """Most samples that a run can have without taking more than `allowed` of a source."""
-        ratio = self.ratios[source_id]
-        # a count is less than one sample from its share, so the answer lies between these
-        low, high = max(0, math.floor((allowed - 1) / ratio)), math.ceil((allowed + 2) / ratio)
-        runs = range(low, high + 1)
-        return low + bisect.bisect_right(runs, allowed, key=lambda samples: int(self.counts(samples)[source_id])) - 1
+    def longest_run(self, source_id: int) -> int | None:
+        """Most samples that a run can have without taking more of a source than it may give. None: any number."""
+        allowed = self.sources[source_id].allowed_samples
+        if allowed is None:
+            return None
+
+        def taken(samples: int) -> int:
+            return int(self.counts(samples)[source_id])
+
+        start = self.schedule.starts[-1]
+        if taken(start) > allowed:  # runs out before the last phase
+            low, high = 0, start
+        elif self.schedule.samples is not None:
+            low, high = start, self.schedule.samples
+        else:
+            left, ratio = allowed - taken(start), self.schedule.phases[-1].ratios[source_id]
+            if ratio == 0:
+                return None
+            # a count is less than one sample from its share, so the answer lies between these
+            low, high = start + max(0, math.floor((left - 1) / ratio)), start + math.ceil((left + 2) / ratio)
+        if taken(high) <= allowed:
+            return None
+        return low + bisect.bisect_right(range(low, high + 1), allowed, key=taken) - 1
+
+    def describe(self) -> str:
+        """The mixture in one line: `web 2/3, qa 1/3`, or the first of several phases and how many follow."""
+        shares = ", ".join(f"{name} {ratio}" for name, ratio in zip(self.names, self.ratios, strict=True) if ratio)
+        number = len(self.schedule.phases)
+        return shares if number == 1 and not self.phased else f"in {number} phases, from {shares}"
 
     def digest(self) -> str:
-        """16 hex digits of all that determines the order: seed; name, ratio and windows of the sources, in order."""
-        sources = [[source.name, str(source.ratio), source.num_windows] for source in self.sources]
-        content = [ORDER_VERSION, self.seed, sources]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+        """16 hex digits of all that determines the order: seed; name, ratio and windows of the sources, in order; phases."""
+        sources = [[source.name, str(source.ratio), *_windows(source)] for source in self.sources]
+        content: list[Any] = [ORDER_VERSION, self.seed, sources]
+        if self.phased:
+            content = [ORDER_VERSION, self.seed, [[name, *rest] for name, _, *rest in sources]]
+            for phase in self.schedule.phases:
+                ramp_to = None if phase.ramp_to is None else [*map(str, phase.ramp_to)]
+                content.append([phase.samples, [*map(str, phase.ratios)], ramp_to, phase.blocks])
+        return _hash(content)
+
+    def prefix_names(self, samples: int) -> tuple[str, ...]:
+        """Sources that the phases of the first `samples` samples use."""
+        used = {name for _, shares, *_ in self.schedule.describe_until(samples, self.names) for name, *_ in shares}
+        return tuple(name for name in self.names if name in used)
+
+    def prefix_digest(self, samples: int) -> str:
+        """16 hex digits of all that determines the first `samples` samples.
+
+        Two plans with equal prefix digests have these samples in common, whatever follows: a phase that begins at
+        sample `samples` or later, the end of the phase before it, and sources that are used only there do not count.
+        """
+        used = self.prefix_names(samples)
+        sources = sorted([source.name, *_windows(source)] for source in self.sources if source.name in used)
+        content = [ORDER_VERSION, self.seed, sources, self.schedule.describe_until(samples, self.names)]
+        return _hash(["prefix", *content])
+
+
+def _windows(source: SourceSpec) -> list[int]:
+    """What of a source's size decides its order."""
+    whole = source.epoch_windows == source.num_windows
+    return [source.num_windows] if whole else [source.num_windows, source.epoch_windows]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)
 def _epoch_key(seed: int, name: str, epoch: int) -> UInt64:
     return derive_key(seed, "window", name, epoch)
+
+
+@functools.lru_cache(maxsize=256)
+def _subset_key(seed: int, name: str) -> UInt64:
+    return derive_key(seed, "subset", name)

@@ -1,20 +1,20 @@
 """`megatron-synth prepare`: text to token shards.
 
-The output is written into a hidden folder beside it and renamed when all is done, manifests last: a run that fails or
-is killed leaves nothing that opens. Its bytes depend on the settings and the text alone, not on the number of workers.
+Workers read and tokenise portions of a source into pieces on disk; then they assemble the shards from the pieces, in
+order or shuffled. Memory does not grow with the text. The output is written into a hidden folder beside it and renamed
+when all is done, manifests last: a run that fails or is killed leaves nothing that opens, and one that was killed is
+continued by the next. The bytes depend on the settings and the text alone, not on the number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,23 @@ import numpy as np
 import megatron_synth
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
-from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig, PrepareSource, Split
+from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import write_json
 from megatron_synth.data.documents import describe_input, estimate_text_bytes, is_held_out, read_documents
 from megatron_synth.data.indexed import token_dtype
 from megatron_synth.data.manifest import FILE_NAME as MANIFEST
-from megatron_synth.data.manifest import Manifest, Provenance, TokenizerInfo, canonical_digest
-from megatron_synth.data.output import SourceWriter, partial_folder, replace
+from megatron_synth.data.manifest import Provenance, canonical_digest
+from megatron_synth.data.output import JOURNAL, Journal, partial_folder, replace
+from megatron_synth.data.source_work import STAGING, Prepared, SourceWork, progress
 from megatron_synth.data.store import open_source
-from megatron_synth.data.tokenise import tokenised
+from megatron_synth.data.tokenise import CHUNK_CHARACTERS, PIECE_BYTES, Workers, core_count
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
 
 RECORD = "prepare.json"  # its presence says that the folder is a finished output
 RECORD_VERSION = 1
-CHUNK_CHARACTERS = 2**19  # of text per task of a worker
+JOURNAL_VERSION = 1
 TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One finished source. seconds: time spent on it; sources that share one reading share its time."""
-
-    manifest: Manifest
-    seconds: float
 
 
 def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> list[Prepared] | None:
@@ -63,98 +56,44 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     settings = config.tokenizer.train
     dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
     _check_space(config, output, dtype)
+    head = {
+        "kind": "head",
+        "version": JOURNAL_VERSION,
+        "program": megatron_synth.__version__,
+        "config_digest": digest,
+        "tokenizer": given.fingerprint if given is not None else "trained",
+        "cuts": [CHUNK_CHARACTERS, PIECE_BYTES],
+    }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(output) as folder:
-            tokenizer = given if given is not None else _train(config)
+        with partial_folder(output, head) as (folder, journal):
+            if journal.entries:
+                print(f"{output}: continuing a run that was stopped", file=sys.stderr)
+            tokenizer = given if given is not None else _trained(config, folder, journal)
             tokenizer.save(folder / TOKENIZER)
             prepared: list[Prepared] = []
-            for name, source in config.sources.items():
-                made = Provenance(
-                    program=f"megatron-synth {megatron_synth.__version__}",
-                    config_digest=digest,
-                    inputs=inputs[name],
-                    holdout=str(source.holdout or 0),
-                )
-                prepared += _prepare_source(name, source, config, tokenizer, dtype, folder, workers, made)
+            staging = folder / STAGING
+            with closing(Workers(tokenizer, workers)) as pool:
+                for name, source in config.sources.items():
+                    made = Provenance(
+                        program=f"megatron-synth {megatron_synth.__version__}",
+                        config_digest=digest,
+                        inputs=inputs[name],
+                        holdout=str(source.holdout or 0),
+                        shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
+                    )
+                    staging.mkdir(exist_ok=True)
+                    work = SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made)
+                    prepared += work.run()
+                    shutil.rmtree(staging)
             for one in prepared:
                 one.manifest.save(folder / one.manifest.name)
             write_json(folder / RECORD, _record(config, digest))
+            (folder / JOURNAL).unlink()
             replace(folder, output)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
     return prepared
-
-
-def _prepare_source(
-    name: str,
-    source: PrepareSource,
-    config: PrepareConfig,
-    tokenizer: Tokenizer,
-    dtype: np.dtype[Any],
-    folder: Path,
-    workers: int,
-    made: Provenance,
-) -> Iterator[Prepared]:
-    """Tokenise one source and, in the same reading, its holdout."""
-    start = time.perf_counter()
-    writers = {name: SourceWriter(folder / name, dtype, config.shard_tokens)}
-    if source.holdout is not None:
-        writers[name + VALID_SUFFIX] = SourceWriter(folder / (name + VALID_SUFFIX), dtype, config.shard_tokens)
-    try:
-        parts = tokenised(_chunks(name, source), tokenizer, dtype, workers)
-        with _progress(name, estimate_text_bytes(name, source)) as bar, closing(parts):
-            for target, part in parts:
-                writers[target].add(part)
-                bar.update(part.text_bytes)
-        counts = {target: writer.finish() for target, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    total = sum(count.documents for count in counts.values())
-    if total == 0:
-        raise UserError(f"sources.{name}: no text in {_origin(source)}; every document is empty")
-    for target, count in counts.items():
-        if count.documents == 0:
-            raise UserError(
-                f"sources.{name}.holdout: {source.holdout} of {total} documents leaves none for {target!r}; "
-                f"change the share or give more text"
-            )
-    seconds = time.perf_counter() - start
-    for target, count in counts.items():
-        split: Split = "validation" if target != name else source.split
-        manifest = Manifest(
-            name=target,
-            kind=source.kind,
-            generator=source.generator,
-            split=split,
-            dtype="uint16" if dtype == np.uint16 else "int32",
-            tokenizer=TokenizerInfo(
-                path=f"../{TOKENIZER}",
-                fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                eod_id=tokenizer.eod_id,
-            ),
-            counts=count,
-            shards=tuple(writers[target].shards),
-            made=made,
-        )
-        yield Prepared(manifest, seconds)
-
-
-def _chunks(name: str, source: PrepareSource) -> Iterator[tuple[str, list[str]]]:
-    """(name of the prepared source, texts), each list about CHUNK_CHARACTERS long; in order within each source."""
-    pending: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    for document in read_documents(name, source):
-        held = source.holdout is not None and is_held_out(document.key, source.holdout)
-        target = name + VALID_SUFFIX if held else name
-        pending.setdefault(target, []).append(document.text)
-        sizes[target] = sizes.get(target, 0) + len(document.text)
-        if sizes[target] >= CHUNK_CHARACTERS:
-            yield target, pending.pop(target)
-            del sizes[target]
-    yield from pending.items()
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -163,6 +102,19 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     if settings.path is not None:
         return load_tokenizer(settings.path, settings.eod)
     return None if settings.name is None else fetch_tokenizer(settings.name, settings.eod)
+
+
+def _trained(config: PrepareConfig, folder: Path, journal: Journal) -> Tokenizer:
+    """A tokenizer of the sources' text, or the one that a stopped run has trained."""
+    done = journal.of("tokenizer")
+    if done:
+        found = load_tokenizer(folder / TOKENIZER, config.tokenizer.eod)
+        if found.fingerprint == done[0]["fingerprint"]:
+            return found
+    tokenizer = _train(config)
+    tokenizer.save(folder / TOKENIZER)
+    journal.append({"kind": "tokenizer", "fingerprint": tokenizer.fingerprint})
+    return tokenizer
 
 
 def _train(config: PrepareConfig) -> Tokenizer:
@@ -185,7 +137,7 @@ def _train(config: PrepareConfig) -> Tokenizer:
                 if read >= share:
                     break
 
-    with _progress(TOKENIZER, 0) as bar:
+    with progress(TOKENIZER, 0) as bar:
         return train_tokenizer(texts(), settings.vocab_size, config.tokenizer.eod)
 
 
@@ -200,7 +152,8 @@ def _stored_dtype(config: PrepareConfig, vocab_size: int) -> np.dtype[Any]:
 
 def _check_space(config: PrepareConfig, output: Path, dtype: np.dtype[Any]) -> None:
     text = sum(estimate_text_bytes(name, source) for name, source in config.sources.items())
-    needed = round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
+    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all pieces until its last shard
+    needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -211,7 +164,7 @@ def _check_space(config: PrepareConfig, output: Path, dtype: np.dtype[Any]) -> N
 
 
 def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"output"})
+    settings = config.model_dump(mode="json", exclude={"output"} | ({"shuffle"} if config.shuffle is None else set()))
     return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}
 
 
@@ -249,21 +202,6 @@ def _is_current(output: Path, config: PrepareConfig, digest: str, force: bool) -
     return True
 
 
-def _origin(source: PrepareSource) -> str:
-    if source.input is not None:
-        return ", ".join(source.input)
-    return source.hf.path if source.hf is not None else f"builtin {source.builtin}"
-
-
-@contextmanager
-def _progress(name: str, total: int) -> Iterator[Any]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=name, total=total or None, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-        yield bar
-
-
 def format_table(prepared: Sequence[Prepared]) -> str:
     """What was made, one line per source. Sources of one reading show its time; tokens/s counts both."""
     rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "shards", "seconds", "tokens/s")]
@@ -293,13 +231,31 @@ def format_table(prepared: Sequence[Prepared]) -> str:
     )
 
 
+def _check_verb(verb: str) -> Callable[[list[str]], int]:
+    if verb == "verify":
+        from megatron_synth.data.verify_cli import main as check_files
+
+        return check_files
+    from megatron_synth.data.duplicates_cli import main as count_duplicates
+
+    return count_duplicates
+
+
 def main(argv: list[str]) -> int:
-    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(prog="megatron-synth prepare", description="Turn text into token shards.")
+    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`, `prepare verify` and `prepare duplicates`."""
+    if argv and argv[0] in ("verify", "duplicates"):
+        return _check_verb(argv[0])(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth prepare",
+        description="Turn text into token shards.",
+        epilog="Of prepared folders: `prepare verify FOLDER...` compares checksums, `prepare duplicates FOLDER...` "
+        "counts texts that several share.",
+    )
     parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
-    parser.add_argument("--workers", type=int, default=cores, help="processes that tokenise (default: all cores, %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=core_count(), help="processes that tokenise (default: all cores, %(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.workers < 1:

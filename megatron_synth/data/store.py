@@ -7,8 +7,10 @@ the next.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,39 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.indexed import AGAIN, Shard, file_size, with_suffix
 from megatron_synth.data.manifest import FILE_NAME, Manifest, TokenizerInfo
 
+EAGER_SHARDS = 256
+"""The indexes of up to so many shards are opened and checked at once; of more, when their tokens are first asked for."""
+
 
 class Source:
-    """An opened source. Opening reads some bytes per shard; tokens are mapped from disk when first asked for."""
+    """An opened source. Opening reads sizes, and some bytes of each index; files stay open once tokens are asked for.
 
-    def __init__(self, name: str, path: Path, manifest: Manifest | None, shards: Sequence[Shard]):
-        assert shards
-        self.name, self.path, self.manifest = name, path, manifest
-        self._shards = tuple(shards)
-        self._ends: list[int] = np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64).tolist()
+    Any number of threads may read.
+    """
+
+    def __init__(
+        self, name: str, path: Path, manifest: Manifest | None, shards: Sequence[Shard] = (), *, memory_map: bool = True
+    ):
+        """shards: those of a source without a manifest; with one they are opened as it says."""
+        assert (manifest is None) == bool(shards)
+        self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
+        self._shards: list[Shard | None] = list(shards) if manifest is None else [None] * len(manifest.shards)
+        sizes = [shard.num_tokens for shard in shards] if manifest is None else [info.tokens for info in manifest.shards]
+        self._ends_array = np.cumsum(sizes, dtype=np.int64)
+        self._ends: list[int] = self._ends_array.tolist()
+        self._begins: list[int] = [0, *self._ends[:-1]]
+        self._begins_array = np.array(self._begins, dtype=np.int64)
         self.num_tokens: int = self._ends[-1]
-        self.num_documents = sum(shard.num_documents for shard in shards)
+        self.num_documents: int = (
+            sum(shard.num_documents for shard in shards)
+            if manifest is None
+            else sum(info.documents for info in manifest.shards)
+        )
+        self._before_read: Callable[[int, int, int], None] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
-        # a pickled memory map would carry the tokens themselves to another process
-        return open_source, (self.path, self.name)
+        # open files do not travel to another process
+        return partial(open_source, memory_map=self.memory_map), (self.path, self.name)
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -43,61 +63,151 @@ class Source:
         """Whole windows of `sequence_length` inputs and as many labels."""
         return max(self.num_tokens - 1, 0) // sequence_length
 
+    def shard(self, number: int) -> Shard:
+        """One of the shards, opened and checked against the manifest.
+
+        Raises:
+            UserError: missing, damaged, or not the one that the manifest announces.
+        """
+        shard = self._shards[number]
+        if shard is None:
+            assert self.manifest is not None
+            shard = self._shards[number] = _open_checked(self.path, self.manifest, number, self.memory_map)
+        return shard
+
+    def check_before_reading(self, check: Callable[[int, int, int], None]) -> None:
+        """Call `check(shard number, first byte, byte after the last)` before any tokens of the .bin file are handed out.
+
+        What it raises reaches the reader instead of the tokens. Open the source without a memory map for this: what the
+        check itself reads, and what is handed out, then fails with a message and not with a signal.
+        """
+        self._before_read = check
+
     def read_window(self, window: int, out: np.ndarray) -> None:
-        """Fill `out` [S + 1], of any integer type that holds the vocabulary, with the tokens of window `window`."""
-        assert out.ndim == 1 and 0 <= window < self.num_windows(out.size - 1), (self.name, window, out.shape)
-        position, filled = window * (out.size - 1), 0
-        shard = bisect_right(self._ends, position)
-        while filled < out.size:
-            tokens = self._shards[shard].tokens
-            local = position + filled - (self._ends[shard] - tokens.size)
-            part = tokens[local : local + out.size - filled]
-            out[filled : filled + part.size] = part
-            filled += part.size
-            shard += 1
+        """Fill `out` [S + 1], of any integer type that holds the vocabulary, with the tokens of window `window`.
+
+        Raises:
+            UserError: a file cannot be read there; it names file and offset.
+        """
+        length = len(out)
+        begin = window * (length - 1)
+        number = bisect_right(self._ends, begin)
+        if begin + length <= self._ends[number] and self._before_read is None:
+            local, shard = begin - self._begins[number], self._shards[number]
+            tokens = None if shard is None else shard.mapped
+            if tokens is None:
+                self.shard(number).read(local, out)
+            else:  # what `read` does then, without the call, which is a tenth of the time
+                out[:] = tokens[local : local + length]
+            return
+        assert 0 <= window < self.num_windows(length - 1), (self.name, window, out.shape)
+        filled = 0
+        while filled < length:
+            shard = self.shard(number)
+            local = begin + filled - self._begins[number]
+            part = out[filled : filled + shard.num_tokens - local]
+            if len(part):  # shards may be empty
+                if self._before_read is not None:
+                    size = shard.dtype.itemsize
+                    self._before_read(number, local * size, (local + len(part)) * size)
+                shard.read(local, part)
+            filled += len(part)
+            number += 1
+
+    def will_need(self, window: int, sequence_length: int) -> None:
+        """Ask the system to fetch a window from disk in the background. Only a hint: nothing is raised, nothing waits.
+
+        A window that goes on in another shard has only its beginning fetched.
+        """
+        begin = window * sequence_length
+        number = bisect_right(self._ends, begin)
+        shard = self._shards[number]
+        if shard is not None:
+            shard.will_need(begin - self._begins[number], min(sequence_length + 1, self._ends[number] - begin))
 
     def document_starts(self, window: int, sequence_length: int) -> np.ndarray:
         """Offsets in [0, S) of this window at which a document starts, ascending, int64. Reads the index, no tokens."""
-        assert 0 <= window < self.num_windows(sequence_length), (self.name, window, sequence_length)
-        begin, end = window * sequence_length, (window + 1) * sequence_length
-        starts = []
-        shard = bisect_right(self._ends, begin)
-        while shard < len(self._shards) and self._ends[shard] - self._shards[shard].num_tokens < end:
-            base = self._ends[shard] - self._shards[shard].num_tokens
-            local = self._shards[shard].document_starts(max(begin - base, 0), min(end, self._ends[shard]) - base)
+        offsets, _ = self.document_starts_of(np.array([window]), sequence_length)
+        return offsets[offsets < sequence_length]
+
+    def document_starts_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets in [0, S] at which a document starts, for many windows at once; S itself is the last label.
+
+        windows: int64 [N]. Returns all offsets, window by window, ascending in each, int64; and how many belong to each
+        window, int64 [N]. Reads the indexes, no tokens.
+        """
+        begins = windows * sequence_length
+        numbers = np.searchsorted(self._ends_array, begins, side="right")
+        inside = begins + sequence_length < self._ends_array[numbers]
+        first = int(numbers[0]) if len(numbers) else 0
+        if inside.all() and (numbers == first).all():
+            return self._starts_in(first, begins, sequence_length)
+        pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        for number in np.unique(numbers[inside]).tolist():
+            rows = np.flatnonzero(inside & (numbers == number))
+            offsets, counts = self._starts_in(number, begins[rows], sequence_length)
+            pieces.append((np.repeat(rows, counts), offsets))
+        for row in np.flatnonzero(~inside).tolist():
+            offsets = self._starts_across(int(numbers[row]), int(begins[row]), sequence_length)
+            pieces.append((np.full(len(offsets), row), offsets))
+        rows = np.concatenate([rows for rows, _ in pieces])
+        by_row = np.argsort(rows, kind="stable")
+        return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(windows))
+
+    def _starts_in(self, number: int, begins: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `document_starts_of`, for windows within one shard."""
+        local = begins - self._begins[number]
+        starts, counts = self.shard(number).document_starts_of(local, local + (sequence_length + 1))
+        return starts - np.repeat(local, counts), counts
+
+    def _starts_across(self, number: int, begin: int, sequence_length: int) -> np.ndarray:
+        """As `document_starts_of`, for one window that goes on in another shard."""
+        end, starts = begin + sequence_length + 1, []
+        while number < len(self._shards) and self._begins[number] < end:
+            base = self._begins[number]
+            local = self.shard(number).document_starts(max(begin - base, 0), min(end, self._ends[number]) - base)
             starts.append(local + (base - begin))
-            shard += 1
+            number += 1
         return np.concatenate(starts)
 
 
-def open_source(path: str | Path, name: str) -> Source:
+def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Source:
     """Open a folder with a manifest.json, or the prefix of a bare Megatron .bin/.idx pair.
 
-    Sizes are checked against index and manifest; a UserError names the file, the expected and the found bytes.
+    memory_map: how `Shard` reads tokens. Sizes are checked against index and manifest;
+    a UserError names the file, the expected and the found bytes.
     """
     path = Path(path)
     if path.is_dir():
         manifest = Manifest.load(path)
-        return Source(name, path, manifest, [_open_checked(path, manifest, number) for number in range(len(manifest.shards))])
+        _check_sizes(path, manifest)
+        source = Source(name, path, manifest, memory_map=memory_map)
+        if len(manifest.shards) <= EAGER_SHARDS:
+            for number in range(len(manifest.shards)):
+                source.shard(number)
+        return source
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if not with_suffix(prefix, ".idx").exists() and not with_suffix(prefix, ".bin").exists():
         raise UserError(
             f"{path}: source {name!r} not found; expected a folder with {FILE_NAME} (made by `megatron-synth prepare`) "
             f"or the prefix of a Megatron .bin/.idx pair"
         )
-    return Source(name, prefix, None, [Shard(prefix)])
+    return Source(name, prefix, None, [Shard(prefix, memory_map=memory_map)], memory_map=memory_map)
 
 
-def _open_checked(folder: Path, manifest: Manifest, number: int) -> Shard:
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    root = os.fspath(folder)
+    for info in manifest.shards:
+        for suffix, expected in ((".bin", info.bin_bytes), (".idx", info.idx_bytes)):
+            path = f"{root}/{info.name}{suffix}"
+            found = file_size(path)
+            if found != expected:
+                raise UserError(f"{path}: {FILE_NAME} announces {expected} bytes, found {found} bytes; {AGAIN}")
+
+
+def _open_checked(folder: Path, manifest: Manifest, number: int, memory_map: bool) -> Shard:
     info = manifest.shards[number]
-    prefix = folder / info.name
-    for suffix, expected in ((".bin", info.bin_bytes), (".idx", info.idx_bytes)):
-        found = file_size(with_suffix(prefix, suffix))
-        if found != expected:
-            raise UserError(
-                f"{with_suffix(prefix, suffix)}: {FILE_NAME} announces {expected} bytes, found {found} bytes; {AGAIN}"
-            )
-    shard = Shard(prefix)
+    shard = Shard(folder / info.name, memory_map=memory_map)
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.data.manifest import canonical_digest
+from megatron_synth.data.words import WordEncoder, encode_all, is_applicable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -80,12 +81,30 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts one after the other [T], each text closed by eod, and the length of each, int32 [N]."""
-        parts = [np.array([*encoding.ids, self.eod_id], dtype) for encoding in self._encode(texts)]
-        lengths = np.array([part.size for part in parts], np.int32)
+        if dtype not in self._words:
+            applicable = is_applicable(self.content)
+            self._words[dtype] = WordEncoder(self._encode_word, dtype) if applicable else None
+        words = self._words[dtype]
+
+        def whole(some: list[str]) -> list[np.ndarray]:
+            return [np.array(encoding.ids, dtype) for encoding in self._encode(some)]
+
+        found = whole(list(texts)) if words is None else encode_all(words, texts, whole)
+        lengths = np.array([one.size + 1 for one in found], np.int32)
+        eod = np.array([self.eod_id], dtype)
+        parts = [part for one in found for part in (one, eod)]
         return (np.concatenate(parts) if parts else np.empty(0, dtype)), lengths
 
-    def _encode(self, texts: Sequence[str]) -> list[Any]:
-        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids: list[int] = self.backend.encode(word, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _words(self) -> dict[np.dtype[Any], WordEncoder | None]:
+        return {}
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`; eod and other special tokens are left out."""

@@ -33,6 +33,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human
+from megatron_synth.data.dataset import RunData
 from megatron_synth.parallel.wrap import whole_weights
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
@@ -63,6 +64,8 @@ class TrainerState:
     tokenizer: str | None
     """tokenizer.json, if it is known."""
     config: dict[str, Any]
+    prefix_digest: str = ""
+    """Digest of the samples consumed alone: a mixture that changes only later has the same."""
 
 
 class _InProcessSave(TorchDistSaveShardedStrategy):
@@ -233,13 +236,13 @@ def _architecture(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, vocab_size: int, plan_digest: str) -> None:
-    """Refuse to resume as something else. The layout, the number of steps and all that is not learnt may change.
+def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data: RunData) -> None:
+    """Refuse to resume as something else. The layout, the number of steps, the mixture of samples yet to come may change.
 
     Raises:
         UserError: names what differs and the choices.
     """
-    check_architecture(checkpoint, saved, config.model, vocab_size)
+    check_architecture(checkpoint, saved, config.model, data.vocab_size)
     elsewhere = f"start another run directory with checkpoint.init_from={checkpoint} to take over the weights alone"
     for section, key in (("precision", "dtype"), ("parallel", "use_distributed_optimizer")):
         old, new = saved.config[section][key], getattr(getattr(config, section), key)
@@ -248,11 +251,13 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, vocab
                 f"{checkpoint}: {section}.{key} was {old} and is now {new}; a run cannot change it. Set "
                 f"{section}.{key}={old}, or {elsewhere}"
             )
-    if saved.plan_digest != plan_digest:
+    if saved.plan_digest != data.digest and saved.prefix_digest != data.prefix_digest(saved.samples):
         raise UserError(
             f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of "
             f"(sources, ratios, their prepared data, data seed or sequence length; digest {saved.plan_digest} -> "
-            f"{plan_digest}). Restore the data section of config.yaml in the run directory, or {elsewhere}"
+            f"{data.digest}). Restore the data section of config.yaml in the run directory; to change the mixture from here "
+            f"on, add a phase to data.phases that begins at {saved.samples * data.sequence_length} tokens or later; or "
+            f"{elsewhere}"
         )
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from pathlib import Path
 
 from megatron_synth.config.load import digest
 from megatron_synth.config.schema import Config
 from megatron_synth.core.flops import count_parameters, flops_per_token, memory_per_rank
 from megatron_synth.core.log import gib, human, scientific, table
-from megatron_synth.data.dataset import vocab_size_of
-from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.dataset import plan_of, vocab_size_of
+from megatron_synth.data.mixture_text import phase_tables, source_table
 from megatron_synth.data.store import Source, check_compatible, open_source
 from megatron_synth.parallel.plan import Layout, plan
 
@@ -26,8 +24,8 @@ def dry_run(config: Config, world_size: int) -> str:
         UserError: a prepared source is damaged, was made with another tokenizer, or is too small for the run.
     """
     layout = plan(config, world_size)
-    sources = {name: _open(source.path, name) for name, source in config.data.sources.items()}
-    validation = {name: _open(domain.path, name) for name, domain in config.data.validation.items()}
+    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
+    validation = {name: open_if_prepared(domain.path, name) for name, domain in config.data.validation.items()}
     prepared = [source for source in (*sources.values(), *validation.values()) if source]
     vocab_size = vocab_size_of(config, check_compatible(prepared))
     sections = [
@@ -43,7 +41,7 @@ def dry_run(config: Config, world_size: int) -> str:
     return "\n\n".join("\n".join(section) for section in sections)
 
 
-def _open(path: str, name: str) -> Source | None:
+def open_if_prepared(path: str, name: str) -> Source | None:
     """The prepared source; None when there is nothing at `path` yet."""
     prefix = Path(path)
     if prefix.is_dir() or any(prefix.parent.glob(f"{prefix.name}.*")) or prefix.is_file():
@@ -85,47 +83,14 @@ def _memory(config: Config, layout: Layout, vocab_size: int) -> list[str]:
 
 
 def _mixture(config: Config, sources: dict[str, Source | None]) -> list[str]:
-    """One row per source; checks the mixture as far as its sources are prepared."""
+    """The mixture's tables; checks the mixture as far as its sources are prepared."""
     train = config.train
-    length, total = train.sequence_length, train.steps * train.global_batch_size
-    ready = {name: source for name, source in sources.items() if source is not None}
-    # which samples a source gets follows from the ratios alone: one window stands for a source that is not there yet
-    plan_of_all = MixturePlan(
-        [
-            SourceSpec(
-                name,
-                source.ratio,
-                ready[name].num_windows(length) if name in ready else 1,
-                source.max_epochs if name in ready else math.inf,
-            )
-            for name, source in config.data.sources.items()
-        ],
-        config.data_seed,
-    )
-    plan_of_all.check(total, length)
-    rows: list[tuple[str, ...]] = [("source", "ratio", "tokens", "available", "epochs", "max epochs", "lasts for")]
-    for source_id, samples in enumerate(plan_of_all.counts(total).tolist()):
-        spec = plan_of_all.sources[source_id]
-        row = (spec.name, str(spec.ratio), f"{samples * length:,}")
-        limit = f"{config.data.sources[spec.name].max_epochs:g}"
-        if spec.name not in ready:
-            rows.append((*row, "not prepared", "-", limit, "-"))
-            continue
-        available, epochs = f"{spec.num_windows * length:,}", f"{samples / spec.num_windows:.3f}"
-        rows.append((*row, available, epochs, limit, _lasts(plan_of_all, source_id, train.global_batch_size)))
-    return [table(rows)]
-
-
-def _lasts(mixture: MixturePlan, source_id: int, global_batch_size: int) -> str:
-    """Whole optimizer steps that the source can serve at its ratio."""
-    spec = mixture.sources[source_id]
-    if spec.allowed_samples is None or spec.ratio == 0:
-        return "no end"
-    # a count is less than one sample from its share: start a sample above and go down to what fits
-    steps = math.floor(Fraction(spec.allowed_samples + 1) / spec.ratio / global_batch_size)
-    while mixture.counts(steps * global_batch_size)[source_id] > spec.allowed_samples:
-        steps -= 1
-    return f"{steps:,} steps"
+    length = train.sequence_length
+    prepared = [name for name, source in sources.items() if source is not None]
+    order = plan_of(config, {name: source.num_windows(length) if source else None for name, source in sources.items()})
+    order.check(train.steps * train.global_batch_size, length)
+    tables = [source_table(config, order, prepared)]
+    return [*tables, "", phase_tables(config, order, prepared)] if order.phased else tables
 
 
 def _validation(domains: dict[str, Source | None]) -> list[str]:

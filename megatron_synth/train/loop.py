@@ -11,8 +11,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
@@ -22,6 +23,7 @@ from megatron_synth.core.log import human, say
 from megatron_synth.data.dataset import RunData
 from megatron_synth.data.ledger import Ledger
 from megatron_synth.data.loader import Loader
+from megatron_synth.data.prefetch import Prefetcher
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.preempt import StopRequest
@@ -48,7 +50,8 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path) -> int:
     stop = StopRequest()
     with process_group(layout, config.train.seed) as ranks:
         trainer = Trainer(config, layout, data, ranks, run_path)
-        return trainer.run(stop)
+        with trainer.prefetcher:
+            return trainer.run(stop)
 
 
 def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
@@ -58,7 +61,7 @@ def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
         try:
             outcome = [action()]
         except UserError as error:
-            outcome = [error]
+            outcome = [UserError(str(error))]  # a subclass with arguments of its own may not travel
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], UserError):
         raise outcome[0]
@@ -82,7 +85,7 @@ class Trainer:
         saved = None
         if found is not None:
             saved = checkpoint.read_trainer(found)
-            checkpoint.check_resumable(found, saved, config, data.vocab_size, data.digest)
+            checkpoint.check_resumable(found, saved, config, data)
         weights = None
         if found is None and config.checkpoint.init_from is not None:
             weights = checkpoint.to_start_from(config, data.vocab_size)
@@ -95,14 +98,14 @@ class Trainer:
         self.optimizer = build_optimizer(self.chunks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
         self.step = self.samples = 0
-        self.ledger = Ledger(data.plan.names, data.plan.ratios, data.plan.num_windows, config.train.sequence_length)
+        self.ledger = Ledger.of(data.plan, config.train.sequence_length)
         if saved is not None:
             assert found is not None
             checkpoint.load(found, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
             self.ledger.load_state_dict(saved.ledger)
             self.ledger.verify(data.plan, self.samples)
-            on_main(ranks, lambda: self.run_dir.record_resume(self.step))
+            on_main(ranks, lambda: self._record_resume(saved.plan_digest))
         elif weights is not None:
             checkpoint.load_weights(weights, self.chunks, self.optimizer)
         self.loader = Loader(
@@ -113,6 +116,8 @@ class Trainer:
             data_parallel_rank=ranks.data_rank,
             data_parallel_size=layout.data,
         )
+        end = config.train.steps * config.train.global_batch_size
+        self.prefetcher = Prefetcher(self.loader, config.train.global_batch_size, end_sample=end, allocate=self._buffer)
         self.tracker = on_main_only(ranks, self._start_tracker)
         self.recorder = Recorder(
             config,
@@ -124,6 +129,12 @@ class Trainer:
             step=self.step,
             skipped=saved.skipped if saved else 0,
         )
+
+    def _record_resume(self, plan_digest: str) -> None:
+        self.run_dir.record_resume(self.step)
+        if plan_digest != self.data.digest:
+            mixture = f"{self.data.plan.describe()}; digest {plan_digest} -> {self.data.digest}"
+            self.run_dir.event(f"mixture changed from sample {self.samples} on: {mixture}")
 
     def _start_tracker(self) -> Tracker:
         return Tracker.start(
@@ -181,8 +192,11 @@ class Trainer:
     def _batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         from megatron_synth.train.step import to_device
 
-        stream = self.loader.micro_batches(self.samples, self.config.train.global_batch_size)
-        return [to_device(batch, self.ranks.device) for batch in stream]
+        # a step ends with a wait for the device: nothing reads the buffers of the last step any more
+        return [to_device(batch, self.ranks.device) for batch in self.prefetcher.step(self.samples)]
+
+    def _buffer(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+        return torch.empty(shape, dtype=torch.int64, pin_memory=self.ranks.device.type == "cuda").numpy()
 
     def _evaluate(self) -> None:
         from megatron_synth.train.evaluate import evaluate
@@ -209,6 +223,7 @@ class Trainer:
                 eod_id=self.data.eod_id,
                 tokenizer=str(self.data.tokenizer.resolve()) if self.data.tokenizer else None,
                 config=self.config.model_dump(mode="json"),
+                prefix_digest=self.data.prefix_digest(self.samples),
             ),
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
@@ -238,8 +253,8 @@ class Trainer:
         convention = f"{human(flops)} FLOPs/token (full attention, head counted)"
         say(f"model {config.model.name}: {size}, {config.precision.dtype}, {convention}")
         say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
-        shares = ", ".join(f"{name} {ratio}" for name, ratio in zip(data.plan.names, data.plan.ratios, strict=True))
-        say(f"mixture {shares} over {human(total * config.train.sequence_length)} tokens in {config.train.steps} steps")
+        tokens = human(total * config.train.sequence_length)
+        say(f"mixture {data.plan.describe()} over {tokens} tokens in {config.train.steps} steps")
 
 
 def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:

@@ -189,9 +189,14 @@ class _Report:
             return _say(ax, "no shares were recorded")
         labels, top = [], 0.0
         for name, (x, y) in series.items():
-            requested = float(Fraction(self.config["data"]["sources"][name]["ratio"]))
-            ax.axhline(requested, color=INK, linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=3)
-            top = max(top, requested, *y)
+            # a mixture in phases has no one ratio: the dots are at its share of the whole run so far, which the ledger has
+            phased = bool(self.config["data"].get("phases"))
+            shown = (self.ledger or {"sources": {}}) if phased else self.config["data"]
+            if name in shown["sources"]:
+                requested = float(Fraction(shown["sources"][name]["ratio"]))
+                ax.axhline(requested, color=INK, linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=3)
+                top = max(top, requested)
+            top = max(top, *y, 0.0)
             if len(x):
                 _line(ax, x, y, self.colours[name], linewidth=3.0, alpha=0.85)
                 labels.append((y[-1], f"{_short(name)} {y[-1]:.2%}", self.colours[name]))

@@ -65,8 +65,8 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:
     """Train; rank r gets each signal (r, when, number), `when` being "step N" (while it reads data) or "save"."""
     from megatron_synth import cli
-    from megatron_synth.data.loader import Loader
     from megatron_synth.train import checkpoint
+    from megatron_synth.train.loop import Trainer
 
     def send(when: str) -> None:
         for target, moment, number in signals:
@@ -74,19 +74,19 @@ def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, i
                 os.kill(os.getpid(), number)
 
     steps = 0
-    micro_batches, save = Loader.micro_batches, checkpoint.save
+    batches, save = Trainer._batches, checkpoint.save
 
-    def micro_batches_with_signal(self: Any, *args: Any) -> Any:
+    def batches_with_signal(self: Any) -> Any:
         nonlocal steps
         steps += 1
         send(f"step {steps}")
-        return micro_batches(self, *args)
+        return batches(self)
 
     def save_with_signal(*args: Any, **kwargs: Any) -> Any:
         send("save")
         return save(*args, **kwargs)
 
-    Loader.micro_batches = micro_batches_with_signal  # type: ignore[assignment, method-assign]
+    Trainer._batches = batches_with_signal  # type: ignore[assignment, method-assign]
     checkpoint.save = save_with_signal
     return cli.main(arguments)
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,13 @@ from tests.support import ROOT
 
 _PRELOAD = ["pytest", "tests.dist.engine"]
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ENGINE = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""Environment of the server, and so of all ranks."""
 _GRACE_S = 15.0
 """How long the others may go on after a rank has failed."""
 
@@ -107,7 +114,12 @@ class RankPool:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._context = multiprocessing.get_context("forkserver")
+        # A process has one fork server. If other tests have started it, it has imported what they asked for: start ours now.
+        server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+        server._stop()
         self._context.set_forkserver_preload(_PRELOAD)
+        with _environment(_ENGINE):
+            server.ensure_running()
         self._jobs = 0
 
     def close(self) -> None:
@@ -128,27 +140,19 @@ class RankPool:
         processes: list[BaseProcess] = []
         pipes: list[connection.Connection] = []
         output = [str(Path(self._folder.name) / f"{self._jobs}-{rank}") for rank in range(world_size)]
-        with _environment(
-            {
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "GLOO_SOCKET_IFNAME": "lo",
-            }
-        ):  # read by the server when the first job starts it
-            for rank in range(world_size):
-                environment = {}
-                if world_size > 1:
-                    values = (rank, rank, world_size, world_size, "127.0.0.1", port)
-                    environment = dict(zip(_LAUNCHER, map(str, values), strict=True))
-                receiver, sender = self._context.Pipe(duplex=False)
-                process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
-                    target=_work, args=(sender, environment, output[rank], timeout, function, args), daemon=True
-                )
-                process.start()
-                sender.close()
-                processes.append(process)
-                pipes.append(receiver)
+        for rank in range(world_size):
+            environment = {}
+            if world_size > 1:
+                values = (rank, rank, world_size, world_size, "127.0.0.1", port)
+                environment = dict(zip(_LAUNCHER, map(str, values), strict=True))
+            receiver, sender = self._context.Pipe(duplex=False)
+            process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
+                target=_work, args=(sender, environment, output[rank], timeout, function, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
         try:
             return self._collect(function, processes, pipes, output, timeout)
         finally:

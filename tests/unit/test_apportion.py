@@ -175,3 +175,27 @@ def test_wrong_ratios_are_refused_with_the_exact_difference() -> None:
         Apportionment([Fraction(1, 10**10), 1 - Fraction(1, 10**10)])
     with pytest.raises(UserError, match="between 0 and 1, found -1/2"):
         Apportionment([Fraction(-1, 2), Fraction(3, 2)])
+
+
+@given(mixed_denominators(), st.integers(1, 10**5), st.integers(20, 300))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_far_in_is_found_without_what_comes_before(ratios: list[Fraction], sample: int, segment_length: int) -> None:
+    """Asked first for a late sample: the same as from the start, mostly through a step that leaves no choice."""
+    expected = Apportionment(ratios, segment_length=2**17).locate(np.arange(sample, sample + 50))
+    fresh = Apportionment(ratios, segment_length=segment_length)
+    for found, due in zip(fresh.locate(np.arange(sample, sample + 50)), expected, strict=True):
+        np.testing.assert_array_equal(found, due)
+
+
+def test_any_sample_of_few_sources_takes_milliseconds() -> None:
+    ratios = [Fraction(670_001, 10**6), Fraction(199_999, 10**6), Fraction(100_003, 10**6), Fraction(29_997, 10**6)]
+    fresh = Apportionment(ratios)
+    for sample in (999_000, 500_001, 10**14 + 123_456):
+        sources, occurrences = fresh.locate(np.arange(sample, sample + 500))
+        counts = fresh.counts(sample)
+        assert all(abs(int(count) - sample * ratio) <= fresh.bound for count, ratio in zip(counts, ratios, strict=True))
+        np.testing.assert_array_equal(occurrences, prefix_counts(sources, 4)[np.arange(500), sources] - 1 + counts[sources])
+    assert len(fresh._segments) <= 6  # and not the 488 of the whole period
+    # whole periods need no table at all
+    untouched = Apportionment(ratios)
+    assert untouched.counts(3 * 10**6).tolist() == [2_010_003, 599_997, 300_009, 89_991] and not untouched._segments

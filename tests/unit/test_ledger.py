@@ -12,6 +12,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.ledger import Ledger, LedgerMismatch
 from megatron_synth.data.loader import deal
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.phases import Phase
 
 PLAN = MixturePlan(
     [
@@ -90,5 +91,26 @@ def test_state_with_unmerged_counts_or_other_sources_is_refused() -> None:
     ledger.add(np.array([0]))
     with pytest.raises(AssertionError, match="not merged"):
         ledger.state_dict()
-    with pytest.raises(UserError, match=r"counts the sources qa, web, the run has code, qa, web"):
-        ledger.load_state_dict({"web": 1, "qa": 2})
+    with pytest.raises(UserError, match=r"counts the sources books, web, the run has code, qa, web"):
+        ledger.load_state_dict({"web": 1, "books": 2})
+
+
+def test_a_source_that_joins_the_run_begins_at_nothing() -> None:
+    ledger = new_ledger()
+    ledger.load_state_dict({"web": 1, "qa": 2})
+    assert ledger.samples.tolist() == [1, 2, 0]
+
+
+def test_a_ledger_of_phases_has_the_exact_share_so_far() -> None:
+    half, web = (Fraction(1, 2), Fraction(1, 2)), (Fraction(1), Fraction(0))
+    specs = [SourceSpec("web", Fraction(0), 40, 10, unique_windows=8), SourceSpec("qa", Fraction(0), 7, 10)]
+    plan = MixturePlan(specs, 5, [Phase(10, web), Phase(20, web, half, 5), Phase(None, half)])
+    ledger = Ledger.of(plan, 16)
+    assert ledger.to_json()["sources"]["web"]["ratio"] == "1"
+    ledger.merge(plan.counts(13))
+    content = ledger.to_json()["sources"]
+    # blocks of 4 samples with ratios 19/20, 17/20, ...: 10 + 3 x 19/20 of 13
+    assert (content["web"]["ratio"], content["qa"]["ratio"]) == (str(Fraction(257, 260)), str(Fraction(3, 260)))
+    assert content["web"]["epochs"] == content["web"]["samples"] / 8  # passes over the windows in use
+    assert Ledger.planned(plan, 16, 13).to_json() == ledger.to_json()
+    assert Ledger.planned(PLAN, 16, 96).to_json()["sources"]["web"]["ratio"] == "1/2"

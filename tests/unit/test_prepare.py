@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
-from megatron_synth.data import documents
+from megatron_synth.data import documents, output, portions, source_work
 from megatron_synth.data import prepare as verb
 from megatron_synth.data.documents import is_held_out
 from megatron_synth.data.manifest import Manifest
@@ -128,6 +129,40 @@ def zstd(data):
 FORMATS = [".txt", "lines.txt.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "disk", "disk-splits"]
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("ending", FORMATS)
+def test_portions_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_path, monkeypatch, ending, shuffled):
+    """Cut as finely as can be: a line may straddle two ranges, a file may be streamed, row groups are taken apart."""
+    (tmp_path / "in").mkdir()
+    source = write_format(tmp_path / "in", ending) | {"holdout": "1/4"}
+    shuffle = {"seed": 3} if shuffled else None
+    whole = PrepareConfig.model_validate(make(source, shuffle=shuffle, shard_tokens=700).model_dump())
+    prepare(whole)
+    for size in (1, 100, 1000):
+        monkeypatch.setattr(portions, "PORTION_BYTES", size)
+        monkeypatch.setattr(portions, "STREAMED_ABOVE", size)
+        monkeypatch.setattr(portions, "STREAMED_BYTES", size)
+        monkeypatch.setattr(source_work, "CHUNK_CHARACTERS", size)
+        monkeypatch.setattr(source_work, "PIECE_BYTES", size)
+        if shuffled:  # the shuffle depends on the portions; what it holds does not
+            prepare(whole, force=True)
+            for name in ("web", "web-valid"):
+                found = stored_texts(tmp_path / "out" / name, tokenizer_path)
+                held = [text for text in expected_texts(ending) if is_held_out(text, Fraction(1, 4)) == (name != "web")]
+                assert sorted(found) == sorted(held)
+            assert stored_texts(tmp_path / "out" / "web", tokenizer_path) != [
+                text for text in expected_texts(ending) if not is_held_out(text, Fraction(1, 4))
+            ]
+        else:
+            before = tree(tmp_path / "out")
+            prepare(whole, force=True)
+            assert tree(tmp_path / "out") == before
+
+
+def expected_texts(ending):
+    return [text.replace("\n", " ") for text in TEXTS] if "lines" in ending else TEXTS
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_every_format_gives_its_documents_in_order(tmp_path, make, tokenizer_path, ending):
     (tmp_path / "in").mkdir()
@@ -143,10 +178,12 @@ def test_every_format_gives_its_documents_in_order(tmp_path, make, tokenizer_pat
 
 
 def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "CHUNK_CHARACTERS", 500)  # many chunks, so that they could come out of order
+    monkeypatch.setattr(source_work, "CHUNK_CHARACTERS", 500)  # many pieces
+    monkeypatch.setattr(source_work, "PIECE_BYTES", 400)
+    monkeypatch.setattr(portions, "SMALL_PORTION", 1500)  # many portions, so that they could come out of order
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "web.jsonl")
-    for number, workers in enumerate([1, 2, 2]):
+    for number, workers in enumerate([1, 2, 4]):
         config = PrepareConfig.model_validate(
             {
                 "output": f"deep/out{number}",
@@ -289,6 +326,147 @@ def test_killed_in_the_middle_leaves_nothing_that_opens_and_no_worker(tmp_path, 
     assert open_source(tmp_path / "out" / "web", "web").num_documents == len(TEXTS)
 
 
+STEPS = ["_tokenise_task", "write_shard", "to_json", "plan_shards", "_count"]
+
+
+class Killed(KeyboardInterrupt):
+    """What a kill looks like to a run in this process: no handler but the last one."""
+
+
+@pytest.mark.parametrize("shuffle", [None, {"seed": 5}])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, monkeypatch, capsys, step, shuffle):
+    for name, size in (("CHUNK_CHARACTERS", 300), ("PIECE_BYTES", 200)):
+        monkeypatch.setattr(source_work, name, size)
+    monkeypatch.setattr(portions, "SMALL_PORTION", 900)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 900)
+    source = {"holdout": "1/4", "max_bytes": 2500}
+    settings = {"shard_tokens": 150, "shuffle": shuffle, "tokenizer": {"train": {"vocab_size": 300}}}
+    prepare(make(source, **settings))
+    expected = tree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+
+    real = getattr(source_work, step)
+    calls, limit = 0, 0
+
+    def stopping(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > limit:
+            raise Killed
+        return real(*arguments)
+
+    total = 0
+    monkeypatch.setattr(source_work, step, stopping)
+    for limit in range(1, 200):  # noqa: B007  # each attempt may do one thing more than the last before it is stopped
+        calls = 0
+        try:
+            prepare(make(source, **settings))
+            break
+        except Killed:
+            total += 1
+            assert not (tmp_path / "out").exists()
+            (partial,) = tmp_path.glob(".out.partial-*")
+            with open(partial / "journal.jsonl", "a") as file:
+                file.write('{"kind": "portion", "sou')  # a line torn by the kill
+    assert total >= 1 and "continuing a run that was stopped" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(portions, "SMALL_PORTION", 900)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 900)
+    done = {"tokenise": [], "shard": []}
+    real_tokenise, real_shard = source_work._tokenise_task, source_work.write_shard
+
+    def tokenise(tokenizer, task):
+        done["tokenise"].append(task[1])
+        if task[1] == 3 and done["tokenise"].count(3) == 1:
+            raise Killed
+        return real_tokenise(tokenizer, task)
+
+    def shard(tokenizer, task):
+        done["shard"].append(task.prefix.name)
+        if task.prefix.name == "shard-00002" and done["shard"].count("shard-00002") == 1:
+            raise Killed
+        return real_shard(tokenizer, task)
+
+    monkeypatch.setattr(source_work, "_tokenise_task", tokenise)
+    monkeypatch.setattr(source_work, "write_shard", shard)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            prepare(make(shard_tokens=300))
+    assert prepare(make(shard_tokens=300)) is not None
+    assert done["tokenise"][:5] == [0, 1, 2, 3, 3] and sorted(set(done["tokenise"][4:])) == done["tokenise"][4:]
+    assert done["shard"][:4] == ["shard-00000", "shard-00001", "shard-00002", "shard-00002"]
+    assert len(set(done["shard"])) == len(done["shard"]) - 1
+
+
+def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(portions, "SMALL_PORTION", 900)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 900)
+    real = source_work._count
+    prepare(make(shard_tokens=300))
+    expected = tree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+
+    def stop(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(source_work, "_count", stop)
+    with pytest.raises(Killed):
+        prepare(make(shard_tokens=300))
+    monkeypatch.setattr(source_work, "_count", real)
+    (partial,) = tmp_path.glob(".out.partial-*")
+    victim = sorted((partial / source_work.STAGING).glob("*.piece"))[1]
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    prepare(make(shard_tokens=300))
+    assert tree(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(source_work, "_count", stop)
+    with pytest.raises(Killed):
+        prepare(make({"kind": "other"}, shard_tokens=300))
+    monkeypatch.setattr(source_work, "_count", real)
+    prepare(make(shard_tokens=300))
+    assert tree(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_shuffle_is_told_in_the_manifest_and_depends_on_its_seed(tmp_path, make, tokenizer_path):
+    orders = {}
+    for seed in (1, 2, None):
+        shuffle = None if seed is None else {"seed": seed}
+        (one,) = prepare(make(shuffle=shuffle), force=True)
+        assert one.manifest.made.shuffle_seed == seed
+        orders[seed] = stored_texts(tmp_path / "out" / "web", tokenizer_path)
+    assert orders[None] == TEXTS and sorted(orders[1]) == sorted(orders[2]) == sorted(TEXTS)
+    assert orders[1] != orders[2] != TEXTS != orders[1]
+
+
+def test_what_was_prepared_is_verified_block_by_block(tmp_path, make):
+    prepare(make({"holdout": "1/4"}))
+    assert verb.main(["verify", str(tmp_path / "out")]) == 0
+    path = tmp_path / "out" / "web-valid" / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 4
+    path.write_bytes(data)
+    assert verb.main(["verify", str(tmp_path / "out")]) == 2
+    assert verb.main(["duplicates", str(tmp_path / "out")]) == 0
+
+
+def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_portion_begins(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(portions, "SMALL_PORTION", 400)
+    monkeypatch.setattr(portions, "PORTION_BYTES", 400)
+    path = jsonl(tmp_path / "a.jsonl")
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+        prepare(make({"input": str(path)}))
+
+
 def test_a_failing_run_leaves_nothing(tmp_path, make):
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
@@ -308,11 +486,11 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
             prepare(make())
         assert prepare(make({"max_bytes": 100})) is not None, "max_bytes bounds the estimate"
 
-    def no_space(self, part):
+    def no_space(self, tokens, lengths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verb.SourceWriter, "add", no_space)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr(output.ShardWriter, "add", no_space)
+    with pytest.raises(UserError, match=r"web/shard-00000\.bin: No space left on device at byte 0; nothing was kept"):
         prepare(make(), force=True)
     assert Manifest.load(tmp_path / "out" / "web").counts.documents < len(TEXTS), "the old output is untouched"
     assert not list(tmp_path.glob(".out*"))

@@ -1,5 +1,7 @@
 """Windows and document starts of opened sources against brute force over the whole stream; faults on opening."""
 
+import contextlib
+import gc
 import os
 import pickle
 import subprocess
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data import store
+from megatron_synth.data import indexed, store
 from megatron_synth.data.indexed import ShardWriter
 from megatron_synth.data.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.store import Source, check_compatible, open_source
@@ -87,7 +89,7 @@ def test_opening_maps_no_tokens(tmp_path):
     for shard in (tmp_path / "s").glob("*.bin"):
         shard.unlink()
     assert source.document_starts(0, 16).tolist() == [0, 5, 14]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="shard-00000.bin: .*No such file or directory.* while mapping it"):
         source.read_window(0, np.empty(17, np.int64))
 
 
@@ -139,7 +141,7 @@ def test_shards_of_another_source_are_refused_although_sizes_agree(tmp_path):
     [
         ("{", "broken JSON"),
         ("[]", "format_version None"),
-        ('{"format_version": 2}', "format_version 2, this program reads 1"),
+        ('{"format_version": 3}', "format_version 3, this program reads 1 and 2"),
         ('{"format_version": 1, "name": "s"}', "Field required"),
     ],
 )
@@ -186,3 +188,71 @@ def test_importing_the_store_needs_neither_torch_nor_datasets():
     code = "import sys, megatron_synth.data.prepare, megatron_synth.data.store as s; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not [name for name in ("torch", "datasets", "pyarrow", "tokenizers", "megatron.core") if f"'{name}'" in loaded]
+
+
+def open_files(folder):
+    """Files below `folder` that this process has open or mapped through a descriptor."""
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [link for link in links if link.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+def test_many_shards_are_opened_when_needed_and_never_all(tmp_path, monkeypatch, memory_map):
+    stream, starts = make(tmp_path / "s", [[7, 5]] * 40)
+    pool = indexed.OpenShards()
+    pool._limit = 10
+    monkeypatch.setattr(indexed, "_open_shards", pool)
+    monkeypatch.setattr(store, "EAGER_SHARDS", 39)
+    source = open_source(tmp_path / "s", "s", memory_map=memory_map)
+    assert not any(source._shards) and not open_files(tmp_path)
+    windows = np.random.default_rng(0).permutation(source.num_windows(9))
+    for window in windows.tolist():
+        out = np.empty(10, np.int64)
+        source.read_window(window, out)
+        np.testing.assert_array_equal(out, stream[window * 9 : window * 9 + 10])
+        assert source.document_starts(window, 9).tolist() == [at - window * 9 for at in starts if 0 <= at - window * 9 < 9]
+        assert 0 < len(open_files(tmp_path)) <= 10
+    # many windows at once, across all shards
+    offsets, counts = source.document_starts_of(windows, 9)
+    expected = [[at - window * 9 for at in starts if 0 <= at - window * 9 <= 9] for window in windows.tolist()]
+    assert np.split(offsets, np.cumsum(counts)[:-1])[3].tolist() == expected[3]
+    assert offsets.tolist() == sum(expected, []) and counts.tolist() == [len(one) for one in expected]
+    del source
+    gc.collect()
+    assert not open_files(tmp_path)
+
+
+def test_a_shard_that_is_another_than_announced_is_refused_when_it_is_first_needed(tmp_path, monkeypatch):
+    make(tmp_path / "s", [[4, 4], [3, 5]])
+    data = bytearray((tmp_path / "s" / "shard-00001.idx").read_bytes())
+    data[0] ^= 1
+    (tmp_path / "s" / "shard-00001.idx").write_bytes(data)
+    with pytest.raises(UserError, match="shard-00001.idx: not a Megatron index"):
+        open_source(tmp_path / "s", "s")
+    monkeypatch.setattr(store, "EAGER_SHARDS", 1)
+    source = open_source(tmp_path / "s", "s")
+    source.read_window(0, np.empty(5, np.int64))
+    with pytest.raises(UserError, match="shard-00001.idx: not a Megatron index"):
+        source.read_window(2, np.empty(5, np.int64))
+
+
+def test_nothing_is_handed_out_that_the_check_refuses(tmp_path):
+    stream, _ = make(tmp_path / "s", [[20], [20]])
+    source = open_source(tmp_path / "s", "s", memory_map=False)
+    asked = []
+
+    def check(shard, first, end):
+        asked.append((shard, first, end))
+        if shard == 1:
+            raise UserError("block 0 is bad")
+
+    source.check_before_reading(check)
+    out = np.full(10, -1, np.int64)
+    source.read_window(0, out)
+    assert out.tolist() == stream[:10].tolist()
+    with pytest.raises(UserError, match="block 0 is bad"):
+        source.read_window(2, np.full(10, -1, np.int64))
+    assert asked == [(0, 0, 20), (0, 36, 40), (1, 0, 16)]

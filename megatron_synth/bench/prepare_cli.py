@@ -1,0 +1,45 @@
+"""`megatron-synth bench prepare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_synth.bench import report
+from megatron_synth.bench.prepare import compare, render, to_json
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.data.tokenise import core_count
+
+
+def main(argv: list[str]) -> int:
+    """Run the comparison and print its table."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth bench prepare",
+        description="Tokens per second and worker of `prepare`, beside Megatron-LM's preprocessing loop and datatrove.",
+    )
+    parser.add_argument("--megabytes", type=int, default=12, help="text to tokenise; beyond 12 it repeats; default %(default)s")
+    parser.add_argument("--workers", type=int, default=core_count(), help="processes of each; default all cores, %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each; default %(default)s")
+    parser.add_argument("--datatrove", type=Path, metavar="PYTHON", help="interpreter of an environment with datatrove")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    options = parser.parse_args(argv)
+    for name in ("megabytes", "workers", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.datatrove is not None and not options.datatrove.is_file():
+        raise UserError(f"--datatrove: {options.datatrove} is no file; give the python of an environment with datatrove")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json: {options.json.parent} is not a folder")
+    head = report.header("bench", ["prepare", *argv])
+    result = compare(
+        options.megabytes,
+        options.workers,
+        options.rounds,
+        datatrove=options.datatrove,
+        say=lambda line: print(line, flush=True),
+    )
+    print("\n" + render(head, result))
+    if options.json is not None:
+        write_json(options.json, to_json(head, result))
+    return EXIT_OK

@@ -1,0 +1,115 @@
+"""Pieces: tokenised documents on their way from the workers to the shards, one file each.
+
+Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
+bytes of its text, its place in the portion, its first token in the piece, and its sort key (0 without a shuffle).
+Documents stand in the order of the keys. A piece is written under a temporary name and renamed, and its checksum says
+whether it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_synth.config.errors import UserError
+
+HEADER = struct.Struct("<8sQQQ")  # magic, checksum of the rest, documents, tokens
+MAGIC = b"MSPIECE1"
+RECORD = np.dtype(
+    [("length", np.int32), ("text_bytes", np.int32), ("place", np.int64), ("start", np.int64), ("key", np.uint64)]
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of documents: of `target`, from portion `portion`, of which it is part `part`."""
+
+    path: Path
+    target: str
+    portion: int
+    part: int
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    def mapped_records(self) -> np.ndarray:
+        """What is known of each document, RECORD [documents], mapped from disk: only what is looked at is read."""
+        return np.memmap(self.path, RECORD, "r", HEADER.size, (self.documents,))
+
+    def read_records(self) -> np.ndarray:
+        """The records, read and not kept."""
+        with open(self.path, "rb") as file:
+            file.seek(HEADER.size)
+            return np.fromfile(file, RECORD, self.documents)
+
+    def read_tokens(self, dtype: np.dtype[Any], begin: int, end: int) -> np.ndarray:
+        """Tokens [begin, end) of the piece."""
+        with open(self.path, "rb") as file:
+            file.seek(HEADER.size + self.documents * RECORD.itemsize + begin * dtype.itemsize)
+            tokens = np.fromfile(file, dtype, end - begin)
+        if tokens.size != end - begin:
+            raise UserError(f"{self.path}: ends after {tokens.size} of {end - begin} tokens; start again with --force")
+        return tokens
+
+    def is_whole(self) -> bool:
+        """Whether the file is what was written, all of it."""
+        try:
+            with open(self.path, "rb") as file:
+                header = file.read(HEADER.size)
+                if len(header) < HEADER.size:
+                    return False
+                magic, expected, documents, tokens = HEADER.unpack(header)
+                found = xxhash.xxh3_64()
+                while data := file.read(2**20):
+                    found.update(data)
+        except OSError:
+            return False
+        return bool((magic, documents, tokens, expected) == (MAGIC, self.documents, self.tokens, found.intdigest()))
+
+
+@contextmanager
+def naming(path: Path, position: Callable[[], int]) -> Iterator[None]:
+    """Put file and byte into errors of the disk, which do not say where they happened."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error} at byte {position()}", str(path)) from error
+
+
+def write_piece(folder: Path, target: str, portion: int, part: int, records: np.ndarray, tokens: np.ndarray) -> Piece:
+    """Write documents that stand in their order already: records RECORD [N], tokens [T]."""
+    assert records.dtype == RECORD and int(records["length"].sum(dtype=np.int64)) == tokens.size
+    records = records.copy()
+    records["start"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
+    path = folder / f"{target}-{portion:07d}-{part:04d}.piece"
+    temporary = path.with_suffix(".tmp")
+    arrays = [np.ascontiguousarray(array).view(np.uint8).data for array in (records, tokens) if array.size]
+    total = xxhash.xxh3_64()
+    for array in arrays:
+        total.update(array)
+    with open(temporary, "wb") as file, naming(temporary, lambda: file.tell()):
+        file.write(HEADER.pack(MAGIC, total.intdigest(), records.size, tokens.size))
+        for array in arrays:
+            file.write(array)
+    os.replace(temporary, path)
+    text_bytes = int(records["text_bytes"].sum(dtype=np.int64))
+    return Piece(path, target, portion, part, records.size, tokens.size, text_bytes)
+
+
+def trim(piece: Piece, dtype: np.dtype[Any], end_place: int) -> Piece | None:
+    """Write the piece again without the documents from place `end_place` of the portion on; None when none is left."""
+    records = piece.read_records()
+    kept = records["place"] < end_place
+    tokens = piece.read_tokens(dtype, 0, piece.tokens)[np.repeat(kept, records["length"])]
+    piece.path.unlink()
+    if not kept.any():
+        return None
+    return write_piece(piece.path.parent, piece.target, piece.portion, piece.part, records[kept], tokens)

@@ -1,0 +1,71 @@
+"""Local copies: whole, used again, completed after an interruption, refused where they cannot be made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.staging import stage
+from megatron_synth.data.store import open_source
+from tests.support import snapshot
+from tests.unit.test_store import make
+
+
+def test_a_copy_reads_like_its_source_and_is_made_once(tmp_path) -> None:
+    stream, _ = make(tmp_path / "shared" / "s", [[50, 30], [40]])
+    (tmp_path / "shared" / "tokenizer.json").write_text("{}")
+    told: list[tuple[int, int]] = []
+    copy = stage(tmp_path / "shared" / "s", tmp_path / "local", lambda done, total: told.append((done, total)))
+    assert copy.parent == tmp_path / "local" and told[-1][0] == told[-1][1] > 0
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    source, original = open_source(copy, "s"), open_source(tmp_path / "shared" / "s", "s")
+    assert source.manifest is not None and original.manifest is not None
+    assert source.manifest.digest() == original.manifest.digest()
+    assert source.tokenizer_path is not None and source.tokenizer_path.read_text() == "{}"
+    out = np.empty(stream.size, np.int64)
+    source.read_window(0, out)
+    np.testing.assert_array_equal(out, stream)
+    before = snapshot(copy)
+    told.clear()
+    assert stage(tmp_path / "shared" / "s", tmp_path / "local", lambda done, total: told.append((done, total))) == copy
+    assert snapshot(copy) == before and not told
+
+
+def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
+    make(tmp_path / "s", [[50, 30], [40]])
+    working = os.replace
+
+    def replace(source, target):
+        if str(target).endswith("shard-00001.bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        working(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(UserError, match="shard-00001.bin: No space left on device while .*/s was copied"):
+            stage(tmp_path / "s", tmp_path / "local")
+    (unfinished,) = (tmp_path / "local").iterdir()
+    assert not list(unfinished.glob(".*.part")) and not (unfinished / "manifest.json").exists()
+    assert stage(tmp_path / "s", tmp_path / "local") == unfinished
+    assert open_source(unfinished, "s").num_tokens == 120
+
+
+def test_another_source_of_the_same_name_gets_another_copy(tmp_path) -> None:
+    make(tmp_path / "a" / "s", [[50]])
+    make(tmp_path / "b" / "s", [[25, 25]])
+    copies = {stage(tmp_path / name / "s", tmp_path / "local") for name in "ab"}
+    assert len(copies) == 2
+
+
+def test_no_room_is_told_before_anything_is_copied(tmp_path, monkeypatch) -> None:
+    make(tmp_path / "s", [[50]])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="10 bytes free, .* needed for the copy"):
+        stage(tmp_path / "s", tmp_path / "local")
+    assert not list((tmp_path / "local").rglob("shard-*"))
