@@ -42,6 +42,7 @@ setup(
         "tokenizers",
         "wandb",
         "safetensors",
+        "xxhash",
         "zstandard",
     ],
     extras_require={

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
+from megatron_synth.data.integrity import BlockChecker
 from megatron_synth.data.loader import validation_windows
 from megatron_synth.data.manifest import TokenizerInfo
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
@@ -56,8 +57,8 @@ def open_data(config: Config) -> RunData:
         UserError: a file is missing or damaged, tokenizers differ, the vocabulary does not fit, a source is too small.
     """
     sequence = config.train.sequence_length
-    sources = tuple(open_source(entry.path, name) for name, entry in config.data.sources.items())
-    validation = {name: open_source(entry.path, name) for name, entry in config.data.validation.items()}
+    sources = tuple(_open(config, entry.path, name) for name, entry in config.data.sources.items())
+    validation = {name: _open(config, entry.path, name) for name, entry in config.data.validation.items()}
     info = check_compatible([*sources, *validation.values()])
     vocab_size = vocab_size_of(config, info)
     if vocab_size is None:
@@ -73,6 +74,20 @@ def open_data(config: Config) -> RunData:
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
     digest = _digest(plan, sequence, sources)
     return RunData(plan, sources, validation, vocab_size, info.eod_id if info else None, tokenizer, digest, sequence)
+
+
+def _open(config: Config, path: str, name: str) -> Source:
+    """One source, read with the checks that the configuration asks for."""
+    if config.data.verify == "sizes":  # which opening always does
+        return open_source(path, name)
+    source = open_source(path, name, memory_map=False)
+    if source.manifest is None:
+        raise UserError(
+            f"data.verify: blocks: {path}: source {name!r} has no manifest.json with checksums; prepare it again, or set "
+            "data.verify to sizes"
+        )
+    source.check_before_reading(BlockChecker(source.path, source.manifest).check)
+    return source
 
 
 def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:

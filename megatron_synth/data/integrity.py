@@ -75,7 +75,7 @@ class BlockChecker:
             )
         self._folder, self._manifest = folder, manifest
         self._lock = threading.Lock()
-        self._verified: dict[int, np.ndarray] = {}  # shard -> bool [blocks]
+        self._verified: dict[int, bytearray] = {}  # shard -> for each block 0 or 1
 
     def check(self, shard_number: int, first_byte: int, end_byte: int) -> None:
         """Verify the blocks of the .bin file that hold bytes [first_byte, end_byte), and, at first, the shard's index.
@@ -87,7 +87,7 @@ class BlockChecker:
             verified = self._open(shard_number)
         size = self._manifest.block_bytes
         first, last = first_byte // size, -(-end_byte // size)
-        if verified[first:last].all():
+        if 0 not in verified[first:last]:
             return
         shard = self._manifest.shards[shard_number]
         assert shard.bin_blocks is not None and 0 <= first_byte <= end_byte <= shard.bin_bytes, (shard.name, end_byte)
@@ -102,15 +102,15 @@ class BlockChecker:
                 fault = data if isinstance(data, Fault) else _compare(path, block, size, data, expected[block])
                 if fault is not None:
                     raise UserError(f"{fault}; {AGAIN}")
-                verified[block] = True
+                verified[block] = 1
 
-    def _open(self, shard_number: int) -> np.ndarray:
+    def _open(self, shard_number: int) -> bytearray:
         shard = self._manifest.shards[shard_number]
         _, faults = _check_index(self._folder, self._manifest, shard)
         if faults:
             raise UserError(f"{faults[0]}; {AGAIN}")
         with self._lock:
-            blocks = np.zeros(block_count(shard.bin_bytes, self._manifest.block_bytes), bool)
+            blocks = bytearray(block_count(shard.bin_bytes, self._manifest.block_bytes))
             return self._verified.setdefault(shard_number, blocks)
 
 
@@ -185,33 +185,33 @@ def _check_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[in
         return len(data), [_wrong_size(path, len(data), shard.idx_bytes, None)]
     if hashlib.sha256(data).hexdigest() == shard.idx_sha256:
         return len(data), []
-    at = _first_contradiction(data, np.dtype(manifest.dtype))
+    at = _first_contradiction(data, np.dtype(manifest.dtype), shard.bin_bytes)
     return len(data), [Fault(str(path), "altered: its checksum is not the manifest's", None, at)]
 
 
-def _first_contradiction(data: bytes, dtype: np.dtype[Any]) -> int | None:
-    """The byte at which an altered index of one sequence per document first contradicts itself; None where it does not."""
+def _first_contradiction(data: bytes, dtype: np.dtype[Any], bin_bytes: int) -> int | None:
+    """The byte at which an altered index of one sequence per document contradicts itself first; None where it does not."""
     sequences: int
     entries: int
     magic, version, code, sequences, entries = HEADER.unpack_from(data)
     known = magic == MAGIC and version == VERSION and code in TOKEN_TYPES and TOKEN_TYPES[code] == dtype
     if not known or HEADER.size + 12 * sequences + 8 * entries != len(data) or entries != sequences + 1:
         return 0
+    at_pointers, at_documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
     lengths = np.frombuffer(data, np.int32, sequences, HEADER.size)
-    pointers = np.frombuffer(data, np.int64, sequences, HEADER.size + 4 * sequences)
-    documents = np.frombuffer(data, np.int64, entries, HEADER.size + 12 * sequences)
-    steps = np.diff(pointers)
-    wrong = np.flatnonzero(steps != lengths[:-1].astype(np.int64) * dtype.itemsize)
-    if sequences and pointers[0] != 0:
-        return HEADER.size + 4 * sequences
+    pointers = np.frombuffer(data, np.int64, sequences, at_pointers)
+    documents = np.frombuffer(data, np.int64, entries, at_documents)
+    bounds = np.concatenate([pointers, [bin_bytes]])  # step k: from pointer k to the next, or to the end of the file
+    wrong = np.flatnonzero(np.diff(bounds) != lengths.astype(np.int64) * dtype.itemsize)
     if wrong.size:
         first = int(wrong[0])
-        # a wrong pointer contradicts the length before and the one after it; a wrong length contradicts once
-        if wrong.size > 1 and wrong[1] == first + 1 or first == steps.size - 1:
-            return HEADER.size + 4 * sequences + 8 * (first + 1)
-        return HEADER.size + 4 * first
+        if sequences and pointers[0] != 0:
+            return at_pointers
+        # a wrong pointer spoils the step before it and its own, a wrong length only its own
+        spoils_two = wrong.size > 1 and wrong[1] == first + 1
+        return at_pointers + 8 * (first + 1) if spoils_two else HEADER.size + 4 * first
     wrong = np.flatnonzero(documents != np.arange(entries))
-    return HEADER.size + 12 * sequences + 8 * int(wrong[0]) if wrong.size else None
+    return at_documents + 8 * int(wrong[0]) if wrong.size else None
 
 
 def _check_whole(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[int, list[Fault]]:

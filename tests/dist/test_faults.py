@@ -143,3 +143,16 @@ def test_a_damaged_run_json_is_named(ranks: RankPool, config: Path, trained: Cal
     results = ranks.run(LAYOUTS["dp2"][0], "megatron_synth.cli.main", ["train", str(config), "--run-dir", str(run)])
     _assert_one_error(results, (f"{run}/run.json",))
     assert snapshot(run) == before
+
+
+def test_a_flipped_bit_is_found_before_it_is_trained_on(ranks: RankPool, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    config = write_config(tmp_path / "base.yaml", corpus)
+    shard = corpus / "web" / "shard-00001.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 4
+    shard.write_bytes(content)
+    arguments = ["train", str(config), "data.verify=blocks", "--run-dir", str(tmp_path / "run")]
+    (result,) = ranks.run(1, "megatron_synth.cli.main", arguments)
+    assert result.value == 2
+    assert "shard-00001.bin, block 0" in result.stderr and "Traceback" not in result.stderr
