@@ -12,6 +12,7 @@ scale NaN, and so everything that is computed from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,10 @@ class Quantised:
         rows, columns = self.block
         scale = self.scale[:, : self.data.shape[1] // columns]
         return self.data.float() * scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+Pair = tuple[Quantised | None, Quantised | None]
+"""A matrix and its transpose, None where not wanted."""
 
 
 def scale_for(amax: Tensor, dtype: torch.dtype, *, margin: int = 0, power_of_two: bool = False) -> Tensor:
@@ -97,7 +102,7 @@ def quantise_tensorwise(
 
 def quantise_1x128(
     x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+) -> Pair:
     """x in blocks of 128 along its rows, and x^T in blocks of 128 along *its* rows: two quantisations of the same numbers.
 
     Scales are powers of two. N and K are multiples of 128.
@@ -126,7 +131,7 @@ def _along_rows(x: Tensor, dtype: torch.dtype) -> Quantised:
 
 def quantise_128x128(
     x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+) -> Pair:
     """x in square blocks, and the transpose of the very same numbers. Scales are powers of two; N, K multiples of 128.
 
     Args:
@@ -164,6 +169,38 @@ def transpose(data: Tensor) -> Tensor:
 def check_blocks(x: Tensor) -> None:
     """Assert that x [N, K] is made of whole 128 x 128 blocks."""
     assert x.ndim == 2 and x.shape[0] % BLOCK == 0 and x.shape[1] % BLOCK == 0, f"no whole blocks in {tuple(x.shape)}"
+
+
+class Source:
+    """What is to be quantised: a matrix [N, K] that another operation has yet to make.
+
+    This class is the definition: the matrix is made, in the dtype that it would have had, and then quantised. It is kept for
+    further calls, so an instance should not outlive its use. Kernels quantise while they make it, and keep nothing.
+    """
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self._make = make
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The matrix itself."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def amax(self) -> Tensor:
+        """`amax_of` the matrix."""
+        return amax_of(self.value())
+
+    def tensorwise(
+        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """`quantise_tensorwise` of the matrix."""
+        return quantise_tensorwise(self.value(), scale, dtype, row=row, transposed=transposed)
+
+    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+        """`quantise_1x128` of the matrix."""
+        return quantise_1x128(self.value(), dtype, row=row, transposed=transposed)
 
 
 def is_emulated(device: torch.device, blocks: bool) -> bool:

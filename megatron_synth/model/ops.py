@@ -32,7 +32,9 @@ from megatron_synth_kernels import fp8 as fp8
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.fp8 import E5M2 as E5M2
+from megatron_synth_kernels.fp8 import Pair as Pair
 from megatron_synth_kernels.fp8 import Quantised as Quantised
+from megatron_synth_kernels.fp8 import Source as Source
 from megatron_synth_kernels.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.loss import cross_entropy
 
@@ -40,6 +42,16 @@ from megatron_synth_kernels.loss import cross_entropy
 def quantiser() -> Any:
     """The module of the FP8 quantisers that was chosen: amax_of, quantise_*, transpose, as in `fp8`."""
     return registry.get("quantise_fp8")
+
+
+def quantising_swiglu() -> Any:
+    """The module of SwiGLU that quantises: SwiGLU, SwiGLUGradient."""
+    return registry.get("swiglu_quantise")
+
+
+def quantising_rms_norm() -> Any:
+    """The module of RMSNorm that quantises: Normalised, gradients."""
+    return registry.get("rms_norm_quantise")
 
 
 def connect() -> None:
@@ -72,6 +84,9 @@ class RMSNorm(torch.nn.Module):
     finalize_model_grads sums its gradient over the tensor-parallel ranks.
     """
 
+    in_linear = False
+    """Whether the linear layer behind it normalises as it quantises; this module then holds the weight and passes x on."""
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -81,6 +96,8 @@ class RMSNorm(torch.nn.Module):
         self._rms_norm = registry.get("rms_norm")
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.in_linear:
+            return x
         return self._rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
@@ -129,6 +146,9 @@ class CoreAttention(torch.nn.Module):
 class SwiGLUMLP(MLP):
     """megatron-core's MLP with silu(gate) * up and nothing else between its two linear layers (Shazeer, 2020)."""
 
+    in_linear = False
+    """Whether the second linear layer applies the activation as it quantises."""
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._swiglu = registry.get("swiglu")
@@ -137,7 +157,9 @@ class SwiGLUMLP(MLP):
         """[S, B, H] -> [S, B, H] and no bias. Under selective recomputation the activation's output is not kept."""
         assert per_token_scale is None
         gate_and_up, _ = self.linear_fc1(hidden_states)
-        if self.config.recompute_granularity == "selective" and self.training and torch.is_grad_enabled():
+        if self.in_linear:
+            out, bias = self.linear_fc2(gate_and_up)
+        elif self.config.recompute_granularity == "selective" and self.training and torch.is_grad_enabled():
             checkpoint = CheckpointWithoutOutput()
             out, bias = self.linear_fc2(checkpoint.checkpoint(self._swiglu, gate_and_up))
             checkpoint.discard_output_and_register_recompute(out)

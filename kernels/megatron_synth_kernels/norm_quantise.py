@@ -1,0 +1,26 @@
+"""RMSNorm whose output is only ever there in FP8: the definition, in torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import norm
+from .fp8 import Source
+
+
+class Normalised(Source):
+    """rms_norm(x, weight, eps) of x [N, H], to be quantised."""
+
+    def __init__(self, x: Tensor, weight: Tensor, eps: float):
+        super().__init__(lambda: (self._normalised() * weight).to(x.dtype))
+        self._x = x
+        self.inverse = norm.inverse_rms(x.float(), eps)
+        """[N, 1] fp32, for `gradients`."""
+
+    def _normalised(self) -> Tensor:
+        return self._x.float() * self.inverse
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x [N, H] and of the weight [H], from that of the output and the `inverse` of the forward pass."""
+    return norm.gradients(grad, x.float() * inverse, inverse, weight, x.dtype)
