@@ -12,7 +12,6 @@ scale NaN, and so everything that is computed from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -178,9 +177,10 @@ class Source:
     further calls, so an instance should not outlive its use. Kernels quantise while they make it, and keep nothing.
     """
 
-    def __init__(self, make: Callable[[], Tensor]):
-        self._make = make
-        self._value: Tensor | None = None
+    _value: Tensor | None = None
+
+    def _make(self) -> Tensor:
+        raise NotImplementedError
 
     def value(self) -> Tensor:
         """The matrix itself."""

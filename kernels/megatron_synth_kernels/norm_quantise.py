@@ -12,13 +12,12 @@ class Normalised(Source):
     """rms_norm(x, weight, eps) of x [N, H], to be quantised."""
 
     def __init__(self, x: Tensor, weight: Tensor, eps: float):
-        super().__init__(lambda: (self._normalised() * weight).to(x.dtype))
-        self._x = x
+        self._x, self._weight = x, weight
         self.inverse = norm.inverse_rms(x.float(), eps)
         """[N, 1] fp32, for `gradients`."""
 
-    def _normalised(self) -> Tensor:
-        return self._x.float() * self.inverse
+    def _make(self) -> Tensor:
+        return (self._x.float() * self.inverse * self._weight).to(self._x.dtype)
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

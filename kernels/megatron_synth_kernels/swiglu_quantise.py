@@ -13,19 +13,20 @@ class SwiGLU(Source):
     """swiglu(gate_and_up [N, 2F]) -> [N, F], to be quantised."""
 
     def __init__(self, gate_and_up: Tensor):
-        super().__init__(lambda: swiglu(gate_and_up))
+        self._x = gate_and_up
+
+    def _make(self) -> Tensor:
+        return swiglu(self._x)
 
 
 class SwiGLUGradient(Source):
     """The gradient of gate_and_up [N, 2F], from that of the output [N, F], to be quantised."""
 
     def __init__(self, grad: Tensor, gate_and_up: Tensor):
-        super().__init__(lambda: _gradient(grad, gate_and_up))
+        self._grad, self._x = grad, gate_and_up
 
-
-def _gradient(grad: Tensor, gate_and_up: Tensor) -> Tensor:
-    """By autograd, so that it has the bits of an operation that is not fused."""
-    with torch.enable_grad():
-        leaf = gate_and_up.detach().requires_grad_()
-        (result,) = torch.autograd.grad(swiglu(leaf), leaf, grad)
-    return result
+    def _make(self) -> Tensor:
+        with torch.enable_grad():  # so that it has the bits of an operation that is not fused
+            leaf = self._x.detach().requires_grad_()
+            (result,) = torch.autograd.grad(swiglu(leaf), leaf, self._grad)
+        return result
