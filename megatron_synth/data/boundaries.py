@@ -8,10 +8,11 @@ would be the first token of the next document, which nothing predicts: it has no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_synth.data import compiled
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -38,15 +39,11 @@ class Boundaries:
 
     def position_ids(self) -> Int32:
         """[B, S] distance of each input from the start of its stretch."""
-        line = _line(self.sequence_length)  # a stretch ends with its row
-        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
-        return np.concatenate([line[:length] for length in lengths]).reshape(self.rows, self.sequence_length)
+        return compiled.counting(self.cu_seqlens).reshape(self.rows, self.sequence_length)
 
     def loss_mask(self) -> npt.NDArray[np.bool_]:
         """[B, S] False where the label belongs to another document than the input."""
-        mask = np.ones(self.rows * self.sequence_length, dtype=np.bool_)
-        mask[self.ends] = False
-        return mask.reshape(self.rows, self.sequence_length)
+        return compiled.loss_mask(self.rows * self.sequence_length, self.ends).reshape(self.rows, self.sequence_length)
 
 
 class BoundaryTable:
@@ -65,6 +62,11 @@ class BoundaryTable:
         self._rows, self._length = rows, sequence_length
         batches, line = len(counts) // rows, rows * sequence_length
         assert line < 2**31, "cu_seqlens is int32"
+        library = compiled.library()
+        if library is not None:
+            self._cu_seqlens, edges, self._ends, ends = compiled.lay_out(library, offsets, counts, sequence_length, rows)
+            self._split, self._ends_split = edges.tolist(), ends.tolist()
+            return
         row_of = np.repeat(np.arange(len(counts)), counts)
         places = row_of % rows * sequence_length + offsets
         # each row begins a stretch, whether a document starts there or not; after the last row of a batch comes its end
@@ -91,10 +93,3 @@ class BoundaryTable:
             self._cu_seqlens[split[number] : split[number + 1]],
             self._ends[ends[number] : ends[number + 1]],
         )
-
-
-@lru_cache(maxsize=4)
-def _line(length: int) -> Int32:
-    line = np.arange(length, dtype=np.int32)
-    line.flags.writeable = False
-    return line

@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data import compiled
 from megatron_synth.data.boundaries import Boundaries, BoundaryTable
+from megatron_synth.data.indexed import Places, token_code
 from megatron_synth.data.mixture import MixturePlan
 from megatron_synth.data.permute import derive_key, permute
 
@@ -30,14 +32,6 @@ Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 LOOK_AHEAD_ROWS = 16384
 """Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
 in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
-
-
-class Mapped(Protocol):
-    """A shard whose tokens lie in memory, as long as the system lets them."""
-
-    @property
-    def mapped(self) -> npt.NDArray[np.integer] | None:
-        """All tokens of the shard; None when it is closed."""
 
 
 class WindowSource(Protocol):
@@ -58,8 +52,18 @@ class WindowSource(Protocol):
         """Fill `out` [S + 1] with the tokens from window x S on."""
 
     @property
-    def shards(self) -> Sequence[Mapped | None]:
-        """Those that are open, by number."""
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored tokens."""
+
+    @property
+    def places(self) -> Places:
+        """Where its shards lie in memory."""
+
+    def unreadable(self, shard: int, error: compiled.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
+
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
 
     def places_of(self, windows: Int64, sequence_length: int) -> tuple[Int64, Int64]:
         """Of each window the number of the shard it lies in, or -1 where only `read_window` will do; its first token there."""
@@ -152,9 +156,9 @@ class _Table:
     source_ids: Int64
     windows: Int64
     shards: Int64
-    """Number of the shard that a row's tokens can be copied from without asking its source; -1: there is none."""
-    begins: Int64
-    """Place of a row's first token in that shard."""
+    """Number of the shard that holds all tokens of a row; -1: there is none."""
+    copier: compiled.RowCopier | None
+    """Copies rows out of their shards' memory maps; None where nothing is compiled."""
     boundaries: BoundaryTable | None
 
     @property
@@ -214,7 +218,6 @@ class Loader:
         self.dtype = np.dtype(dtype)
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
         self._readers = [source.read_window for source in sources]
-        self._shards = [source.shards for source in sources]
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
@@ -262,12 +265,17 @@ class Loader:
             self.data_parallel_size,
         )
         source_ids, windows = self.plan.locate(samples)
+        shards, begins = self._places(source_ids, windows)
         boundaries = None
         if self.with_boundaries:
-            offsets, counts = self._document_starts(source_ids, windows)
+            offsets, counts = self._document_starts(source_ids, windows, shards, begins)
             boundaries = BoundaryTable(offsets, counts, self.sequence_length, self.micro_batch_size)
-        shards, begins = self._places(source_ids, windows)
-        return _Table(first_sample, global_batch_size, steps, samples, source_ids, windows, shards, begins, boundaries)
+        library, copier = compiled.library(), None
+        if library is not None and self.with_tokens:
+            maps = [source.places.tokens for source in self.sources]
+            codes = [token_code(source.dtype) for source in self.sources]
+            copier = compiled.RowCopier(library, maps, codes, source_ids, shards, begins, self.sequence_length + 1, self.dtype)
+        return _Table(first_sample, global_batch_size, steps, samples, source_ids, windows, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:
         """`places_of` for rows of any sources."""
@@ -277,8 +285,24 @@ class Loader:
             shards[rows], begins[rows] = self.sources[source_id].places_of(windows[rows], self.sequence_length)
         return shards, begins
 
-    def _document_starts(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:
+    def _document_starts(self, source_ids: Int64, windows: Int64, shards: Int64, begins: Int64) -> tuple[Int64, Int64]:
         """`document_starts_of` for rows of any sources."""
+        library = compiled.library()
+        if library is not None:
+
+            def stuck(row: int) -> Int64 | None:
+                source = self.sources[int(source_ids[row])]
+                if shards[row] >= 0:
+                    source.open_index(int(shards[row]))
+                    return None
+                return source.document_starts_of(windows[row : row + 1], self.sequence_length)[0]
+
+            indexes = [source.places.indexes for source in self.sources]
+            ends = begins + (self.sequence_length + 1)
+            try:
+                return compiled.document_starts(library, indexes, source_ids, shards, begins, ends, stuck)
+            except compiled.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
         rows_of, offsets_of = [], []
         for source_id in np.unique(source_ids).tolist():
             rows = np.flatnonzero(source_ids == source_id)
@@ -296,17 +320,26 @@ class Loader:
         boundaries = None if table.boundaries is None else table.boundaries.batch(row // rows)
         if not self.with_tokens:
             return Batch(np.empty((rows, 0), self.dtype), source_ids, table.samples[part], boundaries)
-        length = self.sequence_length + 1
-        tokens = allocate((rows, length), self.dtype)
-        places = zip(source_ids.tolist(), table.shards[part].tolist(), table.begins[part].tolist(), strict=True)
-        for number, (out, (source_id, shard, begin)) in enumerate(zip(tokens, places, strict=True), row):
-            opened = self._shards[source_id][shard] if shard >= 0 else None
-            stored = None if opened is None else opened.mapped
-            if stored is None:
-                self._readers[source_id](int(table.windows[number]), out)
-            else:  # what `read_window` does then; the calls to get there would be a fifth of the time
-                out[:] = stored[begin : begin + length]
+        tokens = allocate((rows, self.sequence_length + 1), self.dtype)
+        self._fill(table, row, tokens)
         return Batch(tokens, source_ids, table.samples[part], boundaries)
+
+    def _unreadable(self, source_ids: Int64, shards: Int64, error: compiled.BusError) -> UserError:
+        return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
+
+    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
+        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains."""
+        done, end, begin = row, row + len(tokens), compiled.address_of(tokens)
+        while True:
+            if table.copier is not None:
+                try:
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                except compiled.BusError as error:
+                    raise self._unreadable(table.source_ids, table.shards, error) from None
+            if done == end:
+                return
+            self._readers[int(table.source_ids[done])](int(table.windows[done]), tokens[done - row])
+            done += 1
 
 
 def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.compiled import BusError
+from megatron_synth.data.indexed import Places
 from megatron_synth.data.loader import Loader, deal, validation_batches, validation_windows
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
+
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
 
 FIRST: dict[str, Any] = dict(sequence_length=16, micro_batch_size=8, data_parallel_rank=0, data_parallel_size=1)
 
@@ -34,7 +38,14 @@ class MemorySource:
         assert 0 <= window < self.num_windows(length)
         out[:] = self.stream[window * length : window * length + length + 1]
 
-    shards: tuple[None, ...] = ()
+    dtype = np.dtype(np.int32)
+    places = Places(1)
+
+    def open_index(self, shard: int) -> None:
+        raise AssertionError("no row lies in a shard")
+
+    def unreadable(self, shard: int, error: BusError) -> UserError:
+        raise AssertionError("nothing is mapped")
 
     def places_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
         return np.full_like(windows, -1), np.zeros_like(windows)
