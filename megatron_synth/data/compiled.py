@@ -104,7 +104,8 @@ class RowCopier:
         shards: Int64,
         begins: Int64,
         length: int,
-        dtype: np.dtype[np.integer],
+        *,
+        wide: bool,
     ):
         """What rows there are.
 
@@ -117,18 +118,15 @@ class RowCopier:
             shards: [N] its shard, -1 for a row that lies in several.
             begins: [N] its first token there.
             length: tokens of a row.
-            dtype: of the copies, int64 or int32.
+            wide: the copies are int64, else int32.
         """
         self._copy = compiled.copy_rows
         self._failed_address = compiled.failed_address
-        self._length = length
-        self._row_bytes = length * dtype.itemsize
         addresses = np.array([address_of(one) for one in maps], dtype=np.int64)
         code_array = np.array(codes, dtype=np.int64)
         arrays = [addresses, code_array, *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins))]
         self._keep = (arrays, tuple(maps))  # the structure holds addresses only
-        wide = int(dtype.itemsize == 8)
-        self._rows = _Rows(*(address_of(one) for one in arrays), len(source_ids), length, wide)
+        self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide))
         self._address = ctypes.addressof(self._rows)
 
     def copy(self, begin: int, end: int, out: int) -> int:

@@ -320,17 +320,10 @@ class Shard:
 
     def unreadable(self, error: compiled.BusError) -> UserError:
         """What a failed read of a memory map of this shard means."""
-        parts = [(self.bin_path, self.mapped), (self.idx_path, self._index.content if self._index else None)]
-        for path, content in parts:
-            offset = -1 if content is None else error.address - compiled.address_of(content)
-            if content is not None and 0 <= offset < content.nbytes:
-                break
-        else:
-            path, offset = self.bin_path, -1
-        where = "" if offset < 0 else f" at offset {offset}"
-        size = path.stat().st_size
-        cut = f"; the file has {size} bytes now: it was cut off after it was opened" if 0 <= size <= offset else ""
-        return UserError(f"{path}: the system could not read it{where} (bus error){cut}; check the disk, then {AGAIN}")
+        index = self._index
+        if index is not None and 0 <= error.address - compiled.address_of(index.content) < index.content.nbytes:
+            return _unreadable(self.idx_path, index.content, error)
+        return _unreadable(self.bin_path, self.mapped, error)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -364,16 +357,27 @@ class Shard:
             whole = np.frombuffer(content, np.uint8)
             at = HEADER.size + 4 * self._sequences
             try:
-                index = DocumentIndex(
-                    whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize
-                )
+                index = DocumentIndex(whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize)
             except compiled.BusError as error:
-                raise self.unreadable(error) from None
+                raise _unreadable(self.idx_path, whole, error) from None
             with compiled.MAPS:
                 self._index = index
                 self.places.indexes[self._number] = index.address
             _open_shards.add(self)
         return index
+
+
+def _unreadable(path: Path, content: np.ndarray | None, error: compiled.BusError) -> UserError:
+    """content: what was mapped; None when it is not any more."""
+    offset = None if content is None else error.address - compiled.address_of(content)
+    where = "" if offset is None else f" at offset {offset}"
+    try:
+        size = path.stat().st_size
+        cut = offset is not None and size <= offset
+        why = f"the file has {size} bytes now: it was cut off after it was opened" if cut else "check the disk"
+    except OSError as gone:
+        why = f"the file cannot be found now: {gone.strerror}"
+    return UserError(f"{path}: the system could not read it{where} (bus error); {why}; then {AGAIN}")
 
 
 def _mapped(path: Path, size: int) -> mmap.mmap:

@@ -274,7 +274,9 @@ class Loader:
         if library is not None and self.with_tokens:
             maps = [source.places.tokens for source in self.sources]
             codes = [token_code(source.dtype) for source in self.sources]
-            copier = compiled.RowCopier(library, maps, codes, source_ids, shards, begins, self.sequence_length + 1, self.dtype)
+            copier = compiled.RowCopier(
+                library, maps, codes, source_ids, shards, begins, self.sequence_length + 1, wide=self.dtype.itemsize == 8
+            )
         return _Table(first_sample, global_batch_size, steps, samples, source_ids, windows, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:

@@ -31,9 +31,7 @@ class Source:
     Any number of threads may read.
     """
 
-    def __init__(
-        self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True
-    ):
+    def __init__(self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True):
         """bare: the only shard of a source without a manifest; with one they are opened as it says."""
         self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
         self._shards: list[Shard | None]
