@@ -33,10 +33,12 @@ class MemorySource:
     def num_windows(self, sequence_length: int) -> int:
         return (self.num_tokens - 1) // sequence_length
 
+    def read(self, begin: int, out: np.ndarray) -> None:
+        assert 0 <= begin <= self.num_tokens - len(out)
+        out[:] = self.stream[begin : begin + len(out)]
+
     def read_window(self, window: int, out: np.ndarray) -> None:
-        length = len(out) - 1
-        assert 0 <= window < self.num_windows(length)
-        out[:] = self.stream[window * length : window * length + length + 1]
+        self.read(window * (len(out) - 1), out)
 
     dtype = np.dtype(np.int32)
     places = Places(1)
@@ -47,14 +49,14 @@ class MemorySource:
     def unreadable(self, shard: int, error: BusError) -> UserError:
         raise AssertionError("nothing is mapped")
 
-    def places_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.full_like(windows, -1), np.zeros_like(windows)
+    def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full_like(begins, -1), np.zeros_like(begins)
 
-    def document_starts_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        return windows % sequence_length, np.ones(len(windows), dtype=np.int64)
+    def document_starts_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return begins // length % length, np.ones(len(begins), dtype=np.int64)
 
-    def will_need(self, window: int, sequence_length: int) -> None:
-        assert 0 <= window < self.num_windows(sequence_length)
+    def will_need(self, begin: int, length: int) -> None:
+        assert 0 <= begin < self.num_tokens - length
 
 
 def two_sources(sequence_length: int) -> tuple[MixturePlan, list[MemorySource]]:

@@ -74,7 +74,7 @@ def test_windows_and_document_starts_equal_brute_force(tmp_path_factory, shards,
         np.testing.assert_array_equal(out, stream[begin : begin + sequence_length + 1])
         expected = starts[(starts >= begin) & (starts < begin + sequence_length)] - begin
         assert source.document_starts(window, sequence_length).tolist() == expected.tolist()
-    numbers, begins = source.places_of(np.arange(count), sequence_length)
+    numbers, begins = source.places_of(np.arange(count) * sequence_length, sequence_length)
     ends = np.cumsum([sum(lengths) for lengths in shards])
     for window, (number, begin) in enumerate(zip(numbers.tolist(), begins.tolist(), strict=True)):
         first, last = window * sequence_length, window * sequence_length + sequence_length
@@ -244,7 +244,7 @@ def test_many_shards_are_opened_when_needed_and_never_all(tmp_path, monkeypatch,
         assert source.document_starts(window, 9).tolist() == [at - window * 9 for at in starts if 0 <= at - window * 9 < 9]
         assert 0 < len(open_files(tmp_path)) <= 10
     # many windows at once, across all shards
-    offsets, counts = source.document_starts_of(windows, 9)
+    offsets, counts = source.document_starts_of(windows * 9, 9)
     expected = [[at - window * 9 for at in starts if 0 <= at - window * 9 <= 9] for window in windows.tolist()]
     assert np.split(offsets, np.cumsum(counts)[:-1])[3].tolist() == expected[3]
     assert offsets.tolist() == sum(expected, []) and counts.tolist() == [len(one) for one in expected]
