@@ -254,24 +254,25 @@ def lay_out(
     return edges, splits[0], ends, splits[1]
 
 
-def loss_mask(count: int, places: Int64) -> npt.NDArray[np.bool_]:
-    """[count] True, but False at `places`."""
+def loss_mask(shape: tuple[int, int], places: Int64, places_at: int | None = None) -> npt.NDArray[np.bool_]:
+    """`shape` True, but False at `places` of the flat array. places_at: their address, where it is known."""
     compiled = library()
     if compiled is None:
-        mask = np.ones(count, dtype=np.bool_)
-        mask[places] = False
+        mask = np.ones(shape, dtype=np.bool_)
+        mask.ravel()[places] = False
         return mask
-    mask = np.empty(count, dtype=np.bool_)
-    compiled.mask_out(address_of(mask), count, address_of(places), len(places))
+    mask = np.empty(shape, dtype=np.bool_)
+    at = address_of(places) if places_at is None else places_at
+    compiled.mask_out(address_of(mask), shape[0] * shape[1], at, len(places))
     return mask
 
 
-def counting(edges: Int32) -> Int32:
-    """Counts from 0 within each stretch [edges[i], edges[i + 1])."""
+def counting(edges: Int32, shape: tuple[int, int]) -> Int32:
+    """`shape`, which from place to place of the flat array counts from 0 within each stretch [edges[i], edges[i + 1])."""
     compiled = library()
     if compiled is None:
         lengths = np.diff(edges)
-        return np.arange(edges[-1], dtype=np.int32) - np.repeat(edges[:-1], lengths)
-    out = np.empty(int(edges[-1]), np.int32)
+        return (np.arange(edges[-1], dtype=np.int32) - np.repeat(edges[:-1], lengths)).reshape(shape)
+    out = np.empty(shape, np.int32)
     compiled.count_up(address_of(edges), len(edges) - 1, address_of(out))
     return out
