@@ -28,11 +28,12 @@ NUMBER_SHARE = 0.01
 COPY_SHARE, NEAR_COPY_SHARE = 1 / 1000, 1 / 1000
 KEPT, LONGEST_COPY = 256, 2000
 """Documents that may be copied: the latest so many, of so many words at most."""
-_ALPHABETS = (
-    "àâçèéêîïôöùûü" + "abcdefghilmnoprstu",
+_PLAIN = ("etaoinshrdlcumwfgypbvk",)
+_FOREIGN = (
+    "àâçèéêîïôöùûüabcdefghilmnoprstu",
     "абвгдежзиклмнопрстуфхцчшщыэюя",
     "αβγδεζηθικλμνξοπρστυφχψω",
-    "的一是不了人我在有他这为之大来以个中上们",
+    "的一是不了人我在有他这为之大来",
 )
 
 
@@ -68,8 +69,8 @@ class Text(Iterator[str]):
 
     def __init__(self, seed: int):
         self._random = np.random.default_rng(seed)
-        self._plain = self._table(["etaoinshrdlcumwfgypbvk"])
-        self._foreign = self._table(list(_ALPHABETS))
+        self._plain = self._table(_PLAIN)
+        self._foreign = self._table(_FOREIGN)
         self._kept: deque[list[str]] = deque(maxlen=KEPT)
         self.copies = self.near_copies = 0
 
@@ -95,7 +96,7 @@ class Text(Iterator[str]):
             self._kept.append(drawn)
         return " ".join(drawn)
 
-    def _table(self, alphabets: list[str]) -> np.ndarray:
+    def _table(self, alphabets: tuple[str, ...]) -> np.ndarray:
         """Object [SLOTS]: words by Zipf's law; now and then with a mark or a line break after them."""
         random = self._random
         lengths = random.integers(1, 12, VOCABULARY)

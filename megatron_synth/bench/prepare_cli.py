@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--memory",
         metavar="MB[,MB]",
-        help="measure the memory of prepare, verify and duplicates on so much made-up text instead",
+        help="instead: memory of prepare, verify and duplicates on so much made-up text",
     )
     parser.add_argument("--folder", type=Path, help="with --memory: where text and output go for the time; default $TMPDIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")

@@ -82,11 +82,11 @@ def measure(sizes: Sequence[int], workers: Sequence[int], folder: Path | None, s
     """
     steps: list[Step] = []
     found: list[Found] = []
-    free = shutil.disk_usage(folder or tempfile.gettempdir()).free
-    if free < DISK_PER_TEXT * max(sizes):
+    place, needed = folder or Path(tempfile.gettempdir()), DISK_PER_TEXT * max(sizes)
+    free = shutil.disk_usage(place).free
+    if free < needed:
         raise UserError(
-            f"{folder or tempfile.gettempdir()}: {free / 1e9:.1f} GB are free, {DISK_PER_TEXT * max(sizes) / 1e9:.1f} GB needed; "
-            f"give another --folder, or measure less text"
+            f"{place}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB needed; give another --folder, or measure less text"
         )
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="megatron-synth-memory-", dir=folder) as temporary:
@@ -156,18 +156,8 @@ def render(head: dict[str, Any], result: MemoryBench) -> str:
     """The result as Markdown."""
     from megatron_synth.bench.report import header_lines, markdown_table
 
-    head_row = [
-        "step",
-        "workers",
-        "text, MB",
-        "documents",
-        "tokens",
-        "seconds",
-        "tokens/CPU s",
-        "peak PSS, MiB",
-        "anonymous",
-        "sum of RSS",
-    ]
+    head_row = ["step", "workers", "text, MB", "documents", "tokens", "seconds", "tokens/CPU s"]
+    head_row += ["peak PSS, MiB", "anonymous", "sum of RSS"]
     rows = [head_row]
     for step in result.steps:
         memory = (f"{value / 2**20:,.0f}" for value in (step.pss, step.anonymous, step.rss))

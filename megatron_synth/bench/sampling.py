@@ -13,7 +13,7 @@ FIELDS = ("Rss", "Pss", "Pss_Anon")
 
 @dataclass
 class Usage:
-    """The most that was seen at one moment, of all processes together, in bytes; what came and went between two samples is missed.
+    """The most bytes that were seen at one moment, of all processes together; what lies between two samples is missed.
 
     pss: pages that several processes share are divided among them; rss: such pages count for each of them, so it is an
     upper bound; anonymous: the part of pss that is no page of a file, so that the system cannot take it back.

@@ -122,7 +122,7 @@ def find_duplicates(folders: Sequence[Path], *, shingle: int = 8, threshold: flo
 
 
 def _documents_of(manifest: Manifest) -> int:
-    """Entries of the index that hold text: documents, or, in a packed source, documents and parts of those longer than a window."""
+    """Entries of the index that hold text: documents, or, in a packed source, documents and parts of long ones."""
     padding = 0 if manifest.packing is None else manifest.packing.padding_tokens  # each an entry of its own
     return sum(info.documents for info in manifest.shards) - padding
 
