@@ -128,9 +128,20 @@ def _steps(folder: Path, corpus: Corpus, workers: Sequence[int], say: Callable[[
                 last = (printed.read().strip().splitlines() or ["no message"])[-1]
                 raise UserError(f"prepare {verb}: failed with exit code {process.returncode}: {last}")
         counts = [manifest.counts for manifest in _manifests(made)]
-        totals = (sum(getattr(one, key) for one in counts) for key in ("text_bytes", "documents", "tokens"))
-        cpu_s = sum(usage.cpu_s.values())
-        steps.append(Step(verb, *totals, count, seconds, cpu_s, usage.pss, usage.rss, usage.anonymous))
+        steps.append(
+            Step(
+                verb=verb,
+                text_bytes=sum(one.text_bytes for one in counts),
+                documents=sum(one.documents for one in counts),
+                tokens=sum(one.tokens for one in counts),
+                workers=count,
+                seconds=seconds,
+                cpu_s=sum(usage.cpu_s.values()),
+                pss=usage.pss,
+                rss=usage.rss,
+                anonymous=usage.anonymous,
+            )
+        )
         say(f"{verb}, {count} workers: {seconds:.0f} s, {usage.pss / 2**20:,.0f} MiB at most")
 
     run("prepare a sample, train", sample, 1, str(folder / "sample.json"), "--workers", "1")
