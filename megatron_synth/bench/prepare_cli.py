@@ -40,10 +40,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--json: {options.json.parent} is not a folder")
     if options.folder is not None and not options.folder.is_dir():
         raise UserError(f"--folder: {options.folder} is not a folder")
+    sizes = None if options.memory is None else _megabytes(options.memory)
     head = report.header("bench", ["prepare", *argv])
-    if options.memory is not None:
+    if sizes is not None:
         measured = prepare_memory.measure(
-            _megabytes(options.memory), range(1, options.workers + 1), options.folder, lambda line: print(line, flush=True)
+            sizes, range(1, options.workers + 1), options.folder, lambda line: print(line, flush=True)
         )
         print("\n" + prepare_memory.render(head, measured))
         if options.json is not None:

@@ -190,8 +190,7 @@ def _documents(
                 signatures = np.zeros((numbers.size, BINS), np.uint16)
                 signatures[rows] = (values & np.uint64(0xFFFF)).astype(np.uint16)
                 file.write(signatures.data)
-                for band in range(BANDS):
-                    bands.add(_band(values, band), numbers[rows])
+                bands.add(np.concatenate([_band(values, band) for band in range(BANDS)]), np.tile(numbers[rows], BANDS))
 
     seen = _Column(temporary / "signatures", np.dtype(np.uint16), total, BINS)
     exact_marks, near_marks = (_Column(temporary / name, np.dtype(np.uint64), total) for name in ("exact", "near"))
