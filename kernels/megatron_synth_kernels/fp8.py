@@ -99,9 +99,7 @@ def quantise_tensorwise(
     return data if row else None, transpose(data) if transposed else None, amax_of(x)
 
 
-def quantise_1x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> Pair:
+def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """x in blocks of 128 along its rows, and x^T in blocks of 128 along *its* rows: two quantisations of the same numbers.
 
     Scales are powers of two. N and K are multiples of 128.
@@ -125,12 +123,11 @@ def _along_rows(x: Tensor, dtype: torch.dtype) -> Quantised:
     amax = torch.linalg.vector_norm(blocks, torch.inf, dim=2)  # [N, K / 128]
     scale = scale_for(amax, dtype, power_of_two=True)
     data = _rounded(blocks * scale[..., None], dtype).view(rows, columns)
-    return Quantised(data, inverse_scale(scale, amax).t().contiguous().t(), (1, BLOCK))
+    in_memory = inverse_scale(scale, amax).t().clone(memory_format=torch.contiguous_format)  # strides of one block, too
+    return Quantised(data, in_memory.t(), (1, BLOCK))
 
 
-def quantise_128x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> Pair:
+def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """x in square blocks, and the transpose of the very same numbers. Scales are powers of two; N, K multiples of 128.
 
     Args:

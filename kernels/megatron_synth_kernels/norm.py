@@ -23,7 +23,8 @@ class _HostRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *gradients(grad, *ctx.saved_tensors, ctx.dtype), None
+        normalised, inverse, weight = ctx.saved_tensors
+        return *gradients(grad, normalised, inverse, weight, ctx.dtype), None
 
 
 def inverse_rms(wide: Tensor, eps: float) -> Tensor:

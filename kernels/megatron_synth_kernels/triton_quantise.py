@@ -59,6 +59,7 @@ def power_of_two_scale(amax, LARGEST: tl.constexpr):
 
 @triton.jit
 def inverse_of(scale, amax):
+    """fp8.inverse_scale."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale) + (amax - amax)  # inf - inf is NaN
 
 
@@ -299,9 +300,7 @@ def transpose(data: Tensor) -> Tensor:
     return out.view(data.dtype)
 
 
-def quantise_1x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> Pair:
+def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """fp8.quantise_1x128."""
     check_blocks(x)
     n, k = x.shape
@@ -320,9 +319,7 @@ def quantise_1x128(
     return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
 
 
-def quantise_128x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> Pair:
+def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """fp8.quantise_128x128."""
     check_blocks(x)
     n, k = x.shape

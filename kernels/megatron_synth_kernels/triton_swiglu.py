@@ -83,9 +83,7 @@ def gradient(grad: Tensor, x: Tensor) -> Tensor:
     if grad.numel():
         lines = as_rows(grad)
         grid, block = _launch(x.shape[0], width)
-        swiglu_backward_kernel[grid](
-            lines, x, grad_x, lines.stride(0), x.stride(0), WIDTH=width, BLOCK=block, num_warps=_WARPS
-        )
+        swiglu_backward_kernel[grid](lines, x, grad_x, lines.stride(0), x.stride(0), WIDTH=width, BLOCK=block, num_warps=_WARPS)
     return grad_x
 
 

@@ -1,6 +1,6 @@
 """SwiGLU and its gradient, quantised while they are made: neither is ever in memory in bf16.
 
-N rows, F channels. A program makes a tile of 128 x 64, or 128 x 128 where blocks are scaled, and writes it in both orders. Bytes
+N rows, F channels. A program makes a tile of 128 x 64, or 128 x 128 where blocks are scaled, and writes it both ways. Bytes
 per row in bf16: forward 4 F read, 2 F written; backward 6 F read, 4 F written. The largest magnitude alone, which `current`
 scaling asks for first, is the same kernel without its writes. Results are those of triton_swiglu.py and fp8.py, one after the
 other, bit for bit.
@@ -128,7 +128,7 @@ def swiglu_blocks_kernel(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """x [n, 2 width] -> row [n, width], scales stored [width / 128, n]; transposed [width, n], scales stored [n / 128, width]."""
+    """x [n, 2 width] -> row [n, width], its scales [width / 128, n]; transposed [width, n], its scales [n / 128, width]."""
     tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     place = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK + rows[:, None] * x_stride + columns[None, :]

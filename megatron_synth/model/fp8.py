@@ -276,7 +276,9 @@ class Fp8Layer:
         """The quantised gradient of the output: the one that was handed over, or made from `grad` [.., N] itself."""
         if self._handed is not None:
             (placeholder, pair), self._handed = self._handed, None
-            assert grad.data_ptr() == placeholder.data_ptr(), f"{self.name}: its output is used elsewhere than in what handed a gradient over"
+            assert grad.data_ptr() == placeholder.data_ptr(), (
+                f"{self.name}: its output is used elsewhere than in what handed a gradient over"
+            )
             return pair
         return self.quantise(GRAD, grad.reshape(-1, grad.shape[-1]).contiguous(), transposed=transposed)
 
