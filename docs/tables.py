@@ -126,17 +126,15 @@ def fp8_passes() -> str:
 
 def fp8_passes_models() -> str:
     """The same of whole models: a layer's bytes in a step, and what a step's take at the bandwidth of an H200."""
-    from megatron_synth.config.load import load_file
-    from megatron_synth.config.schema import Config
+    from megatron_synth.config.load import load_file, load_yaml
+    from megatron_synth.config.schema import Config, ModelConfig
     from megatron_synth.core.fp8_passes import Scaling, bytes_per_step
     from megatron_synth.core.hardware import ACCELERATORS
     from megatron_synth.core.steptime import Assumptions
-    from megatron_synth.parallel.published import RUNS
 
     train = load_file(Config, "bench/h200.yaml").train
     micro_batches = train.global_batch_size // train.micro_batch_size
-    models = [load_file(Config, f"bench/{name}.yaml").model for name in ("h200", "h200-3b")]
-    models.append(next(run.model for run in RUNS if run.model.name == "Llama-3 8B"))
+    models = [ModelConfig(**load_yaml(f"model/{name}.yaml")["model"]) for name in ("llama-1.3b", "llama-3b", "llama-8b")]
     speed = ACCELERATORS["h200"].memory_bandwidth * Assumptions().memory
     rows = [["model", "recipe", "apart, GB", "fused, GB", "floor, GB", "apart, ms", "fused, ms", "floor, ms"]]
     recipes: tuple[tuple[str, Scaling], ...] = (("`delayed`, `blockwise`", "delayed"), ("`current`", "current"))
@@ -146,8 +144,8 @@ def fp8_passes_models() -> str:
             times = [f"{1000 * model.num_layers * value / speed:.0f}" for value in ways]
             rows.append([model.name, name, *(f"{value / 1e9:.1f}" for value in ways), *times])
     note = (
-        f"GB per layer, ms of all layers, in a step of {train.tokens_per_step:,} tokens in {micro_batches} micro-batches at "
-        f"{speed / 1e12:.1f} TB/s, what a copy reaches on an H200. Counted by `python docs/tables.py fp8-passes-models`, not measured."
+        f"GB per layer, ms of all layers, in a step of {train.tokens_per_step:,} tokens in {micro_batches} micro-batches, at "
+        f"{speed / 1e12:.1f} TB/s,\nas a copy on an H200. Counted by `python docs/tables.py fp8-passes-models`, not measured."
     )
     return f"{markdown(rows)}\n\n{note}"
 
