@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from megatron_synth.bench.loader_peers import CONTENDERS, EOD, ROWS, SHARES, VALUES, Contender, Sources
+from megatron_synth.bench.loader_shards import anonymous_bytes
 from megatron_synth.core.log import say
 from megatron_synth.data.indexed import ShardWriter
 
@@ -114,10 +115,10 @@ def _starts(contender: Contender, sources: Sources) -> dict[str, Any]:
     """Seconds from nothing to the first batch, and memory that is held then, at each length of a run."""
     seconds, held = {}, {}
     for samples in contender.sizes:
-        before, began = _anonymous_bytes(), time.perf_counter()
+        before, began = anonymous_bytes(), time.perf_counter()
         stream = contender.open(sources, samples)
         stream.next()
-        seconds[str(samples)], held[str(samples)] = time.perf_counter() - began, _anonymous_bytes() - before
+        seconds[str(samples)], held[str(samples)] = time.perf_counter() - began, anonymous_bytes() - before
         stream.close()
         del stream
     sizes = [str(samples) for samples in contender.sizes]
@@ -214,14 +215,6 @@ def _first_batches(contender: Contender, sources: Sources, samples: int) -> list
     batches = [stream.next().clone() for _ in range(EXTEND_BATCHES)]
     stream.close()
     return batches
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that is not pages of files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: the benchmark runs on Linux")
 
 
 def table_rows(results: list[dict[str, Any]]) -> list[list[str]]:
