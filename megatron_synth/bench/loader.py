@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megatron_synth.bench.loader_peers import CONTENDERS, EOD, ROWS, SHARES, VALUES, Contender, Sources
-from megatron_synth.bench.loader_shards import anonymous_bytes
+from megatron_synth.bench.loader_starts import anonymous_bytes
 from megatron_synth.core.log import say
 from megatron_synth.data.indexed import ShardWriter
 

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--tokens", type=count, default=64_000_000, help="of each of four sources; default 64000000")
     parser.add_argument("--only", metavar="TEXT", help="loaders whose name holds TEXT")
-    parser.add_argument("--shards", action="store_true", help="instead: start and memory of ours with 1, 100, 10,000 shards")
+    parser.add_argument("--starts", action="store_true", help="instead: starts of ours by number of shards and of sources")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
@@ -26,18 +26,21 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--tokens {options.tokens}: at least 1000000, or caches hold what is to be read")
 
     from megatron_synth.bench import loader as benchmark
-    from megatron_synth.bench import loader_shards, report
+    from megatron_synth.bench import loader_starts, report
     from megatron_synth.core.files import write_json
     from megatron_synth.core.log import say
 
     head = report.header("bench", ["loader", *argv])
-    if options.shards:
-        found: dict[str, object] = {"shards": (results := loader_shards.run())}
-        rows = loader_shards.table_rows(results)
+    if options.starts:
+        shards, mixtures = loader_starts.run(), loader_starts.mixtures()
+        found: dict[str, object] = {"shards": shards, "mixtures": mixtures}
+        tables = [loader_starts.table_rows(shards), loader_starts.mixture_rows(mixtures)]
     else:
-        found = {"tokens": options.tokens, "loaders": (results := benchmark.run(options.tokens, options.only))}
-        rows = benchmark.table_rows(results)
-    say("\n" + "\n".join([*report.header_lines(head), "", *report.markdown_table(rows)]))
+        results = benchmark.run(options.tokens, options.only)
+        found = {"tokens": options.tokens, "loaders": results}
+        tables = [benchmark.table_rows(results)]
+    lines = [line for rows in tables for line in ["", *report.markdown_table(rows)]]
+    say("\n" + "\n".join([*report.header_lines(head), *lines]))
     if options.json is not None:
         write_json(options.json, {**head, **found})
     return EXIT_OK

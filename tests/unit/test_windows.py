@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth import cli
-from megatron_synth.bench.loader_shards import write_many_shards
+from megatron_synth.bench.loader_starts import write_many_shards
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config

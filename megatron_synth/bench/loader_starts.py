@@ -1,4 +1,4 @@
-"""Start and memory of our loader by number of shards: a source of one file pair, of a hundred, of ten thousand."""
+"""Starts of our loader: by number of shards, with the memory that they take, and by number of sources in the mixture."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_synth.data.apportion import Apportionment
 from megatron_synth.data.indexed import ShardWriter
 from megatron_synth.data.loader import Loader
 from megatron_synth.data.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
@@ -26,7 +27,11 @@ SHARDS = (1, 100, 10_000)
 SAMPLES = (10**5, 10**7, 10**12)
 """Where in a run the loader is started."""
 ROWS, SEQUENCE_LENGTH = 8, 1024
+STEP = 512
+"""Samples of an optimizer step."""
 TRIALS = 9
+SOURCES = (2, 4, 8, 16, 32, 64)
+MIXTURES, DENOMINATOR = 25, 10**6
 
 
 def write_many_shards(folder: Path, shards: int, tokens: int) -> Path:
@@ -60,7 +65,7 @@ def run(shards: Sequence[int] = SHARDS) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-shards-") as name:
         for number in shards:
             folder = write_many_shards(Path(name) / f"of-{number}", number, 2 * SEQUENCE_LENGTH)
-            command = [sys.executable, "-m", "megatron_synth.bench.loader_shards", str(folder)]
+            command = [sys.executable, "-m", "megatron_synth.bench.loader_starts", str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results.append({"shards": number, **json.loads(done.stdout.splitlines()[-1])})
     return results
@@ -98,6 +103,36 @@ def _first_batch(source: Source, first_sample: int) -> None:
         with_boundaries=True,
     )
     next(loader.micro_batches(first_sample, ROWS))
+
+
+def mixtures() -> list[dict[str, Any]]:
+    """Seconds to find the sources of an optimizer step far into a run, with nothing built before, of random mixtures."""
+    random = np.random.default_rng(0)
+    results = []
+    for number in SOURCES:
+        seconds, smallest = [], []
+        for _ in range(MIXTURES):
+            cuts = np.sort(random.choice(np.arange(1, DENOMINATOR), number - 1, replace=False)).tolist()
+            ratios = [Fraction(end - begin, DENOMINATOR) for begin, end in zip([0, *cuts], [*cuts, DENOMINATOR], strict=True)]
+            first = int(random.integers(SAMPLES[-1]))
+            began = time.perf_counter()
+            Apportionment(ratios).locate(np.arange(first, first + STEP))
+            seconds.append(time.perf_counter() - began)
+            smallest.append(float(min(ratios)))
+        results.append({"sources": number, "seconds": sorted(seconds), "smallest": sorted(smallest)})
+    return results
+
+
+def mixture_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of `mixtures`, head first."""
+    rows = [
+        ["sources", "found in, median, ms", "9 of 10 within, ms", "longest, ms", "smallest ratio, median", "smallest of all"]
+    ]
+    for result in results:
+        times = [f"{1000 * result['seconds'][place]:.2f}" for place in (MIXTURES // 2, MIXTURES * 9 // 10, -1)]
+        ratios = [f"{result['smallest'][place]:.1e}" for place in (MIXTURES // 2, 0)]
+        rows.append([str(result["sources"]), *times, *ratios])
+    return rows
 
 
 def anonymous_bytes() -> int:
