@@ -87,7 +87,7 @@ def test_four_times_the_text_takes_no_more_memory(tmp_path, small):
         config = settings(folder, **packed)
         sources = [folder / "out" / name for name in ("web", "web-valid")]
         peaks.append((peak(lambda config=config: prepare(config)), peak(lambda sources=sources: find_duplicates(sources))))
-    # some kB for each piece are kept, which here has 64 kB and 16 MiB in a real run; the text grows by 450 kB, its tokens by 850
+    # some kB for each piece are kept, which here has 64 kB and 16 MiB in a run; the text grows by 450 kB, its tokens by 850
     assert all(more - less < 250_000 for less, more in zip(*peaks[1:], strict=True)), peaks
 
 
