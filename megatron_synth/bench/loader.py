@@ -36,6 +36,7 @@ SHORT = 32
 MEAN_DOCUMENT = 1000
 ROUNDS = 5
 ROUND_S = 0.4
+SETTLE_S, SETTLE_LOOKS = 0.05, 200
 PREFIXES = 100_000
 """Samples over whose prefixes, batch by batch, the worst deviation is taken."""
 RESUME_STEP = 10_000
@@ -150,12 +151,23 @@ def _rates(contender: Contender, sources: Sources) -> dict[str, Any]:
     in_order, at_random = _limit(sources, shuffled=False), _limit(sources, shuffled=True)
     for one in (in_order, at_random, stream.next):
         _rate(one, 0.5)
-    rounds = [
-        {"limit": _rate(in_order, ROUND_S), "random": _rate(at_random, ROUND_S), "own": _rate(stream.next, ROUND_S)}
-        for _ in range(ROUNDS)
-    ]
+    rounds = []
+    for _ in range(ROUNDS):
+        _settle()
+        limits = {"limit": _rate(in_order, ROUND_S), "random": _rate(at_random, ROUND_S)}
+        _rate(stream.next, ROUND_S)  # what was read ahead meanwhile is not counted
+        rounds.append({**limits, "own": _rate(stream.next, ROUND_S)})
     stream.close()
     return {"rounds": rounds}
+
+
+def _settle() -> None:
+    """Wait until threads that read ahead have filled their buffers: they would take from what is measured next."""
+    for _ in range(SETTLE_LOOKS):
+        used = time.process_time()
+        time.sleep(SETTLE_S)
+        if time.process_time() - used < SETTLE_S / 10:
+            return
 
 
 def _rate(batch: Callable[[], Any], seconds: float) -> float:
