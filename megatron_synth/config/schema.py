@@ -194,8 +194,8 @@ class DataConfig(Section):
     """What is checked while reading: file sizes when a source is opened, or also the checksum of every 4 MiB block before
     anything of it is used, at 0.5 to 1 times the reading speed."""
     memory_map: bool = True
-    """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but a disk that fails gives a
-    message and not a signal, and some network file systems like it better. With `verify: blocks` it is always so."""
+    """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but some network file systems
+    like it better. With `verify: blocks` it is always so."""
     staging: str | None = None
     """Folder on a disk of the machine, such as a local NVMe drive: sources are copied there when training starts, unless they
     are there already, and read from there. For corpora on a network file system. Needs sources with a manifest.json."""

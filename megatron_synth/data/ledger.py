@@ -27,7 +27,7 @@ class Ledger:
     """Samples delivered by each source, over all ranks since the run began."""
 
     def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], window_length: int):
-        """One entry per source, in the order of the plan's source ids. num_windows: of an epoch."""
+        """One entry per source, in the order of the plan's source ids. num_windows: of an epoch, each of `window_length`."""
         assert len(names) == len(ratios) == len(num_windows)
         self.names = tuple(names)
         self.ratios = tuple(ratios)

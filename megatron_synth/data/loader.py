@@ -25,7 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data import compiled
 from megatron_synth.data.boundaries import Boundaries, BoundaryTable
+from megatron_synth.data.indexed import Places, token_code
 from megatron_synth.data.mixture import MixturePlan, windows_in
 from megatron_synth.data.permute import derive_key, keyed_hash, permute
 
@@ -36,14 +38,6 @@ Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 LOOK_AHEAD_ROWS = 16384
 """Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
 in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
-
-
-class Mapped(Protocol):
-    """A shard whose tokens lie in memory, as long as the system lets them."""
-
-    @property
-    def mapped(self) -> npt.NDArray[np.integer] | None:
-        """All tokens of the shard; None when it is closed."""
 
 
 class WindowSource(Protocol):
@@ -67,8 +61,18 @@ class WindowSource(Protocol):
         """Fill `out` [L + 1] with the tokens from window x L on."""
 
     @property
-    def shards(self) -> Sequence[Mapped | None]:
-        """Those that are open, by number."""
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored tokens."""
+
+    @property
+    def places(self) -> Places:
+        """Where its shards lie in memory."""
+
+    def unreadable(self, shard: int, error: compiled.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
+
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
 
     def places_of(self, begins: Int64, length: int) -> tuple[Int64, Int64]:
         """Of each window the number of the shard it lies in, or -1 where only `read` will do; its first token there.
@@ -83,7 +87,7 @@ class WindowSource(Protocol):
         """Hint that the window will be read soon."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen would take five times as long to make
 class Batch:
     """B sequences of k windows of L + 1 tokens: a window's inputs are its tokens 0..L-1, its labels 1..L. S = k L."""
 
@@ -97,7 +101,7 @@ class Batch:
     """Where documents begin and end, in B k rows of L. None unless asked for."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class ValidationBatch(Batch):
     """A batch of one domain: source_ids are 0, samples are window numbers."""
 
@@ -186,9 +190,9 @@ class _Table:
     firsts: Int64
     """First token of each row in the stream of its source."""
     shards: Int64
-    """Number of the shard that a row's tokens can be copied from without asking its source; -1: there is none."""
-    begins: Int64
-    """Place of a row's first token in that shard."""
+    """Number of the shard that holds all tokens of a row; -1: there is none."""
+    copier: compiled.RowCopier | None
+    """Copies rows out of their shards' memory maps; None where nothing is compiled."""
     boundaries: BoundaryTable | None
 
     @property
@@ -258,7 +262,6 @@ class Loader:
         self.dtype = np.dtype(dtype)
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
         self._readers = [source.read for source in sources]
-        self._shards = [source.shards for source in sources]
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
@@ -311,12 +314,19 @@ class Loader:
         )
         source_ids, windows, offsets = self.plan.places(samples)
         firsts = windows * self.window_length + offsets
+        shards, begins = self._places(source_ids, firsts)
         boundaries = None
         if self.with_boundaries:
-            starts, counts = self._document_starts(source_ids, firsts)
+            starts, counts = self._document_starts(source_ids, firsts, shards, begins)
             boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number)
-        shards, begins = self._places(source_ids, firsts)
-        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, begins, boundaries)
+        library, copier = compiled.library(), None
+        if library is not None and self.with_tokens:
+            maps = [source.places.tokens for source in self.sources]
+            codes = [token_code(source.dtype) for source in self.sources]
+            copier = compiled.RowCopier(
+                library, maps, codes, source_ids, shards, begins, self.window_length + 1, wide=self.dtype.itemsize == 8
+            )
+        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
         """`places_of` for rows of any sources."""
@@ -326,8 +336,24 @@ class Loader:
             shards[rows], begins[rows] = self.sources[source_id].places_of(firsts[rows], self.window_length)
         return shards, begins
 
-    def _document_starts(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
+    def _document_starts(self, source_ids: Int64, firsts: Int64, shards: Int64, begins: Int64) -> tuple[Int64, Int64]:
         """`document_starts_of` for rows of any sources."""
+        library = compiled.library()
+        if library is not None:
+
+            def stuck(row: int) -> Int64 | None:
+                source = self.sources[int(source_ids[row])]
+                if shards[row] >= 0:
+                    source.open_index(int(shards[row]))
+                    return None
+                return source.document_starts_of(firsts[row : row + 1], self.window_length)[0]
+
+            indexes = [source.places.indexes for source in self.sources]
+            ends = begins + (self.window_length + 1)
+            try:
+                return compiled.document_starts(library, indexes, source_ids, shards, begins, ends, stuck)
+            except compiled.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
         rows_of, offsets_of = [], []
         for source_id in np.unique(source_ids).tolist():
             rows = np.flatnonzero(source_ids == source_id)
@@ -347,16 +373,25 @@ class Loader:
             return Batch(np.empty((self.micro_batch_size, 0), self.dtype), source_ids, table.samples[part], boundaries)
         length = self.window_length + 1
         tokens = allocate((self.micro_batch_size, self.windows_per_sequence * length), self.dtype)
-        windows: Tokens = tokens.reshape(rows, length)
-        places = zip(source_ids.tolist(), table.shards[part].tolist(), table.begins[part].tolist(), strict=True)
-        for number, (out, (source_id, shard, begin)) in enumerate(zip(windows, places, strict=True), row):
-            opened = self._shards[source_id][shard] if shard >= 0 else None
-            stored = None if opened is None else opened.mapped
-            if stored is None:
-                self._readers[source_id](int(table.firsts[number]), out)
-            else:  # what `read` does then; the calls to get there would be a fifth of the time
-                out[:] = stored[begin : begin + length]
+        self._fill(table, row, tokens.reshape(rows, length))
         return Batch(tokens, source_ids, table.samples[part], boundaries)
+
+    def _unreadable(self, source_ids: Int64, shards: Int64, error: compiled.BusError) -> UserError:
+        return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
+
+    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
+        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains."""
+        done, end, begin = row, row + len(tokens), compiled.address_of(tokens)
+        while True:
+            if table.copier is not None:
+                try:
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                except compiled.BusError as error:
+                    raise self._unreadable(table.source_ids, table.shards, error) from None
+            if done == end:
+                return
+            self._readers[int(table.source_ids[done])](int(table.firsts[done]), tokens[done - row])
+            done += 1
 
 
 def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.indexed import AGAIN, Shard, file_size, with_suffix
+from megatron_synth.data import compiled
+from megatron_synth.data.indexed import AGAIN, Places, Shard, file_size, with_suffix
 from megatron_synth.data.manifest import FILE_NAME, Manifest, TokenizerInfo
 
 EAGER_SHARDS = 256
@@ -30,24 +31,24 @@ class Source:
     Any number of threads may read.
     """
 
-    def __init__(
-        self, name: str, path: Path, manifest: Manifest | None, shards: Sequence[Shard] = (), *, memory_map: bool = True
-    ):
-        """shards: those of a source without a manifest; with one they are opened as it says."""
-        assert (manifest is None) == bool(shards)
+    def __init__(self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True):
+        """bare: the only shard of a source without a manifest; with one they are opened as it says."""
         self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
-        self._shards: list[Shard | None] = list(shards) if manifest is None else [None] * len(manifest.shards)
-        sizes = [shard.num_tokens for shard in shards] if manifest is None else [info.tokens for info in manifest.shards]
+        self._shards: list[Shard | None]
+        if manifest is None:
+            assert bare is not None
+            self._shards, self.places, self.dtype = [bare], bare.places, bare.dtype
+            sizes, self.num_documents = [bare.num_tokens], bare.num_documents
+        else:
+            self._shards, self.places = [None] * len(manifest.shards), Places(len(manifest.shards))
+            self.dtype = np.dtype(manifest.dtype)
+            sizes = [info.tokens for info in manifest.shards]
+            self.num_documents = sum(info.documents for info in manifest.shards)
         self._ends_array = np.cumsum(sizes, dtype=np.int64)
         self._ends: list[int] = self._ends_array.tolist()
         self._begins: list[int] = [0, *self._ends[:-1]]
         self._begins_array = np.array(self._begins, dtype=np.int64)
         self.num_tokens: int = self._ends[-1]
-        self.num_documents: int = (
-            sum(shard.num_documents for shard in shards)
-            if manifest is None
-            else sum(info.documents for info in manifest.shards)
-        )
         self._before_read: Callable[[int, int, int], None] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
@@ -72,15 +73,16 @@ class Source:
         shard = self._shards[number]
         if shard is None:
             assert self.manifest is not None
-            shard = self._shards[number] = _open_checked(self.path, self.manifest, number, self.memory_map)
+            shard = self._shards[number] = _open_checked(self, self.manifest, number)
         return shard
 
     def check_before_reading(self, check: Callable[[int, int, int], None]) -> None:
         """Call `check(shard number, first byte, byte after the last)` before any tokens of the .bin file are handed out.
 
-        What it raises reaches the reader instead of the tokens. Open the source without a memory map for this: what the
+        What it raises reaches the reader instead of the tokens. The source must be open without a memory map: what the
         check itself reads, and what is handed out, then fails with a message and not with a signal.
         """
+        assert not self.memory_map, "rows are copied from memory maps unasked"
         self._before_read = check
 
     def read(self, begin: int, out: np.ndarray) -> None:
@@ -109,21 +111,14 @@ class Source:
         """`read` of window `window`; out: [L + 1]."""
         self.read(window * (len(out) - 1), out)
 
-    @property
-    def shards(self) -> Sequence[Shard | None]:
-        """By number; None for those that were not opened yet."""
-        return self._shards
-
     def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each window the number of the shard that holds all its L + 1 tokens, and the first one's place in it.
 
         begins: int64 [N] first token of each window. Returns int64 [N] twice. The number is -1 for a window that lies in
-        several shards, or whose reads are checked: `read` reads those. Opens nothing.
+        several shards: `read` reads those. Opens nothing.
         """
         numbers = np.searchsorted(self._ends_array, begins, side="right")
         whole = begins + length < self._ends_array[numbers]
-        if self._before_read is not None:
-            whole[:] = False
         return np.where(whole, numbers, -1), begins - self._begins_array[numbers]
 
     def will_need(self, begin: int, length: int) -> None:
@@ -164,6 +159,14 @@ class Source:
         by_row = np.argsort(rows, kind="stable")
         return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(begins))
 
+    def unreadable(self, shard: int, error: compiled.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
+        return self.shard(shard).unreadable(error)
+
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
+        self.shard(shard).open_index()
+
     def _starts_in(self, number: int, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As `document_starts_of`, for windows within one shard."""
         local = begins - self._begins[number]
@@ -202,7 +205,7 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
             f"{path}: source {name!r} not found; expected a folder with {FILE_NAME} (made by `megatron-synth prepare`) "
             f"or the prefix of a Megatron .bin/.idx pair"
         )
-    return Source(name, prefix, None, [Shard(prefix, memory_map=memory_map)], memory_map=memory_map)
+    return Source(name, prefix, None, Shard(prefix, memory_map=memory_map), memory_map=memory_map)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -215,9 +218,9 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
                 raise UserError(f"{path}: {FILE_NAME} announces {expected} bytes, found {found} bytes; {AGAIN}")
 
 
-def _open_checked(folder: Path, manifest: Manifest, number: int, memory_map: bool) -> Shard:
+def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
-    shard = Shard(folder / info.name, memory_map=memory_map)
+    shard = Shard(source.path / info.name, memory_map=source.memory_map, places=source.places, number=number)
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

@@ -21,6 +21,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.core import outcome
 from megatron_synth.core.flops import count_parameters, flops_per_token
 from megatron_synth.core.log import human, say
+from megatron_synth.data import compiled
 from megatron_synth.data.dataset import RunData
 from megatron_synth.data.ledger import Ledger
 from megatron_synth.model import kernels
@@ -350,6 +351,9 @@ class Trainer:
         if self.precision_text and self.ranks.rank == 0:
             self.run_dir.event(self.precision_text)
         say(f"mixture {data.plan.describe()} over {tokens} tokens in {config.train.steps} steps")
+        slow = compiled.missing()
+        if slow is not None:
+            say(f"warning: {slow}")
 
 
 def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:

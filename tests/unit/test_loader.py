@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.compiled import BusError
+from megatron_synth.data.indexed import Places
 from megatron_synth.data.loader import Loader, deal, validation_batches, validation_windows
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
+
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
 
 FIRST: dict[str, Any] = dict(sequence_length=16, micro_batch_size=8, data_parallel_rank=0, data_parallel_size=1)
 
@@ -36,7 +40,14 @@ class MemorySource:
     def read_window(self, window: int, out: np.ndarray) -> None:
         self.read(window * (len(out) - 1), out)
 
-    shards: tuple[None, ...] = ()
+    dtype = np.dtype(np.int32)
+    places = Places(1)
+
+    def open_index(self, shard: int) -> None:
+        raise AssertionError("no row lies in a shard")
+
+    def unreadable(self, shard: int, error: BusError) -> UserError:
+        raise AssertionError("nothing is mapped")
 
     def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         return np.full_like(begins, -1), np.zeros_like(begins)

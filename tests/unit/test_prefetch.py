@@ -21,6 +21,8 @@ from megatron_synth.data.store import Source, open_source
 from tests.unit.test_loader import MemorySource, loader_of, two_sources
 from tests.unit.test_store import make
 
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
+
 
 def content(batches) -> list[tuple]:
     return [(b.tokens.tolist(), b.samples.tolist(), b.source_ids.tolist()) for b in batches]
