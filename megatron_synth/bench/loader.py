@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from megatron_synth.bench.loader_peers import CONTENDERS, EOD, ROWS, SHARES, VALUES, Contender, Sources
+from megatron_synth.bench.loader_starts import anonymous_bytes
 from megatron_synth.core.log import say
 from megatron_synth.data.indexed import ShardWriter
 
@@ -36,6 +37,7 @@ SHORT = 32
 MEAN_DOCUMENT = 1000
 ROUNDS = 5
 ROUND_S = 0.4
+SETTLE_S, SETTLE_LOOKS = 0.05, 200
 PREFIXES = 100_000
 """Samples over whose prefixes, batch by batch, the worst deviation is taken."""
 RESUME_STEP = 10_000
@@ -134,10 +136,10 @@ def _starts(contender: Contender, sources: Sources) -> dict[str, Any]:
     """Seconds from nothing to the first batch, and memory that is held then, at each length of a run."""
     seconds, held = {}, {}
     for samples in contender.sizes:
-        before, began = _anonymous_bytes(), time.perf_counter()
+        before, began = anonymous_bytes(), time.perf_counter()
         stream = contender.open(sources, samples)
         stream.next()
-        seconds[str(samples)], held[str(samples)] = time.perf_counter() - began, _anonymous_bytes() - before
+        seconds[str(samples)], held[str(samples)] = time.perf_counter() - began, anonymous_bytes() - before
         stream.close()
         del stream
     sizes = [str(samples) for samples in contender.sizes]
@@ -150,12 +152,23 @@ def _rates(contender: Contender, sources: Sources) -> dict[str, Any]:
     in_order, at_random = _limit(sources, shuffled=False), _limit(sources, shuffled=True)
     for one in (in_order, at_random, stream.next):
         _rate(one, 0.5)
-    rounds = [
-        {"limit": _rate(in_order, ROUND_S), "random": _rate(at_random, ROUND_S), "own": _rate(stream.next, ROUND_S)}
-        for _ in range(ROUNDS)
-    ]
+    rounds = []
+    for _ in range(ROUNDS):
+        _settle()
+        limits = {"limit": _rate(in_order, ROUND_S), "random": _rate(at_random, ROUND_S)}
+        _rate(stream.next, ROUND_S)  # what was read ahead meanwhile is not counted
+        rounds.append({**limits, "own": _rate(stream.next, ROUND_S)})
     stream.close()
     return {"rounds": rounds}
+
+
+def _settle() -> None:
+    """Wait until threads that read ahead have filled their buffers: they would take from what is measured next."""
+    for _ in range(SETTLE_LOOKS):
+        used = time.process_time()
+        time.sleep(SETTLE_S)
+        if time.process_time() - used < SETTLE_S / 10:
+            return
 
 
 def _rate(batch: Callable[[], Any], seconds: float) -> float:
@@ -234,14 +247,6 @@ def _first_batches(contender: Contender, sources: Sources, samples: int) -> list
     batches = [stream.next().clone() for _ in range(EXTEND_BATCHES)]
     stream.close()
     return batches
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that is not pages of files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: the benchmark runs on Linux")
 
 
 def package_lines(results: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--peers", type=Path, action="append", default=[], metavar="PYTHON", help="look for loaders in this environment, too"
     )
+    parser.add_argument("--starts", action="store_true", help="instead: starts of ours by number of shards and of sources")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
@@ -32,14 +33,22 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--peers: {python} is no file; give the python of an environment with other loaders")
 
     from megatron_synth.bench import loader as benchmark
-    from megatron_synth.bench import report
+    from megatron_synth.bench import loader_starts, report
     from megatron_synth.core.files import write_json
     from megatron_synth.core.log import say
 
     head = report.header("bench", ["loader", *argv])
-    results = benchmark.run(options.tokens, options.only, options.peers)
-    lines = [*report.header_lines(head), *benchmark.package_lines(results, head["versions"])]
-    say("\n" + "\n".join([*lines, "", *report.markdown_table(benchmark.table_rows(results))]))
+    lines = report.header_lines(head)
+    if options.starts:
+        shards, mixtures = loader_starts.run(), loader_starts.mixtures()
+        found: dict[str, object] = {"shards": shards, "mixtures": mixtures}
+        tables = [loader_starts.table_rows(shards), loader_starts.mixture_rows(mixtures)]
+    else:
+        results = benchmark.run(options.tokens, options.only, options.peers)
+        found = {"tokens": options.tokens, "loaders": results}
+        lines = [*lines, *benchmark.package_lines(results, head["versions"])]
+        tables = [benchmark.table_rows(results)]
+    say("\n" + "\n".join([*lines, *(line for rows in tables for line in ["", *report.markdown_table(rows)])]))
     if options.json is not None:
-        write_json(options.json, {**head, "tokens": options.tokens, "loaders": results})
+        write_json(options.json, {**head, **found})
     return EXIT_OK

@@ -120,7 +120,7 @@ def _check_packing(source: Source, config: Config) -> None:
         return
     length, number = config.window_length, config.data.windows_per_sequence
     if packing.sequence_length != length:
-        ours = "train.sequence_length" if number == 1 else f"train.sequence_length / data.windows_per_sequence = {number}"
+        ours = "train.sequence_length" if number == 1 else f"train.sequence_length / {number} (data.windows_per_sequence)"
         raise UserError(
             f"data.sources.{source.name}: {source.path} was packed for windows of {packing.sequence_length} tokens, "
             f"{ours} is {length}: its documents would be cut anywhere and its padding be spread; set "

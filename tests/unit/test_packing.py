@@ -139,3 +139,11 @@ optim: {{lr: 1e-3}}
     assert open_data(load_file(Config, path, [])).plan.num_windows[0] > 0
     with pytest.raises(UserError, match="was packed for windows of 64 tokens, train.sequence_length is 32"):
         open_data(load_file(Config, path, ["train.sequence_length=32"]))
+    # windows of the packed length, several in a sequence, are whole; shifted ones are not
+    assert open_data(load_file(Config, path, ["train.sequence_length=256", "data.windows_per_sequence=4"])).window_length == 64
+    with pytest.raises(
+        UserError, match=r"64 tokens, train.sequence_length / 4 \(data.windows_per_sequence\) is 16: .* to 256, or"
+    ):
+        open_data(load_file(Config, path, ["data.windows_per_sequence=4"]))
+    with pytest.raises(UserError, match=r"web.shift_windows: .* was packed"):
+        open_data(load_file(Config, path, ["data.sources.web.shift_windows=true"]))
