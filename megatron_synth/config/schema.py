@@ -322,13 +322,13 @@ class KernelsConfig(Section):
     auto takes the first that the device allows. A backend that is named and cannot be had is an error.
     """
 
-    rms_norm: Literal["auto", "te", "apex", "triton", "torch"] = "auto"
+    rms_norm: Literal["auto", "te", "apex", "triton", "torch", "compile"] = "auto"
     """RMSNorm."""
-    rms_norm_residual: Literal["auto", "triton", "torch"] = "auto"
+    rms_norm_residual: Literal["auto", "triton", "torch", "compile"] = "auto"
     """Addition to the residual stream and the RMSNorm after it."""
-    swiglu: Literal["auto", "te", "triton", "torch"] = "auto"
+    swiglu: Literal["auto", "te", "triton", "torch", "compile"] = "auto"
     """silu(gate) * up."""
-    rope: Literal["auto", "triton", "torch"] = "auto"
+    rope: Literal["auto", "triton", "torch", "compile"] = "auto"
     """Rotary position embedding."""
     attention: Literal["auto", "torch"] = "auto"
     """Causal attention, within documents where they are masked."""
