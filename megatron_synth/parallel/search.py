@@ -55,8 +55,6 @@ class Candidate:
         ]
         if layout.virtual > 1:
             settings.append(f"parallel.virtual_pipeline_model_parallel_size={layout.virtual}")
-        if layout.data > 1:
-            settings += ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
         return settings
 
 
