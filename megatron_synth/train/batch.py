@@ -72,7 +72,7 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
 
 
-def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -> Prefetcher:
+def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData, *, read_ahead: bool = True) -> Prefetcher:
     """What hands a rank the steps of a run, read ahead into pinned memory where there is a GPU."""
     on_gpu = ranks.device.type == "cuda"
     loader = Loader(
@@ -91,7 +91,7 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -
         return torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=on_gpu).numpy()
 
     batch = config.train.global_batch_size
-    return Prefetcher(loader, batch, end_sample=config.train.steps * batch, allocate=buffer)
+    return Prefetcher(loader, batch, threads=int(read_ahead), end_sample=config.train.steps * batch, allocate=buffer)
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:
