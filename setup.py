@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_synth/__init__.py").read_text(), re.MULTILINE)[1]
@@ -31,6 +31,10 @@ setup(
         "megatron_synth.launch": ["*"],
     },
     include_package_data=False,
+    # plain C that is loaded by ctypes: a compiler is all it needs; without one numpy does its work
+    ext_modules=[
+        Extension("megatron_synth.data._rows", ["megatron_synth/data/rows.c"], extra_compile_args=["-O3"], optional=True)
+    ],
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
@@ -48,6 +52,8 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
         "study": ["matplotlib", "scipy"],
+        # loaders for `bench loader --peers`, in an environment of their own: OLMo-core needs an older huggingface_hub
+        "bench-peers": ["ai2-olmo-core==3.0.0", "grain==0.2.18"],
         "test": [
             "hypothesis",
             "import-linter",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,6 +69,23 @@ def cpu_speed() -> str:
     return printed("bench", "train", "--vs", "hf,plain")
 
 
+def loader_ours() -> str:
+    """Our loader in all its ways, as `bench loader` prints it."""
+    return printed("bench", "loader", "--only", "ours")
+
+
+def loader_peers() -> str | None:
+    """Others' loaders. PEERS: the Pythons of the environments that they are in, joined by colons; None without."""
+    others = [part for python in os.environ.get("PEERS", "").split(":") if python for part in ("--peers", python)]
+    return printed("bench", "loader", "--only", "peers", *others) if others else None
+
+
+def prepare() -> str | None:
+    """Speed of `prepare` beside others. DATATROVE: the Python of an environment with datatrove; None without."""
+    python = os.environ.get("DATATROVE")
+    return printed("bench", "prepare", "--megabytes", "12", "--datatrove", python) if python else None
+
+
 def launch() -> str:
     """The cost of a launch on SLURM nodes that are all on this machine (as root, with tests/slurm/install.sh done)."""
     bench = ["megatron-synth", "bench", "launch", "--shared", "/tmp"]
@@ -127,10 +145,13 @@ def kernels_compiled() -> str:
     return f"{table}\n\n`megatron-synth kernels --compile`, triton {version('triton')}, no GPU, {today}, {commit}."
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str | None]] = {
     "sizes": sizes,
     "quickstart": quickstart,
     "cpu-speed": cpu_speed,
+    "loader-ours": loader_ours,
+    "loader-peers": loader_peers,
+    "prepare": prepare,
     "launch": launch,
     "kernels-compiled": kernels_compiled,
     "memory": memory,
@@ -149,6 +170,9 @@ def main(names: list[str]) -> None:
     """Rewrite the named tables wherever they stand."""
     for name in names or TABLES:
         table = TABLES[name]()
+        if table is None:
+            print(f"{name}: left as it is; see {TABLES[name].__name__} in docs/tables.py")
+            continue
         for document in DOCUMENTS:
             text = document.read_text()
             document.write_text(replace(text, name, table))

@@ -185,7 +185,7 @@ def digest(config: BaseModel) -> str:
 
     The order of the sources counts, because the order of the samples depends on it. Backends of operations count only where
     they are named: `auto` is another one on another device, and the same run. So it is with overlaps: their default counts as
-    off. FP8's settings count where it is on.
+    off. FP8's settings count where it is on, and how windows are cut where it is not the plain way.
     """
     content = config.model_dump(mode="json", by_alias=True)
     if isinstance(config, Config) and config.kernels == KernelsConfig():
@@ -194,9 +194,17 @@ def digest(config: BaseModel) -> str:
         parallel = content["parallel"]
         for key in ("overlap_grad_reduce", "overlap_param_gather"):
             parallel[key] = parallel[key] or False
-        if parallel["ddp_bucket_size"] is None:
-            del parallel["ddp_bucket_size"]
+        _drop_default(parallel, "ddp_bucket_size", None)
     if isinstance(config, Config) and config.precision.fp8 == "off":
         content["precision"] = {key: value for key, value in content["precision"].items() if not key.startswith("fp8")}
+    if isinstance(config, Config):
+        _drop_default(content["data"], "windows_per_sequence", 1)
+        for source in content["data"]["sources"].values():
+            _drop_default(source, "shift_windows", False)
     canonical = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _drop_default(section: dict[str, Any], name: str, default: object) -> None:
+    if section[name] == default:
+        del section[name]

@@ -80,7 +80,8 @@ class BlockChecker:
     def check(self, shard_number: int, first_byte: int, end_byte: int) -> None:
         """Verify the blocks of the .bin file that hold bytes [first_byte, end_byte), and, at first, the shard's index.
 
-        A UserError names file, block and bytes, and nothing of that block may be used.
+        A block is read, compared with its checksum and searched for token ids beyond the vocabulary. A UserError names file,
+        block and bytes, and nothing of that block may be used.
         """
         verified = self._verified.get(shard_number)
         if verified is None:
@@ -99,7 +100,11 @@ class BlockChecker:
                 if verified[block]:
                     continue
                 data = _read_block(file, path, buffer, block, size, shard.bin_bytes)
-                fault = data if isinstance(data, Fault) else _compare(path, block, size, data, expected[block])
+                if isinstance(data, Fault):
+                    fault: Fault | None = data
+                else:
+                    fault = _compare(path, block, size, data, expected[block])
+                    fault = fault or _beyond_vocabulary(path, self._manifest, block, data)
                 if fault is not None:
                     raise UserError(f"{fault}; {AGAIN}")
                 verified[block] = 1
@@ -293,7 +298,9 @@ def _read_block(file: int, path: Path, buffer: bytearray, block: int, size: int,
         except OSError as error:
             return Fault(str(path), _cannot_read(error), block, begin + filled, begin + wanted)
         if read == 0:
-            return Fault(str(path), f"ends at byte {begin + filled}, expected {end} bytes", block, begin, begin + wanted)
+            # the end may lie far before this block
+            size_now = os.fstat(file).st_size
+            return Fault(str(path), f"ends at byte {size_now}, expected {end} bytes", block, begin, begin + wanted)
         filled += read
     return view
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_synth.data.indexed import file_size, with_suffix
 from megatron_synth.data.manifest import FILE_NAME, Manifest
 
 COPY_BYTES = 16 * 2**20
+LOG_INTERVAL_S = 30.0
 Progress = Callable[[int, int], None]
 
 
@@ -30,7 +32,7 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
     Args:
         source: folder with a manifest.json.
         folder: on the local disk; it is made if need be.
-        progress: called with the bytes that are there and the bytes of all; default: a bar on a terminal.
+        progress: called with the bytes that are there and the bytes of all; default: a bar on a terminal, lines in a log.
 
     Returns:
         The folder of the copy.
@@ -92,9 +94,9 @@ def _copy(path: Path, copy: Path, done: int, total: int, show: Progress) -> int:
 
 
 def _bar(name: str) -> Progress:
-    """Draws over its own line; on what is no terminal it says nothing."""
+    """Draws over its own line; into a log it writes a line now and then, and one when all is there."""
     if not sys.stderr.isatty():
-        return lambda done, total: None
+        return _Lines(name).show
 
     def show(done: int, total: int) -> None:
         filled = 30 * done // max(total, 1)
@@ -103,3 +105,19 @@ def _bar(name: str) -> Progress:
         print(f"\r{bar}", end=end, file=sys.stderr, flush=True)
 
     return show
+
+
+class _Lines:
+    """Progress in a log."""
+
+    def __init__(self, name: str):
+        self._name, self._began, self._told = name, time.monotonic(), 0.0
+
+    def show(self, done: int, total: int) -> None:
+        """A line every LOG_INTERVAL_S, the first at once."""
+        now = time.monotonic()
+        if self._told and now - self._told < LOG_INTERVAL_S and done < total:
+            return
+        self._told = now
+        line = f"copying {self._name}: {human(done)} of {human(total)} bytes after {now - self._began:.0f} s"
+        print(line, file=sys.stderr, flush=True)

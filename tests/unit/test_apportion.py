@@ -199,3 +199,36 @@ def test_any_sample_of_few_sources_takes_milliseconds() -> None:
     # whole periods need no table at all
     untouched = Apportionment(ratios)
     assert untouched.counts(3 * 10**6).tolist() == [2_010_003, 599_997, 300_009, 89_991] and not untouched._segments
+
+
+@given(common_denominator(10**6), st.integers(0, 10**12), st.integers(50, 3000))
+@settings(max_examples=25, deadline=None)
+def test_any_sample_of_many_sources_follows_from_the_few_before_it(ratios: list[Fraction], sample: int, length: int) -> None:
+    """Up to 64 sources, denominators up to a million: the bound at every prefix, whatever the order is built from."""
+    fresh, other = Apportionment(ratios), Apportionment(ratios, segment_length=length)
+    counts = fresh.counts(sample)
+    sources, occurrences = fresh.locate(np.arange(sample, sample + 300))
+    found = counts + prefix_counts(sources, len(ratios))
+    np.testing.assert_array_equal(occurrences, found[np.arange(300), sources] - 1)
+    for source, ratio in enumerate(ratios):
+        assert all(abs(int(count) - (sample + at) * ratio) <= fresh.bound for at, count in enumerate(found[:, source], start=1))
+    # tables that begin elsewhere are built from other steps
+    for one, same in zip((sources, occurrences), other.locate(np.arange(sample, sample + 300)), strict=True):
+        np.testing.assert_array_equal(one, same)
+    position, rarest = sample % fresh.period, min(ratios)
+    early = fresh._early_enough(position)
+    assert position - early <= (1 - 2 * (1 - fresh.bound)) / rarest + 1
+
+
+@given(common_denominator(3000), st.data())
+@settings(max_examples=30, deadline=None)
+def test_counts_begun_anywhere_early_enough_are_those_from_the_start(ratios: list[Fraction], data: st.DataObject) -> None:
+    apportioned = Apportionment(ratios)
+    sources, _ = apportioned.locate(np.arange(apportioned.period))
+    for _ in range(5):
+        last = data.draw(st.integers(1, apportioned.period))
+        early = apportioned._early_enough(last)
+        begun = apportioned._rounded(early)
+        assert begun.sum() == early
+        expected = np.bincount(sources[:last], minlength=len(ratios))
+        np.testing.assert_array_equal(apportioned._walk(early, begun, last), expected)

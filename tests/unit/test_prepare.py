@@ -18,9 +18,10 @@ import pytest
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
-from megatron_synth.data import documents, output, portions, source_work
+from megatron_synth.data import documents, output, portions, shuffle, source_work
 from megatron_synth.data import prepare as verb
 from megatron_synth.data.documents import is_held_out
+from megatron_synth.data.duplicates import find_duplicates
 from megatron_synth.data.manifest import Manifest
 from megatron_synth.data.prepare import prepare
 from megatron_synth.data.store import open_source
@@ -177,7 +178,12 @@ def test_every_format_gives_its_documents_in_order(tmp_path, make, tokenizer_pat
     assert len(manifest.shards) > 1 and all(shard.tokens <= 700 for shard in manifest.shards)
 
 
-def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypatch):
+SHUFFLED_AND_PACKED = {"shuffle": {"seed": 5}, "packing": {"sequence_length": 64}}
+
+
+@pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
+def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 2000)
     monkeypatch.setattr(source_work, "CHUNK_CHARACTERS", 500)  # many pieces
     monkeypatch.setattr(source_work, "PIECE_BYTES", 400)
     monkeypatch.setattr(portions, "SMALL_PORTION", 1500)  # many portions, so that they could come out of order
@@ -190,6 +196,7 @@ def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypat
                 "tokenizer": {"train": {"vocab_size": 350}},
                 "shard_tokens": 300,
                 "sources": {"web": {"kind": "natural", "input": "web.jsonl", "holdout": "1/5"}},
+                **order,
             }
         )
         prepare(config, workers=workers)
@@ -197,6 +204,10 @@ def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypat
     assert trees[0] == trees[1] == trees[2]
     assert {path.split("/")[0] for path in trees[0]} == {"web", "web-valid", "tokenizer.json", "prepare.json"}
     assert sorted(os.listdir(tmp_path / "deep")) == ["out0", "out1", "out2"]
+    reports = [
+        find_duplicates([tmp_path / "deep" / f"out{number}" / name for name in ("web", "web-valid")]) for number in (0, 2)
+    ]
+    assert reports[0] == reports[1]
 
 
 def test_holdout_splits_by_text_and_not_by_place(tmp_path, make, tokenizer_path):
@@ -333,15 +344,15 @@ class Killed(KeyboardInterrupt):
     """What a kill looks like to a run in this process: no handler but the last one."""
 
 
-@pytest.mark.parametrize("shuffle", [None, {"seed": 5}])
+@pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, monkeypatch, capsys, step, shuffle):
+def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, monkeypatch, capsys, step, order):
     for name, size in (("CHUNK_CHARACTERS", 300), ("PIECE_BYTES", 200)):
         monkeypatch.setattr(source_work, name, size)
     monkeypatch.setattr(portions, "SMALL_PORTION", 900)
     monkeypatch.setattr(portions, "PORTION_BYTES", 900)
     source = {"holdout": "1/4", "max_bytes": 2500}
-    settings = {"shard_tokens": 150, "shuffle": shuffle, "tokenizer": {"train": {"vocab_size": 300}}}
+    settings = {"shard_tokens": 150, "tokenizer": {"train": {"vocab_size": 300}}, **order}
     prepare(make(source, **settings))
     expected = tree(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +88,36 @@ def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
     assert not list(unfinished.glob(".*.part")) and not (unfinished / "manifest.json").exists()
     assert stage(tmp_path / "s", tmp_path / "local") == unfinished
     assert open_source(unfinished, "s").num_tokens == 120
+
+
+def test_a_copy_of_thousands_of_shards_survives_its_process(tmp_path, capsys) -> None:
+    stream, _ = make(tmp_path / "s", [[30]] * 1000)
+    code = (
+        "import sys, pathlib, time; from megatron_synth.data import staging; "
+        "staging.LOG_INTERVAL_S = 0; "
+        "staging.stage(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "local")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for _ in range(600):  # two files are a shard
+        assert process.stderr.readline().startswith("copying s: ")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    (unfinished,) = (tmp_path / "local").iterdir()
+    there = {path.name for path in unfinished.glob("shard-*")}
+    assert 599 <= len(there) < 2000 and not (unfinished / "manifest.json").exists()
+    before = {name: (unfinished / name).stat().st_mtime_ns for name in there}
+    copy = stage(tmp_path / "s", tmp_path / "local")
+    assert copy == unfinished and all((copy / name).stat().st_mtime_ns == at for name, at in before.items())
+    assert not list(copy.glob(".*.part"))
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and all(line.startswith("copying s: ") for line in lines)
+    assert re.match(r"copying s: (\S+) of \1 bytes after", lines[-1])
+    out = np.empty(stream.size, np.int64)
+    open_source(copy, "s").read_window(0, out)
+    np.testing.assert_array_equal(out, stream)
 
 
 def test_another_source_of_the_same_name_gets_another_copy(tmp_path) -> None:
