@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,8 +84,10 @@ def run(path: str, overrides: list[str], models: list[str], options: argparse.Na
         vocab_size(config)  # refused before anything is started
     layout = plan(config, ranks)
 
-    prepare(on_gpu=gpus > 0)
-    base, effects = _measure(path, settings, config, layout, possible, options, gpus > 0)
+    method = prepare(on_gpu=gpus > 0)
+    base, effects = _measure(path, settings, config, layout, possible, options, method)
+    tried = len(effects)
+    refused += [Refused(left.lever, left.settings, f"no time left of {options.budget} s") for left in possible[tried:]]
     from megatron_synth.bench import report
 
     head = {**report.header("bench", ["train", *argv]), "device": base.ready.device}
@@ -102,7 +105,7 @@ def _measure(
     layout: Layout,
     possible: Sequence[Variant],
     options: argparse.Namespace,
-    on_gpu: bool,
+    method: str,
 ) -> tuple[Measured, list[Effect]]:
     turns = max(1, len(possible)) * options.pairs
 
@@ -120,18 +123,23 @@ def _measure(
             variant.read_ahead if variant else True,
             blocks * options.steps,
         )
-        return Team(job, on_gpu, options.timeout)
+        return Team(job, method, options.timeout)
 
+    effects: list[Effect] = []
+    began, longest = time.monotonic(), 0.0
     try:
         with team(None, turns) as base_team:
             base = Measured(base_team.ready())
-            effects = []
             for number, variant in enumerate(possible, start=1):
+                start = time.monotonic()
+                if options.budget is not None and start + longest > began + options.budget:
+                    break
                 effects.append(_effect(variant, lambda v=variant: team(v, options.pairs), base_team, base, options))
+                longest = max(longest, time.monotonic() - start)
                 done = effects[-1]
                 ratio = f" step time x{statistics.median(done.step_ratios()):.3f}" if done.found else f": {done.error}"
                 say(f"{number}/{len(possible)} {variant.lever}, {variant.text}: {done.status}{ratio}")
-            if not possible:
+            if not effects:
                 base.blocks += [base_team.block(options.steps) for _ in range(options.pairs)]
             base.peak_bytes = base_team.end()
     except TeamFailed as failure:

@@ -66,22 +66,33 @@ class Ready:
     device: str
 
 
-def prepare(on_gpu: bool) -> None:
-    """Import the engine once, where processes can be forked: without a GPU. Otherwise every process imports it by itself."""
-    if not on_gpu:
-        from megatron_synth.parallel import cpu
+def prepare(on_gpu: bool) -> str:
+    """Import the engine once, for all processes to come.
 
+    Returns:
+        How `Team` is to start them: `fork`, or `spawn` where an import has initialised CUDA, as an optional library's may:
+        then a forked process could not use it, and each imports the engine by itself.
+    """
+    # torch then counts devices through the driver's library, and does not initialise CUDA
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    from megatron_synth.parallel import cpu
+
+    if not on_gpu:
         cpu.prepare()
-        import_engine()
+    import_engine()
+    if not on_gpu:
         cpu.connect()
+    return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
 
 
 class Team:
     """The ranks of one configuration."""
 
-    def __init__(self, job: Job, on_gpu: bool, timeout_s: float):
+    def __init__(self, job: Job, method: str, timeout_s: float):
         """Start the processes; `ready` waits for them."""
-        context: Any = multiprocessing.get_context("spawn" if on_gpu else "fork")
+        context: Any = multiprocessing.get_context(method)
         port = _free_port()
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory()
@@ -91,7 +102,7 @@ class Team:
             ours, theirs = context.Pipe()
             log = Path(self._folder.name) / f"{rank}.log"
             # the other ends of the pipes: a forked process that held one would outlive this one
-            held = [] if on_gpu else [*self._pipes, ours]
+            held = [*self._pipes, ours] if method == "fork" else []
             process = context.Process(target=_rank, args=(job, rank, port, theirs, held, log), daemon=True)
             process.start()
             theirs.close()

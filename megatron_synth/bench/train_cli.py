@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
     sweeping.add_argument(
         "--levers", nargs="?", const="", metavar="L1,L2", help="turn what makes a step faster, one at a time, beside the rest"
     )
+    sweeping.add_argument("--budget", type=count, metavar="S", help="start no lever that would end later than after S seconds")
     sweeping.add_argument("--sweep", action="store_true", help="walk micro-batch sizes, recomputation and, on ranks, layouts")
     sweeping.add_argument("--ranks", type=count, help="processes of a point; default: as many as there are GPUs, or 1")
     sweeping.add_argument(

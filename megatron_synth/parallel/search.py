@@ -115,6 +115,7 @@ def _judge(
     stages = memory_per_rank(config, layout.data, fp8=fp8)
     memory = max(stages, key=lambda stage: stage.total)
     needed = memory.total * (1 + FRAGMENTATION) + RESERVED
+    overlap = overlap and all(config.parallel.overlaps(layout.data, on_gpu=True))
     time = step_time(config, layout.data, chip, fp8=fp8, overlap=overlap, assume=assume)
     return Candidate(
         config, layout, memory, needed, needed <= chip.memory, time, *rates(config, layout.world_size, time.total, chip)
