@@ -152,6 +152,8 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
             position_embedding_type="none",  # rotary, inside the attention: ops.CoreAttention
             vp_stage=vp_stage,
         )
+        if kernels.joins_additions_to_norms():
+            ops.join_additions_to_norms(chunk.decoder.layers, chunk.decoder.final_layernorm, mcore.recompute_granularity)
         chunk.fp8, chunk.precision_text = fp8_run, fp8.describe() if fp8 else ""
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())
     if fp8_run is not None:
