@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 RUN := runs/quickstart
+# files of tests at a time: half of their time is waiting, for ranks and for SLURM
+TEST_JOBS ?= 2
 
 # ranks share the cores: more threads per rank only make them wait for each other
 export OMP_NUM_THREADS ?= 1
@@ -37,7 +39,7 @@ study: setup
 
 test: lint
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest -m 'not gpu' --durations 10
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --durations 10
 
 test-dist: setup
 	$(BIN)/python -m pytest tests/dist

@@ -1,8 +1,9 @@
 """Which implementation of each operation a process uses, and why.
 
-An operation has up to four backends, the preferred one first: TransformerEngine (`te`), NVIDIA's apex (`apex`), our Triton
-kernel (`triton`), torch (`torch`). `choose` takes the first that can be had on a device, or the one that is forced; `activate`
-makes a choice that of the process; `get` hands out the callable. Until something is activated every operation is torch's.
+An operation has up to five backends, the preferred one first: TransformerEngine (`te`), NVIDIA's apex (`apex`), our Triton
+kernel (`triton`), torch (`torch`) and, behind torch and so only where it is named, torch.compile (`compile`). `choose` takes
+the first that can be had on a device, or the one that is forced; `activate` makes a choice that of the process; `get` hands
+out the callable. Until something is activated every operation is torch's.
 
 All backends of an operation take the same arguments and return the same things; the torch version is the definition.
 To add a backend: one line below, a module that is imported only when it is loaded, and its cases in the tests.
@@ -14,14 +15,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 AUTO = "auto"
-TE, APEX, TRITON, TORCH = BACKENDS = ("te", "apex", "triton", "torch")
+TE, APEX, TRITON, TORCH, COMPILE = BACKENDS = ("te", "apex", "triton", "torch", "compile")
 
 Test = Callable[[torch.device, torch.dtype], "str | None"]
 """Says why something cannot be had on a device for a data type; None: it can be had."""
@@ -137,9 +141,20 @@ def _cannot_import(module: str) -> str | None:
 _te = _library("transformer_engine.pytorch", "transformer_engine", "2.9", "2.12")
 
 
+def _compile(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What inductor needs to build its kernels, looked for without importing it."""
+    if device.type == "cuda":
+        return _on_cuda(device, dtype) or _cannot_import("triton")
+    compiler = os.environ.get("CXX", "g++")  # inductor's choice
+    if shutil.which(compiler) is None:
+        return f"needs a C++ compiler: {compiler} is not installed (CXX names another)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.is_file() else f"needs Python's C headers: no {header}"
+
+
 def _operation(name: str, doc: str, **targets: str | tuple[str, Test]) -> Operation:
     """Backends in the order given; a target alone is tested as its backend's kind is."""
-    tests = {TE: _te, TRITON: _triton, TORCH: _always}
+    tests = {TE: _te, TRITON: _triton, TORCH: _always, COMPILE: _compile}
     backends = []
     for backend, entry in targets.items():
         target, test = entry if isinstance(entry, tuple) else (entry, tests[backend])
@@ -159,12 +174,14 @@ OPERATIONS: dict[str, Operation] = {
             te=".te:rms_norm",
             apex=(".apex:rms_norm", _library("fused_layer_norm_cuda")),
             torch=".norm:rms_norm",
+            compile=".compiled:rms_norm",
         ),
         _operation(
             "rms_norm_residual",
             "(x, residual [..., H], weight [H], eps) -> rms_norm(x + residual), x + residual",
             triton=".triton_norm:rms_norm_residual",
             torch=".norm:rms_norm_residual",
+            compile=".compiled:rms_norm_residual",
         ),
         _operation(
             "swiglu",
@@ -172,12 +189,14 @@ OPERATIONS: dict[str, Operation] = {
             triton=".triton_swiglu:swiglu",
             te=".te:swiglu",
             torch=".swiglu:swiglu",
+            compile=".compiled:swiglu",
         ),
         _operation(
             "rope",
             "(query [S, B, A, D], key [S, B, G, D], base, positions [B, S] or None) -> both, rotated",
             triton=".triton_rope:rope",
             torch=".rope:rope",
+            compile=".compiled:rope",
         ),
         _operation(
             "attention",

@@ -46,6 +46,15 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grad, cos, sin, -1), None, None
 
 
+def tables_at(x: Tensor, base: float, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin for x [S, B, A, D] at its positions, [S, 1, 1, D] or, if they are given, [S, B, 1, D]."""
+    cos, sin = rotary_tables(x.shape[0], x.shape[-1], base, x.dtype, x.device)
+    if positions is None:
+        return cos, sin
+    own = positions.t()
+    return cos[:, 0][own], sin[:, 0][own]
+
+
 def rotary(x: Tensor, base: float, positions: Tensor | None = None) -> Tensor:
     """Rotate channels (i, i + D/2) of the token at position s by s x base^(-2 i / D).
 
@@ -57,11 +66,7 @@ def rotary(x: Tensor, base: float, positions: Tensor | None = None) -> Tensor:
     Returns:
         [S, B, A, D], in memory ordered [B, A, S, D].
     """
-    cos, sin = rotary_tables(x.shape[0], x.shape[-1], base, x.dtype, x.device)
-    if positions is not None:
-        own = positions.t()  # [S, B] -> tables of [S, B, 1, D]
-        cos, sin = cos[:, 0][own], sin[:, 0][own]
-    return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rotary.apply(x, *tables_at(x, base, positions))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rope(

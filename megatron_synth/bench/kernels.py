@@ -27,7 +27,7 @@ from megatron_synth.bench.kernels_cases import Case, adam_step, cases, forget_op
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import say
 from megatron_synth.model.kernels import Sizes
-from megatron_synth_kernels.registry import OPERATIONS
+from megatron_synth_kernels.registry import COMPILE, OPERATIONS
 
 _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _WAIT_CYCLES = 40_000_000  # about 20 ms, in which a burst of calls is queued
@@ -149,7 +149,10 @@ def timed(calls: Sequence[Callable[[], Any]], device: torch.device, effort: Effo
 
 
 def contenders(case: Case, dtype: torch.dtype, device: torch.device, rivals: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """Name -> a function that loads the implementation or raises; the registry's backends by preference, then rivals."""
+    """Name -> a function that loads the implementation or raises; the registry's backends by preference, then rivals.
+
+    torch.compile counts among the rivals: it takes long to build, and no run takes it by itself.
+    """
 
     def loader(operation: str, backend: Any) -> Callable[[], Any]:
         def load() -> Any:
@@ -169,7 +172,8 @@ def contenders(case: Case, dtype: torch.dtype, device: torch.device, rivals: Seq
         for name in passes[0]:
             found[name] = partial(lambda name: two_passes(passes[0][name](), passes[1][name]()), name)
     else:
-        found = {backend.name: loader(case.operation, backend) for backend in OPERATIONS[case.operation].backends}
+        backends = [one for one in OPERATIONS[case.operation].backends if one.name != COMPILE or COMPILE in rivals]
+        found = {backend.name: loader(case.operation, backend) for backend in backends}
     for name, make in case.rivals.items():
         if name in rivals:
             found.setdefault(name, make)

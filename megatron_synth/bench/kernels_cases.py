@@ -55,7 +55,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 1, s.hidden), new(s.hidden)),
         lambda run, x: (run(*x, EPS),),
-        {"eager": lambda: eager_norm, "compile": partial(compiled, eager_norm), "liger": liger_norm},
+        {"eager": lambda: eager_norm, "liger": liger_norm},
         2 * row,
         3 * row,
     )
@@ -64,7 +64,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 1, s.hidden), new(n, 1, s.hidden), new(s.hidden)),
         lambda run, x: tuple(run(*x, EPS)),
-        {"eager": lambda: eager_residual, "compile": partial(compiled, eager_residual), "liger": liger_residual},
+        {"eager": lambda: eager_residual, "liger": liger_residual},
         4 * row,
         4 * row,
     )
@@ -74,7 +74,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 1, 2 * s.ffn),),
         lambda run, x: (run(*x),),
-        {"eager": lambda: eager_swiglu, "compile": partial(compiled, eager_swiglu), "liger": liger_swiglu},
+        {"eager": lambda: eager_swiglu, "liger": liger_swiglu},
         3 * row,
         5 * row,
     )
@@ -93,7 +93,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 1, s.heads, s.head_dim), new(n, 1, s.groups, s.head_dim)),
         lambda run, x: tuple(run(*x, BASE)),
-        {"eager": lambda: eager_rope, "compile": partial(compiled, eager_rope)},
+        {"eager": lambda: eager_rope},
         2 * heads,
         2 * heads,
     )

@@ -9,7 +9,7 @@ from typing import overload
 import torch
 
 from megatron_synth.config.schema import Config
-from megatron_synth.data.dataset import RunData
+from megatron_synth.data.dataset import RunData, open_data
 from megatron_synth.data.prefetch import Prefetcher
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout
@@ -40,8 +40,18 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
         return batches
 
 
+def with_data(config: Config, steps: int) -> tuple[Config, RunData]:
+    """The configuration of a run of `steps` steps with the vocabulary of its sources, and these, opened."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+    data = open_data(config)
+    model = config.model.model_copy(update={"vocab_size": data.vocab_size})
+    return config.model_copy(update={"model": model}), data
+
+
 @contextmanager
-def real_batches(config: Config, layout: Layout, ranks: Ranks, data: RunData) -> Iterator[RealBatches]:
+def real_batches(
+    config: Config, layout: Layout, ranks: Ranks, data: RunData, *, read_ahead: bool = True
+) -> Iterator[RealBatches]:
     """The loader of a run from its first sample; `config.train.steps` must suffice for all that is timed."""
-    with prefetcher_of(config, layout, ranks, data) as prefetcher:
+    with prefetcher_of(config, layout, ranks, data, read_ahead=read_ahead) as prefetcher:
         yield RealBatches(config, prefetcher, ranks)

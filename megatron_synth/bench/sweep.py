@@ -27,7 +27,7 @@ from megatron_synth.core.log import say
 from megatron_synth.core.memory import Device, memory_per_rank
 from megatron_synth.parallel.plan import plan
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def measure(config_path: str, settings: Sequence[str], point: Point, options: Se
         # the kernel ends a process that outgrows the host with SIGKILL; torchrun reports that as text
         killed = process.returncode == -9 or "Signal 9 (SIGKILL)" in printed
         lines = [line for line in printed.splitlines() if "rror" in line] or printed.splitlines()[-1:]
-        if killed or _OUT_OF_MEMORY.search(printed):
+        if killed or OUT_OF_MEMORY.search(printed):
             return Outcome(point, "out of memory", took_s=took)
         return Outcome(point, "failed", took_s=took, error=lines[0].strip()[:300] if lines else "")
 

@@ -32,7 +32,7 @@ def run(path: str, overrides: list[str], models: list[str], options: argparse.Na
         raise UserError("a sweep starts its ranks itself: run it once, without torchrun, with --ranks")
     if options.vs not in (None, "none"):
         raise UserError("--vs: rivals run beside one configuration, not in a sweep; leave it out")
-    gpus, capacity = _memory_of_a_rank()
+    gpus, capacity = memory_of_a_rank()
     ranks = options.ranks or max(1, gpus)
     if gpus == 0:
         capacity //= ranks  # they share the host's
@@ -100,7 +100,7 @@ def _passed_on(options: argparse.Namespace) -> list[str]:
     return [*passed, "--data", options.data, *(["--profile"] if options.profile else [])]
 
 
-def _memory_of_a_rank() -> tuple[int, int]:
+def memory_of_a_rank() -> tuple[int, int]:
     """Number of GPUs, and bytes that a rank's tensors may take: of a GPU, or of the host's free memory."""
     # in a process of its own: asking makes a context, which would take memory from the points
     code = "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_properties(0).total_memory if n else 0)"

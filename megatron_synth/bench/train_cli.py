@@ -14,7 +14,6 @@ from megatron_synth.core.arguments import count, file_and_overrides
 if TYPE_CHECKING:
     from megatron_synth.bench.compare import Comparison
     from megatron_synth.config.schema import Config
-    from megatron_synth.data.dataset import RunData
     from megatron_synth.parallel.plan import Layout
 
 DEFAULT_CONFIG = "bench/tiny-7m.yaml"
@@ -37,7 +36,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", choices=("random", "real"), default="random", help="real: the file's sources, by the loader")
     parser.add_argument("--profile", action="store_true", help="also tell what a step's time goes to")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profile as a Chrome trace; implies --profile")
-    sweeping = parser.add_argument_group("sweep, every point in processes of its own")
+    sweeping = parser.add_argument_group("levers and sweep, every point in processes of its own")
+    sweeping.add_argument(
+        "--levers", nargs="?", const="", metavar="L1,L2", help="turn what makes a step faster, one at a time, beside the rest"
+    )
+    sweeping.add_argument("--budget", type=count, metavar="S", help="start no lever that would end later than after S seconds")
     sweeping.add_argument("--sweep", action="store_true", help="walk micro-batch sizes, recomputation and, on ranks, layouts")
     sweeping.add_argument("--ranks", type=count, help="processes of a point; default: as many as there are GPUs, or 1")
     sweeping.add_argument(
@@ -51,6 +54,10 @@ def main(argv: list[str]) -> int:
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{what}: {file.parent} is not a folder")
     models = options.model.split(",") if options.model else []
+    if options.levers is not None:
+        from megatron_synth.bench.levers_cli import run as run_levers
+
+        return run_levers(path, overrides, models, options, argv)
     if options.sweep or options.vary or len(models) > 1:
         from megatron_synth.bench.sweep_cli import run
 
@@ -70,7 +77,9 @@ def main(argv: list[str]) -> int:
         if rivals and options.vs is not None:
             raise UserError("--data real: the rivals have no loader; give --vs none")
         rivals = []
-        config, data = _with_data(config, options.warmup + options.pairs * options.steps + 1)
+        from megatron_synth.bench.real import with_data
+
+        config, data = with_data(config, options.warmup + options.pairs * options.steps + 1)
     layout = plan(config, world_size)
 
     from megatron_synth.bench import report
@@ -94,16 +103,6 @@ def main(argv: list[str]) -> int:
     if options.json is not None and is_first_rank():
         write_json(options.json, to_json(head, config, layout, result))
     return EXIT_OK
-
-
-def _with_data(config: Config, steps: int) -> tuple[Config, RunData]:
-    """The opened sources of a run of `steps` steps, and its configuration with their vocabulary."""
-    from megatron_synth.data.dataset import open_data
-
-    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    data = open_data(config)
-    model = config.model.model_copy(update={"vocab_size": data.vocab_size})
-    return config.model_copy(update={"model": model}), data
 
 
 def _rivals(text: str | None, world_size: int) -> list[str]:

@@ -184,8 +184,8 @@ def digest(config: BaseModel) -> str:
     """12 hexadecimal characters that name `config`: SHA-256 over its JSON, in the order of the schema.
 
     The order of the sources counts, because the order of the samples depends on it. Backends of operations count only where
-    they are named: `auto` is another one on another device, and the same run. FP8's settings count where it is on, and how
-    windows are cut where it is not the plain way.
+    they are named: `auto` is another one on another device, and the same run. So it is with overlaps: their default counts as
+    off. FP8's settings count where it is on, and how windows are cut where it is not the plain way.
     """
     content = config.model_dump(mode="json", by_alias=True)
     if isinstance(config, Config) and config.kernels == KernelsConfig():
@@ -193,6 +193,11 @@ def digest(config: BaseModel) -> str:
     for name in ("swiglu_quantise", "rms_norm_quantise"):  # younger than runs whose digests name kernels
         if content.get("kernels", {}).get(name) == "auto":
             del content["kernels"][name]
+    if isinstance(config, Config):
+        parallel = content["parallel"]
+        for key in ("overlap_grad_reduce", "overlap_param_gather"):
+            parallel[key] = parallel[key] or False
+        _drop_default(parallel, "ddp_bucket_size", None)
     if isinstance(config, Config) and config.precision.fp8 == "off":
         content["precision"] = {key: value for key, value in content["precision"].items() if not key.startswith("fp8")}
     if isinstance(config, Config):

@@ -76,7 +76,7 @@ def _parallel(config: Config) -> Iterator[Problem]:
 
     if parallel.overlap_param_gather:
         for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
-            if not getattr(parallel, key):
+            if getattr(parallel, key) is False:
                 yield Problem("parallel.overlap_param_gather", f"true needs parallel.{key}: true")
 
 

@@ -112,15 +112,29 @@ class ParallelConfig(Section):
     """Split norms and residuals over the tensor-parallel ranks. Default: on exactly when tensor parallel."""
     use_distributed_optimizer: bool = True
     """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the forward pass runs; needs the distributed optimizer and overlap_grad_reduce."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass runs. Default: on GPUs, with several data-parallel ranks and the distributed
+    optimizer."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights while the forward pass runs; needs the distributed optimizer and overlap_grad_reduce. Default: as
+    overlap_grad_reduce's."""
+    ddp_bucket_size: PositiveInt | None = None
+    """Parameters whose gradients are reduced at once where that overlaps with the backward pass. Default: megatron-core's, 40
+    million or, if it is more, one million for each data-parallel rank."""
 
     @property
     def uses_sequence_parallel(self) -> bool:
         """`sequence_parallel` after the default."""
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    def overlaps(self, data_parallel_size: int, on_gpu: bool) -> tuple[bool, bool]:
+        """`overlap_grad_reduce` and `overlap_param_gather` after the defaults."""
+        pays = on_gpu and data_parallel_size > 1 and self.use_distributed_optimizer
+        gather = self.overlap_param_gather
+        if gather is None:
+            gather = pays and self.overlap_grad_reduce is not False
+        reduce = self.overlap_grad_reduce
+        return (pays or gather) if reduce is None else reduce, gather
 
     @property
     def virtual_stages(self) -> int:
@@ -330,13 +344,13 @@ class KernelsConfig(Section):
     auto takes the first that the device allows. A backend that is named and cannot be had is an error.
     """
 
-    rms_norm: Literal["auto", "te", "apex", "triton", "torch"] = "auto"
+    rms_norm: Literal["auto", "te", "apex", "triton", "torch", "compile"] = "auto"
     """RMSNorm."""
-    rms_norm_residual: Literal["auto", "triton", "torch"] = "auto"
+    rms_norm_residual: Literal["auto", "triton", "torch", "compile"] = "auto"
     """Addition to the residual stream and the RMSNorm after it."""
-    swiglu: Literal["auto", "te", "triton", "torch"] = "auto"
+    swiglu: Literal["auto", "te", "triton", "torch", "compile"] = "auto"
     """silu(gate) * up."""
-    rope: Literal["auto", "triton", "torch"] = "auto"
+    rope: Literal["auto", "triton", "torch", "compile"] = "auto"
     """Rotary position embedding."""
     attention: Literal["auto", "torch"] = "auto"
     """Causal attention, within documents where they are masked."""

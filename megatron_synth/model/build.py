@@ -156,6 +156,8 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         if fp8 is not None and fp8.fused:
             for layer in chunk.decoder.layers:
                 fuse(layer)
+        if kernels.joins_additions_to_norms():
+            ops.join_additions_to_norms(chunk.decoder.layers, chunk.decoder.final_layernorm, mcore.recompute_granularity)
         chunk.fp8, chunk.precision_text = fp8_run, fp8.describe() if fp8 else ""
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())
     if fp8_run is not None:

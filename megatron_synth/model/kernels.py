@@ -30,6 +30,7 @@ __all__ = [
     "check_same_on_all_ranks",
     "choose_auto",
     "compile_all",
+    "joins_additions_to_norms",
     "model_sizes",
     "select",
     "summary",
@@ -54,6 +55,9 @@ def select(config: Config) -> dict[str, Choice]:
         ConfigError: a backend that `kernels` names cannot be had here.
     """
     forced = {name: backend for name, backend in config.kernels.model_dump().items() if backend != registry.AUTO}
+    if "rms_norm" in forced and "rms_norm_residual" not in forced:  # who names the norm means all of them
+        there = {backend.name for backend in OPERATIONS["rms_norm_residual"].backends}
+        forced["rms_norm_residual"] = forced["rms_norm"] if forced["rms_norm"] in there else registry.TORCH
     try:
         return registry.choose(forced, device(), DTYPES[config.precision.dtype])
     except KernelUnavailable as error:
@@ -70,6 +74,15 @@ def activate(choices: dict[str, Choice]) -> None:
 def active() -> dict[str, Choice]:
     """What models are built with; empty before the first."""
     return dict(_active)
+
+
+def joins_additions_to_norms() -> bool:
+    """Whether residual additions are made by the norms after them.
+
+    Not where torch would make them and another backend the norms: then the addition is torch's, and the norm that backend's.
+    """
+    residual, norm = (_active[name].backend for name in ("rms_norm_residual", "rms_norm"))
+    return residual != registry.TORCH or norm == registry.TORCH
 
 
 def check_same_on_all_ranks(choices: dict[str, Choice]) -> None:

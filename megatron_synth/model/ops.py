@@ -7,6 +7,8 @@ Under tensor parallelism A, G, V and F are a rank's own part; under sequence par
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,6 +79,14 @@ class CheckpointWithoutOutput(mcore_random.CheckpointWithoutOutput):
         super().__init__(True if fp8 else None)
 
 
+_NORMALISED = "_normalised"
+"""Attribute of a sum: the norm that made it, and what that norm made of it.
+
+It belongs to the tensor, not to the module: so it is never another micro-batch's, and goes with the tensor when an error or a
+stopped forward pass leaves it unused.
+"""
+
+
 class RMSNorm(torch.nn.Module):
     """RMSNorm over the hidden axis, [S, B, H] -> [S, B, H].
 
@@ -93,12 +103,64 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
-        self._rms_norm = registry.get("rms_norm")
+        self._rms_norm, self._rms_norm_residual = registry.get("rms_norm"), registry.get("rms_norm_residual")
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """[S, B, H] -> [S, B, H]. With `residual`, [S, B, H], the norm of x + residual, and this sum."""
         if self.in_linear:
+            assert residual is None
             return x
-        return self._rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        if residual is not None:
+            return self._rms_norm_residual(x, residual, self.weight, self.eps)
+        made_by, made = x.__dict__.pop(_NORMALISED, (None, None))
+        return made if made_by is self else self._rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x + residual, whose norm is made in the same pass and handed out when this module is called with the sum."""
+        normalised, total = self(x, residual)  # a call, since hooks on this module see to it that its weight has arrived
+        setattr(total, _NORMALISED, (self, normalised))
+        return total
+
+
+class AddForNorm:
+    """The residual addition before a norm, in the place of megatron-core's bias-dropout-add. There is no bias, no dropout."""
+
+    def __init__(self, norm: RMSNorm):
+        self._norm = norm
+
+    def __call__(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """What megatron-core calls with (output, bias), the residual stream and the dropout's probability."""
+        return self._add
+
+    def _add(self, output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        assert output[1] is None and dropout == 0.0
+        return self._norm.add(output[0], residual)
+
+
+def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, recompute: str | None) -> None:
+    """Make each residual addition and the norm after it one operation.
+
+    Attention's output is added by the norm before the MLP, the MLP's by the next layer's first norm or, after the last layer,
+    by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does before
+    a norm that a linear layer makes as it quantises, which moves as many bytes or fewer: the norm's output is never written.
+
+    Args:
+        layers: megatron-core's of a model chunk, in order.
+        final_norm: after the last layer; None where the chunk ends without one.
+        recompute: megatron-core's recompute_granularity. Under `full` what a layer returns is another tensor for the next
+            one, so only the additions within layers are joined; under `selective` a norm is made from the sum alone, once more
+            in the backward pass, so none is.
+    """
+    if recompute == "selective":
+        return
+    following = [*(layer.input_layernorm for layer in layers[1:]), final_norm]
+    for layer, norm in zip(layers, following, strict=True):
+        # megatron-core makes the addition with gradients, always; a norm made so would keep its inputs in an evaluation, too
+        layer.bias_dropout_add_exec_handler = nullcontext
+        if not layer.pre_mlp_layernorm.in_linear:
+            layer.self_attn_bda = AddForNorm(layer.pre_mlp_layernorm)
+        if norm is not None and recompute is None and not norm.in_linear:
+            layer.mlp_bda = AddForNorm(norm)
 
 
 class CoreAttention(torch.nn.Module):

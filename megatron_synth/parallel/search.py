@@ -55,8 +55,6 @@ class Candidate:
         ]
         if layout.virtual > 1:
             settings.append(f"parallel.virtual_pipeline_model_parallel_size={layout.virtual}")
-        if layout.data > 1:
-            settings += ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
         return settings
 
 
@@ -117,6 +115,7 @@ def _judge(
     stages = memory_per_rank(config, layout.data, fp8=fp8)
     memory = max(stages, key=lambda stage: stage.total)
     needed = memory.total * (1 + FRAGMENTATION) + RESERVED
+    overlap = overlap and all(config.parallel.overlaps(layout.data, on_gpu=True))
     time = step_time(config, layout.data, chip, fp8=fp8, overlap=overlap, assume=assume)
     return Candidate(
         config, layout, memory, needed, needed <= chip.memory, time, *rates(config, layout.world_size, time.total, chip)

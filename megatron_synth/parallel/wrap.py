@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -17,14 +18,17 @@ from megatron_synth.config.schema import Config
 def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32 and their reduction over data-parallel ranks, one wrapper per model chunk."""
     parallel = config.parallel
+    on_gpu = torch.cuda.is_available()
+    overlap_reduce, overlap_gather = parallel.overlaps(parallel_state.get_data_parallel_world_size(), on_gpu)
     wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 grad_reduce_in_fp32=True,
-                overlap_grad_reduce=parallel.overlap_grad_reduce,
-                overlap_param_gather=parallel.overlap_param_gather,
+                overlap_grad_reduce=overlap_reduce,
+                overlap_param_gather=overlap_gather,
+                bucket_size=parallel.ddp_bucket_size,
             ),
             module=chunk,
             # chunks after the first are not on the critical path of the interleaved schedule
@@ -32,7 +36,7 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
         )
         for index, chunk in enumerate(chunks)
     ]
-    if parallel.overlap_grad_reduce:
+    if overlap_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         grad_sync = [chunk.start_grad_sync for chunk in wrapped]
         for chunk in chunks:
@@ -57,7 +61,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             bf16=config.precision.dtype == "bf16",
             params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
         chunks,
         use_gloo_process_groups=False,

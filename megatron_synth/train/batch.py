@@ -90,7 +90,7 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
 
 
-def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -> Prefetcher:
+def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData, *, read_ahead: bool = True) -> Prefetcher:
     """What hands a rank the steps of a run, read ahead into pinned memory where there is a GPU."""
     on_gpu = ranks.device.type == "cuda"
     loader = Loader(
@@ -109,7 +109,8 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -
     def buffer(shape: tuple[int, int], dtype: np.dtype[Any]) -> Tokens:
         return torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=on_gpu).numpy()
 
-    return Prefetcher(loader, config.samples_per_step, end_sample=config.total_samples, allocate=buffer)
+    threads, step = int(read_ahead), config.samples_per_step
+    return Prefetcher(loader, step, threads=threads, end_sample=config.total_samples, allocate=buffer)
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:

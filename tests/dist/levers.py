@@ -77,3 +77,54 @@ def host_waits(settings: list[str]) -> dict[str, int]:
         with _Calls(found), _Operations(found):
             engine.step(batches)
     return dict(found)
+
+
+def norms(settings: list[str], joined: bool) -> tuple[list[float], int, int]:
+    """Three optimizer steps and an evaluation, with additions joined to norms or without.
+
+    Returns:
+        Losses, and calls of each kind of norm in the last step.
+    """
+    import os
+
+    from megatron_synth.config.load import load_file
+    from megatron_synth.config.schema import Config
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import plan
+
+    config = load_file(Config, "bench/tiny-7m.yaml", settings)
+    layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+    with process_group(layout, config.train.seed) as ranks:
+        from megatron_synth.bench.throughput import Engine, random_batches
+        from megatron_synth.model import kernels
+        from megatron_synth.model.ops import RMSNorm
+
+        if not joined:
+            kernels.joins_additions_to_norms = lambda: False
+        [batches] = random_batches(config, layout, ranks, 1)
+        engine = Engine(config, layout, ranks)
+        calls: Counter[str] = Counter()
+
+        def counted(name: str, function: Any) -> Any:
+            def call(*args: Any) -> Any:
+                calls[name] += 1
+                assert training or not torch.is_grad_enabled(), "a norm of an evaluation keeps what it read"
+                return function(*args)
+
+            return call
+
+        for chunk in engine.chunks:
+            for module in chunk.modules():
+                if isinstance(module, RMSNorm):
+                    for name in ("_rms_norm", "_rms_norm_residual"):
+                        setattr(module, name, counted(name, getattr(module, name)))
+        losses, training = [], True
+        for _ in range(3):
+            calls.clear()
+            engine.step(batches)
+            losses.append(engine.loss())
+        found = calls.copy()
+        training = False
+        with torch.no_grad():
+            engine._stepper.forward(batches, 1, backward=False)
+    return losses, found["_rms_norm"], found["_rms_norm_residual"]

@@ -34,6 +34,27 @@ def test_recomputation_changes_no_bit(trained: Callable[..., Run], layout: str, 
     assert_same_losses(trained(layout, f"train.recompute={how}").records, trained(layout).records, rtol=0)
 
 
+TENSOR, PIPELINE = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+# of 4 layers and 2 micro-batches (4 in a pipeline): norms by themselves, and those that add first, by rank
+NORMS = {
+    "single": (1, [], [(2, 16)]),
+    "tp2": (2, [TENSOR, "precision.dtype=bf16"], [(4, 32)] * 2),
+    "pp2vp2": (2, [PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"], [(8, 8), (8, 12)]),
+    "full": (1, ["train.recompute=full"], [(2 * (4 + 4 + 1), 16)]),
+    "selective": (1, ["train.recompute=selective"], [(2 * (8 + 8 + 1), 0)]),
+}
+
+
+@pytest.mark.parametrize("layout", NORMS)
+def test_additions_join_the_norms_after_them_and_change_no_bit(ranks: RankPool, layout: str) -> None:
+    world_size, more, expected = NORMS[layout]
+    settings = [*SMALL, "train.micro_batch_size=2" if world_size > 1 else "train.micro_batch_size=4", *more]
+    joined, apart = (ranks.run(world_size, "tests.dist.levers.norms", settings, together) for together in (True, False))
+    assert [result.value[1:] for result in joined] == expected
+    assert all(result.value[2] == 0 for result in apart)
+    assert [result.value[0] for result in joined] == [result.value[0] for result in apart]
+
+
 def test_garbage_is_collected_between_steps_only() -> None:
     class Cycle:
         def __init__(self) -> None:

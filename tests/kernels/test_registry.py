@@ -56,6 +56,7 @@ def test_a_gpu_gets_the_first_that_can_be_had() -> None:
         "te": "transformer_engine is not installed",
         "apex": "fused_layer_norm_cuda is not installed",
         "torch": "comes after triton",
+        "compile": "comes after triton",
     }
     assert choices["swiglu"].backend == "torch" and choices["swiglu"].reason == "forced by the configuration"
     assert dict(choices["swiglu"].others)["triton"] == "not asked for"
@@ -91,10 +92,43 @@ def test_what_is_forced_and_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelUnavailable, match="rope by triton cannot be had on cpu: needs a CUDA device"):
         choose({"rope": "triton"}, CPU, torch.float32)
-    with pytest.raises(KernelUnavailable, match="no backend 'te' for rope; one of: auto, triton, torch"):
+    with pytest.raises(KernelUnavailable, match="no backend 'te' for rope; one of: auto, triton, torch, compile"):
         choose({"rope": "te"}, CPU, torch.float32)
     with pytest.raises(KernelUnavailable, match="no operation 'norm'; one of: rms_norm"):
         choose({"norm": "torch"}, CPU, torch.float32)
+
+
+def test_compilation_needs_a_compiler_and_is_never_taken_by_itself(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = [[backend.name for backend in operation.backends] for operation in OPERATIONS.values()]
+    assert [order[-2:] for order in orders if "compile" in order] == [["torch", "compile"]] * 4
+    for compiler, expected in (("no-such-compiler", "needs a C++ compiler: no-such-compiler is not installed"), ("sh", None)):
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setattr(registry.sysconfig, "get_path", lambda name, at=config_file.parent: str(at))
+        (config_file.parent / "Python.h").touch()
+        if expected is None:
+            assert choose({"rope": "compile"}, CPU, torch.float32)["rope"].backend == "compile"
+        else:
+            with pytest.raises(
+                ConfigError, match=f"kernels.rope: rope by compile cannot be had on cpu: {expected}".replace("+", r"\+")
+            ):
+                kernels.select(load_file(Config, config_file, ["kernels.rope=compile"]))
+    (config_file.parent / "Python.h").unlink()
+    with pytest.raises(KernelUnavailable, match="needs Python's C headers"):
+        choose({"rope": "compile"}, CPU, torch.float32)
+
+
+def test_who_names_the_norm_means_the_one_after_an_addition_too(config_file: Path) -> None:
+    def chosen(*settings: str) -> str:
+        return kernels.select(load_file(Config, config_file, settings))["rms_norm_residual"].backend
+
+    assert chosen() == "torch" and chosen("kernels.rms_norm=compile") == "compile"
+    assert chosen("kernels.rms_norm=compile", "kernels.rms_norm_residual=torch") == "torch"
+    kernels.activate(kernels.select(load_file(Config, config_file)))
+    assert kernels.joins_additions_to_norms()  # torch's both
+    for backend, joined in (("compile", True), ("torch", False)):
+        choices = choose({"rms_norm": "compile", "rms_norm_residual": backend}, CPU, torch.float32)
+        kernels.activate(choices)
+        assert kernels.joins_additions_to_norms() is joined
 
 
 def test_torch_until_something_is_activated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +184,7 @@ def test_a_run_that_names_what_is_not_there_is_told_before_anything_starts(
         ConfigError, match=r"kernels.rms_norm: rms_norm by triton cannot be had on cpu: needs a CUDA device; cho"
     ):
         kernels.select(config)
-    with pytest.raises(ConfigError, match="kernels.rope: expected 'auto', 'triton' or 'torch', got 'te'"):
+    with pytest.raises(ConfigError, match="kernels.rope: expected 'auto', 'triton', 'torch' or 'compile', got 'te'"):
         load_file(Config, config_file, ["kernels.rope=te"])
 
 

@@ -259,7 +259,11 @@ def test_load_file_reports_mistakes_and_broken_rules_together(tmp_path: Path) ->
         ),
         ("parallel.tensor_model_parallel_size=4 train.sequence_length=130", "train.sequence_length", ["128 or 132"]),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel", ["tensor_model_parallel_size > 1"]),
-        ("parallel.overlap_param_gather=true", "parallel.overlap_param_gather", ["overlap_grad_reduce: true"]),
+        (
+            "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=false",
+            "parallel.overlap_param_gather",
+            ["overlap_grad_reduce: true"],
+        ),
         (
             "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true parallel.use_distributed_optimizer=false",
             "parallel.overlap_param_gather",
