@@ -167,7 +167,7 @@ def render(head: dict[str, Any], result: PrepareBench) -> str:
     lines = [
         *header_lines(head),
         f"- text: {result.documents:,} documents of {result.text_bytes / 1e6:.1f} MB, {first.tokens:,} tokens, the same tokens "
-        f"from all; {result.workers} workers each",
+        f"from all; {result.workers} worker{'' if result.workers == 1 else 's'} each",
         f"- timing: {len(result.of(ours))} runs each, in turn, medians; ratio: tokens/s of {ours} to the contender's",
         *(f"- {name}: {CONTENDERS[name]}" for name in names),
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_synth.bench import loader as bench
 from megatron_synth.bench import loader_peers as peers
-from megatron_synth.bench import summary
+from megatron_synth.bench import loader_starts, summary
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.store import open_source
 
@@ -141,3 +141,14 @@ def test_olmo_core_mixes_as_it_is_judged(folder) -> None:
     again = contender("OLMo-core, no threads").open(peers.Sources(folder, 32), 2000)
     again.restore(state)
     assert first[0].shape == (peers.ROWS, 32) and again.next().tolist() == expected.tolist()
+
+
+def test_starts_are_measured_of_any_number_of_shards(tmp_path) -> None:
+    folder = loader_starts.write_many_shards(tmp_path / "s", 5, 2 * loader_starts.SEQUENCE_LENGTH)
+    source = open_source(folder, "s")
+    assert source.num_tokens == 10 * loader_starts.SEQUENCE_LENGTH and source.num_documents == 5 * 21
+    found = loader_starts.measure(folder)
+    assert all(0 < seconds < 60 for seconds in (found["opened_s"], *found["start_s"].values()))
+    (head, row) = loader_starts.table_rows([{"shards": 5, **found}])
+    assert head[2:5] == ["first batch at 1e5, ms", "first batch at 1e7, ms", "first batch at 1e12, ms"]
+    assert len(row) == len(head) and row[0] == "5"

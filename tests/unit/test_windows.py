@@ -146,9 +146,9 @@ def test_every_sequence_holds_the_sources_at_their_ratio(number: int) -> None:
 
 def test_a_label_is_the_next_token_of_its_own_source() -> None:
     loader = loader_of(6, micro=3, with_boundaries=True)
-    settings = {"sources": {"a": {"path": "a", "ratio": "1"}}, "document_masks": True, "eod_mask_loss": True}
+    section = {"sources": {"a": {"path": "a", "ratio": "1"}}, "document_masks": True, "eod_mask_loss": True}
     data = Config.model_validate(
-        {"model": {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}, "data": settings}
+        {"model": {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}, "data": section}
         | {"train": {"steps": 1, "global_batch_size": 1, "sequence_length": 48}}
     ).data
     for batch in loader.micro_batches(0, 36):
@@ -225,8 +225,13 @@ def test_what_cannot_be_is_refused(config: Path) -> None:
 
 
 def test_digests_tell_how_windows_are_cut(config: Path) -> None:
-    settings = ([], ["data.windows_per_sequence=4"], ["data.windows_per_sequence=2"], ["data.sources.qa.shift_windows=true"])
-    configs = [load_file(Config, config, list(one)) for one in settings]
+    cuts: tuple[list[str], ...] = (
+        [],
+        ["data.windows_per_sequence=4"],
+        ["data.windows_per_sequence=2"],
+        ["data.sources.qa.shift_windows=true"],
+    )
+    configs = [load_file(Config, config, one) for one in cuts]
     opened = [open_data(one) for one in configs]
     assert len({digest(one) for one in configs}) == len({one.digest for one in opened}) == 4
     assert len({one.prefix_digest(100) for one in opened}) == 4
