@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/cluster.md", "docs/kernels.md", "docs/throughput.md")
+    ROOT / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/cluster.md", "docs/fp8.md", "docs/kernels.md", "docs/throughput.md")
 ]
 
 
@@ -157,6 +159,46 @@ def scales() -> str:
     return markdown(rows)
 
 
+def fp8_passes() -> str:
+    """Bytes that a layer's quantising moves, by place."""
+    from megatron_synth.core.fp8_passes import GRADIENT, PLACES
+
+    rows = [["tensor", "numbers"]]
+    for scalings in ("`delayed`, `blockwise`", "`current`"):
+        rows[0] += [f"{scalings}: {way}" for way in ("apart", "fused", "floor")]
+    for place in PLACES:
+        ways = [str(value) for known in (place.known, place.current) for value in astuple(known)]
+        rows.append([place.name, place.symbol, *ways])
+    rows.append(["weights' gradients, per micro-batch", "W", *2 * [str(value) for value in astuple(GRADIENT)]])
+    return markdown(rows)
+
+
+def fp8_passes_models() -> str:
+    """The same of whole models: a layer's bytes in a step, and what a step's take at the bandwidth of an H200."""
+    from megatron_synth.config.load import load_file, load_yaml
+    from megatron_synth.config.schema import Config, ModelConfig
+    from megatron_synth.core.fp8_passes import Scaling, bytes_per_step
+    from megatron_synth.core.hardware import ACCELERATORS
+    from megatron_synth.core.steptime import Assumptions
+
+    train = load_file(Config, "bench/h200.yaml").train
+    micro_batches = train.global_batch_size // train.micro_batch_size
+    models = [ModelConfig(**load_yaml(f"model/{name}.yaml")["model"]) for name in ("llama-1.3b", "llama-3b", "llama-8b")]
+    speed = ACCELERATORS["h200"].memory_bandwidth * Assumptions().memory
+    rows = [["model", "recipe", "apart, GB", "fused, GB", "floor, GB", "apart, ms", "fused, ms", "floor, ms"]]
+    recipes: tuple[tuple[str, Scaling], ...] = (("`delayed`, `blockwise`", "delayed"), ("`current`", "current"))
+    for model in models:
+        for name, scaling in recipes:
+            ways = astuple(bytes_per_step(model, scaling, train.tokens_per_step, micro_batches))
+            times = [f"{1000 * model.num_layers * value / speed:.0f}" for value in ways]
+            rows.append([model.name, name, *(f"{value / 1e9:.1f}" for value in ways), *times])
+    note = (
+        f"GB per layer, ms of all layers, in a step of {train.tokens_per_step:,} tokens in {micro_batches} micro-batches, at "
+        f"{speed / 1e12:.1f} TB/s,\nas a copy on an H200. Counted by `python docs/tables.py fp8-passes-models`, not measured."
+    )
+    return f"{markdown(rows)}\n\n{note}"
+
+
 def printed(*arguments: str, start: Sequence[str] = (sys.executable, "-m", "megatron_synth")) -> str:
     """The header and the table that a command prints."""
     command = [*start, *arguments]
@@ -187,6 +229,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "launch": launch,
     "kernels-compiled": kernels_compiled,
     "memory": memory,
+    "fp8-passes": fp8_passes,
+    "fp8-passes-models": fp8_passes_models,
     "published": published,
     "scales": scales,
 }

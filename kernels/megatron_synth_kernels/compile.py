@@ -25,9 +25,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import triton_adam, triton_cross_entropy, triton_norm, triton_quantise, triton_rope, triton_swiglu
+from . import (
+    triton_adam,
+    triton_cross_entropy,
+    triton_norm,
+    triton_norm_quantise,
+    triton_quantise,
+    triton_rope,
+    triton_swiglu,
+    triton_swiglu_quantise,
+)
 from .adam_reference import Coefficients, Rounding
-from .fp8 import E4M3, E5M2
+from .fp8 import E4M3, E5M2, Source
 from .registry import interpreted
 from .sizes import Sizes
 
@@ -117,6 +126,28 @@ def _quantise_fp8(sizes: Sizes) -> None:
         triton_quantise.transpose(row.data)
 
 
+def _quantised_every_way(make: Callable[[], Source]) -> None:
+    for dtype in (E4M3, E5M2):
+        make().tensorwise(make().amax(), dtype)
+        make().tensorwise(make().amax(), dtype, transposed=False)  # evaluations, and parts that are gathered
+        make().blocks(dtype)
+
+
+def _swiglu_quantise(sizes: Sizes) -> None:
+    x = torch.empty((sizes.tokens, 2 * sizes.ffn), dtype=torch.bfloat16, device="meta")
+    grad = torch.empty((sizes.tokens, sizes.ffn), dtype=torch.bfloat16, device="meta")
+    _quantised_every_way(lambda: triton_swiglu_quantise.SwiGLU(x))
+    _quantised_every_way(lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x))
+
+
+def _rms_norm_quantise(sizes: Sizes) -> None:
+    x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(sizes.hidden, dtype=torch.bfloat16, device="meta")
+    _quantised_every_way(lambda: triton_norm_quantise.Normalised(x, weight, 1e-5))
+    made = triton_norm_quantise.Normalised(x, weight, 1e-5)
+    triton_norm_quantise.gradients(x, x, weight, made.inverse)
+
+
 CASES: dict[str, Callable[[Sizes], None]] = {
     "rms_norm": _rms_norm,
     "rms_norm_residual": _rms_norm_residual,
@@ -126,6 +157,8 @@ CASES: dict[str, Callable[[Sizes], None]] = {
     "cross_entropy_grad": _cross_entropy_grad,
     "adam": _adam,
     "quantise_fp8": _quantise_fp8,
+    "swiglu_quantise": _swiglu_quantise,
+    "rms_norm_quantise": _rms_norm_quantise,
 }
 """Operation -> every launch that it makes for a shape, on the meta device."""
 

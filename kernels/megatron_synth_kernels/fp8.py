@@ -47,6 +47,10 @@ class Quantised:
         return self.data.float() * scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
+Pair = tuple[Quantised | None, Quantised | None]
+"""A matrix and its transpose, None where not wanted."""
+
+
 def scale_for(amax: Tensor, dtype: torch.dtype, *, margin: int = 0, power_of_two: bool = False) -> Tensor:
     """The factor that brings `amax` to the largest number of `dtype`, divided by 2^margin: fp32, shape of `amax`.
 
@@ -95,9 +99,7 @@ def quantise_tensorwise(
     return data if row else None, transpose(data) if transposed else None, amax_of(x)
 
 
-def quantise_1x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """x in blocks of 128 along its rows, and x^T in blocks of 128 along *its* rows: two quantisations of the same numbers.
 
     Scales are powers of two. N and K are multiples of 128.
@@ -121,12 +123,11 @@ def _along_rows(x: Tensor, dtype: torch.dtype) -> Quantised:
     amax = torch.linalg.vector_norm(blocks, torch.inf, dim=2)  # [N, K / 128]
     scale = scale_for(amax, dtype, power_of_two=True)
     data = _rounded(blocks * scale[..., None], dtype).view(rows, columns)
-    return Quantised(data, inverse_scale(scale, amax).t().contiguous().t(), (1, BLOCK))
+    in_memory = inverse_scale(scale, amax).t().clone(memory_format=torch.contiguous_format)  # strides of one block, too
+    return Quantised(data, in_memory.t(), (1, BLOCK))
 
 
-def quantise_128x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """x in square blocks, and the transpose of the very same numbers. Scales are powers of two; N, K multiples of 128.
 
     Args:
@@ -164,6 +165,39 @@ def transpose(data: Tensor) -> Tensor:
 def check_blocks(x: Tensor) -> None:
     """Assert that x [N, K] is made of whole 128 x 128 blocks."""
     assert x.ndim == 2 and x.shape[0] % BLOCK == 0 and x.shape[1] % BLOCK == 0, f"no whole blocks in {tuple(x.shape)}"
+
+
+class Source:
+    """What is to be quantised: a matrix [N, K] that another operation has yet to make.
+
+    This class is the definition: the matrix is made, in the dtype that it would have had, and then quantised. It is kept for
+    further calls, so an instance should not outlive its use. Kernels quantise while they make it, and keep nothing.
+    """
+
+    _value: Tensor | None = None
+
+    def _make(self) -> Tensor:
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        """The matrix itself."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def amax(self) -> Tensor:
+        """`amax_of` the matrix."""
+        return amax_of(self.value())
+
+    def tensorwise(
+        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """`quantise_tensorwise` of the matrix."""
+        return quantise_tensorwise(self.value(), scale, dtype, row=row, transposed=transposed)
+
+    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+        """`quantise_1x128` of the matrix."""
+        return quantise_1x128(self.value(), dtype, row=row, transposed=transposed)
 
 
 def is_emulated(device: torch.device, blocks: bool) -> bool:

@@ -14,22 +14,31 @@ class _HostRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size = x.shape[-1]
         wide = x.float()
-        scale = torch.linalg.vecdot(wide, wide).unsqueeze_(-1).div_(size).add_(eps).rsqrt_()
-        normalised = wide * scale
-        ctx.save_for_backward(normalised, scale, weight)
+        inverse = inverse_rms(wide, eps)
+        normalised = wide * inverse
+        ctx.save_for_backward(normalised, inverse, weight)
         ctx.dtype = x.dtype
         return (normalised * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalised, scale, weight = ctx.saved_tensors
-        # with n = x r and r = 1 / sqrt(mean(x^2) + eps):  dx = r (g w - n mean(g w n)),  dw = sum(g n)
-        grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_x = grad * weight.float()
-        mean = torch.linalg.vecdot(grad_x, normalised).unsqueeze_(-1).div_(normalised.shape[-1])
-        return grad_x.addcmul_(normalised, mean, value=-1).mul_(scale).to(ctx.dtype), grad_weight, None
+        normalised, inverse, weight = ctx.saved_tensors
+        return *gradients(grad, normalised, inverse, weight, ctx.dtype), None
+
+
+def inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    """fp32 [..., H] -> 1 / sqrt(mean(x^2) + eps), [..., 1]."""
+    return torch.linalg.vecdot(wide, wide).unsqueeze_(-1).div_(wide.shape[-1]).add_(eps).rsqrt_()
+
+
+def gradients(grad: Tensor, normalised: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of x, in `dtype`, and of the weight; normalised: [..., H] x times `inverse_rms`, fp32."""
+    # with n = x r and r = 1 / sqrt(mean(x^2) + eps):  dx = r (g w - n mean(g w n)),  dw = sum(g n)
+    grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_x = grad * weight.float()
+    mean = torch.linalg.vecdot(grad_x, normalised).unsqueeze_(-1).div_(normalised.shape[-1])
+    return grad_x.addcmul_(normalised, mean, value=-1).mul_(inverse).to(dtype), grad_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -235,6 +235,18 @@ OPERATIONS: dict[str, Operation] = {
             triton=".triton_quantise",
             torch=".fp8",
         ),
+        _operation(
+            "swiglu_quantise",
+            "module with SwiGLU(gate_and_up [N, 2F]) and SwiGLUGradient(grad [N, F], gate_and_up): fp8.Source",
+            triton=".triton_swiglu_quantise",
+            torch=".swiglu_quantise",
+        ),
+        _operation(
+            "rms_norm_quantise",
+            "module with Normalised(x [N, H], weight [H], eps): fp8.Source, and gradients(grad, x, weight, inverse)",
+            triton=".triton_norm_quantise",
+            torch=".norm_quantise",
+        ),
     )
 }
 

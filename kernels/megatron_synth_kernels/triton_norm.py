@@ -111,7 +111,7 @@ def rms_norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HIDDEN + column, partial, mask=column < HIDDEN)
 
 
-def _tile(hidden: int) -> tuple[int, int, int]:
+def tile_of(hidden: int) -> tuple[int, int, int]:
     """Rows of a program, columns of its tile, warps: 16 elements for each thread."""
     assert hidden <= MAX_HIDDEN, f"RMSNorm over {hidden} channels; at most {MAX_HIDDEN} fit in registers"
     block = power_of_two(hidden)
@@ -131,7 +131,7 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = None if residual is None else torch.empty_like(out)
         inverse = torch.empty(count, dtype=torch.float32, device=x.device)
-        rows, block, warps = _tile(hidden)
+        rows, block, warps = tile_of(hidden)
         if out.numel():
             rms_norm_forward_kernel[(ceil_div(count, rows),)](
                 lines,
@@ -157,35 +157,50 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, total_grad: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        count, hidden = x.shape
-        grad_x = torch.empty(grad.shape, dtype=x.dtype, device=x.device)
-        lines = as_rows(grad)
-        rest = None if total_grad is None else as_rows(total_grad)
-        rows, block, warps = _tile(hidden)
-        # as many programs as run at once, each over many rows; the order of the sum depends on the device alone
-        programs = min(ceil_div(count, rows), processors(x.device) * max(1, 16 // warps))
-        partial = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
-        if grad.numel():
-            rms_norm_backward_kernel[(programs,)](
-                lines,
-                rest,
-                x,
-                weight,
-                inverse,
-                grad_x,
-                partial,
-                count,
-                lines.stride(0),
-                0 if rest is None else rest.stride(0),
-                x.stride(0),
-                HIDDEN=hidden,
-                RESIDUAL=rest is not None,
-                ROWS=rows,
-                BLOCK=block,
-                num_warps=warps,
-            )
-        grad_residual = None if total_grad is None else grad_x
-        return grad_x, grad_residual, partial.sum(0).to(weight.dtype), None
+        grad_x, grad_weight = gradients(grad, x, weight, inverse, total_grad)
+        return grad_x, None if total_grad is None else grad_x, grad_weight, None
+
+
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, total_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of x and of the weight.
+
+    Args:
+        grad: [..., H], of the norm's output.
+        x: [N, H], what was normalised.
+        weight: [H].
+        inverse: [N], 1 / sqrt(mean(x^2) + eps).
+        total_grad: [..., H], of the residual stream, which is added to that of x.
+    """
+    count, hidden = x.shape
+    grad_x = torch.empty(grad.shape, dtype=x.dtype, device=x.device)
+    lines = as_rows(grad)
+    rest = None if total_grad is None else as_rows(total_grad)
+    rows, block, warps = tile_of(hidden)
+    # as many programs as run at once, each over many rows; the order of the sum depends on the device alone
+    programs = min(ceil_div(count, rows), processors(x.device) * max(1, 16 // warps))
+    partial = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
+    if grad.numel():
+        rms_norm_backward_kernel[(programs,)](
+            lines,
+            rest,
+            x,
+            weight,
+            inverse,
+            grad_x,
+            partial,
+            count,
+            lines.stride(0),
+            0 if rest is None else rest.stride(0),
+            x.stride(0),
+            HIDDEN=hidden,
+            RESIDUAL=rest is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return grad_x, partial.sum(0).to(weight.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import BLOCK, LARGEST, Quantised, check_blocks
+from .fp8 import BLOCK, LARGEST, Pair, Quantised, check_blocks
 from .registry import interpreted
 
 _ROUNDS_WRONGLY = tl.constexpr(interpreted())
-_FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
 @triton.jit
-def _magnitude(values):
+def magnitude(values):
     """|values| with NaN turned into infinity, which a maximum keeps."""
     size = tl.abs(values)
     return tl.where(size <= 3.4028234663852886e38, size, float("inf"))
@@ -37,7 +37,7 @@ def _encoded(values, FORMAT: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.cons
 
 
 @triton.jit
-def _saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
+def saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
     """To the nearest number of the format, ties to even. Triton's interpreter rounds ties up and loses the carry into the
     exponent (31.5 becomes 16), so there it is done on the bits.
     """
@@ -50,7 +50,7 @@ def _saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _power_of_two_scale(amax, LARGEST: tl.constexpr):
+def power_of_two_scale(amax, LARGEST: tl.constexpr):
     """fp8.scale_for(amax, power_of_two=True)."""
     scale = tl.minimum(tl.div_rn(tl.full(amax.shape, LARGEST, tl.float32), amax), 8.507059173023462e37)  # 2^126
     scale = tl.where((amax > 0) & (amax <= 3.4028234663852886e38), scale, 1.0)
@@ -58,8 +58,56 @@ def _power_of_two_scale(amax, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _inverse(scale, amax):
+def inverse_of(scale, amax):
+    """fp8.inverse_scale."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale) + (amax - amax)  # inf - inf is NaN
+
+
+@triton.jit
+def store_both(
+    data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """A tile, as it is into row [n, k] and turned into transposed [k, n]."""
+    if ROW:
+        tl.store(row_ptr + top.to(tl.int64) * k + left + rows[:, None] * k + columns[None, :], data, mask=inside)
+    if TRANSPOSED:
+        tile = transposed_ptr + left.to(tl.int64) * n + top
+        tl.store(tile + columns[:, None] * n + rows[None, :], tl.trans(data), mask=tl.trans(inside))
+
+
+@triton.jit
+def store_blocks(
+    x,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    k,
+    tile_n,
+    tile_k,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile of 128 x 128 in blocks along its rows into row [n, k], and along its columns into transposed [k, n]."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    size = magnitude(x)
+    if ROW:
+        amax = tl.max(size, axis=1)
+        scale = power_of_two_scale(amax, LARGEST)
+        row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
+        tl.store(row_tile + rows[:, None] * k + columns[None, :], saturated(x * scale[:, None], LARGEST, FORMAT))
+        tl.store(row_scale_ptr + tile_k * n + tile_n * BLOCK + rows, inverse_of(scale, amax))
+    if TRANSPOSED:
+        amax = tl.max(size, axis=0)
+        scale = power_of_two_scale(amax, LARGEST)
+        data = saturated(x * scale[None, :], LARGEST, FORMAT)
+        transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
+        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
+        tl.store(transposed_scale_ptr + tile_n * k + tile_k * BLOCK + columns, inverse_of(scale, amax))
 
 
 @triton.jit
@@ -85,13 +133,9 @@ def tensorwise_kernel(
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(_magnitude(x)))
-    data = _saturated(x * tl.load(scale_ptr), LARGEST, FORMAT)
-    if ROW:
-        tl.store(row_ptr + top.to(tl.int64) * k + left + rows[:, None] * k + columns[None, :], data, mask=inside)
-    if TRANSPOSED:
-        tile = transposed_ptr + left.to(tl.int64) * n + top
-        tl.store(tile + columns[:, None] * n + rows[None, :], tl.trans(data), mask=tl.trans(inside))
+    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
+    data = saturated(x * tl.load(scale_ptr), LARGEST, FORMAT)
+    store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
 
 
 @triton.jit
@@ -102,7 +146,7 @@ def amax_kernel(x_ptr, amax_ptr, n, k, x_stride, TILE_N: tl.constexpr, TILE_K: t
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(_magnitude(x)))
+    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
 
 
 @triton.jit
@@ -137,20 +181,22 @@ def blocks_1x128_kernel(
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
-    size = _magnitude(x)
-    if ROW:
-        amax = tl.max(size, axis=1)
-        scale = _power_of_two_scale(amax, LARGEST)
-        row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
-        tl.store(row_tile + rows[:, None] * k + columns[None, :], _saturated(x * scale[:, None], LARGEST, FORMAT))
-        tl.store(row_scale_ptr + tile_k * n + tile_n * BLOCK + rows, _inverse(scale, amax))
-    if TRANSPOSED:
-        amax = tl.max(size, axis=0)
-        scale = _power_of_two_scale(amax, LARGEST)
-        data = _saturated(x * scale[None, :], LARGEST, FORMAT)
-        transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
-        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
-        tl.store(transposed_scale_ptr + tile_n * k + tile_k * BLOCK + columns, _inverse(scale, amax))
+    store_blocks(
+        x,
+        row_ptr,
+        row_scale_ptr,
+        transposed_ptr,
+        transposed_scale_ptr,
+        n,
+        k,
+        tile_n,
+        tile_k,
+        LARGEST,
+        FORMAT,
+        ROW,
+        TRANSPOSED,
+        BLOCK,
+    )
 
 
 @triton.jit
@@ -176,25 +222,40 @@ def blocks_128x128_kernel(
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
-    amax = tl.max(tl.max(_magnitude(x), axis=1), axis=0, keep_dims=True)  # [1]
-    scale = _power_of_two_scale(amax, LARGEST)
-    data = _saturated(x * scale[:, None], LARGEST, FORMAT)
+    amax = tl.max(tl.max(magnitude(x), axis=1), axis=0, keep_dims=True)  # [1]
+    scale = power_of_two_scale(amax, LARGEST)
+    data = saturated(x * scale[:, None], LARGEST, FORMAT)
     one = tl.arange(0, 1)
     if ROW:
         row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
         tl.store(row_tile + rows[:, None] * k + columns[None, :], data)
-        tl.store(row_scale_ptr + tile_n * row_scale_stride + tile_k + one, _inverse(scale, amax))
+        tl.store(row_scale_ptr + tile_n * row_scale_stride + tile_k + one, inverse_of(scale, amax))
     if TRANSPOSED:
         transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
         tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
-        tl.store(transposed_scale_ptr + tile_k * transposed_scale_stride + tile_n + one, _inverse(scale, amax))
+        tl.store(transposed_scale_ptr + tile_k * transposed_scale_stride + tile_n + one, inverse_of(scale, amax))
 
 
-def _outputs(x: Tensor, dtype: torch.dtype, row: bool, transposed: bool) -> tuple[Tensor | None, Tensor | None]:
-    n, k = x.shape
-    assert x.stride(1) == 1, "rows must be contiguous"
-    make = lambda wanted, *shape: torch.empty(shape, dtype=dtype, device=x.device) if wanted else None  # noqa: E731
+def outputs(
+    n: int, k: int, device: torch.device, dtype: torch.dtype, row: bool, transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for [n, k] and [k, n], None where not wanted."""
+    make = lambda wanted, *shape: torch.empty(shape, dtype=dtype, device=device) if wanted else None  # noqa: E731
     return make(row, n, k), make(transposed, k, n)
+
+
+def block_scales(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the scales of [n, k] in blocks of 1 x 128, and of its transpose's, as cuBLASLt reads them."""
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    return make(k // BLOCK, n), make(n // BLOCK, k)
+
+
+def in_blocks(row: Tensor | None, row_scale: Tensor, transposed: Tensor | None, transposed_scale: Tensor) -> Pair:
+    """The two results of a kernel that quantises in blocks of 1 x 128."""
+    return (
+        None if row is None else Quantised(row, row_scale.t(), (1, BLOCK)),
+        None if transposed is None else Quantised(transposed, transposed_scale.t(), (1, BLOCK)),
+    )
 
 
 def quantise_tensorwise(
@@ -202,13 +263,14 @@ def quantise_tensorwise(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """fp8.quantise_tensorwise."""
     n, k = x.shape
-    row_data, transposed_data = _outputs(x, dtype, row, transposed)
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
     amax = torch.zeros(1, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(n, 128), triton.cdiv(k, 128))
     tensorwise_kernel[grid](
         *(x, row_data, transposed_data, scale, amax, n, k, x.stride(0)),
         LARGEST=LARGEST[dtype],
-        FORMAT=_FORMATS[dtype],
+        FORMAT=FORMATS[dtype],
         ROW=row,
         TRANSPOSED=transposed,
         TILE_N=128,
@@ -238,37 +300,31 @@ def transpose(data: Tensor) -> Tensor:
     return out.view(data.dtype)
 
 
-def quantise_1x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """fp8.quantise_1x128."""
     check_blocks(x)
     n, k = x.shape
-    row_data, transposed_data = _outputs(x, dtype, row, transposed)
-    row_scale = torch.empty((k // BLOCK, n), dtype=torch.float32, device=x.device)
-    transposed_scale = torch.empty((n // BLOCK, k), dtype=torch.float32, device=x.device)
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
+    row_scale, transposed_scale = block_scales(n, k, x.device)
     blocks_1x128_kernel[(n // BLOCK, k // BLOCK)](
         *(x, row_data, row_scale, transposed_data, transposed_scale, n, k, x.stride(0)),
         LARGEST=LARGEST[dtype],
-        FORMAT=_FORMATS[dtype],
+        FORMAT=FORMATS[dtype],
         ROW=row,
         TRANSPOSED=transposed,
         BLOCK=BLOCK,
         num_warps=16,
     )
-    return (
-        None if row_data is None else Quantised(row_data, row_scale.t(), (1, BLOCK)),
-        None if transposed_data is None else Quantised(transposed_data, transposed_scale.t(), (1, BLOCK)),
-    )
+    return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
 
 
-def quantise_128x128(
-    x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
+def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """fp8.quantise_128x128."""
     check_blocks(x)
     n, k = x.shape
-    row_data, transposed_data = _outputs(x, dtype, row, transposed)
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
     tiles_n, tiles_k = n // BLOCK, k // BLOCK
     row_scale = torch.ones((tiles_n, tiles_k + -tiles_k % 4), dtype=torch.float32, device=x.device)
     transposed_scale = torch.ones((tiles_k, tiles_n + -tiles_n % 4), dtype=torch.float32, device=x.device)
@@ -276,7 +332,7 @@ def quantise_128x128(
         *(x, row_data, row_scale, transposed_data, transposed_scale, n, k, x.stride(0)),
         *(row_scale.stride(0), transposed_scale.stride(0)),
         LARGEST=LARGEST[dtype],
-        FORMAT=_FORMATS[dtype],
+        FORMAT=FORMATS[dtype],
         ROW=row,
         TRANSPOSED=transposed,
         BLOCK=BLOCK,

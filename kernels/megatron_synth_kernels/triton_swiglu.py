@@ -73,15 +73,18 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        width = x.shape[1] // 2
-        grad_x = torch.empty((*grad.shape[:-1], 2 * width), dtype=x.dtype, device=x.device)
-        if grad.numel():
-            lines = as_rows(grad)
-            grid, block = _launch(x.shape[0], width)
-            swiglu_backward_kernel[grid](
-                lines, x, grad_x, lines.stride(0), x.stride(0), WIDTH=width, BLOCK=block, num_warps=_WARPS
-            )
-        return grad_x
+        return gradient(grad, x)
+
+
+def gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Of x [N, 2F], from grad [..., F], that of the output: [..., 2F]."""
+    width = x.shape[1] // 2
+    grad_x = torch.empty((*grad.shape[:-1], 2 * width), dtype=x.dtype, device=x.device)
+    if grad.numel():
+        lines = as_rows(grad)
+        grid, block = _launch(x.shape[0], width)
+        swiglu_backward_kernel[grid](lines, x, grad_x, lines.stride(0), x.stride(0), WIDTH=width, BLOCK=block, num_warps=_WARPS)
+    return grad_x
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:

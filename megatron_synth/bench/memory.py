@@ -151,7 +151,15 @@ def describe(config: Config, layout: Layout) -> str:
     optimizer = "" if config.parallel.use_distributed_optimizer else ", plain optimizer"
     place = layout.describe().split(", ")[0]
     size = f"V{config.model.vocab_size} S{config.train.sequence_length} B{config.train.micro_batch_size}"
-    return f"{config.model.name} {config.precision.dtype} {size} {place}{recompute}{optimizer}"
+    return f"{config.model.name} {_precision(config)} {size} {place}{recompute}{optimizer}"
+
+
+def _precision(config: Config) -> str:
+    precision = config.precision
+    if precision.fp8 == "off":
+        return precision.dtype
+    ends = f", {precision.fp8_bf16_ends} at each end not" if precision.fp8_bf16_ends else ""
+    return f"{precision.dtype} fp8 {precision.fp8}{ends}{'' if precision.fp8_fused else ' not fused'}"
 
 
 CONFIG = "bench/tiny-7m.yaml"
@@ -178,6 +186,22 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
             "parallel.pipeline_model_parallel_size=4",
             "parallel.virtual_pipeline_model_parallel_size=2",
             "train.global_batch_size=32",
+        ),
+    ),
+    (1, ("precision.dtype=bf16", "precision.fp8=current")),
+    (1, ("precision.dtype=bf16", "precision.fp8=current", "precision.fp8_fused=false")),
+    (1, ("precision.fp8=blockwise", "train.recompute=selective")),
+    (1, ("precision.dtype=bf16", "precision.fp8=delayed", "train.recompute=full")),
+    (2, ("precision.fp8=delayed", "parallel.tensor_model_parallel_size=2")),
+    (2, ("precision.fp8=blockwise", "precision.dtype=bf16", "parallel.tensor_model_parallel_size=2")),
+    (
+        2,
+        (
+            "precision.fp8=current",
+            "precision.dtype=bf16",
+            "precision.fp8_first_last_bf16=1",
+            "parallel.pipeline_model_parallel_size=2",
+            "train.global_batch_size=16",
         ),
     ),
 )

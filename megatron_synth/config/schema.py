@@ -321,6 +321,8 @@ class PrecisionConfig(Section):
     """delayed: divide scales by 2 to this power, as room for tensors that grow."""
     fp8_backend: Literal["auto", "te", "own"] = "auto"
     """Whose FP8 layers: TransformerEngine's or ours. auto: TransformerEngine's on a GPU where it can be imported."""
+    fp8_fused: bool = True
+    """Quantise RMSNorm and SwiGLU, forward and backward, while they are made: the same numbers in fewer passes. Ours only."""
     fp8_log_every: PositiveInt | None = None
     """Write each FP8 layer's largest magnitudes, scales and shares of under- and overflow to metrics.jsonl every so many steps.
     Default: never. Ours only."""
@@ -362,6 +364,10 @@ class KernelsConfig(Section):
     """Weight gradients, added straight into fp32 gradients."""
     quantise_fp8: Literal["auto", "triton", "torch"] = "auto"
     """Quantisers of FP8 layers, where precision.fp8 has any of ours."""
+    swiglu_quantise: Literal["auto", "triton", "torch"] = "auto"
+    """SwiGLU and its gradient in one with their quantisers, where precision.fp8_fused."""
+    rms_norm_quantise: Literal["auto", "triton", "torch"] = "auto"
+    """RMSNorm in one with its quantiser, where precision.fp8_fused."""
 
 
 class CheckpointConfig(Section):

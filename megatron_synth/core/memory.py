@@ -49,19 +49,24 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def kept_per_token(config: Config, device: Device = "gpu") -> dict[str, float]:
-    """Bytes that one layer keeps per token of a micro-batch on one rank, by tensor, with `train.recompute` as configured."""
+def kept_per_token(config: Config, device: Device = "gpu", fp8: bool | None = None) -> dict[str, float]:
+    """Bytes that one layer keeps per token of a micro-batch on one rank, by tensor, with `train.recompute` as configured.
+
+    `fp8`: whether its products are in FP8; default: as the configuration says.
+    """
+    fp8 = config.precision.fp8 != "off" if fp8 is None else fp8
     hidden = config.model.hidden_size
     if config.train.recompute == "full":
         return {"layer input": _element(config) * hidden / _sequence_shards(config)}
-    kept = _all_kept(config, device)
-    if config.train.recompute == "selective":
+    kept = _all_kept(config, device, fp8)
+    # a layer that makes the outputs of norms and of SwiGLU in FP8 only has none of them to drop
+    if config.train.recompute == "selective" and not (fp8 and _fuses(config)):
         shards = _sequence_shards(config)
         for name in ("norm outputs", "normalised", "activated"):
             kept.pop(name, None)
         if device == "cpu":
             # silu(gate) is an operation of its own there
-            kept.pop("silu(gate)")
+            kept.pop("silu(gate)", None)
             kept["norm inputs"] = 2 * _element(config) * hidden / shards
     return kept
 
@@ -74,7 +79,12 @@ def _sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
 
 
-def _all_kept(config: Config, device: Device) -> dict[str, float]:
+def _fuses(config: Config) -> bool:
+    """Whether layers in FP8 make the outputs of norms and of SwiGLU in FP8 only. TransformerEngine's do not."""
+    return config.precision.fp8_fused and config.precision.fp8_backend != "te"
+
+
+def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
     """What a layer keeps without recomputation."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     element, shards = _element(config), _sequence_shards(config)
@@ -102,7 +112,30 @@ def _all_kept(config: Config, device: Device) -> dict[str, float]:
             "attention output, reordered": element * queries / tensor if config.train.micro_batch_size > 1 else 0,
             "silu(gate)": element * width / tensor,
         }
+    if fp8:
+        _in_fp8(kept, config, device)
     return kept
+
+
+def _in_fp8(kept: dict[str, float], config: Config, device: Device) -> None:
+    """The inputs of the products are kept quantised, and nobody else's are kept for them."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    element, shards = _element(config), _sequence_shards(config)
+    blocks = config.precision.fp8 == "blockwise"
+    number = 1 + 4 / 128 if blocks else 1  # with the scales of its blocks
+    kept.pop("activated")
+    kept.pop("attention output, reordered", None)
+    kept["attention output in fp8"] = number * model.num_attention_heads * model.head_dim / tensor
+    kept["activated in fp8"] = number * model.ffn_hidden_size / tensor
+    gathered_whole = blocks and shards > 1  # quantised after they are gathered, and kept as they were before
+    if not gathered_whole:
+        kept.pop("norm outputs")
+        kept["norm outputs in fp8"] = number * 2 * model.hidden_size / shards
+    if device == "cpu" and _fuses(config):
+        kept.pop("silu(gate)")
+        if not gathered_whole:
+            kept.pop("normalised")
+            kept["norm inputs"] = 2 * (element * model.hidden_size + 4) / shards
 
 
 def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
@@ -140,7 +173,7 @@ def memory_per_rank(
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
     4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
     says) 2 bytes more for each parameter of the layers' products: quantised copies, as they are and transposed, which are
-    kept over the micro-batches. What FP8 saves of the activations is not counted.
+    kept over the micro-batches; the inputs of these products are kept in FP8, one byte per number.
     """
     quantised = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -161,7 +194,13 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     stream = element * tokens * model.hidden_size // shards  # the residual stream of a micro-batch
 
     layers = model.num_layers // stages // chunks
-    activations = round(sum(kept_per_token(config, device).values()) * tokens * layers) * held
+    share = _share_in_fp8(config, stage) if fp8 else 0.0
+    kept = sum(
+        part * sum(kept_per_token(config, device, quantised).values())
+        for part, quantised in ((share, True), (1 - share, False))
+        if part
+    )
+    activations = round(kept * tokens * layers) * held
     if last:  # the last norm, and what it is applied to
         activations += stream + round((4 * (model.hidden_size + 1) / shards if device == "cpu" else 0) * tokens) + stream
 
@@ -184,13 +223,13 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
             loss = _loss_bytes(element, tensor, device) * vocabulary * tokens
             # the gradient of the logits, the place that megatron-core makes for a weight's gradient, the input's gradient
             head = element * vocabulary * tokens + weight + 2 * hidden
-    layer = _layer_backward(config, tokens, device)
+    layer = _layer_backward(config, tokens, device, fp8)
     working = max(layer, loss, head)
     at_loss = working == loss
     parameters = count_parameters(model, vocab_size)
     products = (parameters.attention + parameters.mlp) // stages // tensor
     return Memory(
-        weights=on_rank * element + (2 * products if fp8 else 0),
+        weights=on_rank * element + round(2 * products * share),
         gradients=on_rank * 4,
         optimizer=on_rank * (12 if element == 2 else 8) // (data if parallel.use_distributed_optimizer else 1),
         activations=activations,
@@ -198,6 +237,16 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
         buffers=buffers,
         working=0 if at_loss else working,
     )
+
+
+def _share_in_fp8(config: Config, stage: int) -> float:
+    """Of a stage's layers, where those at the ends of the model may be left out."""
+    stages = config.parallel.pipeline_model_parallel_size
+    layers = config.model.num_layers // stages
+    ends = config.precision.fp8_bf16_ends
+    first = stage * layers
+    inside = range(max(first, ends), min(first + layers, config.model.num_layers - ends))
+    return len(inside) / layers
 
 
 FUSED_LOSS_BYTES = 2**29
@@ -224,18 +273,41 @@ def _loss_bytes(element: int, tensor: int, device: Device) -> int:
     return 10 if tensor == 1 and device == "cpu" else 6
 
 
-def _layer_backward(config: Config, tokens: int, device: Device) -> int:
+def _layer_backward(config: Config, tokens: int, device: Device, fp8: bool) -> int:
     """What the backward pass of one layer needs above what is kept.
 
     The gradient of an MLP's part and two of the residual stream (what is kept goes as they come), the place that megatron-core
-    makes for a weight's gradient, and what recomputation makes anew, with the copies it is made in.
+    makes for a weight's gradient, and what recomputation makes anew, with the copies it is made in. In FP8 see `_fp8_backward`.
     """
     model: ModelConfig = config.model
     tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
     hidden, width = model.hidden_size, model.ffn_hidden_size // tensor
-    working = element * (tokens * (width + 2 * hidden) + hidden * width)
+    if fp8:
+        working = _fp8_backward(config, tokens, device)
+    else:
+        working = element * (tokens * (width + 2 * hidden) + hidden * width)
     if config.train.recompute == "full":
-        working += round(sum(_all_kept(config, device).values()) * tokens)
-    elif config.train.recompute == "selective":
+        working += round(sum(_all_kept(config, device, fp8).values()) * tokens)
+    elif config.train.recompute == "selective" and not (fp8 and _fuses(config)):
         working += element * tokens * ({"cpu": 3, "gpu": 2}[device] * width + 4 * hidden)
     return working
+
+
+def _fp8_backward(config: Config, tokens: int, device: Device) -> int:
+    """As `_layer_backward`, of a layer in FP8: the more expensive of the MLP's two products.
+
+    A gradient is there in both orders, a weight's gradient in fp32 before it is added, beside the place that autograd is given.
+    """
+    tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
+    hidden, width = config.model.hidden_size, config.model.ffn_hidden_size // tensor
+    stream = 2 * element * tokens * hidden
+    weight = (4 + element) * hidden * width
+    activated = element * tokens * width  # the gradient of SwiGLU's output
+    down = activated + 2 * tokens * hidden + max(4 * tokens * width, weight)
+    up = 4 * tokens * width + 2 * weight
+    if not _fuses(config):
+        down, up = max(down, 3 * activated), up + 2 * activated
+    if device == "cpu":  # quantisers work on fp32 copies, of bf16 on two at once, and SwiGLU's gradient is made first
+        copies = 4 * (1 if element == 4 else 2)
+        down = max(down, activated + 2 * tokens * hidden + 2 * tokens * width * (element + copies))
+    return stream + max(down, up)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_synth.config.schema import Config
 from megatron_synth.model import kernels, ops
 from megatron_synth.model.fp8 import Fp8Run
+from megatron_synth.model.fp8_linear import fuse
 from megatron_synth.model.fp8_setup import Fp8Plan, plan_fp8
 from megatron_synth.model.init import initialize_weights
 from megatron_synth.model.objective import Objective
@@ -152,6 +153,9 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
             position_embedding_type="none",  # rotary, inside the attention: ops.CoreAttention
             vp_stage=vp_stage,
         )
+        if fp8 is not None and fp8.fused:
+            for layer in chunk.decoder.layers:
+                fuse(layer)
         if kernels.joins_additions_to_norms():
             ops.join_additions_to_norms(chunk.decoder.layers, chunk.decoder.final_layernorm, mcore.recompute_granularity)
         chunk.fp8, chunk.precision_text = fp8_run, fp8.describe() if fp8 else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,23 @@ from torch import Tensor
 
 from megatron_synth.config.schema import PrecisionConfig
 from megatron_synth.model import ops
-from megatron_synth.model.ops import E4M3, E5M2, Quantised
+from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantised, Source
 
 ROLES = INPUT, WEIGHT, GRAD = ("input", "weight", "grad")
-Pair = tuple[Quantised | None, Quantised | None]
+
+
+class Plain:
+    """A matrix that exists, to be quantised; see `fp8.Source` for those that do not."""
+
+    def __init__(self, quantiser: Any, x: Tensor):
+        self._quantiser, self._x = quantiser, x
+        self.amax = partial(quantiser.amax_of, x)
+        self.tensorwise = partial(quantiser.quantise_tensorwise, x)
+        self.blocks = partial(quantiser.quantise_1x128, x)
+
+    def value(self) -> Tensor:
+        """The matrix."""
+        return self._x
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Fp8Run:
         self.observing = False
         """Whether this step's under- and overflow is counted."""
         self.quantiser = ops.quantiser()
+        self.swiglu, self.rms_norm = ops.quantising_swiglu(), ops.quantising_rms_norm()
 
     def add(self, name: str, sharded: frozenset[str], group: Any) -> Fp8Layer:
         """A new layer.
@@ -198,6 +213,7 @@ class Fp8Layer:
         self._sharded, self._group = sharded if group.size() > 1 else frozenset(), group
         self.seen: dict[str, Tensor] = {}
         self._weight: tuple[Any, Quantised, Quantised] | None = None
+        self._handed: tuple[Tensor, Pair] | None = None
 
     def weight(self, weight: Tensor) -> tuple[Quantised, Quantised]:
         """[N, K] -> it and its transpose, quantised once per optimizer step (or when the weight was otherwise changed)."""
@@ -208,27 +224,31 @@ class Fp8Layer:
             self._weight = version, row, transposed
         return self._weight[1:]
 
-    def quantise(self, role: str, x: Tensor, *, row: bool = True, transposed: bool = True, recorded: bool = True) -> Pair:
+    def quantise(
+        self, role: str, x: Tensor | Source, *, row: bool = True, transposed: bool = True, recorded: bool = True
+    ) -> Pair:
         """x [N, K] and its transpose [K, N], each None where not wanted.
 
+        `x`: a matrix, or what one is made from while it is quantised.
         `recorded`: whether delayed scaling takes note of its magnitude; evaluations leave no trace.
         """
         recipe, run = self.run.recipe, self.run
+        source = Plain(run.quantiser, x) if isinstance(x, Tensor) else x
         dtype = recipe.format(role)
         if not recipe.tensorwise:
-            quantise = run.quantiser.quantise_128x128 if role == WEIGHT else run.quantiser.quantise_1x128
-            result: Pair = quantise(x, dtype, row=row, transposed=transposed)
+            blocks = partial(run.quantiser.quantise_128x128, x) if role == WEIGHT else source.blocks
+            result: Pair = blocks(dtype, row=row, transposed=transposed)
         else:
             place = ROLES.index(role)
             if run.uses_history:
                 scale = run.scale[self.index, place]
-                data, other, amax = run.quantiser.quantise_tensorwise(x, scale, dtype, row=row, transposed=transposed)
+                data, other, amax = source.tensorwise(scale, dtype, row=row, transposed=transposed)
             else:
-                amax = run.quantiser.amax_of(x)
+                amax = source.amax()
                 if role in self._sharded:
                     torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=self._group)
                 scale = recipe.scale_for(amax, role)
-                data, other, _ = run.quantiser.quantise_tensorwise(x, scale, dtype, row=row, transposed=transposed)
+                data, other, _ = source.tensorwise(scale, dtype, row=row, transposed=transposed)
             if recorded and recipe.scaling == "delayed":
                 noted = run.amax[self.index, place]
                 torch.maximum(noted, amax, out=noted)
@@ -238,8 +258,29 @@ class Fp8Layer:
                 None if other is None else Quantised(other, inverse),
             )
         if run.observing and recorded:
-            self._observe(role, x, result)
+            self._observe(role, source.value(), result)
         return result
+
+    def hand_gradient(self, source: Source, shape: torch.Size, like: Tensor) -> Tensor:
+        """Quantise the gradient of this layer's output where it is made, and keep it for the backward pass, which comes next.
+
+        Returns:
+            What autograd is to carry from there to here: no number of it is ever read, and all are NaN.
+        """
+        assert self._handed is None, f"{self.name}: a gradient was handed over and not taken"
+        placeholder = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
+        self._handed = placeholder, self.quantise(GRAD, source)
+        return placeholder
+
+    def gradient(self, grad: Tensor, *, transposed: bool) -> Pair:
+        """The quantised gradient of the output: the one that was handed over, or made from `grad` [.., N] itself."""
+        if self._handed is not None:
+            (placeholder, pair), self._handed = self._handed, None
+            assert grad.data_ptr() == placeholder.data_ptr(), (
+                f"{self.name}: its output is used elsewhere than in what handed a gradient over"
+            )
+            return pair
+        return self.quantise(GRAD, grad.reshape(-1, grad.shape[-1]).contiguous(), transposed=transposed)
 
     def _observe(self, role: str, x: Tensor, result: Pair) -> None:
         one, other = result

@@ -44,6 +44,11 @@ class Fp8Plan:
     config: Config
     device: torch.device
 
+    @property
+    def fused(self) -> bool:
+        """Whether RMSNorm and SwiGLU are quantised while they are made."""
+        return self.backend == "own" and self.config.precision.fp8_fused
+
     def start(self) -> Fp8Run | None:
         """The shared state of our layers; None with TransformerEngine's."""
         if self.backend == "te":
@@ -88,7 +93,9 @@ class Fp8Plan:
             how = "products EMULATED on the CPU: dequantised operands, summed in fp32"
         else:
             how = "products by torch's scaled_mm"
-        return f"own layers ({self.reason}), {how}"
+        blocks_cross = self.config.precision.fp8 == "blockwise" and self.config.parallel.uses_sequence_parallel
+        made = "quantised in SwiGLU" if blocks_cross else "quantised in RMSNorm and SwiGLU"
+        return f"own layers ({self.reason}), {made if self.fused else 'quantised apart'}, {how}"
 
     def mcore_options(self) -> dict[str, Any]:
         """What megatron-core's TransformerConfig is told: nothing for our layers, all for TransformerEngine's."""

@@ -13,7 +13,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 if TYPE_CHECKING:
     from megatron_synth.model.kernels import Compiled
 
-COMPILED_FOR = {"llama-1.3b": 50_304, "llama-3b": 128_256}
+COMPILED_FOR = {"llama-1.3b": 50_304, "llama-3b": 128_256, "llama-8b": 128_256}
 """Shipped models, and the size of the vocabulary that they are compiled with."""
 TOKENS = 8192  # of a micro-batch; launches do not depend on it but for their number
 

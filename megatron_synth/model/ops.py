@@ -34,7 +34,9 @@ from megatron_synth_kernels import fp8 as fp8
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.fp8 import E5M2 as E5M2
+from megatron_synth_kernels.fp8 import Pair as Pair
 from megatron_synth_kernels.fp8 import Quantised as Quantised
+from megatron_synth_kernels.fp8 import Source as Source
 from megatron_synth_kernels.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.loss import cross_entropy
 
@@ -42,6 +44,16 @@ from megatron_synth_kernels.loss import cross_entropy
 def quantiser() -> Any:
     """The module of the FP8 quantisers that was chosen: amax_of, quantise_*, transpose, as in `fp8`."""
     return registry.get("quantise_fp8")
+
+
+def quantising_swiglu() -> Any:
+    """The module of SwiGLU that quantises: SwiGLU, SwiGLUGradient."""
+    return registry.get("swiglu_quantise")
+
+
+def quantising_rms_norm() -> Any:
+    """The module of RMSNorm that quantises: Normalised, gradients."""
+    return registry.get("rms_norm_quantise")
 
 
 def connect() -> None:
@@ -82,6 +94,9 @@ class RMSNorm(torch.nn.Module):
     finalize_model_grads sums its gradient over the tensor-parallel ranks.
     """
 
+    in_linear = False
+    """Whether the linear layer behind it normalises as it quantises; this module then holds the weight and passes x on."""
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -92,6 +107,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """[S, B, H] -> [S, B, H]. With `residual`, [S, B, H], the norm of x + residual, and this sum."""
+        if self.in_linear:
+            return x
         if residual is not None:
             return self._rms_norm_residual(x, residual, self.weight, self.eps)
         made_by, made = x.__dict__.pop(_NORMALISED, (None, None))
@@ -123,7 +140,8 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
     """Make each residual addition and the norm after it one operation.
 
     Attention's output is added by the norm before the MLP, the MLP's by the next layer's first norm or, after the last layer,
-    by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on.
+    by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does
+    before a norm that is made inside an FP8 layer.
 
     Args:
         layers: megatron-core's of a model chunk, in order.
@@ -138,8 +156,9 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
     for layer, norm in zip(layers, following, strict=True):
         # megatron-core makes the addition with gradients, always; a norm made so would keep its inputs in an evaluation, too
         layer.bias_dropout_add_exec_handler = nullcontext
-        layer.self_attn_bda = AddForNorm(layer.pre_mlp_layernorm)
-        if norm is not None and recompute is None:
+        if not layer.pre_mlp_layernorm.in_linear:
+            layer.self_attn_bda = AddForNorm(layer.pre_mlp_layernorm)
+        if norm is not None and not norm.in_linear and recompute is None:
             layer.mlp_bda = AddForNorm(norm)
 
 
@@ -188,6 +207,9 @@ class CoreAttention(torch.nn.Module):
 class SwiGLUMLP(MLP):
     """megatron-core's MLP with silu(gate) * up and nothing else between its two linear layers (Shazeer, 2020)."""
 
+    in_linear = False
+    """Whether the second linear layer applies the activation as it quantises."""
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._swiglu = registry.get("swiglu")
@@ -196,7 +218,9 @@ class SwiGLUMLP(MLP):
         """[S, B, H] -> [S, B, H] and no bias. Under selective recomputation the activation's output is not kept."""
         assert per_token_scale is None
         gate_and_up, _ = self.linear_fc1(hidden_states)
-        if self.config.recompute_granularity == "selective" and self.training and torch.is_grad_enabled():
+        if self.in_linear:
+            out, bias = self.linear_fc2(gate_and_up)
+        elif self.config.recompute_granularity == "selective" and self.training and torch.is_grad_enabled():
             checkpoint = CheckpointWithoutOutput()
             out, bias = self.linear_fc2(checkpoint.checkpoint(self._swiglu, gate_and_up))
             checkpoint.discard_output_and_register_recompute(out)

@@ -100,6 +100,30 @@ def test_every_layout_is_the_same_run(layout: str, settings: tuple[str, ...], tr
     assert run.ledger == reference.ledger
 
 
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        ("single", ("precision.fp8=delayed", "precision.dtype=bf16", "train.recompute=selective")),
+        ("tp2pp2", ("precision.fp8=delayed", "precision.fp8_amax_history_len=2", "precision.fp8_first_last_bf16=1")),
+        ("dp2-overlap-both", ("precision.fp8=current", "precision.dtype=bf16", "train.recompute=full")),
+        ("tp2", ("precision.fp8=current",)),
+        ("single", (*BLOCKWISE, "precision.dtype=bf16")),
+        ("tp2", BLOCKWISE),
+    ],
+    ids=["delayed-single", "delayed-tp2pp2", "current-dp2", "current-tp2", "blockwise-single", "blockwise-tp2"],
+)
+def test_quantising_in_norms_and_swiglu_changes_no_bit(
+    layout: str, settings: tuple[str, ...], trained: Callable[..., Run]
+) -> None:
+    settings += ("train.steps=5", "optim.warmup_steps=2", "precision.fp8_log_every=2")
+    fused, apart = (trained(layout, *settings, f"precision.fp8_fused={value}") for value in ("true", "false"))
+    assert len(fused.records) == 5
+    for ours, theirs in zip(fused.records, apart.records, strict=True):
+        numbers = {name for name, value in ours.items() if name in (LOSS, NORM, "eval/loss") or name.endswith(("/amax", "/underflow"))}
+        assert {name: ours[name] for name in numbers} == {name: theirs[name] for name in numbers}
+    assert "SwiGLU" in fused.records[0]["fp8/layers"] and "quantised apart" in apart.records[0]["fp8/layers"]
+
+
 @pytest.mark.parametrize(("fp8", "layout"), [("delayed", "tp2pp2"), ("current", "single")])
 def test_resuming_in_the_same_layout_is_bit_equal(
     fp8: str, layout: str, trained: Callable[..., Run], train: Train, tmp_path: Path

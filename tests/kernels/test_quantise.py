@@ -147,7 +147,7 @@ def test_e5m2_by_e5m2_is_refused() -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     """A process of their own: Triton decides at its import whether it interprets."""
-    file = Path(__file__).with_name("interpreted_quantise.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("quantise", "sources")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

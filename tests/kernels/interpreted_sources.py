@@ -1,0 +1,112 @@
+"""The kernels that quantise what they make against the operation and then the quantiser, in Triton's interpreter; run by
+test_quantise.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from megatron_synth_kernels import (  # noqa: E402
+    fp8,
+    norm_quantise,
+    swiglu_quantise,
+    triton_norm,
+    triton_norm_quantise,
+    triton_swiglu,
+    triton_swiglu_quantise,
+)
+from megatron_synth_kernels.fp8 import BLOCK, E4M3, E5M2, Source  # noqa: E402
+from tests.kernels.interpreted_quantise import same  # noqa: E402
+from tests.kernels.test_quantise import bits, matrix  # noqa: E402
+from tests.kernels.triton_support import poisoned  # noqa: E402
+
+EPS = 1e-5
+
+
+def wide(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Rows apart in memory, of magnitudes for which neither a sigmoid nor a sum of squares overflows."""
+    return matrix(n, k + 16, dtype, seed=seed).clamp(-60, 60)[:, 16:]
+
+
+def swiglu(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
+    x = wide(n, 2 * k, dtype)
+    return lambda: triton_swiglu_quantise.SwiGLU(x), triton_swiglu.swiglu(x)
+
+
+def gradient(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
+    x, grad = wide(n, k, dtype), wide(n, k // 2, dtype, seed=1)
+    leaf = x.clone().requires_grad_()
+    triton_swiglu.swiglu(leaf).backward(grad)
+    assert leaf.grad is not None
+    return lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x), leaf.grad
+
+
+def normalised(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
+    x, weight = wide(n, k, dtype), torch.rand(k, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return lambda: triton_norm_quantise.Normalised(x, weight, EPS), triton_norm.rms_norm(x, weight, EPS)
+
+
+# few launches: the interpreter takes a third of a second to begin one
+SOURCES = pytest.mark.parametrize(("made", "number_format"), [(swiglu, E4M3), (gradient, E5M2), (normalised, E4M3)])
+
+
+@SOURCES
+def test_one_scale(made: Callable[..., tuple[Callable[[], Source], Tensor]], number_format: torch.dtype) -> None:
+    source, expected = made(144, 96, torch.bfloat16)
+    with poisoned():
+        current = source()
+        amax = current.amax()
+        assert torch.equal(amax, fp8.amax_of(expected))
+        scale = fp8.scale_for(amax, number_format) * 3  # the largest do not fit
+        found = current.tensorwise(scale, number_format)
+    for ours, theirs in zip(found[:2], fp8.quantise_tensorwise(expected, scale, number_format)[:2], strict=True):
+        assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
+    assert torch.equal(found[2], amax)
+    # delayed scaling asks for no magnitude first
+    row, nothing, seen = source().tensorwise(scale, number_format, transposed=False)
+    assert nothing is None and row is not None and found[0] is not None and torch.equal(bits(row), bits(found[0]))
+    assert torch.equal(seen, amax)
+
+
+@SOURCES
+def test_blocks(made: Callable[..., tuple[Callable[[], Source], Tensor]], number_format: torch.dtype) -> None:
+    source, expected = made(BLOCK, 2 * BLOCK, torch.bfloat16)
+    with poisoned():
+        found = source().blocks(number_format)
+    for ours, theirs in zip(found, fp8.quantise_1x128(expected, number_format), strict=True):
+        same(ours, theirs)
+
+
+def test_what_is_not_finite_is_reported() -> None:
+    x = matrix(32, 64).clamp(-60, 60)
+    grad = x[:, :32].clone()
+    x[7, 40] = torch.nan
+    for source in (
+        triton_swiglu_quantise.SwiGLU(x),
+        triton_swiglu_quantise.SwiGLUGradient(grad, x),
+        triton_norm_quantise.Normalised(x, torch.ones(64), EPS),
+    ):
+        assert source.amax() == torch.inf
+
+
+def test_gradients_of_the_norm_are_those_of_the_definition() -> None:
+    x, grad, weight = torch.randn(24, 80), torch.randn(24, 80), torch.rand(80)
+    ours = triton_norm_quantise.gradients(grad, x, weight, triton_norm_quantise.Normalised(x, weight, EPS).inverse)
+    theirs = norm_quantise.gradients(grad, x, weight, norm_quantise.Normalised(x, weight, EPS).inverse)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_definitions_agree_with_the_kernels_in_fp32() -> None:
+    x, grad, weight = wide(40, 96, torch.float32), torch.randn(40, 48), torch.rand(96)
+    for ours, theirs in (
+        (triton_swiglu_quantise.SwiGLU(x), swiglu_quantise.SwiGLU(x)),
+        (triton_swiglu_quantise.SwiGLUGradient(grad, x), swiglu_quantise.SwiGLUGradient(grad, x)),
+        (triton_norm_quantise.Normalised(x, weight, EPS), norm_quantise.Normalised(x, weight, EPS)),
+    ):
+        torch.testing.assert_close(ours.value(), theirs.value(), rtol=1e-5, atol=1e-5)
