@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/rows.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,test]'
 	touch $@
@@ -66,4 +66,5 @@ lint: setup
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin data/quickstart data/study-twin
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f megatron_synth/data/_rows*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

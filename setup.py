@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_synth/__init__.py").read_text(), re.MULTILINE)[1]
@@ -31,6 +31,10 @@ setup(
         "megatron_synth.launch": ["*"],
     },
     include_package_data=False,
+    # plain C that is loaded by ctypes: a compiler is all it needs; without one numpy does its work
+    ext_modules=[
+        Extension("megatron_synth.data._rows", ["megatron_synth/data/rows.c"], extra_compile_args=["-O3"], optional=True)
+    ],
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",

@@ -6,7 +6,23 @@ Triton decides when it is first imported, and other libraries import it too.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from megatron_synth.data import compiled
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["compiled", "numpy"], scope="module")
+def compiled_and_not(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The tests of a module run with the compiled functions of the data, and with numpy in their place."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(compiled, "library", lambda: None)
+        elif compiled.library() is None:
+            pytest.skip("nothing was compiled: no C compiler when the package was installed")
+        yield

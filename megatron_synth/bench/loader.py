@@ -8,6 +8,7 @@ neighbours.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,31 +58,36 @@ def write_sources(folder: Path, tokens: int) -> None:
         writer.finish()
 
 
-def run(tokens: int, only: str | None) -> list[dict[str, Any]]:
+def run(tokens: int, only: str | None, peers: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Every contender in a process of its own.
 
     Args:
         tokens: of each source.
-        only: contenders whose name holds this. Default: all.
+        only: contenders whose name holds this, or `peers`: all but ours. Default: all.
+        peers: interpreters of other environments; what is not installed here is looked for there.
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as name:
         folder = Path(name)
         write_sources(folder, tokens)
         for contender in CONTENDERS:
-            if only is None or only in contender.name:
-                results.append(_in_process(contender, folder))
+            if only is None or only in contender.name or (only == "peers" and contender.needs is not None):
+                results.append(_in_process(contender, folder, peers))
                 say(f"{contender.name}: {results[-1].get('left_out', 'done')}")
     return results
 
 
-def _in_process(contender: Contender, folder: Path) -> dict[str, Any]:
-    if contender.missing:
+def _in_process(contender: Contender, folder: Path, peers: Sequence[Path]) -> dict[str, Any]:
+    python = _python(contender, peers)
+    if python is None:
         return {"name": contender.name, "left_out": "not installed"}
     # megatron-core keeps its indexes here: one row of the table must not find what another has built
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    command = [sys.executable, "-m", "megatron_synth.bench.loader", contender.name, str(folder)]
+    command = [python, "-m", "megatron_synth.bench.loader", contender.name, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+    # another environment has no copy of this package
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -91,6 +97,18 @@ def _in_process(contender: Contender, folder: Path) -> dict[str, Any]:
         return {"name": contender.name, "left_out": f"failed: {last[:160]}"}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _python(contender: Contender, peers: Sequence[Path]) -> str | None:
+    """The interpreter of the first environment that has what the contender needs."""
+    if not contender.missing:
+        return sys.executable
+    assert contender.needs is not None
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    for python in peers:
+        if subprocess.run([str(python), "-c", probe, contender.needs], stderr=subprocess.DEVNULL).returncode == 0:
+            return str(python)
+    return None
 
 
 def measure(contender: Contender, folder: Path) -> dict[str, Any]:
@@ -104,6 +122,8 @@ def measure(contender: Contender, folder: Path) -> dict[str, Any]:
         stream.close()
     return {
         "name": contender.name,
+        "package": contender.package,
+        "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch")},
         **_starts(contender, long),
         **_rates(contender, long),
         **_order(contender, short),
@@ -222,6 +242,19 @@ def _anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no RssAnon in /proc/self/status: the benchmark runs on Linux")
+
+
+def package_lines(results: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
+    """Which versions of others were measured, as a line of a Markdown list; none without others.
+
+    versions: of this environment: only what differs from it is told of another one.
+    """
+    found: dict[str, str] = {}
+    for result in results:
+        if result.get("package"):
+            others = [f"{name} {one}" for name, one in result["versions"].items() if one != versions[name]]
+            found[result["package"]] = f" (with {', '.join(others)})" if others else ""
+    return [f"- peers: {', '.join(name + rest for name, rest in found.items())}"] if found else []
 
 
 def table_rows(results: list[dict[str, Any]]) -> list[list[str]]:

@@ -16,7 +16,10 @@ def main(argv: list[str]) -> int:
         description="Speed, start-up, memory, exactness and resuming of the data loader, beside others that are installed.",
     )
     parser.add_argument("--tokens", type=count, default=64_000_000, help="of each of four sources; default 64000000")
-    parser.add_argument("--only", metavar="TEXT", help="loaders whose name holds TEXT")
+    parser.add_argument("--only", metavar="TEXT", help="loaders whose name holds TEXT; `peers`: all but ours")
+    parser.add_argument(
+        "--peers", type=Path, action="append", default=[], metavar="PYTHON", help="look for loaders in this environment, too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
@@ -24,14 +27,19 @@ def main(argv: list[str]) -> int:
     if options.tokens < 1_000_000:
         raise UserError(f"--tokens {options.tokens}: at least 1000000, or caches hold what is to be read")
 
+    for python in options.peers:
+        if not python.is_file():
+            raise UserError(f"--peers: {python} is no file; give the python of an environment with other loaders")
+
     from megatron_synth.bench import loader as benchmark
     from megatron_synth.bench import report
     from megatron_synth.core.files import write_json
     from megatron_synth.core.log import say
 
     head = report.header("bench", ["loader", *argv])
-    results = benchmark.run(options.tokens, options.only)
-    say("\n" + "\n".join([*report.header_lines(head), "", *report.markdown_table(benchmark.table_rows(results))]))
+    results = benchmark.run(options.tokens, options.only, options.peers)
+    lines = [*report.header_lines(head), *benchmark.package_lines(results, head["versions"])]
+    say("\n" + "\n".join([*lines, "", *report.markdown_table(benchmark.table_rows(results))]))
     if options.json is not None:
         write_json(options.json, {**head, "tokens": options.tokens, "loaders": results})
     return EXIT_OK

@@ -7,6 +7,7 @@ processes where they allow it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -343,6 +344,67 @@ class _Mosaic:
         """Its threads are daemons."""
 
 
+# ---- OLMo-core
+
+
+class _Olmo:
+    def __init__(self, sources: Sources, samples: int, *, threads: int):
+        from olmo_core.data import TokenizerConfig  # type: ignore[import-not-found, unused-ignore]
+        from olmo_core.data.composable import (  # type: ignore[import-not-found, unused-ignore]
+            ComposableDataLoader,
+            ConcatAndChunkInstanceSource,
+            MixingInstanceSource,
+        )
+
+        length, folder = sources.sequence_length, sources.folder / "cache"
+        tokenizer = TokenizerConfig(vocab_size=EOD + 1, eos_token_id=EOD, pad_token_id=EOD)
+        specs = []
+        for prefix, share in zip(sources.prefixes, SHARES, strict=True):
+            file = str(prefix.with_name(f"{prefix.name}.bin"))
+            chunks = ConcatAndChunkInstanceSource.Config.from_npy(
+                file, tokenizer=tokenizer, sequence_length=length, dtype="uint16"
+            )
+            specs.append(
+                MixingInstanceSource.Spec.Config(source=chunks, ratio=float(share), max_repetition_factor=float(samples))
+            )
+        mix = MixingInstanceSource.Config(source_specs=specs, num_instances=samples, seed=SEED).build(str(folder))
+        config = ComposableDataLoader.Config(
+            tokenizer=tokenizer,
+            global_batch_size=ROWS * length,
+            seed=SEED,
+            num_threads=threads,
+            display_source_visualization=False,
+        )
+        self._loader = config.build(mix, work_dir=str(folder))
+        self._loader.reshuffle(1)
+        self._rows = iter(self._loader)
+
+    def next(self) -> Tensor:
+        tokens: Tensor = next(self._rows)["input_ids"]
+        return tokens
+
+    def state(self) -> Any:
+        return self._loader.state_dict()
+
+    def restore(self, state: Any) -> None:
+        self._loader.load_state_dict(state)
+        self._loader.reshuffle(1)
+        self._rows = iter(self._loader)
+
+    def close(self) -> None:
+        """Its threads end with the process."""
+
+
+DISTRIBUTIONS = {
+    "megatron.core": "megatron-core",
+    "grain": "grain",
+    "datasets": "datasets",
+    "olmo_core": "ai2-olmo-core",
+    "streaming": "mosaicml-streaming",
+}
+"""Where modules come from."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """A loader and what it needs."""
@@ -350,6 +412,7 @@ class Contender:
     name: str
     open: Callable[[Sources, int], Stream]
     needs: str | None = None
+    """A module, one of DISTRIBUTIONS; None for ours."""
     sizes: tuple[int, ...] = (10**5, 10**7)
     """Lengths of a run, in samples, at which it is built."""
 
@@ -360,6 +423,14 @@ class Contender:
             return self.needs is not None and importlib.util.find_spec(self.needs) is None
         except ModuleNotFoundError:  # the package round it is missing
             return True
+
+    @property
+    def package(self) -> str | None:
+        """Name and version of what it needs, as installed here; None for ours."""
+        if self.needs is None:
+            return None
+        name = DISTRIBUTIONS[self.needs]
+        return f"{name} {importlib.metadata.version(name)}"
 
 
 _LONG = (10**5, 10**7, 10**12)
@@ -382,6 +453,8 @@ CONTENDERS = (
     Contender("Grain, 16 threads", _with(_Grain, threads=16), "grain"),
     Contender("Hugging Face datasets, map", _hf_map, "datasets"),
     Contender("Hugging Face datasets, iterable", _HfIterable, "datasets"),
+    Contender("OLMo-core, no threads", _with(_Olmo, threads=0), "olmo_core"),
+    Contender("OLMo-core, 4 threads", _with(_Olmo, threads=4), "olmo_core"),
     Contender("MosaicML Streaming", _Mosaic, "streaming"),
 )
 """All, in the order of the table."""

@@ -13,13 +13,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_synth.bench import prepare_contenders
+from megatron_synth.bench.sampling import watch
 from megatron_synth.config.errors import UserError
 from megatron_synth.data import pydocs
 from megatron_synth.data.tokenizer import train_tokenizer
@@ -122,8 +122,6 @@ def _numbered(texts: Sequence[str]) -> Iterator[str]:
 
 def _run(python: str, name: str, folder: Path, workers: int) -> tuple[Run, str]:
     """One run in a fresh process, and a digest of the tokens that it wrote."""
-    import psutil
-
     output = folder / "out"
     script = Path(prepare_contenders.__file__)
     command = [python, str(script), name, str(folder / "corpus"), str(folder / "tokenizer.json"), str(output), str(workers)]
@@ -133,10 +131,7 @@ def _run(python: str, name: str, folder: Path, workers: int) -> tuple[Run, str]:
     environment = os.environ | threads | ({"PYTHONPATH": path} if python == sys.executable else {"PYTHONPATH": ""})
     with open(folder / "errors", "w+") as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        peak, used = 0, dict[int, float]()
-        while process.poll() is None:
-            peak = max(peak, _sample(psutil.Process(process.pid), used))
-            time.sleep(0.1)
+        usage = watch(process)
         assert process.stdout is not None
         printed = process.stdout.read()
         if process.returncode != 0:
@@ -144,36 +139,8 @@ def _run(python: str, name: str, folder: Path, workers: int) -> tuple[Run, str]:
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{name}: failed with exit code {process.returncode}: {last}")
     result = json.loads(printed.strip().splitlines()[-1])
-    cpu_s = result["cpu_s"] + sum(seconds for pid, seconds in used.items() if pid != process.pid)
-    return Run(name, result["tokens"], result["seconds"], cpu_s, peak), result["sha256"]
-
-
-def _sample(process: Any, used: dict[int, float]) -> int:
-    """Proportional memory of a process and its children: pages that several share count once.
-
-    `used` is kept at the processor time of each; workers may be anybody's children, so the system's own sum will not do.
-    """
-    import psutil
-
-    total = 0
-    for one in [process, *_children(process)]:
-        try:
-            times = one.cpu_times()
-            used[one.pid] = times.user + times.system
-            total += one.memory_full_info().pss
-        except (psutil.Error, AttributeError):  # it has just ended, or this system has no such figure
-            continue
-    return total
-
-
-def _children(process: Any) -> list[Any]:
-    import psutil
-
-    try:
-        found: list[Any] = process.children(recursive=True)
-    except psutil.Error:
-        return []
-    return found
+    cpu_s = result["cpu_s"] + sum(seconds for pid, seconds in usage.cpu_s.items() if pid != process.pid)
+    return Run(name, result["tokens"], result["seconds"], cpu_s, usage.pss), result["sha256"]
 
 
 def render(head: dict[str, Any], result: PrepareBench) -> str:

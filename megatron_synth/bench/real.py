@@ -36,7 +36,7 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
             batches = [
                 to_device(batch, self._ranks.device, self._config.data) for batch in self._prefetcher.step(self._samples)
             ]
-        self._samples += self._config.train.global_batch_size
+        self._samples += self._config.samples_per_step
         return batches
 
 

@@ -49,8 +49,8 @@ class Rival:
         self._optimizer.zero_grad(set_to_none=True)
         self._losses = []
         for batch in batches:
-            logits = self._logits(batch.tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten())
+            logits = self._logits(batch.inputs)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
             (loss / len(batches)).backward()
             self._losses.append(loss.detach())
         if self._clip > 0:

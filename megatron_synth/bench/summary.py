@@ -1,4 +1,4 @@
-"""`megatron-synth bench report FILES...`: tables of what `bench train --json` wrote, and a verdict against a baseline.
+"""`megatron-synth bench report FILES...`: tables of what `--json` wrote, and a verdict on `bench train` against a baseline.
 
 A point is slower than its baseline when both hold: the median step takes longer by more than the tolerance (3 % by default),
 and a one-sided Mann-Whitney U test over all single steps rejects at p < 0.01 that the steps are no slower. The first alone
@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench report", description="Tables of `bench train --json` files, and a check against a baseline."
     )
-    parser.add_argument("files", nargs="+", type=Path, help="what --json wrote, of one configuration, a sweep or bench gpu")
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu; or bench loader"
+    )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
     parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
@@ -72,6 +74,16 @@ def main(argv: list[str]) -> int:
     for what, file in (("--csv", options.csv), ("--png", options.png)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{what}: {file.parent} is not a folder")
+    loaders = [content for file in options.files if "loaders" in (content := _content(file))]
+    if loaders:
+        if len(loaders) < len(options.files) or options.baseline or options.csv or options.png:
+            raise UserError(
+                "files of `bench loader` make a table of their own: without other files, --baseline, --csv and --png"
+            )
+        from megatron_synth.bench.loader_report import render
+
+        say(render(loaders))
+        return EXIT_OK
     records = [record for file in options.files for record in read(file)]
     verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []
     rows = table_rows(records)
@@ -105,6 +117,14 @@ def read(path: Path) -> list[Record]:
     if not records:
         raise UserError(f"{path}: holds no measurement")
     return records
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # reading it again says what is wrong
+    return content if isinstance(content, dict) else {}
 
 
 def _records(content: dict[str, Any]) -> Iterator[Record]:

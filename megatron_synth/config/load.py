@@ -184,7 +184,8 @@ def digest(config: BaseModel) -> str:
     """12 hexadecimal characters that name `config`: SHA-256 over its JSON, in the order of the schema.
 
     The order of the sources counts, because the order of the samples depends on it. Backends of operations count only where
-    they are named: `auto` is another one on another device, and the same run. FP8's settings count where it is on.
+    they are named: `auto` is another one on another device, and the same run. FP8's settings count where it is on, and how
+    windows are cut where it is not the plain way.
     """
     content = config.model_dump(mode="json", by_alias=True)
     if isinstance(config, Config) and config.kernels == KernelsConfig():
@@ -196,5 +197,13 @@ def digest(config: BaseModel) -> str:
         content["precision"] = {key: value for key, value in content["precision"].items() if not key.startswith("fp8")}
     if isinstance(config, Config):
         content["precision"].pop("fp8_fused", None)  # the same numbers in fewer passes
+        _drop_default(content["data"], "windows_per_sequence", 1)
+        for source in content["data"]["sources"].values():
+            _drop_default(source, "shift_windows", False)
     canonical = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _drop_default(section: dict[str, Any], name: str, default: object) -> None:
+    if section[name] == default:
+        del section[name]

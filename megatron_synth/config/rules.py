@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from megatron_synth.config.errors import Problem
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import Config, DataConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_/-]*")
 
@@ -94,11 +94,24 @@ def _data(config: Config) -> Iterator[Problem]:
             if not _NAME.fullmatch(name):
                 message = "a name has letters, digits, '_', '-' and '/' only: it becomes part of metric names"
                 yield Problem(f"data.{section}.{name}", message)
+    yield from _shifted(data)
     train = config.train
+    if train.sequence_length % data.windows_per_sequence:
+        divisors = [n for n in range(1, train.sequence_length + 1) if train.sequence_length % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - data.windows_per_sequence))[:2])
+        message = f"{data.windows_per_sequence} does not divide train.sequence_length = {train.sequence_length}"
+        yield Problem("data.windows_per_sequence", f"{message}; nearest: {' or '.join(map(str, near))}")
     if train.global_batch_size % train.micro_batch_size:
         nearest = nearest_multiples(train.global_batch_size, train.micro_batch_size)
         message = f"{train.global_batch_size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"
         yield Problem("train.global_batch_size", f"{message}; nearest: {nearest}")
+
+
+def _shifted(data: DataConfig) -> Iterator[Problem]:
+    for name, source in data.sources.items():
+        if source.shift_windows and source.unique_tokens is not None:
+            message = "true would show tokens beside the windows that unique_tokens chooses; set one of them"
+            yield Problem(f"data.sources.{name}.shift_windows", message)
 
 
 def _whole(path: str, ratios: Mapping[str, Fraction]) -> Iterator[Problem]:

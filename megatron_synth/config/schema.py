@@ -140,6 +140,9 @@ class SourceConfig(Section):
     unique_tokens: PositiveInt | None = None
     """Use only so many tokens of the source, in whole windows chosen by the data seed; a smaller number chooses a part of
     what a larger one does. Epochs are then passes over these. Default: all."""
+    shift_windows: bool = False
+    """Cut each epoch into windows at an offset of its own, chosen by the data seed: documents that come again are then cut
+    elsewhere. Not with unique_tokens, nor for a source that was packed."""
 
 
 class ValidationConfig(Section):
@@ -182,14 +185,17 @@ class DataConfig(Section):
     """Mixtures that follow each other. Default: one, with the ratios in `sources`."""
     validation: dict[str, ValidationConfig] = {}
     """Validation domains by name."""
+    windows_per_sequence: PositiveInt = 1
+    """Windows that a sequence is made of, each of sequence_length / windows_per_sequence tokens of one source: every sequence
+    then holds several sources, at their exact ratios as near as whole windows allow. A sample is one window."""
     seed: int | None = None
     """Seed of the data order. Default: train.seed."""
     verify: Literal["sizes", "blocks"] = "sizes"
     """What is checked while reading: file sizes when a source is opened, or also the checksum of every 4 MiB block before
     anything of it is used, at 0.5 to 1 times the reading speed."""
     memory_map: bool = True
-    """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but a disk that fails gives a
-    message and not a signal, and some network file systems like it better. With `verify: blocks` it is always so."""
+    """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but some network file systems
+    like it better. With `verify: blocks` it is always so."""
     staging: str | None = None
     """Folder on a disk of the machine, such as a local NVMe drive: sources are copied there when training starts, unless they
     are there already, and read from there. For corpora on a network file system. Needs sources with a manifest.json."""
@@ -420,6 +426,21 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def window_length(self) -> int:
+        """Tokens of a sample: a window of one source. `rules.check` sees to it that whole windows make a sequence."""
+        return self.train.sequence_length // self.data.windows_per_sequence
+
+    @property
+    def samples_per_step(self) -> int:
+        """Windows per optimizer step, over all ranks."""
+        return self.train.global_batch_size * self.data.windows_per_sequence
+
+    @property
+    def total_samples(self) -> int:
+        """Windows of the whole run."""
+        return self.train.steps * self.samples_per_step
 
     @property
     def data_seed(self) -> int:

@@ -32,6 +32,24 @@ once it has come, at step (K-1) m some other has at most m - 1 where m - n d / (
 than 1 - e when n d > 1/2, the second when n d < 1/2; so some step is off by 1 - e, up to terms that vanish with d.
 
 At the common denominator M of the ratios the counts are exact and the state is that of the start: the period is M.
+
+**Beginning anywhere.** The counts after n steps follow from any counts after m < n steps from which all later deadlines
+can be met, if m is early enough. Let two runs of the rule, A and B, begin with such counts after step m. Call a job own to
+a run if only it has yet to do it. In a step that does x in A and y in B, x before y, x is own to A, as B would have done it
+otherwise; if y is own to B, both lose one, else y becomes own to A in place of x, and comes before all that is own to B.
+So the latest of the own jobs never becomes later, and after its deadline there is none: A = B. Own after step m can only
+be jobs that are released by m and not due by m. So it is enough that every job due after n is released after m:
+
+    m = min_j release(j's first job that is due after n) - 1,       n - m <= (1 - 2 e) / min_j r_j + 1.
+
+Counts after step m from which all deadlines can be met: m r_j rounded down, and then up for as many sources as it takes for
+a sum of m, by the earliest deadlines of their next jobs, among those whose next job is released (m r_j is at least e above
+its whole part). They are enough, as the largest counts allowed sum to at least m; and all that are due are among them,
+as the smallest sum to at most m. Let d_j be the jobs of j due by step t > m, d_j < t r_j + e, and c_j its count after m. If
+no d_j < c_j, the jobs that are due number at most t - m, since the d_j sum to at most t. Otherwise some source with
+d_i < c_i was rounded up for a deadline after t; so those that could have been and were not have later ones, and nothing due
+by t. At most K-1 sources are left, rounded up, with d_j - c_j < (t-m) r_j + e, or not released, m r_j - c_j < e, with
+d_j - c_j < (t-m) r_j + 2 e: together less than (t-m) + 2 (K-1) e = (t-m) + 1, hence at most t - m.
 """
 
 from __future__ import annotations
@@ -58,6 +76,8 @@ MAX_SOURCES = 256
 _TABLES_KEPT = 1 << 10  # together 2 million samples and 30 MB: all of ratios with up to six decimal digits
 _MARK_EVERY = 1 << 8  # tables, half a million samples
 _SMALL_PERIOD = 1 << 14
+_WALK = 1 << 13  # steps walked rather than looking for one without a choice
+_FEW = 8  # sources, of which all have no choice now and then
 _LOOK_LENGTH, _LOOK_BACK = 1 << 11, 1 << 15  # steps searched at once and at most for one without a choice
 _MAX_SEGMENT_LENGTH = 1 << 20  # with 2 x MAX_SOURCES x MAX_DENOMINATOR a number below 2**63
 _SAMPLES_LIMIT = 1 << 62
@@ -83,10 +103,10 @@ class Apportionment:
     """The sequence of sources for fixed ratios: sample n -> (source, occurrence), and prefix -> counts.
 
     Tables are built on first use, `SEGMENT_LENGTH` samples at a time, and the last thousand are kept. A table begins with
-    the counts at its first sample. They follow from the last step before it at which the bound leaves one choice:
-    where the smallest counts that it allows, ceil(n r_j - 1 + e), or the largest sum to n. With few sources such a step
-    is near, and any sample is found in milliseconds; with many it is rare, and with a common denominator M beyond
-    10^5 sample n (modulo M) needs what comes before it built once, in order: about a second per million.
+    the counts at its first sample. They follow from a walk over the 1 / min r_j samples before it, from counts as stated
+    above: any sample is found in milliseconds while no ratio is below 10^-4. A ratio r that is smaller takes 1 / r
+    microseconds once, for the first sample far from those before, unless the bound leaves one choice nearer by: a step at
+    which the smallest counts that it allows, ceil(n r_j - 1 + e), or the largest sum to n. With few sources there is one.
     """
 
     def __init__(self, ratios: Sequence[Fraction], *, segment_length: int = SEGMENT_LENGTH):
@@ -167,14 +187,48 @@ class Apportionment:
         if previous is not None:
             return previous.counts_after
         first, nearest = number * self._segment_length, max(mark for mark in list(self._marks) if mark <= number)
-        for begin in range(0, min(_LOOK_BACK, (first - nearest * self._segment_length) // 2), _LOOK_LENGTH):
-            found = self._forced(first - begin)
-            if found is not None:
-                step, counts = found
-                return self._build(step, first - step, counts).counts_after if step < first else counts
+        early = self._early_enough(first)
+        distance = first - max(early, nearest * self._segment_length)
+        if distance > _WALK and len(self._active) <= _FEW:
+            for begin in range(0, min(_LOOK_BACK, distance // 2), _LOOK_LENGTH):
+                found = self._forced(first - begin)
+                if found is not None:
+                    return self._walk(*found, first)
+        if early > nearest * self._segment_length:
+            return self._walk(early, self._rounded(early), first)
         counts = self._marks[nearest]
         for missing in range(nearest, number):
             counts = self._segment(missing, counts).counts_after
+        return counts
+
+    def _walk(self, step: int, counts: Int64, last: int) -> Int64:
+        """[K] counts after `last` steps, from those after `step`."""
+        while step < last:
+            length = min(_WALK, last - step)
+            order, _ = self._order(step, length, counts)
+            counts, step = counts + np.bincount(order, minlength=len(counts)), step + length
+        return counts
+
+    def _early_enough(self, last: int) -> int:
+        """The latest step, up to `last`, whose counts the counts after `last` do not depend on."""
+        q, early = self._inverse_slack, last
+        for source in self._active:
+            p, d = self.ratios[source].numerator, self.ratios[source].denominator
+            due = max(0, -((d * (q - 1) - last * p * q) // (d * q)))  # ceil(last r - 1 + e)
+            early = min(early, -(-(due * q + 1) * d // (p * q)) - 1)  # ceil((due + e) / r) - 1
+        return early
+
+    def _rounded(self, step: int) -> Int64:
+        """[K] counts after `step` from which all later deadlines can be met."""
+        counts, released = np.zeros(len(self.ratios), dtype=np.int64), []
+        for source in self._active:
+            p, d, q = self.ratios[source].numerator, self.ratios[source].denominator, self._inverse_slack
+            down, above = divmod(step * p, d)
+            counts[source] = down
+            if above * q >= d:
+                released.append((((down + 1) * q - 1) * d // (p * q), source))
+        for _, source in sorted(released)[: step - int(counts.sum())]:
+            counts[source] += 1
         return counts
 
     def _forced(self, last: int) -> tuple[int, Int64] | None:
@@ -199,14 +253,8 @@ class Apportionment:
         return None
 
     def _build(self, first: int, length: int, before: Int64) -> _Segment:
-        """Earliest deadline first over the `length` samples after the first `first`, from the counts at their start."""
-        windows = [self._windows(source, first, length, int(before[source])) for source in self._active]
-        release = np.concatenate([opens for opens, _ in windows])
-        deadline = np.concatenate([closes for _, closes in windows])
-        source = np.repeat(np.array(self._active, dtype=np.int64), [len(opens) for opens, _ in windows])
-        by_release = np.argsort(release, kind="stable")
-        order = _earliest_deadline_first(release[by_release], (deadline * MAX_SOURCES + source)[by_release], length)
-
+        """The `length` samples after the first `first`, from the counts at their start."""
+        order, windows = self._order(first, length, before)
         grouped = np.argsort(order, kind="stable")
         taken = np.bincount(order, minlength=len(self.ratios))
         ends = np.cumsum(taken)
@@ -219,6 +267,16 @@ class Apportionment:
             assert np.all(opens[: len(steps)] <= steps) and np.all(steps <= closes[: len(steps)])
             assert np.all(closes[len(steps) :] > length)
         return _Segment(before, before + taken, order, rank, positions)
+
+    def _order(self, first: int, length: int, before: Int64) -> tuple[npt.NDArray[np.uint16], list[tuple[Int64, Int64]]]:
+        """Earliest deadline first: [L] source of each sample; of each source in use, releases and deadlines in these steps."""
+        windows = [self._windows(source, first, length, int(before[source])) for source in self._active]
+        release = np.concatenate([opens for opens, _ in windows])
+        deadline = np.concatenate([closes for _, closes in windows])
+        source = np.repeat(np.array(self._active, dtype=np.int64), [len(opens) for opens, _ in windows])
+        by_release = np.argsort(release, kind="stable")
+        jobs = (deadline * MAX_SOURCES + source)[by_release]
+        return _earliest_deadline_first(release[by_release], jobs, length), windows
 
     def _windows(self, source: int, first: int, length: int, count: int) -> tuple[Int64, Int64]:
         """Release and deadline, in steps after `first`, of a source's occurrences `count`, `count` + 1, ...

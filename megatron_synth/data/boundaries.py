@@ -8,16 +8,17 @@ would be the first token of the next document, which nothing predicts: it has no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_synth.data import compiled
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen would take five times as long to make, one for every batch
 class Boundaries:
     """The documents of one batch, and arrays made from them when asked for."""
 
@@ -30,6 +31,8 @@ class Boundaries:
     attention kernels for sequences of unequal length take."""
     ends: Int64
     """[E] ascending places in the same line of inputs whose label belongs to another document."""
+    ends_at: int | None = None
+    """Their address, where it is known."""
 
     @property
     def max_seqlen(self) -> int:
@@ -38,15 +41,11 @@ class Boundaries:
 
     def position_ids(self) -> Int32:
         """[B, S] distance of each input from the start of its stretch."""
-        line = _line(self.sequence_length)  # a stretch ends with its row
-        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
-        return np.concatenate([line[:length] for length in lengths]).reshape(self.rows, self.sequence_length)
+        return compiled.counting(self.cu_seqlens, (self.rows, self.sequence_length))
 
     def loss_mask(self) -> npt.NDArray[np.bool_]:
         """[B, S] False where the label belongs to another document than the input."""
-        mask = np.ones(self.rows * self.sequence_length, dtype=np.bool_)
-        mask[self.ends] = False
-        return mask.reshape(self.rows, self.sequence_length)
+        return compiled.loss_mask((self.rows, self.sequence_length), self.ends, self.ends_at)
 
 
 class BoundaryTable:
@@ -63,8 +62,15 @@ class BoundaryTable:
         """
         assert len(counts) % rows == 0
         self._rows, self._length = rows, sequence_length
+        self._ends_at: int | None = None
         batches, line = len(counts) // rows, rows * sequence_length
         assert line < 2**31, "cu_seqlens is int32"
+        library = compiled.library()
+        if library is not None:
+            self._cu_seqlens, edges, self._ends, ends = compiled.lay_out(library, offsets, counts, sequence_length, rows)
+            self._split, self._ends_split = edges.tolist(), ends.tolist()
+            self._ends_at = compiled.address_of(self._ends)
+            return
         row_of = np.repeat(np.arange(len(counts)), counts)
         places = row_of % rows * sequence_length + offsets
         # each row begins a stretch, whether a document starts there or not; after the last row of a batch comes its end
@@ -85,16 +91,11 @@ class BoundaryTable:
     def batch(self, number: int) -> Boundaries:
         """Boundaries of one batch. Costs nothing: all is made already."""
         split, ends = self._split, self._ends_split
+        first = ends[number]
         return Boundaries(
             self._rows,
             self._length,
             self._cu_seqlens[split[number] : split[number + 1]],
-            self._ends[ends[number] : ends[number + 1]],
+            self._ends[first : ends[number + 1]],
+            None if self._ends_at is None else self._ends_at + 8 * first,
         )
-
-
-@lru_cache(maxsize=4)
-def _line(length: int) -> Int32:
-    line = np.arange(length, dtype=np.int32)
-    line.flags.writeable = False
-    return line

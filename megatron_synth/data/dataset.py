@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import Config, SourceConfig
 from megatron_synth.data.integrity import BlockChecker
 from megatron_synth.data.loader import validation_windows
 from megatron_synth.data.manifest import TokenizerInfo
-from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.phases import phases_of
 from megatron_synth.data.staging import stage
 from megatron_synth.data.store import Source, check_compatible, open_source
@@ -39,7 +39,9 @@ class RunData:
     """tokenizer.json, where it is known."""
     digest: str
     """Of all that decides which tokens sample n holds: the plan, the sequence length, the sources' content."""
-    sequence_length: int
+    window_length: int
+    """Tokens of a sample."""
+    windows_per_sequence: int
 
     def prefix_digest(self, samples: int) -> str:
         """Of all that decides which tokens the first `samples` samples hold.
@@ -48,7 +50,7 @@ class RunData:
         """
         used = self.plan.prefix_names(samples)
         content = {source.name: _content(source) for source in self.sources if source.name in used}
-        return _hash([self.plan.prefix_digest(samples), self.sequence_length, content])
+        return _hash([self.plan.prefix_digest(samples), *_shape(self.window_length, self.windows_per_sequence), content])
 
 
 def open_data(config: Config, *, staged: bool = False) -> RunData:
@@ -63,7 +65,7 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     sequence = config.train.sequence_length
     sources = tuple(_open(config, entry.path, name) for name, entry in config.data.sources.items())
     for source in sources:
-        _check_packing(source, sequence)
+        _check_packing(source, config)
     validation = {name: _open(config, entry.path, name) for name, entry in config.data.validation.items()}
     info = check_compatible([*sources, *validation.values()])
     vocab_size = vocab_size_of(config, info)
@@ -72,19 +74,21 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
             "model.vocab_size: not set, and no source has a manifest.json that names its tokenizer; set it to the "
             "tokenizer's number of tokens"
         )
-    plan = plan_of(config, {source.name: source.num_windows(sequence) for source in sources})
-    plan.check(config.train.steps * config.train.global_batch_size, sequence)
+    length, number = config.window_length, config.data.windows_per_sequence
+    plan = plan_of(config, {source.name: source.num_tokens for source in sources})
+    plan.check(config.total_samples, length)
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
-    digest = _digest(plan, sequence, sources)
+    digest = _hash([plan.digest(), *_shape(length, number), [_content(source) for source in sources]])
     if staged and config.data.staging is not None:
         folder = Path(config.data.staging)
         _check_staging([*sources, *validation.values()])
         sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
         validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
-    return RunData(plan, sources, validation, vocab_size, info.eod_id if info else None, tokenizer, digest, sequence)
+    eod_id = info.eod_id if info else None
+    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number)
 
 
 def _check_staging(sources: Sequence[Source]) -> None:
@@ -110,14 +114,23 @@ def _open(config: Config, path: str | Path, name: str) -> Source:
     return source
 
 
-def _check_packing(source: Source, sequence_length: int) -> None:
+def _check_packing(source: Source, config: Config) -> None:
     packing = None if source.manifest is None else source.manifest.packing
-    if packing is not None and packing.sequence_length != sequence_length:
+    if packing is None:
+        return
+    length, number = config.window_length, config.data.windows_per_sequence
+    if packing.sequence_length != length:
+        ours = "train.sequence_length" if number == 1 else f"train.sequence_length / data.windows_per_sequence = {number}"
         raise UserError(
             f"data.sources.{source.name}: {source.path} was packed for windows of {packing.sequence_length} tokens, "
-            f"train.sequence_length is {sequence_length}: its documents would be cut anywhere and its padding be spread; set "
-            f"train.sequence_length to {packing.sequence_length}, or prepare the source again with "
-            f"packing.sequence_length={sequence_length}"
+            f"{ours} is {length}: its documents would be cut anywhere and its padding be spread; set "
+            f"train.sequence_length to {packing.sequence_length * number}, or prepare the source again with "
+            f"packing.sequence_length={length}"
+        )
+    if config.data.sources[source.name].shift_windows:
+        raise UserError(
+            f"data.sources.{source.name}.shift_windows: {source.path} was packed, so that its windows hold whole documents: "
+            "others would cut them; set it to false, or prepare the source again without packing"
         )
 
 
@@ -138,26 +151,33 @@ def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:
     return asked or info.vocab_size
 
 
-def plan_of(config: Config, num_windows: Mapping[str, int | None]) -> MixturePlan:
+def plan_of(config: Config, num_tokens: Mapping[str, int | None]) -> MixturePlan:
     """The order of the samples of a configuration.
 
-    num_windows: of each source, by name; None for one that is not prepared yet. Which samples such a one gets follows
+    num_tokens: of each source, by name; None for one that is not prepared yet. Which samples such a one gets follows
     from the ratios alone: one window, as often as needed, stands for it.
     """
-    sequence = config.train.sequence_length
+    length = config.window_length
     specs = []
     for name, entry in config.data.sources.items():
-        windows, ratio = num_windows[name], entry.ratio or Fraction(0)
-        if windows is None:
-            specs.append(SourceSpec(name, ratio, 1, math.inf))
+        tokens = num_tokens[name]
+        if tokens is None:
+            specs.append(SourceSpec(name, entry.ratio or Fraction(0), 1, math.inf))
         else:
-            unique = None if entry.unique_tokens is None else entry.unique_tokens // sequence
-            specs.append(SourceSpec(name, ratio, windows, entry.max_epochs, unique))
-    return MixturePlan(specs, config.data_seed, phases_of(config.data, sequence))
+            specs.append(spec_of(name, entry, windows_in(tokens, length, shifted=entry.shift_windows), length))
+    return MixturePlan(specs, config.data_seed, phases_of(config.data, length))
 
 
-def _digest(plan: MixturePlan, sequence_length: int, sources: tuple[Source, ...]) -> str:
-    return _hash([plan.digest(), sequence_length, [_content(source) for source in sources]])
+def spec_of(name: str, entry: SourceConfig, windows: int, length: int) -> SourceSpec:
+    """What the plan needs to know of a source that has so many windows of `length` tokens."""
+    unique = None if entry.unique_tokens is None else entry.unique_tokens // length
+    shift = length if entry.shift_windows else 0
+    return SourceSpec(name, entry.ratio or Fraction(0), windows, entry.max_epochs, unique, shift)
+
+
+def _shape(window_length: int, windows_per_sequence: int) -> list[int]:
+    """How samples make sequences, as digests name it."""
+    return [window_length] if windows_per_sequence == 1 else [window_length, windows_per_sequence]
 
 
 def _content(source: Source) -> str | int:

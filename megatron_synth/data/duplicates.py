@@ -1,7 +1,10 @@
 """How much prepared sources share: equal documents, nearly equal ones, and validation text that training has seen.
 
 All of it is read from the tokens. Memory is bounded: records of documents go to files by their hash, and each file is
-looked at alone.
+looked at alone; what is known of single documents lies in files, too, whose mapped pages are given back after each.
+
+A document of a packed source that is longer than a window lies there as two, its whole windows and its rest; padding is
+left out.
 
 exact  documents of the same tokens (64-bit XXH3).
 near   documents whose sets of n-grams have a Jaccard similarity of at least a threshold, estimated by MinHash
@@ -13,10 +16,12 @@ seen   validation documents with an n-gram, of more tokens, that a training sour
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -30,7 +35,7 @@ ROWS = BINS // BANDS
 MOST_SOURCES = 64  # a document's marks are one bit per source
 PARTITION_BYTES = 32 * 2**20
 BLOCK = 2**18  # documents compared at a time
-VALIDATION_NGRAMS = 2**23  # looked for in one reading of the training sources
+VALIDATION_NGRAMS = 2**22  # looked for in one reading of the training sources; each takes 40 bytes while they are sorted
 FILTER_BITS = 26
 RECORD = np.dtype([("hash", np.uint64), ("document", np.int64)])
 
@@ -96,7 +101,7 @@ def find_duplicates(folders: Sequence[Path], *, shingle: int = 8, threshold: flo
     names = [manifest.name for manifest in manifests]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    counts = [manifest.counts.documents for manifest in manifests]
+    counts = [_documents_of(manifest) for manifest in manifests]
     with tempfile.TemporaryDirectory(prefix="megatron-synth-duplicates-") as temporary:
         shared, redundant = _documents(Path(temporary), folders, manifests, names, shingle, threshold)
     contamination = [
@@ -114,6 +119,12 @@ def find_duplicates(folders: Sequence[Path], *, shingle: int = 8, threshold: flo
         shared=tuple(shared),
         contamination=tuple(contamination),
     )
+
+
+def _documents_of(manifest: Manifest) -> int:
+    """Entries of the index that hold text: documents, or, in a packed source, documents and parts of long ones."""
+    padding = 0 if manifest.packing is None else manifest.packing.padding_tokens  # each an entry of its own
+    return sum(info.documents for info in manifest.shards) - padding
 
 
 # ---- equal and nearly equal documents
@@ -162,38 +173,71 @@ def _documents(
     shingle: int,
     threshold: float,
 ) -> tuple[list[Shared], int]:
-    counts = [manifest.counts.documents for manifest in manifests]
-    total = sum(counts)
-    firsts = np.cumsum([0, *counts])
-    signatures = np.memmap(temporary / "signatures", np.uint16, "w+", shape=(max(total, 1), BINS))
-    exact_marks = np.memmap(temporary / "exact", np.uint64, "w+", shape=(max(total, 1),))
-    near_marks = np.memmap(temporary / "near", np.uint64, "w+", shape=(max(total, 1),))
+    counts = [_documents_of(manifest) for manifest in manifests]
+    sizes = [sum(info.documents for info in manifest.shards) for manifest in manifests]
+    total = sum(sizes)
+    firsts = np.cumsum([0, *sizes])
     equal, bands = _Spill(temporary, "equal", total), _Spill(temporary, "bands", total * BANDS)
-    for source, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-        for batch in batches(folder, manifest):
-            numbers = firsts[source] + batch.first + np.arange(batch.starts.size)
-            spans = zip(batch.starts.tolist(), batch.ends.tolist(), strict=True)
-            digests = [xxhash.xxh3_64_intdigest(batch.tokens[begin:end].data) for begin, end in spans]
-            equal.add(np.array(digests, np.uint64), numbers)
-            rows, values = minhash(batch, shingle)
-            signatures[numbers[rows]] = (values & np.uint64(0xFFFF)).astype(np.uint16)
-            for band in range(BANDS):
-                bands.add(_band(values, band), numbers[rows])
+    with open(temporary / "signatures", "wb") as file:
+        for source, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+            for batch in batches(folder, manifest):
+                numbers = firsts[source] + batch.first + np.arange(batch.starts.size)
+                spans = zip(batch.starts.tolist(), batch.ends.tolist(), strict=True)
+                digests = [xxhash.xxh3_64_intdigest(batch.tokens[begin:end].data) for begin, end in spans]
+                text = batch.ends > batch.starts
+                equal.add(np.array(digests, np.uint64)[text], numbers[text])
+                rows, values = minhash(batch, shingle)
+                signatures = np.zeros((numbers.size, BINS), np.uint16)
+                signatures[rows] = (values & np.uint64(0xFFFF)).astype(np.uint16)
+                file.write(signatures.data)
+                bands.add(np.concatenate([_band(values, band) for band in range(BANDS)]), np.tile(numbers[rows], BANDS))
 
+    seen = _Column(temporary / "signatures", np.dtype(np.uint16), total, BINS)
+    exact_marks, near_marks = (_Column(temporary / name, np.dtype(np.uint64), total) for name in ("exact", "near"))
     redundant = 0
     for documents, starts in equal.groups():
         redundant += documents.size - starts.size
-        _mark_groups(documents, starts, firsts, exact_marks)
+        _mark_groups(documents, starts, firsts, exact_marks.values)
+        exact_marks.release()
     for documents, starts in bands.groups():
-        _mark_near(documents, starts, firsts, signatures, threshold, near_marks)
+        _mark_near(documents, starts, firsts, seen.values, threshold, near_marks.values)
+        near_marks.release()
+        seen.release()
     found = []
     for source, name in enumerate(names):
-        own = slice(int(firsts[source]), int(firsts[source + 1]))
+        own = range(int(firsts[source]), int(firsts[source + 1]))
+        exact, near = (_count_bits(marks, own, len(names)) for marks in (exact_marks, near_marks))
         for other, other_name in enumerate(names):
-            bit = np.uint64(1 << other)
-            exact, near = (int(np.count_nonzero(marks[own] & bit)) for marks in (exact_marks, near_marks))
-            found.append(Shared(name, other_name, counts[source], exact, near))
+            found.append(Shared(name, other_name, counts[source], exact[other], near[other]))
     return found, redundant
+
+
+class _Column:
+    """What is known of each document, in a file, mapped. values: [N] or [N, width]."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], documents: int, width: int = 1):
+        size = max(documents, 1) * width * dtype.itemsize
+        with open(path, "ab") as file:
+            file.truncate(size)  # what was not written is 0
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+        values = np.frombuffer(self._map, dtype)
+        self.values: np.ndarray = values if width == 1 else values.reshape(-1, width)
+
+    def release(self) -> None:
+        """Give back the pages that were touched; what was written in them stays in the file."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _count_bits(marks: _Column, documents: range, bits: int) -> list[int]:
+    """How many of the documents have each bit set."""
+    counts = [0] * bits
+    for begin in range(documents.start, documents.stop, BLOCK):
+        part = marks.values[begin : min(begin + BLOCK, documents.stop)]
+        for bit in range(bits):
+            counts[bit] += int(np.count_nonzero(part & np.uint64(1 << bit)))
+        marks.release()
+    return counts
 
 
 def minhash(batch: Batch, shingle: int) -> tuple[np.ndarray, np.ndarray]:
@@ -281,25 +325,27 @@ def _contamination(
         nonlocal documents, ngrams
         values = np.concatenate([one for one, _ in held])
         rows = np.concatenate([one for _, one in held])
-        _, rows = np.unique(rows, return_inverse=True)
-        wanted, where = np.unique(values, return_inverse=True)
-        per_document = np.bincount(rows)
-        documents += per_document.size
+        held.clear()
+        wanted, where = _unique(values)
         ngrams += values.size
+        del values
+        starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))  # documents come one after the other
+        per_document = np.diff(np.append(starts, rows.size))
+        documents += per_document.size
         for number, at in enumerate(training):
-            hits = np.bincount(rows, weights=_seen(wanted, folders[at], manifests[at], ngram)[where]).astype(np.int64)
+            hits = np.add.reduceat(_seen(wanted, folders[at], manifests[at], ngram)[where], starts, dtype=np.int64)
             any_seen[number] += np.count_nonzero(hits)
             half_seen[number] += np.count_nonzero(2 * hits >= per_document)
             seen_ngrams[number] += hits.sum()
 
     for batch in batches(folders[validation], manifests[validation]):
         values, rows = hashes(batch, ngram)
-        held.append((values, rows + base))
+        held.append((values, (rows + base).astype(np.int32)))
         base += batch.starts.size
         size += values.size
         if size >= VALIDATION_NGRAMS:
             look()
-            held, size = [], 0
+            size = base = 0
     if size:
         look()
     for number, at in enumerate(training):
@@ -312,6 +358,16 @@ def _contamination(
             ngrams=ngrams,
             ngrams_seen=int(seen_ngrams[number]),
         )
+
+
+def _unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values, sorted, and of each value which one it is, int32 [N]: np.unique in less memory."""
+    order = np.argsort(values)
+    in_order = values[order]
+    new = np.concatenate([[True], in_order[1:] != in_order[:-1]])
+    where = np.empty(values.size, np.int32)
+    where[order] = np.cumsum(new, dtype=np.int32) - 1
+    return in_order[new], where
 
 
 def _seen(wanted: np.ndarray, folder: Path, manifest: Manifest, ngram: int) -> np.ndarray:

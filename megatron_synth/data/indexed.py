@@ -32,7 +32,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data import compiled
 from megatron_synth.data.blocks import BlockHasher
+from megatron_synth.data.document_index import DocumentIndex
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -42,7 +44,6 @@ UINT16_VOCAB_LIMIT = 65500  # megatron-core's: smaller vocabularies are stored a
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
 MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
-SAMPLED = 4096  # documents of a shard whose place is kept in memory
 
 AGAIN = "prepare the source again, or copy it again"
 
@@ -50,6 +51,11 @@ AGAIN = "prepare the source again, or copy it again"
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type that Megatron stores tokens of such a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32)
+
+
+def token_code(dtype: np.dtype[Any]) -> int:
+    """The code of a token type in an index file."""
+    return next(code for code, known in TOKEN_TYPES.items() if np.dtype(known) == dtype)
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
@@ -75,7 +81,7 @@ class ShardWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self.code = next(code for code, known in TOKEN_TYPES.items() if np.dtype(known) == self.dtype)
+        self.code = token_code(self.dtype)
         self.tokens = 0
         self._lengths = array("i")
         self._hash = hashlib.sha256()
@@ -179,17 +185,31 @@ class OpenShards:
 _open_shards = OpenShards()
 
 
+class Places:
+    """At which addresses the shards of a source lie while they are open, for compiled code; 0: nowhere.
+
+    They change under `compiled.MAPS` alone.
+    """
+
+    def __init__(self, shards: int):
+        self.tokens = np.zeros(shards, np.int64)
+        self.indexes = np.zeros(shards, np.int64)
+
+
 class Shard:
     """One .bin/.idx pair. Sizes are checked at once; the files are opened when first read, by any thread.
 
-    Through a memory map, the default, windows are read at the least cost. A disk error then kills the process (SIGBUS),
-    as does a file that is cut off while in use. Without the map each window is one request to the file system: such
-    errors become exceptions that name file and offset, and over a network no page is asked for on its own.
+    Through a memory map, the default, windows are read at the least cost; without it each window is one request to the
+    file system, so that over a network no page is asked for on its own. A disk error, or a file that is cut off while in
+    use, becomes an exception that names file and offset either way; without the compiled functions it kills the process
+    (SIGBUS) when it meets a map.
 
     num_tokens, num_documents: what the pair holds; dtype: type of the stored tokens; mapped: the tokens, once mapped.
     """
 
-    def __init__(self, prefix: Path, *, memory_map: bool = True):
+    def __init__(self, prefix: Path, *, memory_map: bool = True, places: Places | None = None, number: int = 0):
+        """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards."""
+        self.places, self._number = places or Places(1), number
         self.prefix, self.memory_map = prefix, memory_map
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
@@ -246,11 +266,19 @@ class Shard:
         tokens = self.mapped
         if tokens is None and self.memory_map:
             tokens = self._mapped()
-        if tokens is not None:
+        offset = begin * self.dtype.itemsize
+        library = compiled.library()
+        if tokens is not None and library is None:
             out[:] = tokens[begin : begin + len(out)]
             return
         stored = np.empty(len(out), self.dtype)
-        offset = begin * self.dtype.itemsize
+        if tokens is not None and library is not None:
+            try:
+                compiled.read_map(library, tokens, offset, stored)
+            except compiled.BusError as error:
+                raise self.unreadable(error) from None
+            out[:] = stored
+            return
         try:
             done = os.preadv((self._file or self._opened()).fd, [stored.data], offset)
         except OSError as error:
@@ -285,12 +313,23 @@ class Shard:
         """
         if not self._sequences:
             return np.empty(0, np.int64), np.zeros(len(begins), np.int64)
-        index = self._index or self._opened_index()
-        return index.starts(begins, np.maximum(begins, ends))
+        try:
+            return self.open_index().starts(begins, np.maximum(begins, ends))
+        except compiled.BusError as error:
+            raise self.unreadable(error) from None
+
+    def unreadable(self, error: compiled.BusError) -> UserError:
+        """What a failed read of a memory map of this shard means."""
+        index = self._index
+        if index is not None and 0 <= error.address - compiled.address_of(index.content) < index.content.nbytes:
+            return _unreadable(self.idx_path, index.content, error)
+        return _unreadable(self.bin_path, self.mapped, error)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
-        self._file = self.mapped = self._index = None
+        with compiled.MAPS:
+            self.places.tokens[self._number] = self.places.indexes[self._number] = 0
+            self._file = self.mapped = self._index = None
 
     def _opened(self) -> OpenFile:
         file = OpenFile(self.bin_path)
@@ -303,19 +342,42 @@ class Shard:
         if tokens is None:
             content = _mapped(self.bin_path, self.num_tokens * self.dtype.itemsize)
             content.madvise(mmap.MADV_RANDOM)  # windows come in random order: what lies beside them is not wanted
-            tokens = self.mapped = np.frombuffer(content, self.dtype, self.num_tokens)
+            tokens = np.frombuffer(content, self.dtype, self.num_tokens)
+            with compiled.MAPS:
+                self.mapped = tokens
+                self.places.tokens[self._number] = compiled.address_of(tokens)
             _open_shards.add(self)
         return tokens
 
-    def _opened_index(self) -> DocumentIndex:
-        content = _mapped(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
-        at = HEADER.size + 4 * self._sequences
-        pointers = np.frombuffer(content, np.int64, self._sequences, at)
-        documents = np.frombuffer(content, np.int64, self._document_entries, at + pointers.nbytes)
-        index = DocumentIndex(pointers, documents, self.num_tokens, self.dtype.itemsize)
-        self._index = index
-        _open_shards.add(self)
+    def open_index(self) -> DocumentIndex:
+        """The index, open."""
+        index = self._index
+        if index is None:
+            content = _mapped(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
+            whole = np.frombuffer(content, np.uint8)
+            at = HEADER.size + 4 * self._sequences
+            try:
+                index = DocumentIndex(whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize)
+            except compiled.BusError as error:
+                raise _unreadable(self.idx_path, whole, error) from None
+            with compiled.MAPS:
+                self._index = index
+                self.places.indexes[self._number] = index.address
+            _open_shards.add(self)
         return index
+
+
+def _unreadable(path: Path, content: np.ndarray | None, error: compiled.BusError) -> UserError:
+    """content: what was mapped; None when it is not any more."""
+    offset = None if content is None else error.address - compiled.address_of(content)
+    where = "" if offset is None else f" at offset {offset}"
+    try:
+        size = path.stat().st_size
+        cut = offset is not None and size <= offset
+        why = f"the file has {size} bytes now: it was cut off after it was opened" if cut else "check the disk"
+    except OSError as gone:
+        why = f"the file cannot be found now: {gone.strerror}"
+    return UserError(f"{path}: the system could not read it{where} (bus error); {why}; then {AGAIN}")
 
 
 def _mapped(path: Path, size: int) -> mmap.mmap:
@@ -327,62 +389,6 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
     if len(content) < size:
         raise UserError(f"{path}: {size} bytes expected, found {len(content)}: the file was cut off; {AGAIN}")
     return content
-
-
-class DocumentIndex:
-    """Finds the documents of stretches of a shard, many stretches at once.
-
-    The arrays lie in the file at odd addresses, where numpy's own search would first copy them whole. A sample of the
-    first tokens of the documents, `SAMPLED` of them, is kept instead; between two of them a binary search goes on in the
-    file, for all stretches in step.
-    """
-
-    def __init__(self, pointers: np.ndarray, documents: np.ndarray, num_tokens: int, token_bytes: int):
-        """pointers: byte offset of each sequence; documents: first sequence of each document, and one entry more."""
-        self._pointers, self._documents = pointers, documents
-        self._num_tokens, self._token_bytes = num_tokens, token_bytes
-        self._entries = max(len(documents) - 1, 0)
-        self._step = -(-self._entries // SAMPLED) or 1
-        self._sample = self._offsets(np.arange(0, self._entries, self._step))
-
-    def starts(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Shard.document_starts_of`."""
-        found = self._first_from(np.concatenate([begins, ends]))
-        first, last = found[: len(begins)], found[len(begins) :]
-        counts = last - first
-        before = np.cumsum(counts) - counts
-        entries = np.arange(int(counts.sum())) + np.repeat(first - before, counts)
-        offsets = self._offsets(entries)
-        # an empty document starts where the next one does: one start
-        again = np.zeros(len(offsets), bool)
-        again[1:] = offsets[1:] == offsets[:-1]
-        if again.any():
-            rows = np.repeat(np.arange(len(counts)), counts)
-            again[1:] &= rows[1:] == rows[:-1]
-            counts = np.bincount(rows[~again], minlength=len(counts))
-            offsets = offsets[~again]
-        return offsets, counts
-
-    def _first_from(self, positions: np.ndarray) -> np.ndarray:
-        """Of each position, the first document that starts there or later: int64 [N]."""
-        after = np.searchsorted(self._sample, positions)  # the first sampled one that does
-        high = np.minimum(after * self._step, self._entries)
-        low = np.maximum(after * self._step - self._step + 1, 0)
-        for _ in range((self._step - 1).bit_length()):
-            middle = (low + high) >> 1
-            open_ = low < high
-            later = self._offsets(np.minimum(middle, self._entries - 1)) >= positions
-            high = np.where(open_ & later, middle, high)
-            low = np.where(open_ & ~later, middle + 1, low)
-        return high
-
-    def _offsets(self, entries: np.ndarray) -> np.ndarray:
-        """Token offset at which each of these documents starts."""
-        sequences = self._documents[entries]
-        # documents without a sequence at the end of the shard start where it ends
-        beyond = sequences >= len(self._pointers)
-        offsets = self._pointers[np.where(beyond, 0, sequences)] // self._token_bytes
-        return np.where(beyond, self._num_tokens, offsets)
 
 
 def file_size(path: Path | str) -> int:

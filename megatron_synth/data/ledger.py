@@ -1,7 +1,7 @@
 """What was really delivered, per source, held against the plan.
 
-Each rank counts the rows that it trained on; the trainer sums the counts over the data-parallel ranks and merges the sum. The
-total must then equal the plan's count of the same prefix, source by source, to the sample.
+Each rank counts the samples, windows of one source, that it trained on; the trainer sums the counts over the data-parallel
+ranks and merges the sum. The total must then equal the plan's count of the same prefix, source by source, to the sample.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class LedgerMismatch(AssertionError):
 class Ledger:
     """Samples delivered by each source, over all ranks since the run began."""
 
-    def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], sequence_length: int):
-        """One entry per source, in the order of the plan's source ids. num_windows: of one epoch."""
+    def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], window_length: int):
+        """One entry per source, in the order of the plan's source ids. num_windows: of an epoch, each of `window_length`."""
         assert len(names) == len(ratios) == len(num_windows)
         self.names = tuple(names)
         self.ratios = tuple(ratios)
         self.num_windows = tuple(num_windows)
-        self.sequence_length = sequence_length
+        self.window_length = window_length
         self._overall: Callable[[int], tuple[Fraction, ...]] | None = None
         self._total = np.zeros(len(self.names), dtype=np.int64)
 
     @classmethod
-    def of(cls, plan: MixturePlan, sequence_length: int) -> Ledger:
+    def of(cls, plan: MixturePlan, window_length: int) -> Ledger:
         """The empty ledger of a plan."""
-        ledger = cls(plan.names, plan.ratios, plan.epoch_windows, sequence_length)
+        ledger = cls(plan.names, plan.ratios, plan.epoch_windows, window_length)
         if plan.phased:
             ledger._overall = plan.overall_ratios
         return ledger
 
     @classmethod
-    def planned(cls, plan: MixturePlan, sequence_length: int, samples: int) -> Ledger:
+    def planned(cls, plan: MixturePlan, window_length: int, samples: int) -> Ledger:
         """The ledger of a run that has delivered the plan's first `samples` samples."""
-        ledger = cls.of(plan, sequence_length)
+        ledger = cls.of(plan, window_length)
         ledger.merge(plan.counts(samples))
         return ledger
 
@@ -81,8 +81,9 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Content of ledger.json.
 
-        Per source: tokens = samples x sequence_length, epochs = samples / windows of an epoch, share = fraction of all
-        samples. ratio: of a mixture in phases, the exact share that the phases so far give it, as a fraction.
+        A sample has `sequence_length` tokens: those of a window. Per source: tokens = samples x sequence_length,
+        epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
+        share that the phases so far give it, as a fraction.
         """
         total = int(self._total.sum())
         ratios = self.ratios if self._overall is None else self._overall(total)
@@ -90,7 +91,7 @@ class Ledger:
             name: {
                 "ratio": str(ratio),
                 "samples": samples,
-                "tokens": samples * self.sequence_length,
+                "tokens": samples * self.window_length,
                 "epochs": samples / windows,
                 "share": samples / total if total else 0.0,
             }
@@ -98,8 +99,8 @@ class Ledger:
         }
         return {
             "samples": total,
-            "tokens": total * self.sequence_length,
-            "sequence_length": self.sequence_length,
+            "tokens": total * self.window_length,
+            "sequence_length": self.window_length,
             "sources": sources,
         }
 

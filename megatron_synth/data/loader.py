@@ -4,6 +4,12 @@ The order of sources is deterministic, so dealing consecutive samples to ranks w
 8 ranks, half of them would see one source for ever). The samples of an optimizer step are therefore permuted by key
 before they are dealt; which samples a step consumes is not changed.
 
+A sample is a window of L inputs and as many labels of one source. A sequence of S inputs is one of them, or k = S / L
+that follow each other in the plan, whose counts then are exact to less than two windows in every sequence, and fully
+where k is a multiple of the mixture's period. Within the sequence they are permuted by key too, as no source is to have
+its own place there. Each window keeps its L + 1 tokens: the label of its last input is the next token of its own source
+and not the first of the window beside it, no label is lost, and S inputs have S labels.
+
 What a step holds is a function of its first sample alone. It is worked out for many steps at once when steps are asked
 for one after the other, since numpy's cost per call would otherwise be most of the time; that is a cache, not a state.
 """
@@ -19,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data import compiled
 from megatron_synth.data.boundaries import Boundaries, BoundaryTable
-from megatron_synth.data.mixture import MixturePlan
-from megatron_synth.data.permute import derive_key, permute
+from megatron_synth.data.indexed import Places, token_code
+from megatron_synth.data.mixture import MixturePlan, windows_in
+from megatron_synth.data.permute import derive_key, keyed_hash, permute
 
 Int64 = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
@@ -30,14 +38,6 @@ Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 LOOK_AHEAD_ROWS = 16384
 """Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
 in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
-
-
-class Mapped(Protocol):
-    """A shard whose tokens lie in memory, as long as the system lets them."""
-
-    @property
-    def mapped(self) -> npt.NDArray[np.integer] | None:
-        """All tokens of the shard; None when it is closed."""
 
 
 class WindowSource(Protocol):
@@ -51,41 +51,57 @@ class WindowSource(Protocol):
     def num_tokens(self) -> int:
         """Tokens of the stream."""
 
-    def num_windows(self, sequence_length: int) -> int:
-        """(num_tokens - 1) // sequence_length."""
+    def num_windows(self, length: int) -> int:
+        """(num_tokens - 1) // length."""
+
+    def read(self, begin: int, out: npt.NDArray[np.integer]) -> None:
+        """Fill `out` [N] with the tokens from `begin` on."""
 
     def read_window(self, window: int, out: npt.NDArray[np.integer]) -> None:
-        """Fill `out` [S + 1] with the tokens from window x S on."""
+        """Fill `out` [L + 1] with the tokens from window x L on."""
 
     @property
-    def shards(self) -> Sequence[Mapped | None]:
-        """Those that are open, by number."""
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored tokens."""
 
-    def places_of(self, windows: Int64, sequence_length: int) -> tuple[Int64, Int64]:
-        """Of each window the number of the shard it lies in, or -1 where only `read_window` will do; its first token there."""
+    @property
+    def places(self) -> Places:
+        """Where its shards lie in memory."""
 
-    def document_starts_of(self, windows: Int64, sequence_length: int) -> tuple[Int64, Int64]:
-        """Ascending offsets in [0, S] of each window at which a document starts, and how many each has."""
+    def unreadable(self, shard: int, error: compiled.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
 
-    def will_need(self, window: int, sequence_length: int) -> None:
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
+
+    def places_of(self, begins: Int64, length: int) -> tuple[Int64, Int64]:
+        """Of each window the number of the shard it lies in, or -1 where only `read` will do; its first token there.
+
+        begins: [N] first token of each window, of `length` + 1, in the stream.
+        """
+
+    def document_starts_of(self, begins: Int64, length: int) -> tuple[Int64, Int64]:
+        """Ascending offsets in [0, length] of each window at which a document starts, and how many each has."""
+
+    def will_need(self, begin: int, length: int) -> None:
         """Hint that the window will be read soon."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen would take five times as long to make
 class Batch:
-    """B rows of S + 1 tokens: inputs are columns 0..S-1, labels columns 1..S."""
+    """B sequences of k windows of L + 1 tokens: a window's inputs are its tokens 0..L-1, its labels 1..L. S = k L."""
 
     tokens: Tokens
-    """[B, S + 1]; [B, 0] from a loader that reads none."""
+    """[B, k (L + 1)], window after window; [B, 0] from a loader that reads none."""
     source_ids: Int64
-    """[B] source of each row, an index of the plan's names."""
+    """[B k] source of each window, an index of the plan's names."""
     samples: Int64
-    """[B] sample number of each row in the plan."""
+    """[B k] sample number of each window in the plan."""
     boundaries: Boundaries | None = None
-    """Where documents begin and end. None unless asked for."""
+    """Where documents begin and end, in B k rows of L. None unless asked for."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class ValidationBatch(Batch):
     """A batch of one domain: source_ids are 0, samples are window numbers."""
 
@@ -101,15 +117,24 @@ def deal(
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
+    windows_per_sequence: int = 1,
 ) -> Int64:
-    """Samples of one rank in the optimizer step that consumes [first_sample, first_sample + global_batch_size).
+    """Samples of one rank in the optimizer step that consumes global_batch_size x k of them, from `first_sample` on.
 
-    The samples are permuted by key; slot j goes to micro-batch j // (B x ranks), rank (j // B) % ranks, row j % B,
-    where B = micro_batch_size. Returns int64 [micro-batches, B]. Over all ranks it is each sample of the step once.
+    Sequence s of the step is its samples s k to (s + 1) k - 1, where k = windows_per_sequence. The sequences are permuted
+    by key; slot j goes to micro-batch j // (B x ranks), rank (j // B) % ranks, row j % B, where B = micro_batch_size.
+    Returns int64 [micro-batches, B k]. Over all ranks it is each sample of the step once.
     """
-    return _deal(seed, first_sample, global_batch_size, 1, micro_batch_size, data_parallel_rank, data_parallel_size).reshape(
-        -1, micro_batch_size
-    )
+    return _deal(
+        seed,
+        first_sample,
+        global_batch_size,
+        1,
+        micro_batch_size,
+        data_parallel_rank,
+        data_parallel_size,
+        windows_per_sequence,
+    ).reshape(-1, micro_batch_size * windows_per_sequence)
 
 
 def _deal(
@@ -120,8 +145,9 @@ def _deal(
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
+    windows_per_sequence: int,
 ) -> Int64:
-    """As `deal`, for `steps` steps that follow each other: int64 [steps x micro-batches x B]."""
+    """As `deal`, for `steps` steps that follow each other: int64 [steps x micro-batches x B k]."""
     _check_rank(data_parallel_rank, data_parallel_size)
     stride = micro_batch_size * data_parallel_size
     if global_batch_size < 1 or global_batch_size % stride:
@@ -132,40 +158,52 @@ def _deal(
     # only the slots of this rank are worked out
     first_slot = data_parallel_rank * micro_batch_size
     slots = (np.arange(0, global_batch_size, stride)[:, None] + np.arange(first_slot, first_slot + micro_batch_size)).ravel()
-    firsts = first_sample + np.arange(steps) * global_batch_size
+    firsts = first_sample + np.arange(steps) * (global_batch_size * windows_per_sequence)
     keys = np.stack([derive_key(seed, "step", first) for first in firsts.tolist()], axis=1)
     number = len(slots)
     key = keys[:, 0] if steps == 1 else np.repeat(keys, number, axis=1)
     samples = permute(np.tile(slots, steps), global_batch_size, key)
+    samples *= windows_per_sequence
     samples += np.repeat(firsts, number)
-    return samples
+    return samples if windows_per_sequence == 1 else _windows_of_sequences(seed, samples, windows_per_sequence)
+
+
+def _windows_of_sequences(seed: int, firsts: Int64, windows_per_sequence: int) -> Int64:
+    """All samples of the sequences that begin with samples `firsts` [N], in a random order within each: int64 [N k].
+
+    The order follows from the samples' numbers, whatever the step they are in.
+    """
+    samples = firsts[:, None] + np.arange(windows_per_sequence)
+    order = np.argsort(keyed_hash(samples, derive_key(seed, "sequence")), axis=1, kind="stable")
+    return np.take_along_axis(samples, order, axis=1).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """What one rank gets in some steps that follow each other."""
+    """What one rank gets in some steps that follow each other. A row is a window."""
 
     first_sample: int
-    global_batch_size: int
+    step_samples: int
     steps: int
     samples: Int64
     source_ids: Int64
-    windows: Int64
+    firsts: Int64
+    """First token of each row in the stream of its source."""
     shards: Int64
-    """Number of the shard that a row's tokens can be copied from without asking its source; -1: there is none."""
-    begins: Int64
-    """Place of a row's first token in that shard."""
+    """Number of the shard that holds all tokens of a row; -1: there is none."""
+    copier: compiled.RowCopier | None
+    """Copies rows out of their shards' memory maps; None where nothing is compiled."""
     boundaries: BoundaryTable | None
 
     @property
     def end(self) -> int:
         """First sample after the table."""
-        return self.first_sample + self.steps * self.global_batch_size
+        return self.first_sample + self.steps * self.step_samples
 
-    def step(self, first_sample: int, global_batch_size: int) -> int | None:
+    def step(self, first_sample: int, step_samples: int) -> int | None:
         """Number in this table of the step that begins with `first_sample`; None if it is not here."""
-        step, rest = divmod(first_sample - self.first_sample, self.global_batch_size)
-        here = global_batch_size == self.global_batch_size and rest == 0 and 0 <= step < self.steps
+        step, rest = divmod(first_sample - self.first_sample, self.step_samples)
+        here = step_samples == self.step_samples and rest == 0 and 0 <= step < self.steps
         return step if here else None
 
 
@@ -181,6 +219,7 @@ class Loader:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        windows_per_sequence: int = 1,
         with_boundaries: bool = False,
         with_tokens: bool = True,
         dtype: npt.DTypeLike = np.int64,
@@ -189,23 +228,32 @@ class Loader:
 
         Args:
             plan: the order of the samples.
-            sources: in the plan's order, with the plan's names and numbers of windows at this sequence length.
+            sources: in the plan's order, with the plan's names and numbers of windows.
             sequence_length: S.
             micro_batch_size: B.
             data_parallel_rank: this rank.
             data_parallel_size: of so many.
+            windows_per_sequence: k, of S / k tokens each.
             with_boundaries: also tell where documents begin and end.
             with_tokens: read tokens; without, batches carry sources and samples only, for pipeline stages that look at
                 neither inputs nor labels.
             dtype: of the tokens delivered, int64 or int32.
         """
         _check_rank(data_parallel_rank, data_parallel_size)
-        found = [(source.name, source.num_windows(sequence_length)) for source in sources]
+        length, rest = divmod(sequence_length, windows_per_sequence)
+        assert rest == 0, (sequence_length, windows_per_sequence)
+        shifts = [spec.shift for spec in plan.sources]
+        assert set(shifts) <= {0, length}, shifts
+        found = [
+            (source.name, windows_in(source.num_tokens, length, shifted=shift > 0))
+            for source, shift in zip(sources, shifts, strict=True)
+        ]
         planned = list(zip(plan.names, plan.num_windows, strict=True))
         assert found == planned, f"sources (name, windows) {found} are not those of the plan {planned}"
         self.plan = plan
         self.sources = tuple(sources)
         self.sequence_length = sequence_length
+        self.windows_per_sequence, self.window_length = windows_per_sequence, length
         self.micro_batch_size = micro_batch_size
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
@@ -213,100 +261,137 @@ class Loader:
         self.with_tokens = with_tokens
         self.dtype = np.dtype(dtype)
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
-        self._readers = [source.read_window for source in sources]
-        self._shards = [source.shards for source in sources]
+        self._readers = [source.read for source in sources]
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
-    def micro_batches(self, first_sample: int, global_batch_size: int, allocate: Allocate | None = None) -> Iterator[Batch]:
-        """This rank's part of the optimizer step that consumes [first_sample, first_sample + global_batch_size).
+    def micro_batches(self, first_sample: int, step_samples: int, allocate: Allocate | None = None) -> Iterator[Batch]:
+        """This rank's part of the optimizer step that consumes [first_sample, first_sample + step_samples).
 
+        step_samples: global batch size x windows per sequence.
         allocate: gives the array for the tokens of each batch from shape and type; default: a new one each time.
         """
-        table, first_row, rows = self._rows(first_sample, global_batch_size)
-        micro = self.micro_batch_size
+        table, first_row, rows = self._rows(first_sample, step_samples)
+        micro = self.micro_batch_size * self.windows_per_sequence
         return map(partial(self._batch, table, allocate or np.empty), range(first_row, first_row + rows, micro))
 
-    def will_need(self, first_sample: int, global_batch_size: int) -> None:
+    def will_need(self, first_sample: int, step_samples: int) -> None:
         """Ask the system to fetch what a step will read from disk, in the background."""
         if self.with_tokens:
-            table, first_row, rows = self._rows(first_sample, global_batch_size)
+            table, first_row, rows = self._rows(first_sample, step_samples)
             part = slice(first_row, first_row + rows)
-            for source_id, window in zip(table.source_ids[part].tolist(), table.windows[part].tolist(), strict=True):
-                self.sources[source_id].will_need(window, self.sequence_length)
+            for source_id, first in zip(table.source_ids[part].tolist(), table.firsts[part].tolist(), strict=True):
+                self.sources[source_id].will_need(first, self.window_length)
 
-    def _rows(self, first_sample: int, global_batch_size: int) -> tuple[_Table, int, int]:
+    def _rows(self, first_sample: int, step_samples: int) -> tuple[_Table, int, int]:
         """The rows of a step: in which table, from which row on, how many."""
-        rows = global_batch_size // self.data_parallel_size
+        rows = step_samples // self.data_parallel_size
         table = self._table
-        step = None if table is None else table.step(first_sample, global_batch_size)
+        step = None if table is None else table.step(first_sample, step_samples)
         if table is None or step is None:
-            follows = table is not None and (table.end, table.global_batch_size) == (first_sample, global_batch_size)
+            follows = table is not None and (table.end, table.step_samples) == (first_sample, step_samples)
             # a first step must not wait for those that may follow
             steps = LOOK_AHEAD_ROWS // max(rows, 1) if follows else 1
             end = self.plan.schedule.samples
             if end is not None:
-                steps = min(steps, (end - first_sample) // global_batch_size)
-            table = self._make(first_sample, global_batch_size, max(steps, 1))
+                steps = min(steps, (end - first_sample) // step_samples)
+            table = self._make(first_sample, step_samples, max(steps, 1))
             self._table, step = table, 0
         return table, step * rows, rows
 
-    def _make(self, first_sample: int, global_batch_size: int, steps: int) -> _Table:
+    def _make(self, first_sample: int, step_samples: int, steps: int) -> _Table:
+        number = self.windows_per_sequence
+        assert step_samples % number == 0, (step_samples, number)
         samples = _deal(
             self.plan.seed,
             first_sample,
-            global_batch_size,
+            step_samples // number,
             steps,
             self.micro_batch_size,
             self.data_parallel_rank,
             self.data_parallel_size,
+            number,
         )
-        source_ids, windows = self.plan.locate(samples)
+        source_ids, windows, offsets = self.plan.places(samples)
+        firsts = windows * self.window_length + offsets
+        shards, begins = self._places(source_ids, firsts)
         boundaries = None
         if self.with_boundaries:
-            offsets, counts = self._document_starts(source_ids, windows)
-            boundaries = BoundaryTable(offsets, counts, self.sequence_length, self.micro_batch_size)
-        shards, begins = self._places(source_ids, windows)
-        return _Table(first_sample, global_batch_size, steps, samples, source_ids, windows, shards, begins, boundaries)
+            starts, counts = self._document_starts(source_ids, firsts, shards, begins)
+            boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number)
+        library, copier = compiled.library(), None
+        if library is not None and self.with_tokens:
+            maps = [source.places.tokens for source in self.sources]
+            codes = [token_code(source.dtype) for source in self.sources]
+            copier = compiled.RowCopier(
+                library, maps, codes, source_ids, shards, begins, self.window_length + 1, wide=self.dtype.itemsize == 8
+            )
+        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
 
-    def _places(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:
+    def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
         """`places_of` for rows of any sources."""
-        shards, begins = np.empty_like(windows), np.empty_like(windows)
+        shards, begins = np.empty_like(firsts), np.empty_like(firsts)
         for source_id in np.unique(source_ids).tolist():
             rows = np.flatnonzero(source_ids == source_id)
-            shards[rows], begins[rows] = self.sources[source_id].places_of(windows[rows], self.sequence_length)
+            shards[rows], begins[rows] = self.sources[source_id].places_of(firsts[rows], self.window_length)
         return shards, begins
 
-    def _document_starts(self, source_ids: Int64, windows: Int64) -> tuple[Int64, Int64]:
+    def _document_starts(self, source_ids: Int64, firsts: Int64, shards: Int64, begins: Int64) -> tuple[Int64, Int64]:
         """`document_starts_of` for rows of any sources."""
+        library = compiled.library()
+        if library is not None:
+
+            def stuck(row: int) -> Int64 | None:
+                source = self.sources[int(source_ids[row])]
+                if shards[row] >= 0:
+                    source.open_index(int(shards[row]))
+                    return None
+                return source.document_starts_of(firsts[row : row + 1], self.window_length)[0]
+
+            indexes = [source.places.indexes for source in self.sources]
+            ends = begins + (self.window_length + 1)
+            try:
+                return compiled.document_starts(library, indexes, source_ids, shards, begins, ends, stuck)
+            except compiled.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
         rows_of, offsets_of = [], []
         for source_id in np.unique(source_ids).tolist():
             rows = np.flatnonzero(source_ids == source_id)
-            offsets, counts = self.sources[source_id].document_starts_of(windows[rows], self.sequence_length)
+            offsets, counts = self.sources[source_id].document_starts_of(firsts[rows], self.window_length)
             rows_of.append(np.repeat(rows, counts))
             offsets_of.append(offsets)
         rows = np.concatenate(rows_of)
         by_row = np.argsort(rows, kind="stable")
-        return np.concatenate(offsets_of)[by_row], np.bincount(rows, minlength=len(windows))
+        return np.concatenate(offsets_of)[by_row], np.bincount(rows, minlength=len(firsts))
 
     def _batch(self, table: _Table, allocate: Allocate, row: int) -> Batch:
-        rows = self.micro_batch_size
+        rows = self.micro_batch_size * self.windows_per_sequence
         part = slice(row, row + rows)
         source_ids = table.source_ids[part]
         boundaries = None if table.boundaries is None else table.boundaries.batch(row // rows)
         if not self.with_tokens:
-            return Batch(np.empty((rows, 0), self.dtype), source_ids, table.samples[part], boundaries)
-        length = self.sequence_length + 1
-        tokens = allocate((rows, length), self.dtype)
-        places = zip(source_ids.tolist(), table.shards[part].tolist(), table.begins[part].tolist(), strict=True)
-        for number, (out, (source_id, shard, begin)) in enumerate(zip(tokens, places, strict=True), row):
-            opened = self._shards[source_id][shard] if shard >= 0 else None
-            stored = None if opened is None else opened.mapped
-            if stored is None:
-                self._readers[source_id](int(table.windows[number]), out)
-            else:  # what `read_window` does then; the calls to get there would be a fifth of the time
-                out[:] = stored[begin : begin + length]
+            return Batch(np.empty((self.micro_batch_size, 0), self.dtype), source_ids, table.samples[part], boundaries)
+        length = self.window_length + 1
+        tokens = allocate((self.micro_batch_size, self.windows_per_sequence * length), self.dtype)
+        self._fill(table, row, tokens.reshape(rows, length))
         return Batch(tokens, source_ids, table.samples[part], boundaries)
+
+    def _unreadable(self, source_ids: Int64, shards: Int64, error: compiled.BusError) -> UserError:
+        return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
+
+    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
+        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains."""
+        done, end, begin = row, row + len(tokens), compiled.address_of(tokens)
+        while True:
+            if table.copier is not None:
+                try:
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                except compiled.BusError as error:
+                    raise self._unreadable(table.source_ids, table.shards, error) from None
+            if done == end:
+                return
+            self._readers[int(table.source_ids[done])](int(table.firsts[done]), tokens[done - row])
+            done += 1
 
 
 def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:
@@ -357,7 +442,8 @@ def validation_batches(
             source.read_window(window, tokens[row])
         boundaries = None
         if with_boundaries:
-            table = BoundaryTable(*source.document_starts_of(windows, sequence_length), sequence_length, micro_batch_size)
+            starts = source.document_starts_of(windows * sequence_length, sequence_length)
+            table = BoundaryTable(*starts, sequence_length, micro_batch_size)
             boundaries = table.batch(0)
         return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
 

@@ -9,6 +9,11 @@ mixture see the same text of a source in the same order. Over several phases (`p
 Of a source with a limit of U unique windows only those of the subset take part that another keyed permutation, of all
 its W windows, takes 0 .. U - 1 to; k then counts passes over the subset. It depends on the seed, the name and W alone,
 and a smaller limit is a part of a larger one.
+
+Of a source with shifted windows, window w of an epoch begins w windows after the epoch's offset, a keyed number below the
+length L of a window, instead of after 0. All epochs have as many windows as fit at every offset, floor(T / L) - 1 of a
+stream of T tokens, which is at most one less than without: so k says the epoch without a look at those before. What an
+epoch leaves out, less than L tokens at the beginning and less than 2 L in all, is another part in each.
 """
 
 from __future__ import annotations
@@ -46,12 +51,14 @@ class SourceSpec:
     ratio: Fraction
     """Share of the samples, exact. Phases, where there are any, say it instead."""
     num_windows: int
-    """Windows of sequence_length + 1 tokens, neighbours sharing one token."""
+    """Windows of L inputs and as many labels (`windows_in`): L + 1 tokens, neighbours sharing one."""
     max_epochs: float = 1.0
     """How often the source may be seen; `inf` for any number."""
 
     unique_windows: int | None = None
     """Use only so many of the windows. None: all."""
+    shift: int = 0
+    """Windows of an epoch begin at an offset of the epoch's own below this number of tokens; 0: at the first token."""
 
     @property
     def epoch_windows(self) -> int:
@@ -91,17 +98,20 @@ class MixturePlan:
         empty = [source.name for source in sources if source.num_windows < 1]
         if empty:
             raise UserError(
-                f"data.sources: {', '.join(empty)}: not one full window: a source needs at least "
-                "train.sequence_length + 1 tokens; use a larger source or a smaller train.sequence_length"
+                f"data.sources: {', '.join(empty)}: not one full window: a source needs more tokens than a window has, "
+                "train.sequence_length / data.windows_per_sequence, and twice as many with shift_windows; use a larger source "
+                "or smaller windows"
             )
         for source in sources:
             if not 1 <= source.epoch_windows <= source.num_windows:
                 raise UserError(
                     f"data.sources.{source.name}.unique_tokens: gives {source.epoch_windows} whole windows, the source has "
-                    f"{source.num_windows}: set it to 1 to {source.num_windows} times train.sequence_length, or to null "
+                    f"{source.num_windows}: set it to 1 to {source.num_windows} times the tokens of a window, or to null "
                     "for all"
                 )
         self._epoch_windows = np.array([source.epoch_windows for source in sources], dtype=np.int64)
+        assert not any(source.shift and source.unique_windows is not None for source in sources), "the subset would not hold"
+        self._shifted = [number for number, source in enumerate(sources) if source.shift]
         self._limited = [number for number, source in enumerate(sources) if source.epoch_windows != source.num_windows]
         if not phases:
             phases = [Phase(None, tuple(source.ratio for source in sources))]
@@ -131,16 +141,22 @@ class MixturePlan:
 
     def locate(self, samples: npt.ArrayLike) -> tuple[Int64, Int64]:
         """Source id and window of each sample. samples: int64 [N], any order. Returns int64 [N], int64 [N]."""
+        return self.places(samples)[:2]
+
+    def places(self, samples: npt.ArrayLike) -> tuple[Int64, Int64, Int64]:
+        """Source id and window of each sample, and the token at which window 0 of its epoch begins: int64 [N] each."""
         numbers = np.asarray(samples, dtype=np.int64)
         assert numbers.ndim == 1
         source_ids = np.empty(len(numbers), dtype=np.int64)
         windows = np.empty(len(numbers), dtype=np.int64)
+        offsets = np.zeros(len(numbers), dtype=np.int64)
         for start in range(0, len(numbers), _CHUNK):
             part = slice(start, start + _CHUNK)
-            source_ids[part], windows[part] = self._locate(numbers[part])
-        return source_ids, windows
+            source_ids[part], windows[part] = self._locate(numbers[part], offsets[part])
+        return source_ids, windows, offsets
 
-    def _locate(self, samples: Int64) -> tuple[Int64, Int64]:
+    def _locate(self, samples: Int64, offsets: Int64) -> tuple[Int64, Int64]:
+        """Source id and window of each sample; `offsets`, zeros, are filled where windows are shifted."""
         source_ids, occurrences = self.schedule.locate(samples)
         sizes = self._epoch_windows[source_ids]
         epochs, places = np.divmod(occurrences, sizes)
@@ -159,6 +175,12 @@ class MixturePlan:
             if chosen.any():
                 source = self.sources[source_id]
                 windows[chosen] = permute(windows[chosen], source.num_windows, _subset_key(self.seed, source.name))
+        for source_id in self._shifted:
+            chosen = np.flatnonzero(source_ids == source_id)
+            source = self.sources[source_id]
+            numbers, which = np.unique(epochs[chosen], return_inverse=True)
+            own = [_epoch_offset(self.seed, source.name, epoch, source.shift) for epoch in numbers.tolist()]
+            offsets[chosen] = np.array(own, dtype=np.int64)[which]
         return source_ids, windows
 
     def counts(self, samples: int) -> Int64:
@@ -175,21 +197,21 @@ class MixturePlan:
         """Windows, repeats included, that a run of `total_samples` takes from each source."""
         return dict(zip(self.names, self.counts(total_samples).tolist(), strict=True))
 
-    def check(self, total_samples: int, sequence_length: int | None = None) -> None:
+    def check(self, total_samples: int, window_length: int | None = None) -> None:
         """Refuse (UserError) a run longer than its phases, or that would repeat a source more than its max_epochs.
 
-        All such sources at once. sequence_length: only to name the sizes in tokens too.
+        All such sources at once. window_length: only to name the sizes in tokens too.
         """
 
         def in_tokens(samples: int) -> str:
-            return "" if sequence_length is None else f" ({samples * sequence_length} tokens)"
+            return "" if window_length is None else f" ({samples * window_length} tokens)"
 
         end = self.schedule.samples
         if end is not None and end < total_samples:
             raise UserError(
                 f"data.phases: end after {end} samples{in_tokens(end)}, the run has {total_samples}"
                 f"{in_tokens(total_samples)}: leave `tokens` and `until` of the last phase out, or make the run shorter "
-                "(train.steps x train.global_batch_size)"
+                "(train.steps x train.global_batch_size x data.windows_per_sequence)"
             )
         problems, longest_run = [], total_samples
         for source_id, needed in enumerate(self.counts(total_samples).tolist()):
@@ -221,7 +243,8 @@ class MixturePlan:
                     [
                         f"data.sources: too small for a run of {total_samples} samples:",
                         *problems,
-                        f"  or train at most {longest_run} samples (train.steps x train.global_batch_size)",
+                        f"  or train at most {longest_run} samples (train.steps x train.global_batch_size x "
+                        "data.windows_per_sequence)",
                     ]
                 )
             )
@@ -284,9 +307,16 @@ class MixturePlan:
         return _hash(["prefix", *content])
 
 
+def windows_in(num_tokens: int, length: int, *, shifted: bool = False) -> int:
+    """Windows of `length` inputs and as many labels that a stream of tokens has; shifted: from any offset below `length` on."""
+    return max(num_tokens - (length if shifted else 1), 0) // length
+
+
 def _windows(source: SourceSpec) -> list[int]:
     """What of a source's size decides its order."""
     whole = source.epoch_windows == source.num_windows
+    if source.shift:
+        return [source.num_windows, source.epoch_windows, source.shift]
     return [source.num_windows] if whole else [source.num_windows, source.epoch_windows]
 
 
@@ -297,6 +327,11 @@ def _hash(content: Any) -> str:
 @functools.lru_cache(maxsize=4096)
 def _epoch_key(seed: int, name: str, epoch: int) -> UInt64:
     return derive_key(seed, "window", name, epoch)
+
+
+@functools.lru_cache(maxsize=4096)
+def _epoch_offset(seed: int, name: str, epoch: int, shift: int) -> int:
+    return int(derive_key(seed, "shift", name, epoch)[0]) % shift
 
 
 @functools.lru_cache(maxsize=256)

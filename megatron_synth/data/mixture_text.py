@@ -12,8 +12,7 @@ from megatron_synth.data.phases import Phase
 
 def source_table(config: Config, plan: MixturePlan, prepared: Collection[str]) -> str:
     """One row per source for the whole run. prepared: names of the sources whose sizes are known."""
-    train = config.train
-    length, total = train.sequence_length, _reached(config, plan)
+    length, total = config.window_length, _reached(config, plan)
     rows: list[tuple[str, ...]] = [("source", "ratio", "tokens", "available", "epochs", "max epochs", "lasts for")]
     overall = plan.overall_ratios(total)
     for source_id, samples in enumerate(plan.counts(total).tolist()):
@@ -27,14 +26,14 @@ def source_table(config: Config, plan: MixturePlan, prepared: Collection[str]) -
         available, epochs = f"{spec.epoch_windows * length:,}", f"{samples / spec.epoch_windows:.3f}"
         longest = plan.longest_run(source_id)
         # whole optimizer steps that the source can serve
-        lasts = "no end" if longest is None else f"{longest // train.global_batch_size:,} steps"
+        lasts = "no end" if longest is None else f"{longest // config.samples_per_step:,} steps"
         rows.append((*row, available, epochs, limit, lasts))
     return table(rows)
 
 
 def phase_tables(config: Config, plan: MixturePlan, prepared: Collection[str]) -> str:
     """One table per phase: shares asked for and given, in samples and tokens, and the passes over each source."""
-    length, total = config.train.sequence_length, _reached(config, plan)
+    length, total = config.window_length, _reached(config, plan)
     starts = plan.schedule.starts
     blocks = []
     for number, (phase, start) in enumerate(zip(plan.schedule.phases, starts, strict=True)):
@@ -53,7 +52,7 @@ def phase_tables(config: Config, plan: MixturePlan, prepared: Collection[str]) -
     return "\n\n".join(blocks)
 
 
-def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, sequence_length: int, prepared: Collection[str]) -> str:
+def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, length: int, prepared: Collection[str]) -> str:
     heads = ("source", "ratio", "asked", "given", "off by", "samples", "tokens", "epochs", "so far", "runs out at sample")
     rows: list[tuple[str, ...]] = [heads]
     before, after = plan.counts(start), plan.counts(end)
@@ -70,11 +69,11 @@ def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, sequence
             out = f"{longest:,}" if longest is not None and start <= longest < end else "-"
             windows = spec.epoch_windows
             epochs = (f"{samples / windows:.3f}", f"{after[source_id] / windows:.3f}", out)
-        rows.append((spec.name, ratio, *shares, f"{samples:,}", f"{samples * sequence_length:,}", *epochs))
+        rows.append((spec.name, ratio, *shares, f"{samples:,}", f"{samples * length:,}", *epochs))
     return table(rows)
 
 
 def _reached(config: Config, plan: MixturePlan) -> int:
     """Samples of the run, as far as its phases go."""
-    total = config.train.steps * config.train.global_batch_size
+    total = config.total_samples
     return total if plan.schedule.samples is None else min(total, plan.schedule.samples)

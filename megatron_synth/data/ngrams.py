@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.indexed import HEADER, Shard
+from megatron_synth.data.indexed import AGAIN, HEADER, Shard
 from megatron_synth.data.manifest import Manifest
 
 BATCH_TOKENS = 2**20  # a longer document is a batch of its own, and beyond LONGEST its rest is left out
+BATCH_DOCUMENTS = 2**14  # what is kept of a document is larger than a short document
 LONGEST = 2**22
 _BASE = 0x9E3779B97F4A7C15  # odd, so that every power is invertible modulo 2^64
 
@@ -31,24 +33,36 @@ class Batch:
 
 
 def batches(folder: Path, manifest: Manifest) -> Iterator[Batch]:
-    """All documents of a prepared source in order."""
+    """All documents of a prepared source in order. Files are read, not mapped: mapped pages of a shard would pile up.
+
+    Raises:
+        UserError: a shard is not the manifest's, or cannot be read; it names file and byte.
+    """
     number = 0
     for info in manifest.shards:
         shard = Shard(folder / info.name)
         if (shard.num_tokens, shard.num_documents) != (info.tokens, info.documents):
             raise UserError(f"{shard.bin_path}: not the shard of its manifest; see `megatron-synth prepare verify`")
-        if not info.tokens:
-            continue
-        lengths = np.memmap(shard.idx_path, np.int32, "r", HEADER.size, (info.documents,))
-        tokens = np.memmap(shard.bin_path, shard.dtype, "r", 0, (info.tokens,))
         begin = first = 0
         while first < info.documents:
-            ahead = np.cumsum(lengths[first : first + BATCH_TOKENS], dtype=np.int64)
+            count = min(BATCH_DOCUMENTS, info.documents - first)
+            ahead = np.cumsum(_read(shard.idx_path, np.dtype(np.int32), HEADER.size + 4 * first, count), dtype=np.int64)
             count = max(int(np.searchsorted(ahead, BATCH_TOKENS, side="right")), 1)
             ends = ahead[:count]
             starts = np.concatenate([[0], ends[:-1]])
-            yield Batch(number, np.asarray(tokens[begin : begin + int(ends[-1])]), starts, np.maximum(ends - 1, starts))
+            tokens = _read(shard.bin_path, shard.dtype, begin * shard.dtype.itemsize, int(ends[-1]))
+            yield Batch(number, tokens, starts, np.maximum(ends - 1, starts))
             begin, first, number = begin + int(ends[-1]), first + count, number + count
+
+
+def _read(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
+    try:
+        found = np.fromfile(path, dtype, count, offset=offset)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error} at byte {offset}; {AGAIN}") from None
+    if found.size < count:
+        raise UserError(f"{path}: {count * dtype.itemsize} bytes expected at byte {offset}, found {found.nbytes}; {AGAIN}")
+    return found
 
 
 def hashes(batch: Batch, size: int) -> tuple[np.ndarray, np.ndarray]:

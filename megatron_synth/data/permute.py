@@ -27,6 +27,7 @@ MAX_SIZE = 1 << 53
 # odd, with well-spread bits: the increment and the first multiplier of splitmix64 (G. Steele et al., OOPSLA 2014)
 _MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_2 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLY_3 = np.uint64(0x94D049BB133111EB)  # its second multiplier
 _HALF_WORD = np.uint64(32)
 _ONE = np.uint64(1)
 
@@ -44,6 +45,19 @@ def permute(index: npt.ArrayLike, size: int | Int64, key: UInt64) -> Int64:
     Returns int64 [N].
     """
     return _walk(index, size, key, range(ROUNDS))
+
+
+def keyed_hash(numbers: Int64, key: UInt64) -> UInt64:
+    """A 64-bit hash of each number, of any shape; sorted by it, numbers are in random order. key: uint64 [ROUNDS]."""
+    values = numbers.astype(np.uint64)
+    for one in key[:2]:  # each is what splitmix64 does with one number
+        values ^= one
+        values ^= values >> np.uint64(30)
+        values *= _MULTIPLY_2
+        values ^= values >> np.uint64(27)
+        values *= _MULTIPLY_3
+        values ^= values >> np.uint64(31)
+    return values
 
 
 def unpermute(image: npt.ArrayLike, size: int | Int64, key: UInt64) -> Int64:

@@ -36,7 +36,7 @@ class Prefetcher:
     def __init__(
         self,
         loader: Loader,
-        global_batch_size: int,
+        step_samples: int,
         *,
         threads: int = 1,
         end_sample: int | None = None,
@@ -46,13 +46,13 @@ class Prefetcher:
 
         Args:
             loader: used by the thread alone from now on.
-            global_batch_size: samples of a step, over all ranks.
+            step_samples: samples of a step, over all ranks.
             threads: 1, or 0 to make batches when they are asked for.
             end_sample: the thread goes no further than to this sample. Default: as far as the plan goes.
             allocate: makes a buffer from shape and type, such as one of pinned memory.
         """
         assert threads in (0, 1), "one thread keeps the order and is enough"
-        self.loader, self.global_batch_size, self._threads = loader, global_batch_size, threads
+        self.loader, self.step_samples, self._threads = loader, step_samples, threads
         self._allocate = allocate
         limits = [limit for limit in (end_sample, loader.plan.schedule.samples) if limit is not None]
         self._end = min(limits, default=None)
@@ -69,19 +69,19 @@ class Prefetcher:
         Raises:
             UserError: of the loader, here and not in the thread.
         """
-        if not self._threads or (self._end is not None and first_sample + self.global_batch_size > self._end):
+        if not self._threads or (self._end is not None and first_sample + self.step_samples > self._end):
             self.close()
             if self._in_use is None:
                 self._in_use = self._buffers.pop()
             buffers = self._in_use
-            return list(self.loader.micro_batches(first_sample, self.global_batch_size, _take_from(buffers, self._allocate)))
+            return list(self.loader.micro_batches(first_sample, self.step_samples, _take_from(buffers, self._allocate)))
         worker = self._worker
         if worker is None or worker.next_sample != first_sample:
             self.close()
             if self._in_use is not None:
                 self._buffers.append(self._in_use)
             worker = self._worker = _Worker(
-                self.loader, self.global_batch_size, first_sample, self._end, self._buffers, self._allocate
+                self.loader, self.step_samples, first_sample, self._end, self._buffers, self._allocate
             )
         elif self._in_use is not None:
             worker.free.put(self._in_use)
@@ -112,13 +112,13 @@ class _Worker:
     def __init__(
         self,
         loader: Loader,
-        global_batch_size: int,
+        step_samples: int,
         first_sample: int,
         end_sample: int | None,
         buffers: list[list[Tokens]],
         allocate: Allocate,
     ):
-        self._loader, self._size, self._allocate = loader, global_batch_size, allocate
+        self._loader, self._size, self._allocate = loader, step_samples, allocate
         self._end = math.inf if end_sample is None else end_sample
         self.next_sample = first_sample
         self.free: SimpleQueue[list[Tokens] | None] = SimpleQueue()

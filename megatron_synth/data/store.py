@@ -1,8 +1,8 @@
 """Prepared sources as one stream of tokens each, cut into windows.
 
-The stream of a source is the concatenation of its documents over all shards in order. With sequence length S, window
-w is tokens [w*S, w*S + S + 1): neighbouring windows share one token, the last label of the one and the first input of
-the next.
+The stream of a source is the concatenation of its documents over all shards in order. In windows of L inputs, window
+w is tokens [w*L, w*L + L + 1): neighbouring windows share one token, the last label of the one and the first input of
+the next. A mixture may begin its windows at any token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.indexed import AGAIN, Shard, file_size, with_suffix
+from megatron_synth.data import compiled
+from megatron_synth.data.indexed import AGAIN, Places, Shard, file_size, with_suffix
 from megatron_synth.data.manifest import FILE_NAME, Manifest, TokenizerInfo
 
 EAGER_SHARDS = 256
@@ -30,24 +31,24 @@ class Source:
     Any number of threads may read.
     """
 
-    def __init__(
-        self, name: str, path: Path, manifest: Manifest | None, shards: Sequence[Shard] = (), *, memory_map: bool = True
-    ):
-        """shards: those of a source without a manifest; with one they are opened as it says."""
-        assert (manifest is None) == bool(shards)
+    def __init__(self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True):
+        """bare: the only shard of a source without a manifest; with one they are opened as it says."""
         self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
-        self._shards: list[Shard | None] = list(shards) if manifest is None else [None] * len(manifest.shards)
-        sizes = [shard.num_tokens for shard in shards] if manifest is None else [info.tokens for info in manifest.shards]
+        self._shards: list[Shard | None]
+        if manifest is None:
+            assert bare is not None
+            self._shards, self.places, self.dtype = [bare], bare.places, bare.dtype
+            sizes, self.num_documents = [bare.num_tokens], bare.num_documents
+        else:
+            self._shards, self.places = [None] * len(manifest.shards), Places(len(manifest.shards))
+            self.dtype = np.dtype(manifest.dtype)
+            sizes = [info.tokens for info in manifest.shards]
+            self.num_documents = sum(info.documents for info in manifest.shards)
         self._ends_array = np.cumsum(sizes, dtype=np.int64)
         self._ends: list[int] = self._ends_array.tolist()
         self._begins: list[int] = [0, *self._ends[:-1]]
         self._begins_array = np.array(self._begins, dtype=np.int64)
         self.num_tokens: int = self._ends[-1]
-        self.num_documents: int = (
-            sum(shard.num_documents for shard in shards)
-            if manifest is None
-            else sum(info.documents for info in manifest.shards)
-        )
         self._before_read: Callable[[int, int, int], None] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
@@ -59,9 +60,9 @@ class Source:
         """Where the manifest says that tokenizer.json is; None without a manifest."""
         return None if self.manifest is None else self.path / self.manifest.tokenizer.path
 
-    def num_windows(self, sequence_length: int) -> int:
-        """Whole windows of `sequence_length` inputs and as many labels."""
-        return max(self.num_tokens - 1, 0) // sequence_length
+    def num_windows(self, length: int) -> int:
+        """Whole windows of `length` inputs and as many labels."""
+        return max(self.num_tokens - 1, 0) // length
 
     def shard(self, number: int) -> Shard:
         """One of the shards, opened and checked against the manifest.
@@ -72,27 +73,27 @@ class Source:
         shard = self._shards[number]
         if shard is None:
             assert self.manifest is not None
-            shard = self._shards[number] = _open_checked(self.path, self.manifest, number, self.memory_map)
+            shard = self._shards[number] = _open_checked(self, self.manifest, number)
         return shard
 
     def check_before_reading(self, check: Callable[[int, int, int], None]) -> None:
         """Call `check(shard number, first byte, byte after the last)` before any tokens of the .bin file are handed out.
 
-        What it raises reaches the reader instead of the tokens. Open the source without a memory map for this: what the
+        What it raises reaches the reader instead of the tokens. The source must be open without a memory map: what the
         check itself reads, and what is handed out, then fails with a message and not with a signal.
         """
+        assert not self.memory_map, "rows are copied from memory maps unasked"
         self._before_read = check
 
-    def read_window(self, window: int, out: np.ndarray) -> None:
-        """Fill `out` [S + 1], of any integer type that holds the vocabulary, with the tokens of window `window`.
+    def read(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` [N], of any integer type that holds the vocabulary, with tokens [begin, begin + N) of the stream.
 
         Raises:
             UserError: a file cannot be read there; it names file and offset.
         """
         length = len(out)
-        begin = window * (length - 1)
         number = bisect_right(self._ends, begin)
-        assert 0 <= window < self.num_windows(length - 1), (self.name, window, out.shape)
+        assert 0 <= begin <= self.num_tokens - length, (self.name, begin, out.shape)
         filled = 0
         while filled < length:
             shard = self.shard(number)
@@ -106,73 +107,75 @@ class Source:
             filled += len(part)
             number += 1
 
-    @property
-    def shards(self) -> Sequence[Shard | None]:
-        """By number; None for those that were not opened yet."""
-        return self._shards
+    def read_window(self, window: int, out: np.ndarray) -> None:
+        """`read` of window `window`; out: [L + 1]."""
+        self.read(window * (len(out) - 1), out)
 
-    def places_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each window the number of the shard that holds all its S + 1 tokens, and the first one's place in it.
+    def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each window the number of the shard that holds all its L + 1 tokens, and the first one's place in it.
 
-        windows: int64 [N]. Returns int64 [N] twice. The number is -1 for a window that lies in several shards, or whose
-        reads are checked: `read_window` reads those. Opens nothing.
+        begins: int64 [N] first token of each window. Returns int64 [N] twice. The number is -1 for a window that lies in
+        several shards: `read` reads those. Opens nothing.
         """
-        begins = windows * sequence_length
         numbers = np.searchsorted(self._ends_array, begins, side="right")
-        whole = begins + sequence_length < self._ends_array[numbers]
-        if self._before_read is not None:
-            whole[:] = False
+        whole = begins + length < self._ends_array[numbers]
         return np.where(whole, numbers, -1), begins - self._begins_array[numbers]
 
-    def will_need(self, window: int, sequence_length: int) -> None:
+    def will_need(self, begin: int, length: int) -> None:
         """Ask the system to fetch a window from disk in the background. Only a hint: nothing is raised, nothing waits.
 
         A window that goes on in another shard has only its beginning fetched.
         """
-        begin = window * sequence_length
         number = bisect_right(self._ends, begin)
         shard = self._shards[number]
         if shard is not None:
-            shard.will_need(begin - self._begins[number], min(sequence_length + 1, self._ends[number] - begin))
+            shard.will_need(begin - self._begins[number], min(length + 1, self._ends[number] - begin))
 
-    def document_starts(self, window: int, sequence_length: int) -> np.ndarray:
-        """Offsets in [0, S) of this window at which a document starts, ascending, int64. Reads the index, no tokens."""
-        offsets, _ = self.document_starts_of(np.array([window]), sequence_length)
-        return offsets[offsets < sequence_length]
+    def document_starts(self, window: int, length: int) -> np.ndarray:
+        """Offsets in [0, L) of this window at which a document starts, ascending, int64. Reads the index, no tokens."""
+        offsets, _ = self.document_starts_of(np.array([window * length]), length)
+        return offsets[offsets < length]
 
-    def document_starts_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets in [0, S] at which a document starts, for many windows at once; S itself is the last label.
+    def document_starts_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets in [0, L] at which a document starts, for many windows at once; L itself is the last label.
 
-        windows: int64 [N]. Returns all offsets, window by window, ascending in each, int64; and how many belong to each
-        window, int64 [N]. Reads the indexes, no tokens.
+        begins: int64 [N] first token of each window. Returns all offsets, window by window, ascending in each, int64; and
+        how many belong to each window, int64 [N]. Reads the indexes, no tokens.
         """
-        begins = windows * sequence_length
         numbers = np.searchsorted(self._ends_array, begins, side="right")
-        inside = begins + sequence_length < self._ends_array[numbers]
+        inside = begins + length < self._ends_array[numbers]
         first = int(numbers[0]) if len(numbers) else 0
         if inside.all() and (numbers == first).all():
-            return self._starts_in(first, begins, sequence_length)
+            return self._starts_in(first, begins, length)
         pieces: list[tuple[np.ndarray, np.ndarray]] = []
         for number in np.unique(numbers[inside]).tolist():
             rows = np.flatnonzero(inside & (numbers == number))
-            offsets, counts = self._starts_in(number, begins[rows], sequence_length)
+            offsets, counts = self._starts_in(number, begins[rows], length)
             pieces.append((np.repeat(rows, counts), offsets))
         for row in np.flatnonzero(~inside).tolist():
-            offsets = self._starts_across(int(numbers[row]), int(begins[row]), sequence_length)
+            offsets = self._starts_across(int(numbers[row]), int(begins[row]), length)
             pieces.append((np.full(len(offsets), row), offsets))
         rows = np.concatenate([rows for rows, _ in pieces])
         by_row = np.argsort(rows, kind="stable")
-        return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(windows))
+        return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(begins))
 
-    def _starts_in(self, number: int, begins: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def unreadable(self, shard: int, error: compiled.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
+        return self.shard(shard).unreadable(error)
+
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
+        self.shard(shard).open_index()
+
+    def _starts_in(self, number: int, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As `document_starts_of`, for windows within one shard."""
         local = begins - self._begins[number]
-        starts, counts = self.shard(number).document_starts_of(local, local + (sequence_length + 1))
+        starts, counts = self.shard(number).document_starts_of(local, local + (length + 1))
         return starts - np.repeat(local, counts), counts
 
-    def _starts_across(self, number: int, begin: int, sequence_length: int) -> np.ndarray:
+    def _starts_across(self, number: int, begin: int, length: int) -> np.ndarray:
         """As `document_starts_of`, for one window that goes on in another shard."""
-        end, starts = begin + sequence_length + 1, []
+        end, starts = begin + length + 1, []
         while number < len(self._shards) and self._begins[number] < end:
             base = self._begins[number]
             local = self.shard(number).document_starts(max(begin - base, 0), min(end, self._ends[number]) - base)
@@ -202,7 +205,7 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
             f"{path}: source {name!r} not found; expected a folder with {FILE_NAME} (made by `megatron-synth prepare`) "
             f"or the prefix of a Megatron .bin/.idx pair"
         )
-    return Source(name, prefix, None, [Shard(prefix, memory_map=memory_map)], memory_map=memory_map)
+    return Source(name, prefix, None, Shard(prefix, memory_map=memory_map), memory_map=memory_map)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -215,9 +218,9 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
                 raise UserError(f"{path}: {FILE_NAME} announces {expected} bytes, found {found} bytes; {AGAIN}")
 
 
-def _open_checked(folder: Path, manifest: Manifest, number: int, memory_map: bool) -> Shard:
+def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
-    shard = Shard(folder / info.name, memory_map=memory_map)
+    shard = Shard(source.path / info.name, memory_map=source.memory_map, places=source.places, number=number)
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

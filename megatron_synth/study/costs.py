@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.dataset import vocab_size_of
+from megatron_synth.data.dataset import spec_of, vocab_size_of
 from megatron_synth.data.loader import validation_windows
-from megatron_synth.data.mixture import MixturePlan, SourceSpec
+from megatron_synth.data.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.store import Source, check_compatible
 from megatron_synth.study.design import Study
 from megatron_synth.study.runs import Run
@@ -101,8 +100,7 @@ def check_sources(study: Study, runs: Sequence[Run], sources: Sources) -> dict[t
         key = use_key(run)
         if key in uses:
             continue
-        train = run.config.train
-        samples, length = train.steps * train.global_batch_size, train.sequence_length
+        samples, length = run.config.total_samples, run.config.window_length
         specs = [_spec(study, run, name, sources, length) for name in run.config.data.sources]
         plan = MixturePlan(specs, run.config.data_seed)
         try:
@@ -134,11 +132,11 @@ def _spec(study: Study, run: Run, name: str, sources: Sources, length: int) -> S
     entry = run.config.data.sources[name]
     expected = study.sources[name].tokens
     if name in sources.opened:
-        windows = sources.opened[name].num_windows(length)
-    else:
-        windows = _UNKNOWN if expected is None else max(1, (expected - 1) // length)
-    unique = None if entry.unique_tokens is None else entry.unique_tokens // length
-    return SourceSpec(name, entry.ratio or Fraction(0), windows, entry.max_epochs, unique)
+        expected = sources.opened[name].num_tokens
+    elif expected is None:
+        return spec_of(name, entry, _UNKNOWN, length)
+    windows = windows_in(expected, length, shifted=entry.shift_windows)
+    return spec_of(name, entry, windows if name in sources.opened else max(1, windows), length)
 
 
 def cost_of(study: Study, run: Run, vocab_size: int) -> Cost:

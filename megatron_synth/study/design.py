@@ -48,6 +48,8 @@ class StudySource(Section):
     """How often a run may see it; a study with a run that needs more is refused before anything runs."""
     unique_tokens: PositiveInt | None = None
     """Use only so many tokens of it: simulated epoching, where a small run repeats its text as the real one would."""
+    shift_windows: bool = False
+    """As in a training configuration."""
     tokens: PositiveInt | None = None
     """How many it will have, for planning while it is not prepared."""
 

@@ -204,6 +204,7 @@ def _sources(study: Study, arm: str) -> dict[str, Any]:
             "ratio": str(share.ratio),
             "max_epochs": source.max_epochs if share.max_epochs is None else share.max_epochs,
             "unique_tokens": share.unique_tokens or source.unique_tokens,
+            "shift_windows": source.shift_windows,
         }
     return result
 

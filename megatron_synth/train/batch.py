@@ -1,6 +1,6 @@
 """A micro-batch on the device, and what a step sums up of its losses.
 
-B sequences of a micro-batch, S tokens, K sources.
+B sequences of a micro-batch, S tokens in k windows of L, K sources.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megatron_synth.model.documents import Documents
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout
 
-LOSS, Z_LOSS, LABELS, ROWS = range(4)
+LOSS, Z_LOSS, LABELS, SAMPLES = range(4)
 """Rows of the sums [4, K] that a step leaves behind, each by source: sums over labels of the loss and of the z-loss, number of
-labels that count, number of rows."""
+labels that count, number of samples."""
 NUM_SUMS = 4
 
 
@@ -32,15 +32,32 @@ class TensorBatch:
     """A micro-batch of one data-parallel rank."""
 
     tokens: Tensor
-    """[B, S + 1] int64: inputs are columns 0..S-1, labels columns 1..S. [B, 0] where no stage of this rank reads any."""
+    """[B, k (L + 1)] int64, window after window. [B, 0] where no stage of this rank reads any."""
     sources: Tensor
-    """[B] int64."""
+    """[B k] int64."""
     weights: Tensor
-    """[B] fp64: 1 for a row that counts, 0 for padding."""
+    """[B k] fp64: 1 for a window that counts, 0 for padding."""
     documents: Documents | None = None
-    """Where documents begin; None: each row is one."""
+    """Where documents begin, a window being one that begins; None: each row is one."""
     loss_mask: Tensor | None = None
     """[B, S] bool: labels that count; None: all of them."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, S]: the first L tokens of each window."""
+        return self._of_windows(slice(None, -1))
+
+    @property
+    def labels(self) -> Tensor:
+        """[B, S]: the last L tokens of each window."""
+        return self._of_windows(slice(1, None))
+
+    def _of_windows(self, part: slice) -> Tensor:
+        rows, width = self.tokens.shape
+        number = len(self.sources) // rows
+        if number == 1:  # a view
+            return self.tokens[:, part]
+        return self.tokens.view(rows, number, width // number)[..., part].flatten(1)
 
     def padding(self) -> TensorBatch:
         """The same batch, none of whose rows count."""
@@ -57,6 +74,7 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
 
     Tokens may come as int32, half the bytes to move: they are widened on the device.
     """
+    rows = len(batch.tokens)
 
     def move(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -66,9 +84,9 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     documents = loss_mask = None
     if batch.boundaries is not None and data.document_masks:
         bounds = batch.boundaries
-        documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, move(bounds.position_ids()))
+        documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, move(bounds.position_ids().reshape(rows, -1)))
     if batch.boundaries is not None and data.eod_mask_loss:
-        loss_mask = move(batch.boundaries.loss_mask())
+        loss_mask = move(batch.boundaries.loss_mask().reshape(rows, -1))
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
 
 
@@ -82,6 +100,7 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_rank=ranks.data_rank,
         data_parallel_size=layout.data,
+        windows_per_sequence=config.data.windows_per_sequence,
         with_boundaries=needs_boundaries(config.data),
         with_tokens=ranks.needs_tokens,
         dtype=np.int32 if on_gpu else np.int64,  # a copy in place of a widening, where none is made
@@ -90,19 +109,21 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData) -
     def buffer(shape: tuple[int, int], dtype: np.dtype[Any]) -> Tokens:
         return torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=on_gpu).numpy()
 
-    batch = config.train.global_batch_size
-    return Prefetcher(loader, batch, end_sample=config.train.steps * batch, allocate=buffer)
+    return Prefetcher(loader, config.samples_per_step, end_sample=config.total_samples, allocate=buffer)
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:
     """Per-token losses and z-losses [B, S] -> sums [4, K] fp64 by source."""
+    windows = len(batch.sources), -1
+    losses = losses.reshape(windows)
     counts = batch.weights[:, None] > 0
-    counts = counts.expand_as(losses) if batch.loss_mask is None else counts & batch.loss_mask
+    counts = counts.expand_as(losses) if batch.loss_mask is None else counts & batch.loss_mask.reshape(windows)
     sums = torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=losses.device)
     # a NaN in a padded row or at a masked label must not survive: it is left out, not multiplied by 0
     for row, values in ((LOSS, losses), (Z_LOSS, z_losses)):
         if values is not None:
-            sums[row].index_add_(0, batch.sources, values.detach().where(counts, 0.0).sum(dim=1, dtype=torch.float64))
+            kept = values.detach().reshape(windows).where(counts, 0.0)
+            sums[row].index_add_(0, batch.sources, kept.sum(dim=1, dtype=torch.float64))
     sums[LABELS].index_add_(0, batch.sources, counts.sum(dim=1, dtype=torch.float64))
-    sums[ROWS].index_add_(0, batch.sources, batch.weights)
+    sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
     return sums

@@ -161,7 +161,7 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
             f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of "
             f"(sources, ratios, their prepared data, data seed or sequence length; digest {saved.plan_digest} -> "
             f"{data.digest}). Restore the data section of config.yaml in the run directory; to change the mixture from here "
-            f"on, add a phase to data.phases that begins at {saved.samples * data.sequence_length} tokens or later; or "
+            f"on, add a phase to data.phases that begins at {saved.samples * data.window_length} tokens or later; or "
             f"{elsewhere}"
         )
 

@@ -85,11 +85,9 @@ def _memory(config: Config, layout: Layout, vocab_size: int) -> list[str]:
 
 def _mixture(config: Config, sources: dict[str, Source | None]) -> list[str]:
     """The mixture's tables; checks the mixture as far as its sources are prepared."""
-    train = config.train
-    length = train.sequence_length
     prepared = [name for name, source in sources.items() if source is not None]
-    order = plan_of(config, {name: source.num_windows(length) if source else None for name, source in sources.items()})
-    order.check(train.steps * train.global_batch_size, length)
+    order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
+    order.check(config.total_samples, config.window_length)
     tables = [source_table(config, order, prepared)]
     return [*tables, "", phase_tables(config, order, prepared)] if order.phased else tables
 

@@ -13,7 +13,7 @@ from megatron_synth.data.store import Source
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.parallel.wrap import whole_weights
 from megatron_synth.train import metrics
-from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, ROWS, TensorBatch, needs_boundaries, to_device
+from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, SAMPLES, TensorBatch, needs_boundaries, to_device
 from megatron_synth.train.step import Pipeline
 
 
@@ -69,7 +69,7 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout) -> tuple[float, 
     while rounds := [to_device(batch, ranks.device, data, batch.valid) for batch in islice(stream, layout.num_microbatches)]:
         sums += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
     torch.distributed.all_reduce(sums)
-    rows, labels = int(sums[ROWS]), int(sums[LABELS])
+    rows, labels = int(sums[SAMPLES]), int(sums[LABELS])
     assert rows == windows, f"{source.name}: {rows} windows evaluated, {windows} expected"
     return float(sums[LOSS]) / max(labels, 1), labels
 

@@ -21,6 +21,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.core import outcome
 from megatron_synth.core.flops import count_parameters, flops_per_token
 from megatron_synth.core.log import human, say
+from megatron_synth.data import compiled
 from megatron_synth.data.dataset import RunData
 from megatron_synth.data.ledger import Ledger
 from megatron_synth.model import kernels
@@ -148,7 +149,7 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
         self.step = self.samples = 0
-        self.ledger = Ledger.of(data.plan, config.train.sequence_length)
+        self.ledger = Ledger.of(data.plan, config.window_length)
         if saved is not None:
             assert found is not None
             checkpoint.load(found, self.chunks, self.optimizer)
@@ -217,7 +218,7 @@ class Trainer:
 
     def run(self, stop: StopRequest, collection: ManualCollection) -> int:
         """All remaining steps, with saves and evaluations where they are due."""
-        train, steps = self.config.train, self.config.train.steps
+        steps = self.config.train.steps
         self._header()
         started_at = self.step
         saved_at = self.step if self.samples else None
@@ -239,7 +240,7 @@ class Trainer:
             self.step += 1
             outcome.at_step(self.step)
             collection.after_step(self.step)
-            self.samples += train.global_batch_size
+            self.samples += self.config.samples_per_step
             self.recorder.add(self.step, self.samples, result, lr, step_s=ended - began, data_s=loaded - began)
             if self.precision_text and self.step == started_at + 1:
                 self.recorder.include({metrics.PRECISION: self.precision_text})
@@ -336,7 +337,6 @@ class Trainer:
         """What this run is, before its first step."""
         config, data = self.config, self.data
         parameters = count_parameters(config.model, data.vocab_size)
-        total = config.train.steps * config.train.global_batch_size
         flops = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
         say(f"run {self.run_dir.id} in {self.run_dir.path}" + (f", resumed at step {self.step}" if self.step else ""))
         size = f"{human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding)"
@@ -347,10 +347,13 @@ class Trainer:
         say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
         for line in kernels.summary(kernels.active()):
             say(line)
-        tokens = human(total * config.train.sequence_length)
+        tokens = human(config.train.steps * config.train.tokens_per_step)
         if self.precision_text and self.ranks.rank == 0:
             self.run_dir.event(self.precision_text)
         say(f"mixture {data.plan.describe()} over {tokens} tokens in {config.train.steps} steps")
+        slow = compiled.missing()
+        if slow is not None:
+            say(f"warning: {slow}")
 
 
 def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:

@@ -81,12 +81,13 @@ def _samples(text: str) -> range:
 
 def _plan(config: Config) -> None:
     """Print the tables, then refuse what a training run would refuse."""
-    train = config.train
-    length, total = train.sequence_length, train.steps * train.global_batch_size
+    length, total = config.window_length, config.total_samples
     sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
     prepared = [name for name, source in sources.items() if source is not None]
-    order = plan_of(config, {name: source.num_windows(length) if source else None for name, source in sources.items()})
-    print(f"{total:,} samples of {length} tokens = {total * length:,} tokens, data seed {config.data_seed}\n")
+    order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
+    number = config.data.windows_per_sequence
+    sequences = "" if number == 1 else f" in sequences of {number}"
+    print(f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens, data seed {config.data_seed}\n")
     print(phase_tables(config, order, prepared))
     print(f"\nin all\n{source_table(config, order, prepared)}", flush=True)
     order.check(total, length)
@@ -101,26 +102,33 @@ def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> st
     Raises:
         UserError: there is no such sample, or no tokenizer to decode it with.
     """
-    plan, length = data.plan, config.train.sequence_length
+    plan, length = data.plan, config.window_length
     end = plan.schedule.samples
     if sample < 0 or (end is not None and sample >= end):
         raise UserError(f"sample {sample}: the samples are 0 to {'any number' if end is None else end - 1}")
     tokenizer = _tokenizer(data) if text else None
     [[source_id], [occurrence]] = (part.tolist() for part in plan.occurrences([sample]))
-    window = int(plan.locate([sample])[1][0])
+    window, offset = (int(part[0]) for part in plan.places([sample])[1:])
     spec, source = plan.sources[source_id], data.sources[source_id]
     epoch, place = divmod(occurrence, spec.epoch_windows)
-    step = sample // config.train.global_batch_size
-    unique = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
+    step = sample // config.samples_per_step
+    start = window * length + offset
+    cut = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
+    if spec.shift:
+        cut = f", which begin at token {offset} in this epoch"
+    number = config.data.windows_per_sequence
+    before = sample // number * number
+    beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
+    steps, sequences = config.train.steps, config.train.global_batch_size
     lines = [
-        f"sample   {sample}: step {step + 1} of {config.train.steps} at {config.train.global_batch_size} sequences a step",
+        f"sample   {sample}: step {step + 1} of {steps} at {sequences} sequences a step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
-        f"window   {window} of {spec.num_windows}{unique}: tokens {window * length} to {(window + 1) * length} of the source",
+        f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
     ]
     rows: list[tuple[str, ...]] = [("document", "of its shard", "tokens", "from", "to", "begins", "ends")]
     numbers, parts = [], []
-    for span in _spans(source, window * length, (window + 1) * length + 1):
+    for span in _spans(source, start, start + length + 1):
         where = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
         lines.append(f"file     {span.shard.bin_path}: {where}")
         edges = np.append(span.shard.document_starts(0, span.shard.num_tokens), span.shard.num_tokens).tolist()
@@ -137,7 +145,7 @@ def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> st
     lines += ["", table(rows)]
     if tokenizer is not None:
         tokens = np.empty(length + 1, dtype=np.int64)
-        source.read_window(window, tokens)
+        source.read(start, tokens)
         for name, (first, last) in zip(numbers, parts, strict=True):
             decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
             lines += ["", f"--- document {name}", decoded]
@@ -196,7 +204,7 @@ def _audit(path: Path) -> int:
     if recorded is None:
         raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
     data = open_data(config)
-    plan, length = data.plan, config.train.sequence_length
+    plan, length = data.plan, config.window_length
     print(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
     for spec, source in zip(plan.sources, data.sources, strict=True):
         file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
@@ -218,17 +226,17 @@ def _audit(path: Path) -> int:
     return EXIT_DIFFERENT
 
 
-def audit_ledger(plan: MixturePlan, sequence_length: int, recorded: dict[str, Any], file: Path) -> list[Difference]:
+def audit_ledger(plan: MixturePlan, window_length: int, recorded: dict[str, Any], file: Path) -> list[Difference]:
     """What in a ledger.json is not as planned for its number of samples."""
     samples = recorded.get("samples")
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
-    planned = Ledger.planned(plan, sequence_length, samples).to_json()
+    planned = Ledger.planned(plan, window_length, samples).to_json()
     return [(file.name, *difference) for difference in _leaves(planned, recorded)]
 
 
 def audit_metrics(
-    plan: MixturePlan, sequence_length: int, records: list[metrics.Record], saved_tokens: int | None, file: Path
+    plan: MixturePlan, window_length: int, records: list[metrics.Record], saved_tokens: int | None, file: Path
 ) -> list[Difference]:
     """What in the records of the steps is not as planned; saved_tokens: those of ledger.json, written after some step."""
     found: list[Difference] = []
@@ -241,13 +249,13 @@ def audit_metrics(
             found.append((file.name, at, metrics.STEP, str(expected), str(step)))
         tokens = record.get(metrics.TOKENS)
         saved = saved or tokens == saved_tokens
-        samples, part = divmod(tokens, sequence_length) if isinstance(tokens, int) else (None, 0)
+        samples, part = divmod(tokens, window_length) if isinstance(tokens, int) else (None, 0)
         if part or not _is_count(samples, plan) or samples <= before:
-            what = f"more than {before * sequence_length}, in samples of {sequence_length}"
+            what = f"more than {before * window_length}, in samples of {window_length}"
             found.append((file.name, at, metrics.TOKENS, what, str(tokens)))
             continue
         before = samples
-        for name, source in Ledger.planned(plan, sequence_length, samples).to_json()["sources"].items():
+        for name, source in Ledger.planned(plan, window_length, samples).to_json()["sources"].items():
             for key, planned in ((metrics.SHARE + name, source["share"]), (metrics.EPOCH + name, source["epochs"])):
                 # a source that joined the run later is not in the records before
                 value = record.get(key, None if source["samples"] else planned)

@@ -19,7 +19,7 @@ from megatron_synth.data.dataset import RunData
 from megatron_synth.data.ledger import Ledger
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train import metrics
-from megatron_synth.train.batch import LABELS, LOSS, ROWS, Z_LOSS
+from megatron_synth.train.batch import LABELS, LOSS, SAMPLES, Z_LOSS
 from megatron_synth.train.notes import Notes
 from megatron_synth.train.rundir import RunDir
 from megatron_synth.train.tracker import Tracker
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepar
 class Recorder:
     """Collects steps on all ranks; rank 0 writes metrics.jsonl, the console line and the tracker.
 
-    The ledger is fed from what the loss was computed on, row by row, not from what was planned.
+    The ledger is fed from what the loss was computed on, window by window, not from what was planned.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Recorder:
             for record, end, of_step in zip(records, self._ends, reduced, strict=True):
                 self._complete(record, of_step, max(memory))
                 if self._ranks.rank == 0:
-                    self._notes.step(record, dict(zip(self._plan.names, map(int, of_step[ROWS]), strict=True)), end)
+                    self._notes.step(record, dict(zip(self._plan.names, map(int, of_step[SAMPLES]), strict=True)), end)
             if self._ranks.rank == 0:
                 self._notes.times(records[-1][metrics.STEP], own_s)
             self._pending, self._ends, self._own_s = [], [], []
@@ -160,13 +160,13 @@ class Recorder:
             say(metrics.format_eval(record))
 
     def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float) -> None:
-        """Fill in what the reduction brought, and count the rows in the ledger. sums: [4, K], see batch.py."""
-        train = self._config.train
-        losses, labels, rows = sums[LOSS], sums[LABELS], sums[ROWS]
-        assert sum(rows) == train.global_batch_size, f"{sum(rows)} rows in a batch of {train.global_batch_size}"
-        self._ledger.merge([int(count) for count in rows])
+        """Fill in what the reduction brought, and count the samples in the ledger. sums: [4, K], see batch.py."""
+        losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
+        expected = self._config.samples_per_step
+        assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
+        self._ledger.merge([int(count) for count in samples])
         record[metrics.LOSS] = math.fsum(losses) / max(sum(labels), 1)
-        if train.z_loss:
+        if self._config.train.z_loss:
             record[metrics.Z_LOSS] = math.fsum(sums[Z_LOSS]) / max(sum(labels), 1)
         for name, loss, count in zip(self._plan.names, losses, labels, strict=True):
             if count:

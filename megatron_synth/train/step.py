@@ -65,10 +65,10 @@ def _forward_step(
 ) -> tuple[Any, Any]:
     batch = next(batches)
     output = model(
-        batch.tokens[:, :-1],
+        batch.inputs,
         None,
         None,
-        labels=batch.tokens[:, 1:],
+        labels=batch.labels,
         packed_seq_params=batch.documents,
         loss_mask=objective_of(batch),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from megatron_synth.bench import loader as bench
 from megatron_synth.bench import loader_peers as peers
+from megatron_synth.bench import summary
+from megatron_synth.config.errors import UserError
 from megatron_synth.data.store import open_source
 
 
@@ -67,9 +70,9 @@ def test_ways_to_use_our_loader_give_the_same_tokens(folder, name) -> None:
 
 def test_the_table_has_a_row_for_each_and_says_why_one_is_left_out(folder, monkeypatch) -> None:
     monkeypatch.setattr(peers.Contender, "missing", property(lambda self: self.needs is not None))
-    assert bench._in_process(contender("Grain, no threads"), folder)["left_out"] == "not installed"
+    assert bench._in_process(contender("Grain, no threads"), folder, ())["left_out"] == "not installed"
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    failed = bench._in_process(contender("ours"), folder)
+    failed = bench._in_process(contender("ours"), folder, ())
     assert failed["left_out"] == "failed: exit code 1"
     turn = {"limit": 4e9, "random": 2e9, "own": 1e9}
     measured = {
@@ -88,3 +91,53 @@ def test_the_table_has_a_row_for_each_and_says_why_one_is_left_out(folder, monke
     assert rows[2][1:3] == ["2000", "50.0%"]
     assert rows[3][1:8] == ["1000.0", "25.0%", "50.0%", "0.0010", "0.0020", "0.0030", "1.0"]
     assert rows[4][1] == "failed: exit code 1" and len({len(row) for row in rows}) == 1
+
+
+def test_peers_are_looked_for_in_other_environments(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(peers.Contender, "missing", property(lambda self: self.needs is not None))
+    for name, code in (("without", 1), ("with", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    others = [tmp_path / "without", tmp_path / "with"]
+    assert bench._python(contender("Grain, no threads"), others) == str(tmp_path / "with")
+    assert bench._python(contender("Grain, no threads"), others[:1]) is None
+    assert bench._python(contender("ours"), others) == sys.executable
+
+
+def test_runs_of_single_loaders_make_one_table_that_names_versions(tmp_path, capsys) -> None:
+    turn = {"limit": 4e9, "random": 2e9, "own": 1e9}
+    rest = {"rounds": [turn], "start_s": {"100000": 0.1}, "growth_bytes": 0, "worst": 0.8, "resume_s": 0.1, "state_bytes": 15}
+    files = []
+    for number, (package, numpy) in enumerate((("grain 1.0", "2.0"), ("streaming 3.0", "1.9"))):
+        loader = {"name": package, "package": package, "versions": {"numpy": numpy, "torch": "2.9"}, **rest}
+        loader |= {"resumed_exactly": True, "extend": [200, 200]}
+        head = {
+            "command": f"c{number}",
+            "date": f"2026-01-0{number + 1}",
+            "git": None,
+            "device": "d",
+            "threads": 1,
+            "tokens": 9,
+        }
+        content = {**head, "versions": {"numpy": "2.0", "torch": "2.9"}, "loaders": [loader]}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(content))
+    assert summary.main([str(file) for file in files]) == 0
+    printed = capsys.readouterr().out
+    assert "- command: `c0`, `c1`" in printed and "2026-01-01 to 2026-01-02" in printed
+    assert "- peers: grain 1.0, streaming 3.0 (with numpy 1.9)" in printed
+    assert printed.count("| limit: in order") == 1 and printed.count("\n| streaming 3.0") == 1
+    files[1].write_text(files[1].read_text().replace('"device": "d"', '"device": "e"'))
+    with pytest.raises(UserError, match="device is d in `c0` and e in `c1`"):
+        summary.main([str(file) for file in files])
+
+
+def test_olmo_core_mixes_as_it_is_judged(folder) -> None:
+    pytest.importorskip("olmo_core")
+    stream = contender("OLMo-core, no threads").open(peers.Sources(folder, 32), 2000)
+    first = [stream.next() for _ in range(3)]
+    state = stream.state()
+    expected = stream.next()
+    again = contender("OLMo-core, no threads").open(peers.Sources(folder, 32), 2000)
+    again.restore(state)
+    assert first[0].shape == (peers.ROWS, 32) and again.next().tolist() == expected.tolist()

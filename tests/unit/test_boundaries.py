@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.data import indexed
+from megatron_synth.data import document_index
 from megatron_synth.data.boundaries import BoundaryTable
 from megatron_synth.data.indexed import ShardWriter
 from megatron_synth.data.loader import Loader, validation_batches
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.store import open_source
 from tests.unit.test_store import make
+
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
 
 
 def walk(documents: np.ndarray) -> tuple[list[int], list[list[int]], list[list[bool]]]:
@@ -75,7 +77,7 @@ def test_a_loader_s_boundaries_are_those_of_the_documents_that_it_reads(
     folder: Path = tmp_path_factory.mktemp("sources")
     number, sources = 0, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "SAMPLED", sampled)
+        patch.setattr(document_index, "SAMPLED", sampled)
         for name in ("a", "b"):
             make(folder / name, [[*part, 60] for part in shards], np.int32)
             for shard in range(len(shards)):

@@ -11,7 +11,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data import duplicates, duplicates_cli, ngrams
 from megatron_synth.data.duplicates import find_duplicates
 from megatron_synth.data.indexed import ShardWriter
-from megatron_synth.data.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.manifest import Counts, Manifest, PackingInfo, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.ngrams import Batch, hashes
 
 EOD = 0
@@ -108,10 +108,11 @@ def test_short_documents_are_no_near_duplicates_of_each_other(tmp_path):
     assert shared(find_duplicates([folder])) == {("a", "a"): (0, 0)}
 
 
-@pytest.mark.parametrize("limit", [2**20, 100])
+@pytest.mark.parametrize("limit", [2**20, 100, 3])
 def test_contamination_equals_brute_force(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(duplicates, "VALIDATION_NGRAMS", limit)
     monkeypatch.setattr(ngrams, "BATCH_TOKENS", 1000)
+    monkeypatch.setattr(ngrams, "BATCH_DOCUMENTS", limit)
     train, other, valid = random_documents(5, 40), random_documents(6, 10), random_documents(7, 12)
     valid[0] = train[2][10:30] + valid[0]  # eight 13-grams
     valid[1] = train[4][:200] + valid[1][:100]  # more than half
@@ -157,3 +158,15 @@ def test_the_verb_prints_a_table_and_writes_json(tmp_path, capsys):
     assert data["redundant"] == 4 and data["contamination"][0]["any"] == 3
     with pytest.raises(UserError, match="--threshold: expected a number above 0"):
         duplicates_cli.main([str(tmp_path / "out"), "--threshold", "0"])
+
+
+def test_packed_sources_are_compared_without_their_padding(tmp_path):
+    """Padding is no text, and there are more entries in the index than documents."""
+    folder = make(tmp_path / "a", [*random_documents(1, 3), *[[]] * 5, *random_documents(1, 2)], per_shard=100)
+    manifest = Manifest.load(folder)
+    packing = PackingInfo(sequence_length=300, padding_tokens=5, cut_documents=0, cut_without=0)
+    counts = manifest.counts.model_copy(update={"documents": 4})
+    manifest.model_copy(update={"packing": packing, "counts": counts}).save(folder)
+    report = find_duplicates([folder])
+    assert report.sources == {"a": 5} and report.redundant == 2
+    assert shared(report) == {("a", "a"): (4, 4)}

@@ -9,6 +9,8 @@ import pytest
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.indexed import HEADER, Shard, ShardWriter, token_dtype, with_suffix
 
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
+
 DTYPES = [np.uint16, np.int32]
 
 

@@ -25,7 +25,7 @@ PLAN = MixturePlan(
 
 
 def new_ledger() -> Ledger:
-    return Ledger(PLAN.names, PLAN.ratios, PLAN.num_windows, sequence_length=16)
+    return Ledger(PLAN.names, PLAN.ratios, PLAN.num_windows, 16)
 
 
 def deliver(ledgers: list[Ledger], first: int, size: int) -> None:

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.compiled import BusError
+from megatron_synth.data.indexed import Places
 from megatron_synth.data.loader import Loader, deal, validation_batches, validation_windows
 from megatron_synth.data.mixture import MixturePlan, SourceSpec
+
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
 
 FIRST: dict[str, Any] = dict(sequence_length=16, micro_batch_size=8, data_parallel_rank=0, data_parallel_size=1)
 
@@ -29,21 +33,30 @@ class MemorySource:
     def num_windows(self, sequence_length: int) -> int:
         return (self.num_tokens - 1) // sequence_length
 
+    def read(self, begin: int, out: np.ndarray) -> None:
+        assert 0 <= begin <= self.num_tokens - len(out)
+        out[:] = self.stream[begin : begin + len(out)]
+
     def read_window(self, window: int, out: np.ndarray) -> None:
-        length = len(out) - 1
-        assert 0 <= window < self.num_windows(length)
-        out[:] = self.stream[window * length : window * length + length + 1]
+        self.read(window * (len(out) - 1), out)
 
-    shards: tuple[None, ...] = ()
+    dtype = np.dtype(np.int32)
+    places = Places(1)
 
-    def places_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.full_like(windows, -1), np.zeros_like(windows)
+    def open_index(self, shard: int) -> None:
+        raise AssertionError("no row lies in a shard")
 
-    def document_starts_of(self, windows: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        return windows % sequence_length, np.ones(len(windows), dtype=np.int64)
+    def unreadable(self, shard: int, error: BusError) -> UserError:
+        raise AssertionError("nothing is mapped")
 
-    def will_need(self, window: int, sequence_length: int) -> None:
-        assert 0 <= window < self.num_windows(sequence_length)
+    def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full_like(begins, -1), np.zeros_like(begins)
+
+    def document_starts_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return begins // length % length, np.ones(len(begins), dtype=np.int64)
+
+    def will_need(self, begin: int, length: int) -> None:
+        assert 0 <= begin < self.num_tokens - length
 
 
 def two_sources(sequence_length: int) -> tuple[MixturePlan, list[MemorySource]]:

@@ -94,7 +94,7 @@ def test_all_small_sources_are_named_with_numbers_and_the_advice_holds() -> None
     plan = MixturePlan(sources, 1)
     assert plan.required_windows(5000) == {"web": 2500, "qa": 1500, "books": 1000}
     with pytest.raises(UserError) as caught:
-        plan.check(5000, sequence_length=4096)
+        plan.check(5000, window_length=4096)
     message = str(caught.value)
     assert "web" not in message
     for fragment in (

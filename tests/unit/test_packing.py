@@ -89,6 +89,10 @@ shard_tokens: 9000
     return folder
 
 
+def shards_of(source):
+    return [source.shard(number) for number in range(len(source.manifest.shards))]
+
+
 @pytest.mark.parametrize("name", ["one", "shuffled"])
 def test_windows_of_a_packed_source_begin_with_a_document_or_go_on_with_a_long_one(prepared, name):
     source, plain = open_source(prepared / name / "web", "web"), open_source(prepared / "plain" / "web", "web")
@@ -97,7 +101,7 @@ def test_windows_of_a_packed_source_begin_with_a_document_or_go_on_with_a_long_o
     assert source.manifest.counts.documents == plain.manifest.counts.documents
     assert source.num_tokens == plain.num_tokens + packing.padding_tokens == source.manifest.counts.tokens
     assert source.num_tokens % 64 == 0 and len(source.manifest.shards) > 2
-    lengths = np.concatenate([np.diff([*s.document_starts(0, s.num_tokens).tolist(), s.num_tokens]) for s in plain.shards])
+    lengths = np.concatenate([np.diff([*s.document_starts(0, s.num_tokens).tolist(), s.num_tokens]) for s in shards_of(plain)])
     assert packing.cut_documents == (lengths > 64).sum() > 0
     if name == "one":
         assert packing.cut_without == cut_documents(lengths, 64) > packing.cut_documents
@@ -106,7 +110,7 @@ def test_windows_of_a_packed_source_begin_with_a_document_or_go_on_with_a_long_o
     assert all(starts in ([0], []) for starts in begin)
     assert begin.count([]) == (lengths[lengths > 64] // 64 - 1).sum()
     # the same tokens, padding apart
-    stored = [np.concatenate([shard.tokens for shard in one.shards]) for one in (source, plain)]
+    stored = [np.concatenate([shard.tokens for shard in shards_of(one)]) for one in (source, plain)]
     eod = source.manifest.tokenizer.eod_id
     counts = [np.bincount(tokens, minlength=300) for tokens in stored]
     counts[1][eod] += packing.padding_tokens

@@ -21,6 +21,8 @@ from megatron_synth.data.store import Source, open_source
 from tests.unit.test_loader import MemorySource, loader_of, two_sources
 from tests.unit.test_store import make
 
+pytestmark = pytest.mark.usefixtures("compiled_and_not")
+
 
 def content(batches) -> list[tuple]:
     return [(b.tokens.tolist(), b.samples.tolist(), b.source_ids.tolist()) for b in batches]
@@ -72,7 +74,7 @@ def test_the_thread_waits_for_the_consumer() -> None:
     loader = loader_of()
     reads = []
     source = loader.sources[0]
-    loader._readers = [lambda window, out: (reads.append(window), source.read_window(0, out))] * 2
+    loader._readers = [lambda begin, out: (reads.append(begin), source.read(0, out))] * 2
     with Prefetcher(loader, 8) as prefetcher:
         prefetcher.step(0)
         threading.Event().wait(0.1)
@@ -81,10 +83,10 @@ def test_the_thread_waits_for_the_consumer() -> None:
 
 
 class Failing(MemorySource):
-    def read_window(self, window: int, out: np.ndarray) -> None:
+    def read(self, begin: int, out: np.ndarray) -> None:
         if self.broken:
             raise UserError("web.bin: Input/output error at offset 7")
-        super().read_window(window, out)
+        super().read(begin, out)
 
 
 def test_errors_of_the_thread_are_raised_where_batches_are_asked_for() -> None:

@@ -1,0 +1,302 @@
+/* Tokens from memory maps into batches, and the documents of rows, without the interpreter.
+ *
+ * Reading a memory map can fail: a disk error, or a file that was cut off while in use, arrives as the signal SIGBUS. Every
+ * read of a map goes through `guarded`, which turns the signal into a return value; a bus error anywhere else stays what
+ * it was. Nothing here allocates, and nothing calls Python: any number of threads may run it.
+ *
+ * compiled.py is the other side of each function and says what the arguments are.
+ */
+#include <setjmp.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---- reads that may fail ---- */
+
+static _Thread_local sigjmp_buf *volatile armed;
+static _Thread_local const char *volatile failed_at;
+static struct sigaction before;
+
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    if (armed != NULL) {
+        failed_at = info->si_addr;
+        siglongjmp(*armed, 1);
+    }
+    if (before.sa_flags & SA_SIGINFO) {
+        before.sa_sigaction(number, info, context);
+    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+        before.sa_handler(number);
+    } else {
+        sigaction(number, &before, NULL); /* back at the instruction it comes again, and ends the process */
+    }
+}
+
+/* Once per process. 0, or -1 where the system does not allow it. */
+EXPORT int64_t catch_bus_errors(void) {
+    struct sigaction own;
+    memset(&own, 0, sizeof own);
+    own.sa_sigaction = on_bus_error;
+    /* NODEFER: the handler is left by a jump, after which the signal must not stay blocked */
+    own.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigemptyset(&own.sa_mask);
+    return sigaction(SIGBUS, &own, &before);
+}
+
+/* Address at which this thread's last failed read failed. */
+EXPORT int64_t failed_address(void) { return (int64_t)(intptr_t)failed_at; }
+
+/* Run `body(task)`: 1, or 0 when a read in it failed. What `body` did until then can be seen in volatile fields only. */
+static int guarded(void (*body)(void *), void *task) {
+    sigjmp_buf here;
+    if (sigsetjmp(here, 0)) {
+        armed = NULL;
+        return 0;
+    }
+    armed = &here;
+    body(task);
+    armed = NULL;
+    return 1;
+}
+
+/* ---- copying ---- */
+
+typedef void (*copier)(const char *from, char *to, int64_t count, const char *next);
+
+/* While one row is copied the next one, at an unrelated place, is fetched into the cache: that is what makes rows at random
+ * places as fast as rows in order. A prefetch of an address that is not mapped does nothing. */
+#define COPIER(NAME, FROM, TO)                                                              \
+    static void NAME(const char *from_, char *to_, int64_t count, const char *next) {       \
+        const FROM *from = (const FROM *)from_;                                             \
+        TO *to = (TO *)to_;                                                                 \
+        enum { LINE = 64 / sizeof(FROM) };                                                  \
+        int64_t i = 0;                                                                      \
+        for (; i + LINE <= count; i += LINE) {                                              \
+            __builtin_prefetch(next + i * (int64_t)sizeof(FROM));                           \
+            for (int k = 0; k < LINE; k++) to[i + k] = (TO)from[i + k];                     \
+        }                                                                                   \
+        for (; i < count; i++) to[i] = (TO)from[i];                                         \
+    }
+#define COPIERS(FROM) COPIER(FROM##_to_32, FROM, int32_t) COPIER(FROM##_to_64, FROM, int64_t)
+COPIERS(uint8_t)
+COPIERS(int8_t)
+COPIERS(int16_t)
+COPIERS(int32_t)
+COPIERS(int64_t)
+COPIERS(uint16_t)
+
+/* By the code of the type in an index file: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16. */
+static const copier COPIER_OF[9][2] = {
+    [1] = {uint8_t_to_32, uint8_t_to_64}, [2] = {int8_t_to_32, int8_t_to_64},   [3] = {int16_t_to_32, int16_t_to_64},
+    [4] = {int32_t_to_32, int32_t_to_64}, [5] = {int64_t_to_32, int64_t_to_64}, [8] = {uint16_t_to_32, uint16_t_to_64},
+};
+static const int64_t BYTES_OF[9] = {0, 1, 1, 2, 4, 8, 0, 0, 2};
+
+struct rows {
+    const int64_t *const *maps;  /* [sources] of each, where its shards lie in memory: [shards], 0 for one that does not */
+    const int64_t *codes;        /* [sources] code of its token type */
+    const int64_t *source_ids;   /* [rows] */
+    const int64_t *shards;       /* [rows] shard of the source; -1: the row cannot be copied from one shard */
+    const int64_t *begins;       /* [rows] first token in the shard */
+    int64_t rows, length;        /* tokens of a row */
+    int64_t wide;                /* 1: to int64, 0: to int32 */
+};
+
+static const char *address(const struct rows *table, int64_t row) {
+    int64_t source = table->source_ids[row], shard = table->shards[row];
+    int64_t map = shard < 0 ? 0 : table->maps[source][shard];
+    return map ? (const char *)(intptr_t)map + table->begins[row] * BYTES_OF[table->codes[source]] : NULL;
+}
+
+struct copying {
+    const struct rows *table;
+    volatile int64_t row;
+    int64_t end;
+    char *out;
+};
+
+static void copy_some(void *task) {
+    struct copying *copying = task;
+    const struct rows *table = copying->table;
+    int64_t row_bytes = table->length * (table->wide ? 8 : 4);
+    int64_t row = copying->row;
+    const char *from = address(table, row);
+    for (char *out = copying->out; row < copying->end && from; row++, out += row_bytes) {
+        copying->row = row;
+        const char *next = row + 1 < table->rows ? address(table, row + 1) : NULL;
+        COPIER_OF[table->codes[table->source_ids[row]]][table->wide](from, out, table->length, next ? next : from);
+        from = next;
+    }
+    copying->row = row;
+}
+
+/* Rows [begin, end) of a table into `out` [end - begin, length]. Returns `end`; or the first row that lies in no map, and
+ * was not copied; or -1 - row for one whose read failed. */
+EXPORT int64_t copy_rows(const struct rows *table, int64_t begin, int64_t end, char *out) {
+    struct copying copying = {table, begin, end, out};
+    if (begin >= end) return end;
+    return guarded(copy_some, &copying) ? copying.row : -1 - copying.row;
+}
+
+struct reading {
+    const char *from;
+    char *to;
+    int64_t bytes;
+};
+
+static void read_some(void *task) {
+    struct reading *reading = task;
+    memcpy(reading->to, reading->from, (size_t)reading->bytes);
+}
+
+/* `bytes` bytes of a map. 1, or 0 when the read failed. */
+EXPORT int64_t read_map(const char *from, char *to, int64_t bytes) {
+    struct reading reading = {from, to, bytes};
+    return guarded(read_some, &reading);
+}
+
+/* ---- documents ---- */
+
+struct index {
+    const char *pointers;        /* int64 [num_pointers] byte offset of each sequence, at any address */
+    const char *documents;       /* int64 [entries + 1] first sequence of each document, at any address */
+    int64_t num_pointers, entries, num_tokens, token_bytes;
+    int64_t *sample;             /* [samples] first token of every step-th document */
+    int64_t samples, step;
+};
+
+static int64_t load(const char *array, int64_t at) {
+    int64_t value;
+    memcpy(&value, array + 8 * at, 8);
+    return value;
+}
+
+/* First token of a document; without a sequence at the end of the shard it starts where that ends. */
+static int64_t first_token(const struct index *index, int64_t entry) {
+    int64_t sequence = load(index->documents, entry);
+    return sequence < index->num_pointers ? load(index->pointers, sequence) / index->token_bytes : index->num_tokens;
+}
+
+static void sample_some(void *task) {
+    const struct index *index = task;
+    for (int64_t i = 0; i < index->samples; i++) index->sample[i] = first_token(index, i * index->step);
+}
+
+/* Fill `sample`. 1, or 0 when reading the index failed. */
+EXPORT int64_t sample_documents(struct index *index) { return guarded(sample_some, index); }
+
+/* The first document that starts at `position` or later. */
+static int64_t first_from(const struct index *index, int64_t position) {
+    int64_t low = 0, high = index->samples;
+    while (low < high) {
+        int64_t middle = (low + high) >> 1;
+        if (index->sample[middle] >= position) high = middle;
+        else low = middle + 1;
+    }
+    int64_t after = low;
+    low = after ? (after - 1) * index->step + 1 : 0;
+    high = after * index->step < index->entries ? after * index->step : index->entries;
+    while (low < high) {
+        int64_t middle = (low + high) >> 1;
+        if (first_token(index, middle) >= position) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+
+struct searching {
+    const int64_t *const *indexes; /* [sources] of each: [shards] address of a struct index, 0 for one that is not open */
+    const int64_t *source_ids;   /* [rows] */
+    const int64_t *shards;       /* [rows] shard of the source; -1: the row lies in several */
+    const int64_t *begins;       /* [rows] first token in the shard */
+    const int64_t *ends;         /* [rows] token after the last */
+    int64_t rows;
+    int64_t *counts;             /* [rows] out: how many documents start in each */
+    int64_t *offsets;            /* [capacity] out: where, row by row */
+    int64_t capacity;
+    volatile int64_t row, used;  /* in and out: how far it came */
+    volatile int64_t full;       /* out: 1 if it stopped for want of a place in `offsets` */
+};
+
+static void search_some(void *task) {
+    struct searching *search = task;
+    for (int64_t row = search->row; row < search->rows; row++) {
+        int64_t shard = search->shards[row];
+        int64_t opened = shard < 0 ? 0 : search->indexes[search->source_ids[row]][shard];
+        search->row = row;
+        if (!opened) return;
+        const struct index *index = (const struct index *)(intptr_t)opened;
+        int64_t begin = search->begins[row], used = search->used, previous = -1;
+        for (int64_t entry = first_from(index, begin); entry < index->entries; entry++) {
+            int64_t start = first_token(index, entry);
+            if (start >= search->ends[row]) break;
+            if (start == previous) continue; /* an empty document starts where the next one does: one start */
+            if (used == search->capacity) {
+                search->full = 1;
+                return;
+            }
+            search->offsets[used++] = start - begin;
+            previous = start;
+        }
+        search->counts[row] = used - search->used;
+        search->used = used;
+    }
+    search->row = search->rows;
+}
+
+/* Where documents start in rows, from `row` on until the end, or to one whose index is not open, or whose
+ * documents find no place in `offsets`. 1, or 0 when reading the index failed at `row`. */
+EXPORT int64_t document_starts(struct searching *search) { return guarded(search_some, search); }
+
+/* ---- arrays of batches ---- */
+
+struct layout {
+    const int64_t *counts;       /* [batches x rows] documents that start in each row */
+    const int64_t *offsets;      /* where: ascending in each row, in [0, length] */
+    int64_t batches, rows, length;
+    int32_t *edges;              /* out: places at which stretches begin in a batch's line of rows x length, and its end */
+    int64_t *edges_split;        /* [batches + 1] out: where each batch begins in edges */
+    int64_t *ends;               /* out: places in the same line whose label belongs to another document */
+    int64_t *ends_split;         /* [batches + 1] out */
+};
+
+EXPORT void lay_out(const struct layout *layout) {
+    const int64_t *counts = layout->counts, *offsets = layout->offsets;
+    int64_t length = layout->length;
+    int32_t *edge = layout->edges;
+    int64_t *end = layout->ends;
+    for (int64_t batch = 0; batch < layout->batches; batch++) {
+        layout->edges_split[batch] = edge - layout->edges;
+        layout->ends_split[batch] = end - layout->ends;
+        for (int64_t row = 0; row < layout->rows; row++) {
+            int64_t first = row * length;
+            *edge++ = (int32_t)first; /* a row begins a stretch, whether a document starts there or not */
+            for (int64_t i = *counts++; i > 0; i--) {
+                int64_t offset = *offsets++;
+                if (offset == 0) continue;
+                *end++ = first + offset - 1;
+                if (offset < length) *edge++ = (int32_t)(first + offset); /* at `length` it is the last input's label */
+            }
+        }
+        *edge++ = (int32_t)(layout->rows * length);
+    }
+    layout->edges_split[layout->batches] = edge - layout->edges;
+    layout->ends_split[layout->batches] = end - layout->ends;
+}
+
+/* `mask` [count] is 1, but 0 at each of `places` [number]. */
+EXPORT void mask_out(char *mask, int64_t count, const int64_t *places, int64_t number) {
+    memset(mask, 1, (size_t)count);
+    for (int64_t i = 0; i < number; i++) mask[places[i]] = 0;
+}
+
+/* `out` counts from 0 within each stretch [edges[i], edges[i + 1]), `stretches` of them. */
+EXPORT void count_up(const int32_t *edges, int64_t stretches, int32_t *out) {
+    for (int64_t i = 0; i < stretches; i++) {
+        int32_t *from = out + edges[i];
+        int32_t length = edges[i + 1] - edges[i];
+        for (int32_t k = 0; k < length; k++) from[k] = k;
+    }
+}
