@@ -197,6 +197,8 @@ def digest(config: BaseModel) -> str:
         content["precision"] = {key: value for key, value in content["precision"].items() if not key.startswith("fp8")}
     if isinstance(config, Config):
         content["precision"].pop("fp8_fused", None)  # the same numbers in fewer passes
+        if content["precision"].get("fp8_param_gather") is False:  # as before there was a choice
+            del content["precision"]["fp8_param_gather"]
         _drop_default(content["data"], "windows_per_sequence", 1)
         for source in content["data"]["sources"].values():
             _drop_default(source, "shift_windows", False)

@@ -140,7 +140,8 @@ def memory_per_rank(
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
     4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
     says) 2 bytes more for each parameter of the layers' products: quantised copies, as they are and transposed, which are
-    kept over the micro-batches. What FP8 saves of the activations is not counted.
+    kept over the micro-batches; with `fp8_param_gather` there is nothing else of those. What FP8 saves of the activations is
+    not counted.
     """
     quantised = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -190,7 +191,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     parameters = count_parameters(model, vocab_size)
     products = (parameters.attention + parameters.mlp) // stages // tensor
     return Memory(
-        weights=on_rank * element + (2 * products if fp8 else 0),
+        weights=on_rank * element + (2 * products if fp8 and not config.precision.fp8_param_gather else 0),
         gradients=on_rank * 4,
         optimizer=on_rank * (12 if element == 2 else 8) // (data if parallel.use_distributed_optimizer else 1),
         activations=activations,

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_synth.config.schema import Config
+from megatron_synth.parallel import fp8_params
 
 
 def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedDataParallel]:
@@ -25,6 +26,7 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
+                fp8_param_gather=config.precision.fp8_param_gather,
             ),
             module=chunk,
             # chunks after the first are not on the critical path of the interleaved schedule
@@ -58,6 +60,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
+            # how the optimizer treats weights in FP8
+            fp8_recipe=fp8_params.RECIPES[config.precision.fp8] if config.precision.fp8_param_gather else None,
         ),
         chunks,
         use_gloo_process_groups=False,
@@ -70,6 +74,7 @@ def whole_weights(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
         chunk.disable_forward_pre_hook(param_sync=True)
+        fp8_params.renew(chunk.parameters())
     yield
     for chunk in overlapping:
         chunk.enable_forward_pre_hook()
