@@ -108,6 +108,7 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """[S, B, H] -> [S, B, H]. With `residual`, [S, B, H], the norm of x + residual, and this sum."""
         if self.in_linear:
+            assert residual is None
             return x
         if residual is not None:
             return self._rms_norm_residual(x, residual, self.weight, self.eps)
@@ -140,8 +141,8 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
     """Make each residual addition and the norm after it one operation.
 
     Attention's output is added by the norm before the MLP, the MLP's by the next layer's first norm or, after the last layer,
-    by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does
-    before a norm that is made inside an FP8 layer.
+    by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does before
+    a norm that a linear layer makes as it quantises, which moves as many bytes or fewer: the norm's output is never written.
 
     Args:
         layers: megatron-core's of a model chunk, in order.
@@ -158,7 +159,7 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
         layer.bias_dropout_add_exec_handler = nullcontext
         if not layer.pre_mlp_layernorm.in_linear:
             layer.self_attn_bda = AddForNorm(layer.pre_mlp_layernorm)
-        if norm is not None and not norm.in_linear and recompute is None:
+        if norm is not None and recompute is None and not norm.in_linear:
             layer.mlp_bda = AddForNorm(norm)
 
 

@@ -83,6 +83,45 @@ def test_kernels_are_bit_equal_to_their_definition(shape: tuple[int, int], forma
             assert ours.scale.stride() == theirs.scale.stride()
 
 
+@pytest.mark.parametrize("width", [512, 2048, 4096])
+def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width: int) -> None:
+    import torch
+
+    from megatron_synth_kernels import fp8, triton_norm, triton_norm_quantise, triton_swiglu, triton_swiglu_quantise
+    from tests.kernels.test_quantise import bits, matrix
+
+    x = matrix(1024, width, torch.bfloat16).clamp(-60, 60).cuda()
+    grad = matrix(1024, width // 2, torch.bfloat16, seed=1).clamp(-60, 60).cuda()
+    weight = torch.rand(width).to(torch.bfloat16).cuda()
+    leaf = x.clone().requires_grad_()
+    activated = triton_swiglu.swiglu(leaf)
+    activated.backward(grad)
+    cases: list[tuple[Any, Any, Any]] = [
+        (lambda: triton_norm_quantise.Normalised(x, weight, 1e-5), triton_norm.rms_norm(x, weight, 1e-5), fp8.E4M3),
+        (lambda: triton_swiglu_quantise.SwiGLU(x), activated.detach(), fp8.E4M3),
+        (lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x), leaf.grad, fp8.E5M2),
+    ]
+    for make, expected, dtype in cases:
+        amax = make().amax()
+        assert torch.equal(amax, fp8.amax_of(expected))
+        scale = fp8.scale_for(amax, dtype)
+        for ours, theirs in zip(make().tensorwise(scale, dtype), fp8.quantise_tensorwise(expected, scale, dtype), strict=True):
+            assert torch.equal(bits(ours), bits(theirs))
+        for ours, theirs in zip(make().blocks(dtype), fp8.quantise_1x128(expected, dtype), strict=True):
+            assert torch.equal(bits(ours.data), bits(theirs.data)) and torch.equal(ours.scale, theirs.scale)
+            assert ours.scale.stride() == theirs.scale.stride()
+
+
+@pytest.mark.parametrize("fp8", RECIPES)
+def test_fused_quantisers_change_no_loss(fp8: str, config: Path, tmp_path: Path) -> None:
+    settings = (f"precision.fp8={fp8}", "precision.fp8_backend=own", "train.steps=5")
+    fused, apart = (
+        [record[metrics.LOSS] for record in train(config, tmp_path / value, *settings, f"precision.fp8_fused={value}")[0]]
+        for value in ("true", "false")
+    )
+    assert len(fused) == 5 and fused == apart
+
+
 @pytest.mark.parametrize("number_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("fp8", RECIPES)
 @pytest.mark.parametrize("backend", ["own", "te"])

@@ -19,7 +19,7 @@ FORMATS = [E4M3, E5M2]
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+    return (x.contiguous() if x.ndim else x.reshape(1)).view(torch.uint8)
 
 
 def matrix(n: int, k: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
