@@ -87,9 +87,7 @@ def main(argv: list[str]) -> int:
     levers = _content(options.files[0])
     if "levers" in levers:
         if len(options.files) > 1 or options.baseline or options.csv or options.png:
-            raise UserError(
-                "a file of --levers is a table of its own: without other files, --baseline, --csv and --png"
-            )
+            raise UserError("a file of --levers is a table of its own: without other files, --baseline, --csv and --png")
         from megatron_synth.bench.levers_cli import render as render_levers
 
         say(render_levers(levers))
