@@ -74,7 +74,7 @@ def test_names_are_of_levers_and_differences_are_relative() -> None:
     assert losses_apart([2.0, 4.0], [2.0, 4.0]) == 0 and losses_apart([2.0, 5.0], [2.0, 4.0]) == 0.25
 
 
-def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path) -> None:
+def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "distributed optimizer,sequence parallelism,torch.compile"
     counts = "--ranks 2 --warmup 2 --pairs 2 --steps 2".split()
     more = [*counts, "--levers", names, "--json", str(tmp_path / "l.json")]
@@ -92,3 +92,6 @@ def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path) -> Non
     assert [one["lever"] for one in found["refused"]] == ["sequence parallelism"]
     # both take their turns at the same steps
     assert len(found["base"]["step_s"]) == 2 == len(plain["step_s"])
+    assert cli.main(["report", str(tmp_path / "l.json")]) == 0
+    table = capsys.readouterr().out
+    assert "| distributed optimizer |" in table and "not here: one tensor-parallel rank" in table
