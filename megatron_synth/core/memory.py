@@ -81,7 +81,8 @@ def _sequence_shards(config: Config) -> int:
 
 def _fuses(config: Config) -> bool:
     """Whether layers in FP8 make the outputs of norms and of SwiGLU in FP8 only. TransformerEngine's do not."""
-    return config.precision.fp8_fused and config.precision.fp8_backend != "te"
+    precision = config.precision
+    return precision.fp8_fused and precision.fp8_backend != "te" and not precision.fp8_param_gather
 
 
 def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:

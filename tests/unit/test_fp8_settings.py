@@ -237,10 +237,10 @@ def test_what_the_wrapper_and_the_optimizer_are_told_of_weights_in_fp8(
     from megatron_synth.parallel import wrap
 
     told: dict[str, Any] = {}
-    monkeypatch.setattr(wrap, "DistributedDataParallel", lambda **given: told.update(given))
+    monkeypatch.setattr(wrap.parallel_state, "get_data_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(wrap, "DistributedDataParallel", lambda **given: told.update(given) or SimpleNamespace(**given))
     monkeypatch.setattr(wrap, "get_megatron_optimizer", lambda given, chunks, **_: told.update(optimizer=given))
     config = build(fp8, {"fp8_param_gather": gathers})
-    wrap.wrap_ddp([SimpleNamespace(config=None)], config)  # type: ignore[list-item]
-    wrap.build_optimizer([], config)
+    wrap.build_optimizer(wrap.wrap_ddp([SimpleNamespace(config=None)], config), config)  # type: ignore[list-item]
     assert told["ddp_config"].fp8_param_gather is gathers and told["ddp_config"].use_distributed_optimizer
     assert told["optimizer"].fp8_recipe == (recipe if gathers else None)
