@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -86,6 +87,36 @@ def prepare() -> str | None:
     """Speed of `prepare` beside others. DATATROVE: the Python of an environment with datatrove; None without."""
     python = os.environ.get("DATATROVE")
     return printed("bench", "prepare", "--megabytes", "12", "--datatrove", python) if python else None
+
+
+def levers() -> str:
+    """What each lever does on this machine, by the layouts that have it, as `bench train --levers` measures it."""
+    from megatron_synth.bench.levers_cli import spread
+    from megatron_synth.bench.report import header_lines
+
+    base = ["bench", "train", "--model", "tiny-1m", "train.sequence_length=128", "--warmup", "2", "--steps", "4", "--levers"]
+    layouts = {
+        "": "fused loss,recomputation,garbage collection between steps,torch.compile",
+        "--ranks 2": "gradients reduced in the backward pass,weights gathered in the forward pass,distributed optimizer",
+        "--ranks 2 parallel.tensor_model_parallel_size=2": "sequence parallelism",
+        "--ranks 2 parallel.pipeline_model_parallel_size=2": "interleaved pipeline",
+    }
+    lines: list[str] = []
+    rows = [["lever", "turned to", "layout", "step time", "CPU time", "peak memory", "losses"]]
+    with tempfile.TemporaryDirectory() as folder:
+        for more, names in layouts.items():
+            file = Path(folder) / "levers.json"
+            command = [sys.executable, "-m", "megatron_synth", *base, names, *more.split(), "--json", str(file)]
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            document = json.loads(file.read_text())
+            lines = lines or [line for line in header_lines(document) if not line.startswith("- command")]
+            for one in document["levers"]:
+                assert one["status"] == "measured", one
+                times = [spread(one["step_time_ratios"]), spread(one["cpu_time_ratios"])]
+                apart = "bit-equal" if one["losses_apart"] == 0 else f"within {one['losses_apart']:.0e}"
+                layout = document["layout"].split(",")[0]
+                rows.append([one["lever"], f"`{one['turned_to']}`", layout, *times, f"x{one['peak_ratio']:.3f}", apart])
+    return "\n".join([f"- command: `megatron-synth {' '.join(base)}` on each layout", *lines, "", markdown(rows)])
 
 
 def launch() -> str:
@@ -194,6 +225,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "loader-ours": loader_ours,
     "loader-peers": loader_peers,
     "prepare": prepare,
+    "levers": levers,
     "launch": launch,
     "kernels-compiled": kernels_compiled,
     "memory": memory,

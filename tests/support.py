@@ -60,6 +60,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2pp2": (4, (f"{TENSOR}=2", f"{PIPELINE}=2")),
     "tp2pp2vp2": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", f"{VIRTUAL}=2")),
     "tp2pp2-plain": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", PLAIN_OPTIMIZER)),
+    "pp2vp2dp2-overlap-both": (4, (f"{PIPELINE}=2", f"{VIRTUAL}=2", OVERLAP_REDUCE, OVERLAP_GATHER)),
     "tp2dp2": (4, (f"{TENSOR}=2",)),
 }
 """Name to ranks and settings."""

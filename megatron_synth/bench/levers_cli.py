@@ -174,7 +174,8 @@ def _base_block(team: Team, steps: int) -> Block:
         raise UserError(f"the base failed beside a variant: {failure}") from None
 
 
-def _spread(ratios: Sequence[float]) -> str:
+def spread(ratios: Sequence[float]) -> str:
+    """Ratios as `x1.01 (0.99 to 1.02)`: the median, the least and the largest."""
     return f"x{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else ""
 
 
@@ -209,7 +210,7 @@ def table_rows(document: dict[str, Any]) -> list[list[str]]:
             rows.append([*row, one["status"], *blank])
             continue
         apart = one["losses_apart"]
-        row += [_spread(one["step_time_ratios"]), *([_spread(one["cpu_time_ratios"])] if on_cpu else [])]
+        row += [spread(one["step_time_ratios"]), *([spread(one["cpu_time_ratios"])] if on_cpu else [])]
         row += [f"x{one['peak_ratio']:.3f}", "bit-equal" if apart == 0 else f"within {apart:.0e}"]
         rows.append([*row, f"{one['first_step_s']:.1f}"])
     for one in document["refused"]:

@@ -84,6 +84,14 @@ def main(argv: list[str]) -> int:
 
         say(render(loaders))
         return EXIT_OK
+    levers = _content(options.files[0])
+    if "levers" in levers:
+        if len(options.files) > 1 or options.baseline or options.csv or options.png:
+            raise UserError("a file of --levers is a table of its own: without other files, --baseline, --csv and --png")
+        from megatron_synth.bench.levers_cli import render as render_levers
+
+        say(render_levers(levers))
+        return EXIT_OK
     records = [record for file in options.files for record in read(file)]
     verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []
     rows = table_rows(records)

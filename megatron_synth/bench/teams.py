@@ -201,8 +201,10 @@ def _rank(
     except EOFError:  # the parent is gone
         return
     except Exception as error:  # whatever it is, it is the parent's to tell
-        lines = str(error).strip().splitlines() or [""]
-        pipe.send(("error", lines[0][:300] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"))
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        # a UserError's lines are one message; of others the first says what, the rest is often a stack
+        text = " ".join(lines) if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
+        pipe.send(("error", text[:300]))
 
 
 def _work(job: Job, pipe: connection.Connection) -> None:

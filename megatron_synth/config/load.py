@@ -188,25 +188,30 @@ def digest(config: BaseModel) -> str:
     off. FP8's settings count where it is on, and how windows are cut where it is not the plain way.
     """
     content = config.model_dump(mode="json", by_alias=True)
-    if isinstance(config, Config) and config.kernels == KernelsConfig():
-        del content["kernels"]
-    for name in ("swiglu_quantise", "rms_norm_quantise"):  # younger than runs whose digests name kernels
-        if content.get("kernels", {}).get(name) == "auto":
-            del content["kernels"][name]
     if isinstance(config, Config):
-        parallel = content["parallel"]
-        for key in ("overlap_grad_reduce", "overlap_param_gather"):
-            parallel[key] = parallel[key] or False
-        _drop_default(parallel, "ddp_bucket_size", None)
-    if isinstance(config, Config) and config.precision.fp8 == "off":
-        content["precision"] = {key: value for key, value in content["precision"].items() if not key.startswith("fp8")}
-    if isinstance(config, Config):
-        content["precision"].pop("fp8_fused", None)  # the same numbers in fewer passes
-        _drop_default(content["data"], "windows_per_sequence", 1)
-        for source in content["data"]["sources"].values():
-            _drop_default(source, "shift_windows", False)
+        _drop_what_names_no_other_run(config, content)
     canonical = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> None:
+    """Leave out of a configuration's content what makes no other run, and settings at a default that is older than they are."""
+    parallel, precision = content["parallel"], content["precision"]
+    for key in ("overlap_grad_reduce", "overlap_param_gather"):
+        parallel[key] = parallel[key] or False
+    _drop_default(parallel, "ddp_bucket_size", None)
+    if config.kernels == KernelsConfig():
+        del content["kernels"]
+    else:
+        for name in ("swiglu_quantise", "rms_norm_quantise"):
+            _drop_default(content["kernels"], name, "auto")
+    del precision["fp8_fused"]  # the same numbers in fewer passes
+    _drop_default(precision, "fp8_param_gather", False)
+    if config.precision.fp8 == "off":
+        content["precision"] = {key: value for key, value in precision.items() if not key.startswith("fp8")}
+    _drop_default(content["data"], "windows_per_sequence", 1)
+    for source in content["data"]["sources"].values():
+        _drop_default(source, "shift_windows", False)
 
 
 def _drop_default(section: dict[str, Any], name: str, default: object) -> None:

@@ -179,18 +179,26 @@ def _schedule(config: Config) -> Iterator[Problem]:
 def _precision(config: Config) -> Iterator[Problem]:
     precision, model = config.precision, config.model
     if precision.fp8 == "off":
+        if precision.fp8_param_gather:
+            yield Problem("precision.fp8_param_gather", "true needs precision.fp8: delayed, current or blockwise")
         return
     if precision.fp8_bf16_ends * 2 >= model.num_layers:
         message = f"{precision.fp8_bf16_ends} layers at each end are all {model.num_layers} layers: none is left for FP8"
         yield Problem("precision.fp8_first_last_bf16", message)
-    if precision.fp8_log_every is not None and precision.fp8_backend == "te":
-        message = "TransformerEngine does not tell these; set precision.fp8_backend: own, or this to null"
-        yield Problem("precision.fp8_log_every", message)
-    if precision.fp8_backend == "te":
+    if precision.fp8_param_gather:
+        if precision.fp8_backend == "own":
+            message = "true needs TransformerEngine's layers; set precision.fp8_backend: te, or this to false"
+            yield Problem("precision.fp8_param_gather", message)
+        if not config.parallel.use_distributed_optimizer:
+            message = "true needs parallel.use_distributed_optimizer: true, which holds the weights in fp32"
+            yield Problem("precision.fp8_param_gather", message)
+    if precision.fp8_backend == "te" or precision.fp8_param_gather:
+        key, what = ("fp8_backend", "te") if precision.fp8_backend == "te" else ("fp8_param_gather", "true")
         if precision.dtype != "bf16":
-            yield Problem("precision.fp8_backend", "te needs precision.dtype: bf16")
+            yield Problem(f"precision.{key}", f"{what} needs precision.dtype: bf16")
         if precision.fp8 == "delayed" and precision.fp8_bf16_ends:
-            message = "TransformerEngine's delayed scaling cannot leave layers out; use current, or fp8_backend: own"
+            message = "TransformerEngine's delayed scaling cannot leave layers out; use current"
+            message += ", or fp8_backend: own" if what == "te" and not precision.fp8_param_gather else ""
             yield Problem("precision.fp8_first_last_bf16", message)
     # every size of a product is divided by the blocks, or by the 16 elements that the FP8 units read at once
     multiple = 128 if precision.fp8 == "blockwise" else 16

@@ -325,7 +325,10 @@ class PrecisionConfig(Section):
     """Quantise RMSNorm and SwiGLU, forward and backward, while they are made: the same numbers in fewer passes. Ours only."""
     fp8_log_every: PositiveInt | None = None
     """Write each FP8 layer's largest magnitudes, scales and shares of under- and overflow to metrics.jsonl every so many steps.
-    Default: never. Ours only."""
+    Default: never."""
+    fp8_param_gather: bool = False
+    """Keep the weights of the FP8 layers in FP8 alone, and gather them so from data-parallel ranks: half the traffic, no bf16
+    copy. TransformerEngine's layers and the distributed optimizer only. Checkpoints do not depend on it."""
 
     @property
     def fp8_number_format(self) -> Literal["hybrid", "e4m3"]:

@@ -81,7 +81,8 @@ def _sequence_shards(config: Config) -> int:
 
 def _fuses(config: Config) -> bool:
     """Whether layers in FP8 make the outputs of norms and of SwiGLU in FP8 only. TransformerEngine's do not."""
-    return config.precision.fp8_fused and config.precision.fp8_backend != "te"
+    precision = config.precision
+    return precision.fp8_fused and precision.fp8_backend != "te" and not precision.fp8_param_gather
 
 
 def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
@@ -173,7 +174,8 @@ def memory_per_rank(
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
     4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
     says) 2 bytes more for each parameter of the layers' products: quantised copies, as they are and transposed, which are
-    kept over the micro-batches; the inputs of these products are kept in FP8, one byte per number.
+    kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in FP8,
+    one byte per number.
     """
     quantised = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -229,7 +231,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     parameters = count_parameters(model, vocab_size)
     products = (parameters.attention + parameters.mlp) // stages // tensor
     return Memory(
-        weights=on_rank * element + round(2 * products * share),
+        weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
         optimizer=on_rank * (12 if element == 2 else 8) // (data if parallel.use_distributed_optimizer else 1),
         activations=activations,

@@ -18,6 +18,7 @@ from megatron_synth.model import kernels, ops
 from megatron_synth.model.fp8 import Fp8Run
 from megatron_synth.model.fp8_linear import fuse
 from megatron_synth.model.fp8_setup import Fp8Plan, plan_fp8
+from megatron_synth.model.fp8_statistics import Statistics
 from megatron_synth.model.init import initialize_weights
 from megatron_synth.model.objective import Objective
 from megatron_synth.model.spec import Linears, block_spec
@@ -34,6 +35,8 @@ class LlamaModel(GPTModel):
 
     fp8: Fp8Run | None = None
     """What this rank's FP8 layers share; None without layers of ours in FP8."""
+    fp8_statistics: Statistics | None = None
+    """What sees the tensors of this rank's FP8 layers; None without any."""
     precision_text = ""
     """Which layers run in which format, where there is more than one."""
 
@@ -162,5 +165,9 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())
     if fp8_run is not None:
         fp8_run.seal()
+    if fp8 is not None:
+        statistics = fp8.watched(fp8_run, chunks)
+        for chunk in chunks:
+            chunk.fp8_statistics = statistics
     initialize_weights(chunks, seed=config.train.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
     return chunks

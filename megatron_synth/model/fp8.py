@@ -1,4 +1,4 @@
-"""FP8 of a rank: the recipe, the layers' scales and their history, what is watched.
+"""FP8 of a rank: the recipe, the layers' scales and their history.
 
 Three tensors of a linear layer are quantised: its input and its weight in e4m3, the gradient of its output in e5m2 or e4m3.
 What tensor-parallel ranks hold in parts gets one scale from all parts, so that a layout does not change the numbers.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_synth.config.schema import PrecisionConfig
 from megatron_synth.model import ops
+from megatron_synth.model.fp8_statistics import Statistics
 from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantised, Source
 
 ROLES = INPUT, WEIGHT, GRAD = ("input", "weight", "grad")
@@ -87,8 +88,7 @@ class Fp8Run:
         """Counts optimizer steps since the start of the process; quantised weights of another version are stale."""
         self.updates = 0
         """Steps in the history since the run began."""
-        self.observing = False
-        """Whether this step's under- and overflow is counted."""
+        self.statistics = Statistics()
         self.quantiser = ops.quantiser()
         self.swiglu, self.rms_norm = ops.quantising_swiglu(), ops.quantising_rms_norm()
 
@@ -167,31 +167,6 @@ class Fp8Run:
         if self.uses_history:
             self._rescale()
 
-    def observed(self) -> dict[str, float]:
-        """What was seen since `observing` was set, of all layers of all ranks; clears it. Called by all ranks, which wait.
-
-        Returns:
-            `fp8/<layer>/<tensor>/` + `amax`, `scale` (the largest block's, where there are several), `underflow` (share of
-            the numbers other than 0 that became 0) and `overflow` (share that was cut to the format's largest number).
-        """
-        mine = [(layer.name, role, seen.tolist()) for layer in self.layers for role, seen in layer.seen.items()]
-        for layer in self.layers:
-            layer.seen.clear()
-        self.observing = False
-        ranks: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, mine)
-        merged: dict[tuple[str, str], list[float]] = {}
-        for name, role, (amax, scale, *counts) in (entry for part in ranks for entry in part):
-            known = merged.setdefault((name, role), [amax, scale, 0.0, 0.0, 0.0])
-            known[:2] = max(known[0], amax), min(known[1], scale)
-            known[2:] = [a + b for a, b in zip(known[2:], counts, strict=True)]
-        result: dict[str, float] = {}
-        for (name, role), (amax, scale, numbers, under, over) in sorted(merged.items()):
-            shares = {"underflow": under / max(numbers, 1.0), "overflow": over / max(numbers, 1.0)}
-            for key, value in {"amax": amax, "scale": scale, **shares}.items():
-                result[f"fp8/{name}/{role}/{key}"] = value
-        return result
-
 
 _KEY = "fp8.amax_history."
 
@@ -211,7 +186,6 @@ class Fp8Layer:
     def __init__(self, run: Fp8Run, index: int, name: str, sharded: frozenset[str], group: Any):
         self.run, self.index, self.name = run, index, name
         self._sharded, self._group = sharded if group.size() > 1 else frozenset(), group
-        self.seen: dict[str, Tensor] = {}
         self._weight: tuple[Any, Quantised, Quantised] | None = None
         self._handed: tuple[Tensor, Pair] | None = None
 
@@ -257,8 +231,11 @@ class Fp8Layer:
                 None if data is None else Quantised(data, inverse),
                 None if other is None else Quantised(other, inverse),
             )
-        if run.observing and recorded:
-            self._observe(role, source.value(), result)
+        if run.statistics.observing and recorded:
+            as_it_is, other = result
+            quantised = as_it_is if as_it_is is not None else other
+            assert quantised is not None
+            run.statistics.add(self.name, role, source.value() if as_it_is is not None else source.value().t(), quantised)
         return result
 
     def hand_gradient(self, source: Source, shape: torch.Size, like: Tensor) -> Tensor:
@@ -281,34 +258,6 @@ class Fp8Layer:
             )
             return pair
         return self.quantise(GRAD, grad.reshape(-1, grad.shape[-1]).contiguous(), transposed=transposed)
-
-    def _observe(self, role: str, x: Tensor, result: Pair) -> None:
-        one, other = result
-        quantised = one if one is not None else other
-        assert quantised is not None
-        source = x if one is not None else x.t()
-        largest = ops.fp8.LARGEST[quantised.data.dtype]
-        back = quantised.dequantised()
-        numbers = source != 0
-        # block scales fit their blocks; the tolerance is for the rounding of the scale and its inverse
-        reach = largest * quantised.scale * (1 + 2.0**-20) if quantised.block is None else torch.inf
-        over = (source.abs().float() > reach).sum()
-        seen = torch.stack(
-            [
-                source.abs().max().double(),
-                1.0 / quantised.scale.max().double(),
-                numbers.sum().double(),
-                ((back == 0) & numbers).sum().double(),
-                over.double(),
-            ]
-        )
-        known = self.seen.get(role)
-        if known is None:
-            self.seen[role] = seen
-        else:
-            known[0] = torch.maximum(known[0], seen[0])
-            known[1] = torch.minimum(known[1], seen[1])
-            known[2:] += seen[2:]
 
 
 def of(chunks: Sequence[Any]) -> Fp8Run | None:

@@ -6,8 +6,8 @@ product is run on the device and held against the definition before the model is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,11 +18,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.rules import check
 from megatron_synth.config.schema import Config
-from megatron_synth.model import ops
+from megatron_synth.model import fp8_te, ops
 from megatron_synth.model.fp8 import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
 from megatron_synth.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_synth.model.fp8_statistics import Statistics
 from megatron_synth.model.ops import Quantised
 from megatron_synth.model.spec import Linears
+from megatron_synth.parallel.fp8_params import RECIPES as MCORE_RECIPES
 
 RECIPES = ("delayed", "current", "blockwise")
 _TOLERANCE = (
@@ -55,10 +57,20 @@ class Fp8Plan:
             return None
         return Fp8Run(Recipe.of(self.config.precision), self.device)
 
+    def watched(self, run: Fp8Run | None, chunks: Sequence[Any]) -> Statistics:
+        """What sees the tensors of the chunks' FP8 layers, in steps that it observes."""
+        if run is not None:
+            return run.statistics
+        statistics = Statistics()
+        if self.config.precision.fp8_log_every is not None:
+            layers = [(layer.layer_number - 1, layer) for chunk in chunks for layer in chunk.decoder.layers]
+            fp8_te.watch([(n, layer) for n, layer in layers if n in self.layers], Recipe.of(self.config.precision), statistics)
+        return statistics
+
     def linears(self, run: Fp8Run | None, layer: int) -> Linears:
         """What makes the linear layers of a transformer layer."""
         if self.backend == "te":
-            return _te_linears()
+            return fp8_te.linears()
         if layer not in self.layers:
             return Linears()
         assert run is not None
@@ -88,7 +100,8 @@ class Fp8Plan:
 
     def _by(self) -> str:
         if self.backend == "te":
-            return f"TransformerEngine ({self.reason})"
+            kept = ", weights kept and gathered in FP8" if self.config.precision.fp8_param_gather else ""
+            return f"TransformerEngine ({self.reason}){kept}"
         if ops.fp8.is_emulated(self.device, self.config.precision.fp8 == "blockwise"):
             how = "products EMULATED on the CPU: dequantised operands, summed in fp32"
         else:
@@ -105,7 +118,8 @@ class Fp8Plan:
         ends = precision.fp8_bf16_ends
         return {
             "fp8": precision.fp8_number_format,
-            "fp8_recipe": {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}[precision.fp8],
+            "fp8_recipe": MCORE_RECIPES[precision.fp8],
+            "fp8_param": precision.fp8_param_gather,
             "fp8_margin": precision.fp8_margin,
             "fp8_amax_history_len": precision.fp8_amax_history_len,
             "fp8_amax_compute_algo": "max",
@@ -127,7 +141,7 @@ def plan_fp8(config: Config, device: torch.device) -> Fp8Plan | None:
     dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
     backend, reason = _backend(config, device)
     if backend == "te":
-        _check_te(config, device)
+        fp8_te.check(config, device, _device_name(device))
     else:
         _check_own(config, device, dtype)
     ends = precision.fp8_bf16_ends
@@ -136,7 +150,12 @@ def plan_fp8(config: Config, device: torch.device) -> Fp8Plan | None:
 
 def _backend(config: Config, device: torch.device) -> tuple[str, str]:
     asked = config.precision.fp8_backend
-    problem = _te_problem(device)
+    problem = fp8_te.problem(device)
+    if problem is not None and config.precision.fp8_param_gather:
+        raise UserError(
+            f"precision.fp8_param_gather: true needs TransformerEngine's layers, but {problem}. Set it to false; checkpoints "
+            "are read with and without it"
+        )
     if asked == "te":
         if problem is not None:
             raise UserError(f"precision.fp8_backend: te: {problem}. Install it (`pip install megatron-synth[gpu]`), or set own")
@@ -147,7 +166,6 @@ def _backend(config: Config, device: torch.device) -> tuple[str, str]:
         # what TransformerEngine's layers cannot do is no reason to refuse a run that ours can do
         for unable, why in (
             (config.precision.dtype != "bf16", "precision.dtype is not bf16"),
-            (config.precision.fp8_log_every is not None, "precision.fp8_log_every is set"),
             (config.precision.fp8 == "delayed" and config.precision.fp8_bf16_ends > 0, "delayed scaling with layers left out"),
         ):
             if unable:
@@ -242,68 +260,3 @@ def _quantised(recipe: Recipe, role: str, x: torch.Tensor, quantiser: Any) -> tu
         inverse = ops.fp8.inverse_scale(scale, amax)
         row, transposed = Quantised(data, inverse), Quantised(other, inverse)
     return row, transposed
-
-
-# ---- TransformerEngine's layers
-
-
-def _te_problem(device: torch.device) -> str | None:
-    """Why TransformerEngine's layers cannot be used; None if they can."""
-    if device.type != "cuda":
-        return "TransformerEngine needs a GPU"
-    try:
-        import transformer_engine
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a library built for another torch fails in its own way
-        return f"TransformerEngine cannot be imported: {(str(error) or repr(error)).splitlines()[0]}"
-    release = tuple(int(part) for part in str(transformer_engine.__version__).split(".")[:2])
-    if not (2, 9) <= release < (2, 12):
-        return (
-            f"TransformerEngine {transformer_engine.__version__} is not among 2.9 to 2.11, those that megatron-core 0.16 takes"
-        )
-    return None
-
-
-def _te_linears() -> Linears:
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
-
-    return Linears(TEColumnParallelLinear, TERowParallelLinear, TEColumnParallelLinear, TERowParallelLinear)
-
-
-def _check_te(config: Config, device: torch.device) -> None:
-    """Run a linear layer of TransformerEngine in the recipe, forward and backward, against fp32."""
-    import transformer_engine.pytorch as te
-    from transformer_engine.common import recipe as recipes
-
-    precision = config.precision
-    number_format = recipes.Format.HYBRID if precision.fp8_number_format == "hybrid" else recipes.Format.E4M3
-    make = {
-        "delayed": partial(recipes.DelayedScaling, amax_history_len=1, reduce_amax=False),
-        "current": recipes.Float8CurrentScaling,
-        "blockwise": recipes.Float8BlockScaling,
-    }[precision.fp8]
-    head = f"precision.fp8: {precision.fp8} ({precision.fp8_number_format}) by TransformerEngine on {_device_name(device)}"
-    try:
-        generator = torch.Generator().manual_seed(0)
-        layer = te.Linear(256, 128, bias=False, params_dtype=torch.bfloat16, device=device)
-        x = torch.randn(128, 256, generator=generator).to(device, torch.bfloat16).requires_grad_()
-        grad = torch.randn(128, 128, generator=generator).to(device, torch.bfloat16)
-        for _ in range(2):  # delayed scaling knows its scales from the second pass on
-            layer.weight.grad = x.grad = None
-            with te.fp8_autocast(enabled=True, fp8_recipe=make(fp8_format=number_format)):
-                y = layer(x)
-            y.backward(grad)
-    except Exception as error:  # whatever it raises, the run cannot have what it asked for
-        raise UserError(
-            f"{head} cannot be had: {(str(error) or repr(error)).splitlines()[0]}. Try precision.fp8_backend: own"
-        ) from error
-    exact = (x.float() @ layer.weight.float().t(), grad.float() @ layer.weight.float(), grad.float().t() @ x.float())
-    for name, found, wanted in zip(
-        ("output", "input gradient", "weight gradient"), (y, x.grad, layer.weight.grad), exact, strict=True
-    ):
-        error_share = ((found.float() - wanted).norm() / wanted.norm()).item()
-        # FP8 itself is off by 3 to 6 %; bf16 would be off by 0.3 %, and FP8 is then not what ran
-        if not 0.008 < error_share < 0.15:
-            raise UserError(
-                f"{head}: the {name} of a trial layer is off by {error_share:.2%}, which FP8 is not: do not trust it"
-            )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -20,6 +22,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor
+
+from megatron_synth.parallel import fp8_params
 
 _BLOCK = 1 << 20  # elements hashed at a time; bounds temporary memory to some 50 MB
 
@@ -99,10 +103,13 @@ def fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
 def parameter_shards(model: GPTModel) -> Iterator[ShardedTensor]:
     """The parameters of one model chunk with their global names and places; the two halves of a SwiGLU matrix apart."""
     for entry in model.sharded_state_dict().values():
-        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        for part in parts if isinstance(parts, list) else [parts]:
-            if isinstance(part, ShardedTensor):  # the rest is TransformerEngine's extra state
-                yield part
+        yield from _shards(entry)
+
+
+def _shards(entry: Any) -> list[ShardedTensor]:
+    parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    # the rest is TransformerEngine's extra state
+    return [part for part in (parts if isinstance(parts, list) else [parts]) if isinstance(part, ShardedTensor)]
 
 
 def _mark_sharded(model: GPTModel) -> None:
@@ -131,10 +138,17 @@ def initialize_weights(chunks: Iterable[GPTModel], *, seed: int, std: float, num
     """
     for chunk in chunks:
         _mark_sharded(chunk)
-        for shard in parameter_shards(chunk):
-            assert shard.data is not None
-            if len(shard.local_shape) == 1:
-                shard.data.fill_(1.0)
-            else:
-                writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                fill_normal(shard, seed, std / math.sqrt(2 * num_layers) if writes_residual else std)
+        for entry in chunk.sharded_state_dict().values():
+            parameter = entry.data
+            quantised = fp8_params.is_quantised(parameter)
+            if quantised:
+                entry = replace(entry, data=torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
+            for shard in _shards(entry):
+                assert shard.data is not None
+                if len(shard.local_shape) == 1:
+                    shard.data.fill_(1.0)
+                else:
+                    writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                    fill_normal(shard, seed, std / math.sqrt(2 * num_layers) if writes_residual else std)
+            if quantised:
+                fp8_params.fill(parameter, entry.data)

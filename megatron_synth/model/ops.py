@@ -142,7 +142,8 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
 
     Attention's output is added by the norm before the MLP, the MLP's by the next layer's first norm or, after the last layer,
     by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does
-    before a norm that a linear layer makes as it quantises: that moves as many bytes or fewer, since its output is not written.
+    before a norm that a linear layer makes as it quantises, which moves as many bytes or fewer: that norm's output is never
+    written.
 
     Args:
         layers: megatron-core's of a model chunk, in order.

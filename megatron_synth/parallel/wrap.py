@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_synth.config.schema import Config
+from megatron_synth.parallel import fp8_params
 
 
 def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedDataParallel]:
@@ -29,6 +30,7 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
                 overlap_grad_reduce=overlap_reduce,
                 overlap_param_gather=overlap_gather,
                 bucket_size=parallel.ddp_bucket_size,
+                fp8_param_gather=config.precision.fp8_param_gather,
             ),
             module=chunk,
             # chunks after the first are not on the critical path of the interleaved schedule
@@ -62,6 +64,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+            # how the optimizer treats weights in FP8
+            fp8_recipe=fp8_params.RECIPES[config.precision.fp8] if config.precision.fp8_param_gather else None,
         ),
         chunks,
         use_gloo_process_groups=False,
@@ -74,6 +78,7 @@ def whole_weights(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
         chunk.disable_forward_pre_hook(param_sync=True)
+        fp8_params.renew(chunk.parameters())
     yield
     for chunk in overlapping:
         chunk.enable_forward_pre_hook()

@@ -24,8 +24,15 @@ from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, Pr
 from megatron_synth.core.log import say
 from megatron_synth.data.dataset import RunData
 from megatron_synth.model import fp8
+from megatron_synth.parallel import fp8_params
 from megatron_synth.train import checkpoint_files as files
-from megatron_synth.train.checkpoint_pieces import collect_tensors, sharded_fp8, sharded_model, sharded_optimizer
+from megatron_synth.train.checkpoint_pieces import (
+    collect_tensors,
+    names_of,
+    sharded_fp8,
+    sharded_model,
+    sharded_optimizer,
+)
 from megatron_synth.train.checkpoint_writer import CheckpointWriter, SaveRequest
 
 
@@ -202,10 +209,13 @@ def load(
     what: str = "resume",
     *,
     fp8_scales: bool = True,
-) -> None:
+) -> dict[str, Any]:
     """Read weights, and the optimizer's states unless it is None, into this rank's shards. Called by all ranks.
 
     Histories of FP8 scales are taken over too, where the checkpoint has them and unless `fp8_scales` is False.
+
+    Returns:
+        The weights as they were saved, by megatron-core's names of the chunks.
 
     Raises:
         UserError: a file is missing or damaged, or the shapes differ.
@@ -218,14 +228,15 @@ def load(
     try:
         if fp8_scales and any(map(fp8.is_state, dist_checkpointing.load_tensors_metadata(str(checkpoint)))):
             state |= sharded_fp8(chunks)
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+        with torch.no_grad():  # weights in FP8 are read through plain tensors, which would ask for gradients
+            loaded = dist_checkpointing.load(state, str(checkpoint))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"{checkpoint}: cannot {what} from this checkpoint: {error}. If a file of it is damaged, which "
             "`megatron-synth checkpoint verify` tells, remove the folder; the newest sound one before it is used then"
         ) from error
-    for index, chunk in enumerate(chunks):
-        part = loaded["model" if len(chunks) == 1 else f"model{index}"]
+    parts = {name: loaded[name] for name in names_of(chunks)}
+    for chunk, part in zip(chunks, parts.values(), strict=True):
         missing, unexpected = chunk.module.load_state_dict(part, strict=False)
         assert all(map(_is_extra, [*missing, *unexpected])), f"missing {missing}, unexpected {unexpected}"
     if "fp8" in loaded:
@@ -234,6 +245,7 @@ def load(
         run.load_state(loaded["fp8"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+    return parts
 
 
 def _is_extra(key: str) -> bool:
@@ -242,8 +254,10 @@ def _is_extra(key: str) -> bool:
 
 def load_weights(checkpoint: Path, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
     """Read weights alone, and let the optimizer's master weights follow them."""
-    load(checkpoint, chunks, None, what="take weights", fp8_scales=False)
-    optimizer.reload_model_params()
+    saved = load(checkpoint, chunks, None, what="take weights", fp8_scales=False)
+    quantised = any(map(fp8_params.is_quantised, (parameter for chunk in chunks for parameter in chunk.parameters())))
+    # from weights in FP8 it would take what that left of them
+    optimizer.reload_model_params(saved if quantised else None)
 
 
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_synth.model import fp8
+from megatron_synth.parallel import fp8_params
 from megatron_synth.train.boxes import boxes
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
@@ -67,10 +68,17 @@ class LocalState:
     common: dict[str, Any]
 
 
+def names_of(chunks: list[DistributedDataParallel]) -> list[str]:
+    """What megatron-core calls the model chunks of a rank."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
 def sharded_model(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
     """megatron-core's description of the model chunks."""
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: chunk.module.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in zip(names, chunks, strict=True)}
+    return {
+        name: chunk.module.sharded_state_dict(metadata=dict(METADATA))
+        for name, chunk in zip(names_of(chunks), chunks, strict=True)
+    }
 
 
 def sharded_optimizer(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
@@ -153,7 +161,13 @@ def _owned(optimizer: DistributedOptimizer, model: dict[str, Any]) -> Iterator[P
                         continue
                     begin, end = place["param"].start, place["param"].end
                     states = optimizer._get_main_param_and_optimizer_states(parameter)
-                    yield from _range(entry, entry.key, begin, end, parameter.detach().reshape(-1)[begin:end])
+                    if fp8_params.is_quantised(parameter):
+                        # What a run with bf16 weights has there, and what these were quantised from.
+                        weights = states["param"].detach().to(parameter.dtype).reshape(-1)
+                        entry = replace(entry, data=fp8_params.shape_of(parameter))
+                    else:
+                        weights = parameter.detach().reshape(-1)[begin:end]
+                    yield from _range(entry, entry.key, begin, end, weights)
                     for name in ("param", "exp_avg", "exp_avg_sq"):
                         yield from _range(entry, f"{_STATE}.{name}.{entry.key}", begin, end, states[name].detach().reshape(-1))
 

@@ -136,7 +136,6 @@ class Trainer:
 
     def build(self) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
-        from megatron_synth.model import fp8
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
         from megatron_synth.train.step import Stepper
@@ -145,7 +144,7 @@ class Trainer:
         found, saved, weights = self._from
         self.chunks = wrap_ddp(build_model(config, data.vocab_size), config)
         self.optimizer = build_optimizer(self.chunks, config)
-        self.fp8 = fp8.of(self.chunks)
+        self.fp8_statistics = self.chunks[0].module.fp8_statistics
         self.precision_text = self.chunks[0].module.precision_text
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
         self.step = self.samples = 0
@@ -227,9 +226,9 @@ class Trainer:
         while self.step < steps and not stopping:
             lr = learning_rate(self.step, self.config.optim, steps)
             self.watch.enter("reading data", self.step + 1)
-            observing = self.fp8 is not None and _due(self.step + 1, self.config.precision.fp8_log_every)
-            if self.fp8 is not None:
-                self.fp8.observing = observing
+            observing = _due(self.step + 1, self.config.precision.fp8_log_every)
+            if self.fp8_statistics is not None:
+                self.fp8_statistics.observing = observing
             began = time.perf_counter()
             batches = self._batches()
             self.watch.enter("step", self.step + 1)
@@ -244,8 +243,8 @@ class Trainer:
             self.recorder.add(self.step, self.samples, result, lr, step_s=ended - began, data_s=loaded - began)
             if self.precision_text and self.step == started_at + 1:
                 self.recorder.include({metrics.PRECISION: self.precision_text})
-            if observing and self.fp8 is not None:
-                self.recorder.include(self.fp8.observed())
+            if observing and self.fp8_statistics is not None:
+                self.recorder.include(self.fp8_statistics.observed())
             stopping = result.stop
             done = self.step == steps
             if done or (_due(self.step, self.config.eval.interval) and not stopping):

@@ -67,13 +67,25 @@ def test_sizes_that_do_not(fp8: str, sections: dict[str, Any], path: str, words:
     ("precision", "path"),
     [
         ({"fp8_first_last_bf16": 2}, "precision.fp8_first_last_bf16"),
-        ({"fp8_backend": "te", "fp8_log_every": 10}, "precision.fp8_log_every"),
+        ({"fp8": "off", "fp8_param_gather": True}, "precision.fp8_param_gather"),
+        ({"fp8_backend": "own", "fp8_param_gather": True}, "precision.fp8_param_gather"),
+        ({"fp8_param_gather": True, "dtype": "fp32"}, "precision.fp8_param_gather"),
+        ({"fp8_param_gather": True, "fp8": "delayed", "fp8_first_last_bf16": True}, "precision.fp8_first_last_bf16"),
         ({"fp8_backend": "te", "dtype": "fp32"}, "precision.fp8_backend"),
         ({"fp8_backend": "te", "fp8": "delayed", "fp8_first_last_bf16": True}, "precision.fp8_first_last_bf16"),
     ],
 )
 def test_settings_that_contradict_each_other(precision: dict[str, Any], path: str) -> None:
     assert list(problems(build(precision.pop("fp8", "current"), precision))) == [path]
+
+
+@pytest.mark.parametrize("backend", ["auto", "te"])
+@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise"])
+def test_weights_in_fp8_need_the_distributed_optimizer(fp8: str, backend: str) -> None:
+    precision = {"fp8_param_gather": True, "fp8_backend": backend, "fp8_log_every": 10}
+    assert problems(build(fp8, precision)) == {}
+    found = problems(build(fp8, precision, parallel={"use_distributed_optimizer": False}))
+    assert "use_distributed_optimizer: true" in found["precision.fp8_param_gather"] and len(found) == 1
 
 
 def test_first_and_last_layers() -> None:
@@ -94,6 +106,13 @@ def test_a_run_without_fp8_keeps_its_digest() -> None:
     assert "fp8" in json.dumps(content)
     on = {digest(build(fp8, {"fp8_format": name})) for fp8 in ("delayed", "current") for name in ("hybrid", "e4m3")}
     assert len(on | {digest(config)}) == 5
+
+
+def test_a_run_without_weights_in_fp8_keeps_its_digest() -> None:
+    content = build().model_dump(mode="json", by_alias=True)
+    assert content["precision"]["fp8_param_gather"] is False
+    assert digest(build()) == "779c179c7d97"
+    assert digest(build(precision={"fp8_param_gather": True})) != digest(build())
 
 
 # ---- the device
@@ -176,6 +195,9 @@ def test_a_format_that_the_device_lacks_is_named(setup: Any, cpu_device: Any, mo
 def test_transformer_engine_is_not_promised_where_it_cannot_be(setup: Any, cpu_device: Any) -> None:
     with pytest.raises(UserError, match="fp8_backend: te: TransformerEngine needs a GPU"):
         setup.plan_fp8(build("current", {"fp8_backend": "te"}), cpu_device)
+    for backend in ("auto", "te"):  # and nobody trains with bf16 weights who asked for others
+        with pytest.raises(UserError, match="fp8_param_gather: true needs .* TransformerEngine needs a GPU. Set it to false"):
+            setup.plan_fp8(build("current", {"fp8_backend": backend, "fp8_param_gather": True}), cpu_device)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +205,7 @@ def test_transformer_engine_is_not_promised_where_it_cannot_be(setup: Any, cpu_d
     [
         ("delayed", "delayed", {"fp8_amax_history_len": 7, "fp8_margin": 1}),
         ("current", "tensorwise", {"fp8_first_last_bf16": 1}),
+        ("current", "tensorwise", {"fp8_first_last_bf16": 1, "fp8_param_gather": True}),
         ("blockwise", "blockwise", {"fp8_format": "e4m3", "fp8_first_last_bf16": True}),
     ],
 )
@@ -199,4 +222,25 @@ def test_what_megatron_core_is_told_of_transformer_engine(
     assert told.fp8_amax_compute_algo == "max" and told.first_last_layers_bf16 is (fp8 != "delayed")
     ends = config.precision.fp8_bf16_ends
     assert (told.num_layers_at_start_in_bf16, told.num_layers_at_end_in_bf16) == (ends, ends)
+    assert told.fp8_param is config.precision.fp8_param_gather
+    assert ("weights kept and gathered in FP8" in plan.describe()) is told.fp8_param
     assert plan.start() is None and transformer_config(config).fp8 is None
+
+
+@pytest.mark.parametrize(("fp8", "recipe"), [("delayed", "delayed"), ("current", "tensorwise"), ("blockwise", "blockwise")])
+@pytest.mark.parametrize("gathers", [False, True])
+def test_what_the_wrapper_and_the_optimizer_are_told_of_weights_in_fp8(
+    setup: Any, monkeypatch: pytest.MonkeyPatch, fp8: str, recipe: str, gathers: bool
+) -> None:
+    from types import SimpleNamespace
+
+    from megatron_synth.parallel import wrap
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(wrap.parallel_state, "get_data_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(wrap, "DistributedDataParallel", lambda **given: told.update(given) or SimpleNamespace(**given))
+    monkeypatch.setattr(wrap, "get_megatron_optimizer", lambda given, chunks, **_: told.update(optimizer=given))
+    config = build(fp8, {"fp8_param_gather": gathers})
+    wrap.build_optimizer(wrap.wrap_ddp([SimpleNamespace(config=None)], config), config)  # type: ignore[list-item]
+    assert told["ddp_config"].fp8_param_gather is gathers and told["ddp_config"].use_distributed_optimizer
+    assert told["optimizer"].fp8_recipe == (recipe if gathers else None)
