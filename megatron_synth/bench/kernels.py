@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_synth.bench.kernels_cases import Case, adam_step, cases, forget_optimizers, two_passes
+from megatron_synth.bench.kernels_cases import EPS, Case, adam_step, cases, forget_optimizers, two_passes
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import say
 from megatron_synth.model.kernels import Sizes
@@ -193,6 +193,15 @@ def _adapted(operation: str, loaded: Any) -> Any:
         return accumulate
     if operation == "quantise_fp8":
         return partial(loaded.quantise_tensorwise, dtype=torch.float8_e4m3fn)
+    if operation == "rms_norm_quantise":
+        return lambda x, weight, scale: loaded.Normalised(x, weight, EPS).tensorwise(scale, torch.float8_e4m3fn)
+    if operation == "swiglu_quantise":
+
+        def both(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+            sources = loaded.SwiGLU(gate_and_up), loaded.SwiGLUGradient(grad, gate_and_up)
+            return tuple(part for source in sources for part in source.tensorwise(scale, torch.float8_e4m3fn))
+
+        return both
     return loaded
 
 

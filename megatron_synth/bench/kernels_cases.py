@@ -87,6 +87,22 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         {"eager": lambda: eager_quantise, "compile": partial(compiled, eager_quantise)},
         n * s.hidden * (width + 2),
     )
+    yield Case(
+        "rms_norm_quantise",
+        s,
+        lambda: (new(n, s.hidden, leaf=False), new(s.hidden, leaf=False)),
+        lambda run, x: run(*x, scale),
+        {"eager": lambda: eager_norm_quantise, "compile": partial(compiled, eager_norm_quantise)},
+        n * s.hidden * (width + 2),
+    )
+    yield Case(
+        "swiglu_quantise",  # the output, then the gradient of the input
+        s,
+        lambda: (new(n, 2 * s.ffn, leaf=False), new(n, s.ffn, leaf=False)),
+        lambda run, x: run(*x, scale),
+        {"eager": lambda: eager_swiglu_quantise, "compile": partial(compiled, eager_swiglu_quantise)},
+        n * s.ffn * (2 * width + 2 + 3 * width + 4),
+    )
     heads = n * (s.heads + s.groups) * s.head_dim * width
     yield Case(
         "rope",
@@ -181,6 +197,21 @@ def eager_quantise(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both orders and the largest magnitude, as spelled out."""
     row = (x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return row, row.t().contiguous(), x.abs().amax().float()
+
+
+def eager_norm_quantise(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm in fp32, rounded, then quantised: one rounding, as the definition has it."""
+    wide = x.float()
+    return eager_quantise((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype), scale)
+
+
+def eager_swiglu_quantise(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """SwiGLU in fp32, rounded, then quantised; and the gradient of its input so."""
+    gate, up = gate_and_up.float().chunk(2, dim=-1)
+    sigmoid, wide = torch.sigmoid(gate), grad.float()
+    to_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
+    gradient = torch.cat((to_gate, wide * gate * sigmoid), dim=-1).to(grad.dtype)
+    return *eager_quantise((gate * sigmoid * up).to(grad.dtype), scale), *eager_quantise(gradient, scale)
 
 
 def eager_rope(query: Tensor, key: Tensor, base: float) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def test_every_operation_and_backend_is_measured_or_says_why_not(tmp_path: Path,
     assert norms["liger"]["problem"] is not None and norms["te"]["problem"] == "needs a CUDA device"
     printed = capsys.readouterr().out
     assert f"`{found['command']}`" in printed and "needs a CUDA device" in printed
-    eager = [line for line in printed.splitlines() if line.startswith("| swiglu") and " eager |" in line]
+    eager = [line for line in printed.splitlines() if line.startswith("| swiglu ") and " eager |" in line]
     assert len(eager) == 2 and all("x1.00" in line for line in eager)
 
 
