@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,24 @@ class Source:
         if manifest is None:
             assert bare is not None
             self._shards, self.places, self.dtype = [bare], bare.places, bare.dtype
-            sizes, self.num_documents = [bare.num_tokens], bare.num_documents
+            sizes = np.array([bare.num_tokens])
         else:
             self._shards, self.places = [None] * len(manifest.shards), Places(len(manifest.shards))
             self.dtype = np.dtype(manifest.dtype)
-            sizes = [info.tokens for info in manifest.shards]
-            self.num_documents = sum(info.documents for info in manifest.shards)
+            sizes = np.fromiter(map(attrgetter("tokens"), manifest.shards), np.int64, len(manifest.shards))
         self._ends_array = np.cumsum(sizes, dtype=np.int64)
+        self._begins_array = self._ends_array - sizes
         self._ends: list[int] = self._ends_array.tolist()
-        self._begins: list[int] = [0, *self._ends[:-1]]
-        self._begins_array = np.array(self._begins, dtype=np.int64)
+        self._begins: list[int] = self._begins_array.tolist()
         self.num_tokens: int = self._ends[-1]
         self._before_read: Callable[[int, int, int], None] | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the stream."""
+        if self.manifest is None:
+            return int(self.shard(0).num_documents)
+        return sum(info.documents for info in self.manifest.shards)
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
         # open files do not travel to another process
