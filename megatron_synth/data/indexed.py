@@ -214,11 +214,11 @@ class Shard:
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
         try:
-            file = open(self.idx_path, "rb")
+            descriptor = os.open(self.idx_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
-        with file:
-            header = file.read(HEADER.size)
+        try:
+            header = os.pread(descriptor, HEADER.size, 0)
             if len(header) < HEADER.size:
                 raise UserError(
                     f"{self.idx_path}: expected an index of at least {HEADER.size} bytes, found {idx_bytes}; {AGAIN}"
@@ -237,10 +237,13 @@ class Shard:
                 )
             end = 0
             if sequences:
-                file.seek(HEADER.size + 4 * (sequences - 1))
-                length = int.from_bytes(file.read(4), "little")
-                file.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
-                end = int.from_bytes(file.read(8), "little") + length * self.dtype.itemsize
+                length = os.pread(descriptor, 4, HEADER.size + 4 * (sequences - 1))
+                begin = os.pread(descriptor, 8, HEADER.size + 4 * sequences + 8 * (sequences - 1))
+                end = int.from_bytes(begin, "little") + int.from_bytes(length, "little") * self.dtype.itemsize
+        except OSError as error:
+            raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
+        finally:
+            os.close(descriptor)
         if bin_bytes != end:
             raise UserError(f"{self.bin_path}: its index announces {end} bytes, found {bin_bytes} bytes; {AGAIN}")
         self.num_tokens = end // self.dtype.itemsize
@@ -382,8 +385,11 @@ def _unreadable(path: Path, content: np.ndarray | None, error: compiled.BusError
 
 def _mapped(path: Path, size: int) -> mmap.mmap:
     try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:  # an empty file is a ValueError
         raise UserError(f"{path}: {error} while mapping it; {AGAIN}") from error
     if len(content) < size:
