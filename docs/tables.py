@@ -91,6 +91,7 @@ def prepare() -> str | None:
 
 def levers() -> str:
     """What each lever does on this machine, by the layouts that have it, as `bench train --levers` measures it."""
+    from megatron_synth.bench.gpu import random_source
     from megatron_synth.bench.levers_cli import spread
     from megatron_synth.bench.report import header_lines
 
@@ -99,15 +100,17 @@ def levers() -> str:
         "": "fused loss,recomputation,garbage collection between steps,torch.compile",
         "--ranks 2": "gradients reduced in the backward pass,weights gathered in the forward pass,distributed optimizer",
         "--ranks 2 parallel.overlap_grad_reduce=true parallel.ddp_bucket_size=200000": "gradient buckets",
-        "--data real": "read-ahead",
+        "--data real data.sources.random.path={data} data.sources.random.max_epochs=.inf": "read-ahead",
         "--ranks 2 parallel.tensor_model_parallel_size=2": "sequence parallelism",
         "--ranks 2 parallel.pipeline_model_parallel_size=2": "interleaved pipeline",
     }
     lines: list[str] = []
     rows = [["lever", "turned to", "layout", "step time", "CPU time", "peak memory", "losses"]]
     with tempfile.TemporaryDirectory() as folder:
+        data = random_source(Path(folder) / "random", 2_000_000)
         for more, names in layouts.items():
             file = Path(folder) / "levers.json"
+            more = more.format(data=data)
             command = [sys.executable, "-m", "megatron_synth", *base, names, *more.split(), "--json", str(file)]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
             document = json.loads(file.read_text())

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
     document: dict[str, Any] = {**header("bench", ["gpu", *argv]), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
-        data = _random_source(Path(folder) / "data", 400_000 if options.smoke else 40_000_000)
+        data = random_source(Path(folder) / "data", 400_000 if options.smoke else 40_000_000)
         for part in selected:
             document["parts"][part.name] = _run(
                 part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if options.smoke else 1)
@@ -178,7 +178,7 @@ def _run(part: Part, folder: Path, data: Path, budget_s: float) -> dict[str, Any
     }
 
 
-def _random_source(prefix: Path, tokens: int) -> Path:
+def random_source(prefix: Path, tokens: int) -> Path:
     """A shard of random tokens below 256 with documents of 1,000, for the real loader."""
     import numpy as np
 
