@@ -202,7 +202,26 @@ def swiglu_gradient_blocks_kernel(
     )
 
 
-class SwiGLU(Source):
+class _OneLaunch(Source):
+    """A source whose kernel with one scale finds the largest magnitude, too, and that alone where nothing is to be written."""
+
+    def amax(self) -> Tensor:
+        """The largest magnitude."""
+        return self._launch(None, torch.float8_e4m3fn, False, False)[2]
+
+    def tensorwise(
+        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """With one scale."""
+        return self._launch(scale, dtype, row, transposed)
+
+    def _launch(
+        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        raise NotImplementedError
+
+
+class SwiGLU(_OneLaunch):
     """swiglu_quantise.SwiGLU."""
 
     def __init__(self, gate_and_up: Tensor):
@@ -214,16 +233,6 @@ class SwiGLU(Source):
         from .triton_swiglu import swiglu
 
         return swiglu(self._x)
-
-    def amax(self) -> Tensor:
-        """The largest magnitude."""
-        return self._launch(None, torch.float8_e4m3fn, False, False)[2]
-
-    def tensorwise(
-        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """With one scale."""
-        return self._launch(scale, dtype, row, transposed)
 
     def _launch(
         self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
@@ -261,7 +270,7 @@ class SwiGLU(Source):
         return in_blocks(data, scale, other, other_scale)
 
 
-class SwiGLUGradient(Source):
+class SwiGLUGradient(_OneLaunch):
     """swiglu_quantise.SwiGLUGradient."""
 
     def __init__(self, grad: Tensor, gate_and_up: Tensor):
@@ -273,16 +282,6 @@ class SwiGLUGradient(Source):
         from .triton_swiglu import gradient
 
         return gradient(self._grad, self._x)
-
-    def amax(self) -> Tensor:
-        """The largest magnitude."""
-        return self._launch(None, torch.float8_e4m3fn, False, False)[2]
-
-    def tensorwise(
-        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """With one scale."""
-        return self._launch(scale, dtype, row, transposed)
 
     def _launch(
         self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
