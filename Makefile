@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/rows.c
+$(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/shards/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,test]'
 	touch $@

@@ -33,7 +33,9 @@ setup(
     include_package_data=False,
     # plain C that is loaded by ctypes: a compiler is all it needs; without one numpy does its work
     ext_modules=[
-        Extension("megatron_synth.data._rows", ["megatron_synth/data/rows.c"], extra_compile_args=["-O3"], optional=True)
+        Extension(
+            "megatron_synth.data._rows", ["megatron_synth/data/shards/native.c"], extra_compile_args=["-O3"], optional=True
+        )
     ],
     install_requires=[
         "torch>=2.6",
@@ -69,5 +71,5 @@ setup(
             "types-psutil",
         ],
     },
-    entry_points={"console_scripts": ["megatron-synth=megatron_synth.cli:main"]},
+    entry_points={"console_scripts": ["megatron-synth=megatron_synth.cli.main:main"]},
 )

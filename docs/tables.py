@@ -33,8 +33,8 @@ def sizes() -> str:
     """Named model sizes, counted."""
     from megatron_synth.config.load import load_yaml
     from megatron_synth.config.schema import ModelConfig
-    from megatron_synth.core.flops import count_parameters
     from megatron_synth.core.log import human
+    from megatron_synth.estimate.flops import count_parameters
 
     counted = []
     for file in sorted((ROOT / "configs" / "model").glob("*.yaml")):
@@ -92,8 +92,8 @@ def prepare() -> str | None:
 def levers() -> str:
     """What each lever does on this machine, by the layouts that have it, as `bench train --levers` measures it."""
     from megatron_synth.bench.gpu import random_source
-    from megatron_synth.bench.levers_cli import spread
-    from megatron_synth.bench.report import header_lines
+    from megatron_synth.bench.tables import header_lines
+    from megatron_synth.cli.bench_ablations import spread
 
     base = ["bench", "train", "--model", "tiny-1m", "train.sequence_length=128", "--warmup", "2", "--steps", "4", "--levers"]
     layouts = {
@@ -144,10 +144,10 @@ def scales() -> str:
     """The best layout of some models on paper, from 8 to 4096 GPUs."""
     from megatron_synth.config.load import load_yaml
     from megatron_synth.config.schema import ModelConfig
-    from megatron_synth.core.hardware import ACCELERATORS
     from megatron_synth.core.log import gib
-    from megatron_synth.parallel.published import RUNS, configuration
-    from megatron_synth.parallel.search import search
+    from megatron_synth.estimate.hardware import ACCELERATORS
+    from megatron_synth.estimate.published_runs import RUNS, configuration
+    from megatron_synth.estimate.search import search
 
     sizes = [ModelConfig(**load_yaml(f"model/{name}.yaml")["model"], vocab_size=50_304) for name in ("llama-1.3b", "3b")]
     sizes.append(next(run.model for run in RUNS if run.model.name == "Llama-3 8B"))
@@ -166,7 +166,7 @@ def scales() -> str:
 
 def fp8_passes() -> str:
     """Bytes that a layer's quantising moves, by place."""
-    from megatron_synth.core.fp8_passes import GRADIENT, PLACES
+    from docs.fp8_passes import GRADIENT, PLACES
 
     rows = [["tensor", "numbers"]]
     for scalings in ("`delayed`, `blockwise`", "`current`"):
@@ -180,11 +180,11 @@ def fp8_passes() -> str:
 
 def fp8_passes_models() -> str:
     """The same of whole models: a layer's bytes in a step, and what a step's take at the bandwidth of an H200."""
+    from docs.fp8_passes import Scaling, bytes_per_step
     from megatron_synth.config.load import load_file, load_yaml
     from megatron_synth.config.schema import Config, ModelConfig
-    from megatron_synth.core.fp8_passes import Scaling, bytes_per_step
-    from megatron_synth.core.hardware import ACCELERATORS
-    from megatron_synth.core.steptime import Assumptions
+    from megatron_synth.estimate.hardware import ACCELERATORS
+    from megatron_synth.estimate.step_time import Assumptions
 
     train = load_file(Config, "bench/h200.yaml").train
     micro_batches = train.global_batch_size // train.micro_batch_size

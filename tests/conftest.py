@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_synth.data import compiled
+from megatron_synth.data.shards import native
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,7 +22,7 @@ def compiled_and_not(request: pytest.FixtureRequest) -> Iterator[None]:
     """The tests of a module run with the compiled functions of the data, and with numpy in their place."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
-            patch.setattr(compiled, "library", lambda: None)
-        elif compiled.library() is None:
+            patch.setattr(native, "library", lambda: None)
+        elif native.library() is None:
             pytest.skip("nothing was compiled: no C compiler when the package was installed")
         yield

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_synth.study.answers import best_ratio
-from megatron_synth.study.fit import Fit, fit
-from megatron_synth.study.laws import LAWS, Columns, Floats
-from megatron_synth.study.noise import best_measured, noise_floor
+from megatron_synth.study.fit.fit import Fit, fit
+from megatron_synth.study.fit.laws import LAWS, Columns, Floats
+from megatron_synth.study.fit.noise import best_measured, noise_floor
+from megatron_synth.study.report.answers import best_ratio
 
 B = 1e9
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.schema import ModelConfig
-from megatron_synth.data.indexed import ShardWriter
-from megatron_synth.data.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
-from megatron_synth.train import metrics
+from megatron_synth.data.shards.indexed import ShardWriter
+from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.train.record import metrics
 
 LLAMA3_8B = ModelConfig(
     num_layers=32,

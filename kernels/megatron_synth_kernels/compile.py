@@ -25,20 +25,34 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import (
-    triton_adam,
-    triton_cross_entropy,
-    triton_norm,
-    triton_norm_quantise,
-    triton_quantise,
-    triton_rope,
-    triton_swiglu,
-    triton_swiglu_quantise,
+from megatron_synth_kernels.registry import interpreted
+from megatron_synth_kernels.sizes import Sizes
+from megatron_synth_kernels.torch.adam_reference import Coefficients, Rounding
+from megatron_synth_kernels.torch.fp8 import E4M3, E5M2, Source
+from megatron_synth_kernels.triton import (
+    adam as triton_adam,
 )
-from .adam_reference import Coefficients, Rounding
-from .fp8 import E4M3, E5M2, Source
-from .registry import interpreted
-from .sizes import Sizes
+from megatron_synth_kernels.triton import (
+    cross_entropy as triton_cross_entropy,
+)
+from megatron_synth_kernels.triton import (
+    norm as triton_norm,
+)
+from megatron_synth_kernels.triton import (
+    norm_quantize as triton_norm_quantize,
+)
+from megatron_synth_kernels.triton import (
+    quantize as triton_quantize,
+)
+from megatron_synth_kernels.triton import (
+    rope as triton_rope,
+)
+from megatron_synth_kernels.triton import (
+    swiglu as triton_swiglu,
+)
+from megatron_synth_kernels.triton import (
+    swiglu_quantize as triton_swiglu_quantize,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)  # Triton compiles 90 as sm_90a
 # of one processor of compute capability 9.0, CUDA C++ programming guide, table "technical specifications"
@@ -119,11 +133,11 @@ def _adam(sizes: Sizes) -> None:
 def _quantise_fp8(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
     for dtype in (E4M3, E5M2):
-        triton_quantise.quantise_tensorwise(x, triton_quantise.amax_of(x), dtype)
-        row, _ = triton_quantise.quantise_1x128(x, dtype)
-        triton_quantise.quantise_128x128(x, dtype)
+        triton_quantize.quantise_tensorwise(x, triton_quantize.amax_of(x), dtype)
+        row, _ = triton_quantize.quantise_1x128(x, dtype)
+        triton_quantize.quantise_128x128(x, dtype)
         assert row is not None
-        triton_quantise.transpose(row.data)
+        triton_quantize.transpose(row.data)
 
 
 def _quantised_every_way(make: Callable[[], Source]) -> None:
@@ -136,16 +150,16 @@ def _quantised_every_way(make: Callable[[], Source]) -> None:
 def _swiglu_quantise(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, 2 * sizes.ffn), dtype=torch.bfloat16, device="meta")
     grad = torch.empty((sizes.tokens, sizes.ffn), dtype=torch.bfloat16, device="meta")
-    _quantised_every_way(lambda: triton_swiglu_quantise.SwiGLU(x))
-    _quantised_every_way(lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x))
+    _quantised_every_way(lambda: triton_swiglu_quantize.SwiGLU(x))
+    _quantised_every_way(lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x))
 
 
 def _rms_norm_quantise(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
     weight = torch.empty(sizes.hidden, dtype=torch.bfloat16, device="meta")
-    _quantised_every_way(lambda: triton_norm_quantise.Normalised(x, weight, 1e-5))
-    made = triton_norm_quantise.Normalised(x, weight, 1e-5)
-    triton_norm_quantise.gradients(x, x, weight, made.inverse)
+    _quantised_every_way(lambda: triton_norm_quantize.Normalised(x, weight, 1e-5))
+    made = triton_norm_quantize.Normalised(x, weight, 1e-5)
+    triton_norm_quantize.gradients(x, x, weight, made.inverse)
 
 
 CASES: dict[str, Callable[[Sizes], None]] = {

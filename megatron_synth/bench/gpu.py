@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if not options.smoke and _gpus() == 0:
         raise UserError("no GPU is visible; `bench gpu --smoke` runs the same on a CPU with tiny models")
 
-    from megatron_synth.bench.report import header, header_lines
+    from megatron_synth.bench.tables import header, header_lines
 
     document: dict[str, Any] = {**header("bench", ["gpu", *argv]), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def random_source(prefix: Path, tokens: int) -> Path:
     """A shard of random tokens below 256 with documents of 1,000, for the real loader."""
     import numpy as np
 
-    from megatron_synth.data.indexed import ShardWriter
+    from megatron_synth.data.shards.indexed import ShardWriter
 
     generator = np.random.default_rng(0)
     writer = ShardWriter(prefix, np.dtype(np.uint16))
@@ -198,8 +198,8 @@ def _gpus() -> int:
 
 
 def _table(document: dict[str, Any]) -> Sequence[str]:
-    from megatron_synth.bench.report import markdown_table
-    from megatron_synth.core.hardware import show_mfu
+    from megatron_synth.bench.tables import markdown_table
+    from megatron_synth.estimate.hardware import show_mfu
 
     rows = [["part", "status", "s", "tokens/s", "MFU", "ms/step", "largest shares of the time, or what levers do to a step's"]]
     for name, part in document["parts"].items():

@@ -1,72 +1,236 @@
-"""What every benchmark's output begins with, and its tables, as Markdown and as JSON."""
+"""`megatron-synth bench report FILES...`: tables of what `--json` wrote, and a verdict on `bench train` against a baseline.
+
+A point is slower than its baseline when both hold: the median step takes longer by more than the tolerance (3 % by default),
+and a one-sided Mann-Whitney U test over all single steps rejects at p < 0.01 that the steps are no slower. The first alone
+would call a noisy machine a regression, the second alone a difference that nobody minds.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shlex
-from collections.abc import Sequence
-from datetime import UTC, datetime
+import argparse
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.train.rundir import device_name, git_state, versions
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import gib, say
+
+EXIT_SLOWER = 1
+SIGNIFICANCE = 0.01
 
 
-def header(verb: str, argv: Sequence[str]) -> dict[str, Any]:
-    """When, where and from what a table was made, and the command that makes it again.
+@dataclass(frozen=True)
+class Record:
+    """One measured configuration."""
 
-    Args:
-        verb: such as `bench`.
-        argv: the arguments after it.
+    model: str
+    settings: str
+    """Layout, format and sizes: what must be equal for two records to be compared."""
+    device: str
+    commit: str
+    step_s: tuple[float, ...]
+    tokens_per_s: float
+    """Per rank."""
+    tflops: float
+    mfu: float | None
+    peak_bytes: int | None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What two records must share to be compared."""
+        return self.model, self.settings, self.device
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A record against its baseline."""
+
+    record: Record
+    slowdown: float
+    """Median step time over the baseline's, less 1."""
+    p: float
+    slower: bool
+
+
+def main(argv: list[str]) -> int:
+    """Tables on the console or in files; exit code 1 when something became slower."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth bench report", description="Tables of `bench train --json` files, and a check against a baseline."
+    )
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu; or bench loader"
+    )
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
+    parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw tokens/s per point")
+    options = parser.parse_args(argv)
+    for what, file in (("--csv", options.csv), ("--png", options.png)):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{what}: {file.parent} is not a folder")
+    loaders = [content for file in options.files if "loaders" in (content := _content(file))]
+    if loaders:
+        if len(loaders) < len(options.files) or options.baseline or options.csv or options.png:
+            raise UserError(
+                "files of `bench loader` make a table of their own: without other files, --baseline, --csv and --png"
+            )
+        from benchmarks.loader.report import render
+
+        say(render(loaders))
+        return EXIT_OK
+    levers = _content(options.files[0])
+    if "levers" in levers:
+        if len(options.files) > 1 or options.baseline or options.csv or options.png:
+            raise UserError("a file of --levers is a table of its own: without other files, --baseline, --csv and --png")
+        from megatron_synth.cli.bench_ablations import render as render_levers
+
+        say(render_levers(levers))
+        return EXIT_OK
+    records = [record for file in options.files for record in read(file)]
+    verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []
+    rows = table_rows(records)
+    from megatron_synth.bench.tables import markdown_table
+
+    say("\n".join(markdown_table(rows)))
+    if options.csv is not None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_atomic(options.csv, text.getvalue())
+    if options.png is not None:
+        draw(records, options.png)
+    if options.baseline is None:
+        return EXIT_OK
+    if not verdicts:
+        raise UserError(f"--baseline {options.baseline}: no point of it has the model, settings and device of one here")
+    say("\n" + "\n".join(markdown_table(_verdict_rows(verdicts))))
+    return EXIT_SLOWER if any(verdict.slower for verdict in verdicts) else EXIT_OK
+
+
+def read(path: Path) -> list[Record]:
+    """The measurements in a file; points of a sweep without one are left out.
+
+    Raises:
+        UserError: the file is not one of ours.
     """
-    import torch
-
-    found = versions()
     try:
-        found["transformers"] = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        found["transformers"] = "absent"
-    return {
-        "command": shlex.join([*_launcher(), verb, *argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(Path(__file__).parent),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "versions": found,
-    }
+        records = list(_records(json.loads(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{path}: expected what `bench train --json` writes: {type(error).__name__}: {error}") from None
+    if not records:
+        raise UserError(f"{path}: holds no measurement")
+    return records
 
 
-def _launcher() -> list[str]:
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        return ["megatron-synth"]
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    nodes = ["--nnodes", str(world_size // per_node)] if per_node < world_size else []
-    return ["torchrun", *nodes, "--nproc-per-node", str(per_node), "-m", "megatron_synth"]
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # reading it again says what is wrong
+    return content if isinstance(content, dict) else {}
 
 
-def header_lines(head: dict[str, Any]) -> list[str]:
-    """A header as a Markdown list."""
-    git = head["git"]
-    commit = "none" if git is None else git["commit"] + (" with local changes" if git["dirty"] else "")
-    versions_text = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    return [
-        f"- command: `{head['command']}`",
-        f"- date: {head['date']}, commit: {commit}",
-        f"- device: {head['device']}, {head['threads']} host thread{'' if head['threads'] == 1 else 's'} per process",
-        f"- versions: {versions_text}",
-    ]
+def _records(content: dict[str, Any]) -> Iterator[Record]:
+    for point in content.get("points", []):
+        if point["result"] is not None:
+            yield from _records(point["result"])
+    for part in content.get("parts", {}).values():  # of bench gpu
+        result = part.get("result")
+        if isinstance(result, dict) and {"rows", "config"} <= set(result):  # the kernels have a table of their own
+            yield from _records(part["result"])
+    for row in content.get("rows", []):
+        config = content["config"]
+        train, model = config["train"], config["model"]
+        recompute = "" if train.get("recompute", "none") == "none" else f", {train['recompute']} recompute"
+        precision = ",".join(
+            str(value) for value in config["precision"].values() if isinstance(value, str) and value not in ("off", "auto")
+        )
+        shape = f"S{train['sequence_length']} B{train['micro_batch_size']}/{train['global_batch_size']}"
+        name = "" if row["name"] == "megatron-synth" else f"{row['name']}: "
+        yield Record(
+            model=f"{name}{model['name']}",
+            settings=f"{precision} {shape}, {content['layout']}{recompute}, {content.get('data', 'random')} data",
+            device=content["device"],
+            commit=(content["git"] or {}).get("commit", "none")[:10],
+            step_s=tuple(second for block in row["step_s"] for second in block),
+            tokens_per_s=row["tokens_per_s_per_rank"],
+            tflops=row["tflops_per_rank"],
+            mfu=row["mfu"],
+            peak_bytes=row["peak_bytes"],
+        )
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; `rows[0]` is the head, the first column is text and all others numbers."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def table_rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row per record."""
+    from megatron_synth.estimate.hardware import show_mfu
 
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join([first, *rest]) + " |"
+    rows = [["model", "settings", "device", "commit", "ms/step", "min to max", "tokens/s/rank", "TFLOP/s", "MFU", "peak GiB"]]
+    for one in records:
+        rows.append(
+            [
+                one.model,
+                one.settings,
+                one.device,
+                one.commit,
+                f"{1000 * statistics.median(one.step_s):.1f}",
+                f"{1000 * min(one.step_s):.1f} to {1000 * max(one.step_s):.1f}",
+                f"{one.tokens_per_s:,.0f}",
+                f"{one.tflops:.3g}",
+                show_mfu(one.mfu),
+                "n/a" if one.peak_bytes is None else gib(one.peak_bytes),
+            ]
+        )
+    return rows
 
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return [line(rows[0]), rule, *(line(row) for row in rows[1:])]
+
+def compare(records: Sequence[Record], baseline: Sequence[Record], tolerance: float) -> list[Verdict]:
+    """Each record that the baseline has too, by the module's test."""
+    from scipy.stats import mannwhitneyu
+
+    before = {record.key: record for record in baseline}
+    verdicts = []
+    for record in records:
+        if record.key not in before:
+            continue
+        old = before[record.key].step_s
+        slowdown = statistics.median(record.step_s) / statistics.median(old) - 1
+        p = float(mannwhitneyu(record.step_s, old, alternative="greater").pvalue)
+        verdicts.append(Verdict(record, slowdown, p, slowdown > tolerance and p < SIGNIFICANCE))
+    return verdicts
+
+
+def _verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    rows = [["model", "settings", "step time", "p", "verdict"]]
+    for one in verdicts:
+        verdict = "SLOWER" if one.slower else "as fast"
+        rows.append([one.record.model, one.record.settings, f"{100 * one.slowdown:+.1f} %", f"{one.p:.2g}", verdict])
+    return rows
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Tokens/s per rank as bars, with the spread of single steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(records)), layout="constrained")
+    names = [f"{record.model}, {record.settings}" for record in records]
+    rates = [record.tokens_per_s for record in records]
+    medians = [statistics.median(record.step_s) for record in records]
+    low = [rate * (1 - middle / max(one.step_s)) for rate, middle, one in zip(rates, medians, records, strict=True)]
+    high = [rate * (middle / min(one.step_s) - 1) for rate, middle, one in zip(rates, medians, records, strict=True)]
+    places = range(len(records))
+    axes.barh(places, rates, xerr=[low, high], color="#4477aa", ecolor="#222222", capsize=3)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s per rank; whiskers: slowest and fastest step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_atomic(path, buffer.getvalue())

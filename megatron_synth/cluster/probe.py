@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.core.hardware import peak_flops
+from megatron_synth.estimate.hardware import peak_flops
 from megatron_synth.parallel.placement import node_name
 
 MARK = "PROBE "
@@ -61,7 +61,7 @@ def probe_node(shared: Path, token: str, disk_mib: int) -> dict[str, Any]:
     """
     import torch
 
-    from megatron_synth.train.rundir import device_name, versions
+    from megatron_synth.train.record.run_dir import device_name, versions
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.train.rundir import JOBS
+from megatron_synth.train.record.run_dir import JOBS
 
 _TAIL_BYTES = 1 << 16
 

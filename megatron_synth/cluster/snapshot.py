@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from megatron_synth.core.files import write_atomic, write_json
-from megatron_synth.train.rundir import COMMIT_FILE, git_state
+from megatron_synth.train.record.run_dir import COMMIT_FILE, git_state
 
 _PACKAGES = ("megatron_synth", "megatron_synth_kernels")
 

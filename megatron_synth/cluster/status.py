@@ -15,8 +15,8 @@ from megatron_synth.cluster.slurm import JobState
 from megatron_synth.cluster.verdict import read_attempts
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
-from megatron_synth.train import metrics
-from megatron_synth.train.rundir import JOBS, RunDir
+from megatron_synth.train.record import metrics
+from megatron_synth.train.record.run_dir import JOBS, RunDir
 
 _RECENT = 20
 """Steps over whose median rates are taken."""

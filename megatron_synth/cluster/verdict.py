@@ -2,7 +2,7 @@
 
     python -m megatron_synth.cluster.verdict begin|end|ended --job ID --restart N --job-dir DIR ...
 
-The facts are what ranks left behind (core/outcome.py), the step's exit code, and the run's progress; the history is kept in
+The facts are what ranks left behind (core/exit_record.py), the step's exit code, and the run's progress; the history is kept in
 DIR/attempts/ID.jsonl. `end` prints its decision as the last line, `requeue` or `exit CODE`, and why on standard error.
 """
 
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 def _tell(run_dir: Path | None, text: str) -> None:
     print(text, file=sys.stderr, flush=True)
     if run_dir is not None and (run_dir / "run.json").is_file():
-        from megatron_synth.train.rundir import RunDir
+        from megatron_synth.train.record.run_dir import RunDir
 
         RunDir.open(run_dir).event(text)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megatron_synth.config.schema import Config
 from megatron_synth.model import kernels, ops
-from megatron_synth.model.fp8 import Fp8Run
-from megatron_synth.model.fp8_linear import fuse
-from megatron_synth.model.fp8_setup import Fp8Plan, plan_fp8
-from megatron_synth.model.fp8_statistics import Statistics
+from megatron_synth.model.fp8.linear import fuse
+from megatron_synth.model.fp8.recipe import Fp8Run
+from megatron_synth.model.fp8.setup import Fp8Plan, plan_fp8
+from megatron_synth.model.fp8.statistics import Statistics
 from megatron_synth.model.init import initialize_weights
 from megatron_synth.model.objective import Objective
 from megatron_synth.model.spec import Linears, block_spec

@@ -30,15 +30,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_synth.model.documents import Documents
 from megatron_synth.model.objective import Losses, Objective
-from megatron_synth_kernels import fp8 as fp8
 from megatron_synth_kernels import registry
-from megatron_synth_kernels.fp8 import E4M3 as E4M3
-from megatron_synth_kernels.fp8 import E5M2 as E5M2
-from megatron_synth_kernels.fp8 import Pair as Pair
-from megatron_synth_kernels.fp8 import Quantised as Quantised
-from megatron_synth_kernels.fp8 import Source as Source
-from megatron_synth_kernels.linear_cross_entropy import Part, linear_cross_entropy
-from megatron_synth_kernels.loss import cross_entropy
+from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
+from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
+from megatron_synth_kernels.torch.fp8 import Pair as Pair
+from megatron_synth_kernels.torch.fp8 import Quantised as Quantised
+from megatron_synth_kernels.torch.fp8 import Source as Source
+from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
+from megatron_synth_kernels.torch.loss import cross_entropy
 
 
 def quantiser() -> Any:

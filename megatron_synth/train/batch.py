@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_synth.config.schema import Config, DataConfig
-from megatron_synth.data.dataset import RunData
-from megatron_synth.data.loader import Batch, Loader, Tokens
-from megatron_synth.data.prefetch import Prefetcher
+from megatron_synth.data.loading.loader import Batch, Loader, Tokens
+from megatron_synth.data.loading.prefetch import Prefetcher
+from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.documents import Documents
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout

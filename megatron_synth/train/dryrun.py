@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatron_synth.config.load import digest
 from megatron_synth.config.schema import Config
-from megatron_synth.core.flops import count_parameters, flops_per_token
 from megatron_synth.core.log import gib, human, scientific, table
-from megatron_synth.core.memory import memory_per_rank
-from megatron_synth.data.dataset import plan_of, vocab_size_of
-from megatron_synth.data.mixture_text import phase_tables, source_table
-from megatron_synth.data.store import Source, check_compatible, open_source
+from megatron_synth.data.loading.run_data import plan_of, vocab_size_of
+from megatron_synth.data.mixing.tables import phase_tables, source_table
+from megatron_synth.data.shards.source import Source, check_compatible, open_source
+from megatron_synth.estimate.flops import count_parameters, flops_per_token
+from megatron_synth.estimate.memory import memory_per_rank
 from megatron_synth.parallel.plan import Layout, plan
 
 

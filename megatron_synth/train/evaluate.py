@@ -8,12 +8,12 @@ from itertools import islice
 
 import torch
 
-from megatron_synth.data.loader import validation_batches, validation_windows
-from megatron_synth.data.store import Source
+from megatron_synth.data.loading.loader import validation_batches, validation_windows
+from megatron_synth.data.shards.source import Source
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.parallel.wrap import whole_weights
-from megatron_synth.train import metrics
 from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, SAMPLES, TensorBatch, needs_boundaries, to_device
+from megatron_synth.train.record import metrics
 from megatron_synth.train.step import Pipeline
 
 

@@ -18,25 +18,25 @@ import torch
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.schema import Config
-from megatron_synth.core import outcome
-from megatron_synth.core.flops import count_parameters, flops_per_token
+from megatron_synth.core import exit_record
 from megatron_synth.core.log import human, say
-from megatron_synth.data import compiled
-from megatron_synth.data.dataset import RunData
-from megatron_synth.data.ledger import Ledger
+from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.mixing.ledger import Ledger
+from megatron_synth.data.shards import native
+from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.model import kernels
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train import metrics
 from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
-from megatron_synth.train.checkpoint_files import check_writable, clear_unfinished
+from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
-from megatron_synth.train.preempt import StopRequest
-from megatron_synth.train.record import Recorder
-from megatron_synth.train.rundir import RunDir
+from megatron_synth.train.record import metrics
+from megatron_synth.train.record.recorder import Recorder
+from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.wandb import Tracker
 from megatron_synth.train.schedule import learning_rate
-from megatron_synth.train.tracker import Tracker
-from megatron_synth.train.watch import Watch
+from megatron_synth.train.signals import StopRequest
+from megatron_synth.train.watchdog import Watch
 
 T = TypeVar("T")
 
@@ -80,16 +80,16 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
 
 def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
-    outcome: list[object] = [None]
+    exit_record: list[object] = [None]
     if ranks.rank == 0:
         try:
-            outcome = [action()]
+            exit_record = [action()]
         except UserError as error:
-            outcome = [UserError(str(error))]  # a subclass with arguments of its own may not travel
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+            exit_record = [UserError(str(error))]  # a subclass with arguments of its own may not travel
+    torch.distributed.broadcast_object_list(exit_record, src=0)
+    if isinstance(exit_record[0], UserError):
+        raise exit_record[0]
+    return exit_record[0]  # type: ignore[return-value]
 
 
 class Trainer:
@@ -97,22 +97,22 @@ class Trainer:
 
     def __init__(self, config: Config, layout: Layout, data: RunData, ranks: Ranks, run_path: Path):
         # megatron-core takes seconds to import and must find the device prepared
-        from megatron_synth.model.fp8_setup import plan_fp8
-        from megatron_synth.train import checkpoint
-        from megatron_synth.train.checkpoint_writer import CheckpointWriter
+        from megatron_synth.model.fp8.setup import plan_fp8
+        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
         self.config, self.layout, self.data, self.ranks = config, layout, data, ranks
-        self._checkpoint = checkpoint
+        self._checkpoint = resume
         # all that can be refused is refused before the run directory is made or changed
         warnings: list[str] = []
-        found = checkpoint.newest_sound(run_path, config.checkpoint.verify, warnings.append)
+        found = resume.newest_sound(run_path, config.checkpoint.verify, warnings.append)
         saved = None
         if found is not None:
-            saved = checkpoint.read_trainer(found)
-            checkpoint.check_resumable(found, saved, config, data)
+            saved = resume.read_trainer(found)
+            resume.check_resumable(found, saved, config, data)
         weights = None
         if found is None and config.checkpoint.init_from is not None:
-            weights = checkpoint.to_start_from(config, data.vocab_size)
+            weights = resume.to_start_from(config, data.vocab_size)
         kernels.activate(kernels.select(config))
         plan_fp8(config, ranks.device)
         on_main(ranks, lambda: self._check_disk(run_path))
@@ -140,7 +140,7 @@ class Trainer:
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
         from megatron_synth.train.step import Stepper
 
-        config, layout, data, ranks, checkpoint = self.config, self.layout, self.data, self.ranks, self._checkpoint
+        config, layout, data, ranks, resume = self.config, self.layout, self.data, self.ranks, self._checkpoint
         found, saved, weights = self._from
         self.chunks = wrap_ddp(build_model(config, data.vocab_size), config)
         self.optimizer = build_optimizer(self.chunks, config)
@@ -151,15 +151,15 @@ class Trainer:
         self.ledger = Ledger.of(data.plan, config.window_length)
         if saved is not None:
             assert found is not None
-            checkpoint.load(found, self.chunks, self.optimizer)
+            resume.load(found, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
             self.ledger.load_state_dict(saved.ledger)
             self.ledger.verify(data.plan, self.samples)
             on_main(ranks, lambda: self._record_resume(saved.plan_digest))
         elif weights is not None:
-            checkpoint.load_weights(weights, self.chunks, self.optimizer)
+            resume.load_weights(weights, self.chunks, self.optimizer)
         self.prefetcher = prefetcher_of(config, layout, ranks, data)
-        outcome.at_step(self.step)
+        exit_record.at_step(self.step)
         self.tracker = on_main_only(ranks, self._start_tracker)
         self.recorder = Recorder(
             config,
@@ -237,7 +237,7 @@ class Trainer:
             ended = time.perf_counter()
             self.watch.enter("record", self.step + 1)
             self.step += 1
-            outcome.at_step(self.step)
+            exit_record.at_step(self.step)
             collection.after_step(self.step)
             self.samples += self.config.samples_per_step
             self.recorder.add(self.step, self.samples, result, lr, step_s=ended - began, data_s=loaded - began)
@@ -276,8 +276,8 @@ class Trainer:
         Raises:
             UserError: a required save failed.
         """
-        from megatron_synth.train.checkpoint_pieces import collect
-        from megatron_synth.train.checkpoint_writer import SaveRequest
+        from megatron_synth.train.checkpoint.sharding import collect
+        from megatron_synth.train.checkpoint.writer import SaveRequest
 
         self.watch.enter("save", self.step, slow=True)
         self.recorder.flush()
@@ -350,7 +350,7 @@ class Trainer:
         if self.precision_text and self.ranks.rank == 0:
             self.run_dir.event(self.precision_text)
         say(f"mixture {data.plan.describe()} over {tokens} tokens in {config.train.steps} steps")
-        slow = compiled.missing()
+        slow = native.missing()
         if slow is not None:
             say(f"warning: {slow}")
 

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_synth.config.schema import Config
-from megatron_synth.model import fp8
+from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LOSS, NUM_SUMS, TensorBatch, sums_per_source
@@ -168,7 +168,7 @@ class Stepper(Pipeline):
     ):
         super().__init__(config, chunks, ranks)
         self.optimizer = optimizer
-        self.fp8 = fp8.of(chunks)
+        self.fp8 = recipe.of(chunks)
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
         self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else data_size
         self._clock = _Clock(ranks.device)

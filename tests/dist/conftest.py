@@ -52,7 +52,7 @@ def train(ranks: RankPool, config: Path) -> Train:
     def call(run: Path, layout: str, *settings: str, code: int = 0) -> list[RankResult]:
         world_size, layout_settings = LAYOUTS[layout]
         arguments = ["train", str(config), *layout_settings, *settings, "--run-dir", str(run)]
-        results = ranks.run(world_size, "megatron_synth.cli.main", arguments)
+        results = ranks.run(world_size, "megatron_synth.cli.main.main", arguments)
         printed = "".join(result.stdout + result.stderr for result in results)
         assert [result.value for result in results] == [code] * world_size, printed
         return results

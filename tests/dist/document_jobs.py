@@ -17,8 +17,8 @@ def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int
     """
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
-    from megatron_synth.data.boundaries import Boundaries
-    from megatron_synth.data.loader import Batch
+    from megatron_synth.data.loading.boundaries import Boundaries
+    from megatron_synth.data.loading.loader import Batch
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
     from tests.support import VOCAB_SIZE

@@ -35,8 +35,8 @@ def layer(kind: str, recipe: str, number_format: str, sequence_parallel: bool) -
     with process_group(layout, 0) as ranks:
         from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
-        from megatron_synth.model.fp8 import Fp8Run, Recipe
-        from megatron_synth.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+        from megatron_synth.model.fp8.recipe import Fp8Run, Recipe
+        from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
         ops.connect()
         mcore = transformer_config(config)
@@ -90,8 +90,8 @@ def contract() -> None:
     with process_group(plan(config, 1), 0) as ranks:
         from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
-        from megatron_synth.model.fp8 import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
-        from megatron_synth.model.fp8_linear import Fp8ColumnParallelLinear
+        from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
+        from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear
 
         ops.connect()
         torch.manual_seed(0)
@@ -178,7 +178,7 @@ def train_without_products(arguments: list[str]) -> int:
     """Train where torch cannot multiply tensorwise-scaled FP8."""
     import torch
 
-    from megatron_synth import cli
+    from megatron_synth.cli import main as cli
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("torch._scaled_mm is only supported on devices that this is not")

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from megatron_synth_kernels import fp8
+from megatron_synth_kernels.torch import fp8
 
 aten = torch.ops.aten
 
@@ -158,8 +158,8 @@ def _at_once(collective: Any) -> Any:
 
 def train(arguments: list[str]) -> int:
     """`megatron-synth train` with TransformerEngine's place taken."""
-    from megatron_synth.cli import main
-    from megatron_synth.model import fp8_te
+    from megatron_synth.cli.main import main
+    from megatron_synth.model.fp8 import te as te_module
 
     put: Any = fp8_utils
     put.HAVE_TE_FP8_TENSOR_CLASS, put.FP8_TENSOR_CLASS = True, Quantised
@@ -170,7 +170,7 @@ def train(arguments: list[str]) -> int:
     buffer._coalescing_manager = _OneByOne
     buffer.dist_all_gather_func = _at_once(buffer.dist_all_gather_func)
     buffer.dist_reduce_scatter_func = _at_once(buffer.dist_reduce_scatter_func)
-    te: Any = fp8_te
+    te: Any = te_module
     te.problem, te.check, te._recomputing = (lambda device: None), (lambda *args: None), (lambda: False)
     te.linears = lambda: _linears("precision.fp8_param_gather=true" in arguments)
     return main(arguments)
@@ -184,8 +184,8 @@ def weights(run: str) -> dict[str, Any]:
     from megatron_synth.parallel.plan import Layout
 
     with process_group(Layout.single(), 0):
-        from megatron_synth.train import checkpoint
+        from megatron_synth.train.checkpoint import resume
 
-        path = checkpoint.find(Path(run))
+        path = resume.find(Path(run))
         assert path is not None
-        return {name: weight.float().numpy() for name, weight in checkpoint.full_weights(path).items()}
+        return {name: weight.float().numpy() for name, weight in resume.full_weights(path).items()}

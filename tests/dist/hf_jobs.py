@@ -12,7 +12,7 @@ def export_initial(config_path: str, settings: list[str], folder: str) -> None:
     """Write the untrained model of a configuration as a Hugging Face folder."""
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
-    from megatron_synth.data.dataset import open_data
+    from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
@@ -34,18 +34,18 @@ def logits(run: str, tokens: np.ndarray) -> np.ndarray:
     from megatron_synth.config.schema import Config
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
-    from megatron_synth.train.evaluate_cli import _ONE_RANK_PER_COPY
+    from megatron_synth.cli.eval import _ONE_RANK_PER_COPY
 
     config = load_file(Config, Path(run) / "config.yaml", _ONE_RANK_PER_COPY)
     with process_group(plan(config, 1), 0):
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import wrap_ddp
-        from megatron_synth.train import checkpoint
+        from megatron_synth.train.checkpoint import resume
 
-        found = checkpoint.find(Path(run))
+        found = resume.find(Path(run))
         assert found is not None
-        chunks = wrap_ddp(build_model(config, checkpoint.read_trainer(found).vocab_size), config)
-        checkpoint.load(found, chunks, None)
+        chunks = wrap_ddp(build_model(config, resume.read_trainer(found).vocab_size), config)
+        resume.load(found, chunks, None)
         inputs = torch.from_numpy(tokens)
         with torch.no_grad():
             result: np.ndarray = chunks[0](inputs, torch.arange(inputs.shape[1]).expand_as(inputs), None).numpy()

@@ -22,7 +22,7 @@ def initial_weights(config_path: str, settings: list[str]) -> list[Piece]:
     """This rank's pieces of the untrained model: name, shape of the whole, place in it, values (in as many axes)."""
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
-    from megatron_synth.data.dataset import open_data
+    from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
 
@@ -64,8 +64,8 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
 
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:
     """Train; rank r gets each signal (r, when, number), `when` being "step N" (while it reads data) or "save"."""
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.loop import Trainer
 
     def send(when: str) -> None:
@@ -98,8 +98,8 @@ def train_killed_in_save(arguments: list[str], moment: str, number: int, target:
     """
     from pathlib import Path
 
-    from megatron_synth import cli
-    from megatron_synth.train import checkpoint_files, checkpoint_writer
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint import files, writer
 
     calls = 0
 
@@ -117,18 +117,18 @@ def train_killed_in_save(arguments: list[str], moment: str, number: int, target:
 
         return call
 
-    Writer = checkpoint_writer.CheckpointWriter
+    Writer = writer.CheckpointWriter
     if moment == "shards":
         Writer._write_own = fatal(Writer._write_own)  # type: ignore[method-assign]
     elif moment in ("torn shards", "manifest.json"):
-        checkpoint_files.write_manifest = fatal(checkpoint_files.write_manifest)
+        files.write_manifest = fatal(files.write_manifest)
     elif moment == "trainer.json":
         counts = lambda path, _: path.name == moment  # noqa: E731
-        checkpoint_files.write_hashed = fatal(checkpoint_files.write_hashed, counts)
+        files.write_hashed = fatal(files.write_hashed, counts)
     elif moment == "rename":
         Path.rename = fatal(Path.rename, lambda path, _: path.name.startswith("step_"))  # type: ignore[method-assign]
     elif moment == "latest":
-        checkpoint_writer.write_atomic = fatal(checkpoint_writer.write_atomic)
+        writer.write_atomic = fatal(writer.write_atomic)
     else:
         assert moment == "prune"
         Writer._prune = fatal(Writer._prune)  # type: ignore[method-assign]
@@ -139,8 +139,8 @@ def train_with_a_full_disk(arguments: list[str], saves: Sequence[int], target: i
     """Train; during its saves of these numbers, rank `target` cannot write more than 100 kB to a file."""
     import resource
 
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
     number, write = 0, CheckpointWriter._write_own
 
@@ -159,8 +159,8 @@ def train_with_a_slow_disk(arguments: list[str], seconds: float) -> tuple[int, i
     """Train where writing a file takes so long: the exit code, and the steps that were begun while one was written."""
     import time
 
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.loop import Trainer
 
     meanwhile = 0
@@ -187,7 +187,7 @@ def train_in_trouble(arguments: list[str], what: str, target: int, step: int) ->
     """
     import time
 
-    from megatron_synth import cli
+    from megatron_synth.cli import main as cli
     from megatron_synth.train.step import Stepper
 
     steps, forward = 0, Stepper.forward
@@ -218,7 +218,7 @@ def train_poisoned(arguments: list[str], what: str, target: int, steps: Sequence
     """
     import torch
 
-    from megatron_synth import cli
+    from megatron_synth.cli import main as cli
     from megatron_synth.train import step as step_module
 
     Stepper = step_module.Stepper
@@ -264,7 +264,7 @@ def train_on_a_full_disk(arguments: list[str], free: int) -> int:
     """Train where shutil.disk_usage reports `free` bytes."""
     import shutil
 
-    from megatron_synth import cli
+    from megatron_synth.cli import main as cli
 
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=free)  # type: ignore[assignment]
@@ -318,7 +318,7 @@ def leave_a_mess() -> None:
 
 def train_on_nodes(arguments: list[str], nodes: list[str]) -> int:
     """`megatron_synth.cli.main` as if each rank were on the node that `nodes` names for it."""
-    from megatron_synth.cli import main
+    from megatron_synth.cli.main import main
 
     os.environ["SLURMD_NODENAME"] = nodes[rank()]
     return main(arguments)

@@ -12,9 +12,9 @@ import torch
 
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
-from megatron_synth.data.dataset import open_data
-from megatron_synth.data.loader import Loader, validation_batches
-from megatron_synth.train import metrics
+from megatron_synth.data.loading.run_data import open_data
+from megatron_synth.data.loading.loader import Loader, validation_batches
+from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
 from tests.dist.test_huggingface import load_llama

@@ -83,19 +83,19 @@ def test_a_wrong_start_says_why_and_leaves_nothing(name: str, ranks: RankPool, t
     run = tmp_path / "runs" / "run"
     settings = [setting.format(corpus=corpus) for setting in case.settings]
     arguments = ["train", str(config), *settings, "--run-dir", str(run)]
-    results = ranks.run(case.world_size, "megatron_synth.cli.main", arguments)
+    results = ranks.run(case.world_size, "megatron_synth.cli.main.main", arguments)
     _assert_one_error(results, tuple(text.format(corpus=corpus) for text in case.says))
     assert not run.parent.exists()
 
 
 def test_all_problems_of_a_configuration_come_at_once(ranks: RankPool, config: Path, tmp_path: Path) -> None:
     settings = ["train.stpes=3", "optim.lr=-1", "parallel.tensor_model_parallel_size=0", "log.interval=often"]
-    results = ranks.run(1, "megatron_synth.cli.main", ["train", str(config), *settings, "--run-dir", str(tmp_path / "run")])
+    results = ranks.run(1, "megatron_synth.cli.main.main", ["train", str(config), *settings, "--run-dir", str(tmp_path / "run")])
     _assert_one_error(results, ("4 problems", "train.stpes", "optim.lr", TENSOR, "log.interval"))
 
 
 def test_a_missing_configuration_is_named(ranks: RankPool, tmp_path: Path) -> None:
-    results = ranks.run(1, "megatron_synth.cli.main", ["train", str(tmp_path / "none.yaml")])
+    results = ranks.run(1, "megatron_synth.cli.main.main", ["train", str(tmp_path / "none.yaml")])
     _assert_one_error(results, (str(tmp_path / "none.yaml"),))
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_run_is_not_touched(world_size: int, ranks: RankPool
     run = tmp_path / "run"
     run.mkdir()
     (run / "thesis.tex").write_text("years of work")
-    results = ranks.run(world_size, "megatron_synth.cli.main", ["train", str(config), "--run-dir", str(run)])
+    results = ranks.run(world_size, "megatron_synth.cli.main.main", ["train", str(config), "--run-dir", str(run)])
     _assert_one_error(results, (str(run), "not a run directory"))
     assert snapshot(run) == {"thesis.tex": b"years of work"}
 
@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_run_is_not_touched(world_size: int, ranks: RankPool
 def test_a_file_in_the_way(below: str, ranks: RankPool, config: Path, tmp_path: Path) -> None:
     file = tmp_path / below.partition("/")[0]
     file.write_text("in the way")
-    results = ranks.run(1, "megatron_synth.cli.main", ["train", str(config), "--run-dir", str(tmp_path / below)])
+    results = ranks.run(1, "megatron_synth.cli.main.main", ["train", str(config), "--run-dir", str(tmp_path / below)])
     _assert_one_error(results, (str(tmp_path / below),))
     assert file.read_text() == "in the way"
 
@@ -130,7 +130,7 @@ def test_a_file_in_the_way(below: str, ranks: RankPool, config: Path, tmp_path: 
 def test_init_from_another_model(ranks: RankPool, config: Path, trained: Callable[..., Run], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     settings = [f"checkpoint.init_from={trained('single').path}", "model.num_layers=2"]
-    results = ranks.run(1, "megatron_synth.cli.main", ["train", str(config), *settings, "--run-dir", str(run)])
+    results = ranks.run(1, "megatron_synth.cli.main.main", ["train", str(config), *settings, "--run-dir", str(run)])
     _assert_one_error(results, (str(trained("single").path), "model.num_layers was 4 and is now 2"))
     assert not run.parent.exists()
 
@@ -140,7 +140,7 @@ def test_a_damaged_run_json_is_named(ranks: RankPool, config: Path, trained: Cal
     shutil.copytree(trained("dp2").path, run)
     (run / "run.json").write_text("{")
     before = snapshot(run)
-    results = ranks.run(LAYOUTS["dp2"][0], "megatron_synth.cli.main", ["train", str(config), "--run-dir", str(run)])
+    results = ranks.run(LAYOUTS["dp2"][0], "megatron_synth.cli.main.main", ["train", str(config), "--run-dir", str(run)])
     _assert_one_error(results, (f"{run}/run.json",))
     assert snapshot(run) == before
 
@@ -153,7 +153,7 @@ def test_a_flipped_bit_is_found_before_it_is_trained_on(ranks: RankPool, tmp_pat
     content[100] ^= 4
     shard.write_bytes(content)
     arguments = ["train", str(config), "data.verify=blocks", "--run-dir", str(tmp_path / "run")]
-    (result,) = ranks.run(1, "megatron_synth.cli.main", arguments)
+    (result,) = ranks.run(1, "megatron_synth.cli.main.main", arguments)
     assert result.value == 2
     assert "shard-00001.bin, block 0" in result.stderr and "Traceback" not in result.stderr
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_synth.train import metrics
+from megatron_synth.train.record import metrics
 from tests.dist.pool import RankPool
 from tests.golden import quickstart
 from tests.support import LAYOUTS

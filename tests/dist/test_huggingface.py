@@ -11,9 +11,9 @@ import torch
 
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
-from megatron_synth.data.dataset import open_data
-from megatron_synth.data.loader import Loader
-from megatron_synth.train import metrics
+from megatron_synth.data.loading.run_data import open_data
+from megatron_synth.data.loading.loader import Loader
+from megatron_synth.train.record import metrics
 from megatron_synth.train.schedule import learning_rate
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
@@ -35,7 +35,7 @@ def load_llama(folder: Path) -> Any:
 
 
 def convert(ranks: RankPool, *arguments: str) -> None:
-    (result,) = ranks.run(1, "megatron_synth.cli.main", ["convert", *arguments])
+    (result,) = ranks.run(1, "megatron_synth.cli.main.main", ["convert", *arguments])
     assert result.value == 0, result.stderr
 
 
@@ -149,6 +149,6 @@ def test_convert_refuses(ranks: RankPool, tmp_path: Path) -> None:
         (["to-hf", str(tmp_path / "none"), str(tmp_path / "there")], "exists already"),
         (["from-hf", str(tmp_path / "none"), str(tmp_path / "out")], "config.json"),
     ):
-        (result,) = ranks.run(1, "megatron_synth.cli.main", ["convert", *arguments])
+        (result,) = ranks.run(1, "megatron_synth.cli.main.main", ["convert", *arguments])
         assert result.value == 2 and expected in result.stderr, result.stderr
         assert not (tmp_path / "out").exists()

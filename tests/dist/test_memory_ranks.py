@@ -22,7 +22,7 @@ CASES = {
 def test_estimates_are_what_tensors_take(ranks: RankPool, case: str) -> None:
     world_size, more = CASES[case]
     results = ranks.run(
-        world_size, "megatron_synth.bench.memory.predicted_and_measured", "bench/tiny-7m.yaml", [*SETTINGS, *more]
+        world_size, "megatron_synth.bench.train.memory.predicted_and_measured", "bench/tiny-7m.yaml", [*SETTINGS, *more]
     )
     assert [len(result.value) for result in results] == [world_size, *[0] * (world_size - 1)]
     for rank in results[0].value:

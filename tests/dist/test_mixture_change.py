@@ -32,7 +32,7 @@ def test_an_appended_phase_goes_on_from_what_was_consumed(
     # 80 samples at 2/3 and 1/3, then 80 at 1/4 and 3/4, each within one sample
     assert abs(qa - (CONSUMED / 3 + CONSUMED * 3 / 4)) < 2
     assert f"mixture changed from sample {CONSUMED} on" in (run / "events.log").read_text()
-    (audit,) = ranks.run(1, "megatron_synth.cli.main", ["mix", "audit", str(run)])
+    (audit,) = ranks.run(1, "megatron_synth.cli.main.main", ["mix", "audit", str(run)])
     assert audit.value == 0, audit.stdout + audit.stderr
 
 

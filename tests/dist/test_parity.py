@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_synth.train import metrics
+from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run
 from tests.dist.pool import RankPool
 from tests.support import CLIP_GRAD, GLOBAL_BATCH_SIZE, LAYOUTS, RATIOS, STEPS, assert_same_losses

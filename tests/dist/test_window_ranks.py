@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_synth.train import metrics
+from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
 from tests.support import GLOBAL_BATCH_SIZE, RATIOS, SEQUENCE_LENGTH, STEPS, assert_same_losses, read_metrics, rewound
@@ -33,7 +33,7 @@ def test_resumed_and_audited(ranks: RankPool, train: Train, trained: Callable[..
     run = rewound(reference.path, tmp_path / "run", 10)
     train(run, "tp2pp2", *WINDOWS)
     assert_same_losses(read_metrics(run), reference.records, 0)
-    (audit,) = ranks.run(1, "megatron_synth.cli.main", ["mix", "audit", str(run)])
+    (audit,) = ranks.run(1, "megatron_synth.cli.main.main", ["mix", "audit", str(run)])
     assert audit.value == 0, audit.stdout + audit.stderr
     again = rewound(reference.path, tmp_path / "again", 10)
     (result,) = train(again, "single", *WINDOWS[1:], f"train.sequence_length={SEQUENCE_LENGTH // NUMBER}", code=2)

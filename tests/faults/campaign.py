@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_RANK_LOST
-from megatron_synth.train import checkpoint_files as files
+from megatron_synth.train.checkpoint import files
 from tests.dist.pool import RankPool, RanksFailed
 from tests.support import LAYOUTS, ROOT, assert_same_losses, read_ledger, read_metrics, snapshot, write_config, write_corpus
 
@@ -58,7 +58,7 @@ class Campaign:
         return ["train", str(self.config), *LAYOUTS[layout][1], *settings, "--run-dir", str(run)]
 
     def train(
-        self, run: Path, layout: str, *settings: str, job: str = "megatron_synth.cli.main", extra: tuple[object, ...] = ()
+        self, run: Path, layout: str, *settings: str, job: str = "megatron_synth.cli.main.main", extra: tuple[object, ...] = ()
     ) -> str:
         """Train, which must end well; what rank 0 printed."""
         results = self.pool.run(LAYOUTS[layout][0], job, self.arguments(run, layout, *settings), *extra, timeout=1200)
@@ -69,7 +69,7 @@ class Campaign:
 
     def refused(self, run: Path, layout: str, *settings: str) -> str:
         """Train, which must be refused; the error."""
-        results = self.pool.run(LAYOUTS[layout][0], "megatron_synth.cli.main", self.arguments(run, layout, *settings))
+        results = self.pool.run(LAYOUTS[layout][0], "megatron_synth.cli.main.main", self.arguments(run, layout, *settings))
         assert [result.value for result in results] == [2] * len(results), results[0].stdout
         return self.plain(results[0].stderr.strip())
 
@@ -92,7 +92,7 @@ def _assert_equal_runs(campaign: Campaign, run: Path, reference: Path) -> None:
     (result,) = campaign.pool.run(1, "tests.dist.jobs.differences", *last)
     count, different = result.value
     assert count > 10 and not different, different
-    (audit,) = campaign.pool.run(1, "megatron_synth.cli.main", ["mix", "audit", str(run)])
+    (audit,) = campaign.pool.run(1, "megatron_synth.cli.main.main", ["mix", "audit", str(run)])
     assert audit.value == 0 and "equal: the run consumed what was planned" in audit.stdout, audit.stdout
 
 
@@ -294,7 +294,7 @@ def ranks_in_trouble(campaign: Campaign) -> None:
 
 def table(campaign: Campaign, command: str, took: float) -> str:
     """The result as Markdown."""
-    from megatron_synth.train.rundir import device_name, git_state
+    from megatron_synth.train.record.run_dir import device_name, git_state
 
     git = git_state(ROOT / "megatron_synth")
     commit = "none" if git is None else git["commit"] + (" with local changes" if git["dirty"] else "")

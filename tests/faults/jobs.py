@@ -27,8 +27,8 @@ def train_until_killed(
         steps: at the latest, the rank dies in this step of its life, so that a run cannot end before its kills are used up.
         trace: file to which the rank writes, before it dies, where it was.
     """
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.loop import Trainer
 
     batches, begin, work = Trainer._batches, CheckpointWriter.begin, CheckpointWriter._work
@@ -79,8 +79,8 @@ def train_until_killed(
 
 def train_on_a_small_disk(arguments: list[str], ballast: str, full: int) -> int:
     """Train; from save number `full` to the begin of the next, the file `ballast` takes all that is free on its disk."""
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
     saves, begin = 0, CheckpointWriter.begin
 
@@ -107,8 +107,8 @@ def train_timed(arguments: list[str]) -> tuple[int, float, float]:
     """Train: exit code, median seconds of a step, median seconds of a save until it is whole."""
     import statistics
 
-    from megatron_synth import cli
-    from megatron_synth.train.checkpoint_writer import CheckpointWriter
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.step import Stepper
 
     steps: list[float] = []

@@ -15,9 +15,9 @@ from typing import Any
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config
-from megatron_synth.data.dataset import open_data
-from megatron_synth.data.prepare import prepare
-from megatron_synth.train import metrics
+from megatron_synth.data.loading.run_data import open_data
+from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.train.record import metrics
 from tests.dist.pool import RankPool
 from tests.support import ROOT, read_metrics
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_synth.train import metrics
+from megatron_synth.train.record import metrics
 from tests.support import ROOT, read_ledger, read_metrics, write_config, write_corpus
 
 pytestmark = pytest.mark.gpu
@@ -75,13 +75,13 @@ def test_bf16_trains_and_resumes(config: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_written_from_pinned_memory_are_sound_and_resumed(config: Path, tmp_path: Path) -> None:
-    from megatron_synth.train import checkpoint_files
+    from megatron_synth.train.checkpoint import files
 
     settings = ("precision.dtype=bf16", "optim.schedule=constant", "checkpoint.interval=1", "checkpoint.keep_last=20")
     run = train(config, tmp_path / "run", *settings)
-    found = checkpoint_files.all_of(run / "checkpoints")
+    found = files.all_of(run / "checkpoints")
     assert len(found) == 20
-    assert [checkpoint_files.faults(checkpoint, checksums=True) for checkpoint in found] == [[]] * 20
+    assert [files.faults(checkpoint, checksums=True) for checkpoint in found] == [[]] * 20
     whole = [record[metrics.LOSS] for record in read_metrics(run)]
     (run / "checkpoints" / "latest").write_text(found[9].name + "\n")
     resumed = [record[metrics.LOSS] for record in read_metrics(train(config, run, *settings))]

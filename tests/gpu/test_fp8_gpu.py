@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_synth.train import metrics
+from megatron_synth.train.record import metrics
 from tests.support import ROOT, read_metrics, write_config, write_corpus
 
 pytestmark = pytest.mark.gpu
@@ -64,21 +64,22 @@ def in_bf16(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 def test_kernels_are_bit_equal_to_their_definition(shape: tuple[int, int], format_name: str) -> None:
     import torch
 
-    from megatron_synth_kernels import fp8, triton_quantise
+    from megatron_synth_kernels.torch import fp8
+    from megatron_synth_kernels.triton import quantize as triton_quantize
     from tests.kernels.test_quantise import bits, matrix
 
     dtype = getattr(fp8, format_name)
     x = matrix(*shape, torch.bfloat16).cuda()
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 2
-    assert torch.equal(triton_quantise.amax_of(x), fp8.amax_of(x))
+    assert torch.equal(triton_quantize.amax_of(x), fp8.amax_of(x))
     for found, expected in zip(
-        triton_quantise.quantise_tensorwise(x, scale, dtype), fp8.quantise_tensorwise(x, scale, dtype), strict=True
+        triton_quantize.quantise_tensorwise(x, scale, dtype), fp8.quantise_tensorwise(x, scale, dtype), strict=True
     ):
         assert torch.equal(bits(found), bits(expected))
     row, _, _ = fp8.quantise_tensorwise(x, scale, dtype)
-    assert row is not None and torch.equal(bits(triton_quantise.transpose(row)), bits(fp8.transpose(row)))
+    assert row is not None and torch.equal(bits(triton_quantize.transpose(row)), bits(fp8.transpose(row)))
     for name in ("quantise_1x128", "quantise_128x128"):
-        for ours, theirs in zip(getattr(triton_quantise, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
+        for ours, theirs in zip(getattr(triton_quantize, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
             assert torch.equal(bits(ours.data), bits(theirs.data)) and torch.equal(ours.scale, theirs.scale), name
             assert ours.scale.stride() == theirs.scale.stride()
 
@@ -87,7 +88,19 @@ def test_kernels_are_bit_equal_to_their_definition(shape: tuple[int, int], forma
 def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width: int) -> None:
     import torch
 
-    from megatron_synth_kernels import fp8, triton_norm, triton_norm_quantise, triton_swiglu, triton_swiglu_quantise
+    from megatron_synth_kernels.torch import fp8
+    from megatron_synth_kernels.triton import (
+        norm as triton_norm,
+    )
+    from megatron_synth_kernels.triton import (
+        norm_quantize as triton_norm_quantize,
+    )
+    from megatron_synth_kernels.triton import (
+        swiglu as triton_swiglu,
+    )
+    from megatron_synth_kernels.triton import (
+        swiglu_quantize as triton_swiglu_quantize,
+    )
     from tests.kernels.test_quantise import bits, matrix
 
     x = matrix(1024, width, torch.bfloat16).clamp(-60, 60).cuda()
@@ -97,9 +110,9 @@ def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width:
     activated = triton_swiglu.swiglu(leaf)
     activated.backward(grad)
     cases: list[tuple[Any, Any, Any]] = [
-        (lambda: triton_norm_quantise.Normalised(x, weight, 1e-5), triton_norm.rms_norm(x, weight, 1e-5), fp8.E4M3),
-        (lambda: triton_swiglu_quantise.SwiGLU(x), activated.detach(), fp8.E4M3),
-        (lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x), leaf.grad, fp8.E5M2),
+        (lambda: triton_norm_quantize.Normalised(x, weight, 1e-5), triton_norm.rms_norm(x, weight, 1e-5), fp8.E4M3),
+        (lambda: triton_swiglu_quantize.SwiGLU(x), activated.detach(), fp8.E4M3),
+        (lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), leaf.grad, fp8.E5M2),
     ]
     for make, expected, dtype in cases:
         amax = make().amax()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from megatron_synth_kernels import fp8, triton_quantise  # noqa: E402
-from megatron_synth_kernels.fp8 import BLOCK, E4M3, Quantised  # noqa: E402
+from megatron_synth_kernels.torch import fp8  # noqa: E402
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantised  # noqa: E402
+from megatron_synth_kernels.triton import quantize as triton_quantize
 from tests.kernels.test_quantise import FORMATS, bits, matrix  # noqa: E402
 
 
@@ -26,14 +27,14 @@ def test_tensorwise_kernel(shape: tuple[int, int], source: torch.dtype, dtype: t
     for x in (wide[:, : shape[1]].contiguous(), wide[:, 16:]):  # the second with rows apart
         scale = fp8.scale_for(fp8.amax_of(x), dtype) * 3
         expected = fp8.quantise_tensorwise(x, scale, dtype)
-        found = triton_quantise.quantise_tensorwise(x, scale, dtype)
+        found = triton_quantize.quantise_tensorwise(x, scale, dtype)
         for ours, theirs in zip(found[:2], expected[:2], strict=True):
             assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
-        assert torch.equal(found[2], expected[2]) and torch.equal(triton_quantise.amax_of(x), expected[2])
-        assert torch.equal(bits(triton_quantise.transpose(found[0])), bits(found[1]))
-    only_row = triton_quantise.quantise_tensorwise(x, scale, dtype, transposed=False)
+        assert torch.equal(found[2], expected[2]) and torch.equal(triton_quantize.amax_of(x), expected[2])
+        assert torch.equal(bits(triton_quantize.transpose(found[0])), bits(found[1]))
+    only_row = triton_quantize.quantise_tensorwise(x, scale, dtype, transposed=False)
     assert only_row[1] is None and torch.equal(bits(only_row[0]), bits(found[0]))
-    only_transposed = triton_quantise.quantise_tensorwise(x, scale, dtype, row=False)
+    only_transposed = triton_quantize.quantise_tensorwise(x, scale, dtype, row=False)
     assert only_transposed[0] is None and torch.equal(bits(only_transposed[1]), bits(found[1]))
 
 
@@ -46,15 +47,15 @@ def test_block_kernels(name: str, dtype: torch.dtype) -> None:
     x[BLOCK, -1] = torch.nan
     x[0, -1] = torch.inf
     expected = getattr(fp8, name)(x, dtype)
-    found = getattr(triton_quantise, name)(x, dtype)
+    found = getattr(triton_quantize, name)(x, dtype)
     bad = [torch.isnan(result.scale) for result in expected]
     assert all(mask.any() for mask in bad)
     x = x.nan_to_num(0, 0, 0)
     for ours, theirs in zip(found, expected, strict=True):  # data beside a NaN scale mean nothing
         assert torch.equal(torch.isnan(ours.scale), torch.isnan(theirs.scale))
-    for ours, theirs in zip(getattr(triton_quantise, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
+    for ours, theirs in zip(getattr(triton_quantize, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
         same(ours, theirs)
-    row, nothing = getattr(triton_quantise, name)(x, dtype, transposed=False)
+    row, nothing = getattr(triton_quantize, name)(x, dtype, transposed=False)
     assert nothing is None
     same(row, getattr(fp8, name)(x, dtype)[0])
 
@@ -63,5 +64,5 @@ def test_block_kernels(name: str, dtype: torch.dtype) -> None:
 def test_kernels_report_what_is_not_finite(bad: float) -> None:
     x = matrix(32, 32)
     x[7, 7] = bad
-    assert triton_quantise.amax_of(x) == torch.inf
-    assert triton_quantise.quantise_tensorwise(x, torch.tensor(1.0), E4M3)[2] == torch.inf
+    assert triton_quantize.amax_of(x) == torch.inf
+    assert triton_quantize.quantise_tensorwise(x, torch.tensor(1.0), E4M3)[2] == torch.inf

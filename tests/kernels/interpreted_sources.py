@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from megatron_synth_kernels import (  # noqa: E402
-    fp8,
-    norm_quantise,
-    swiglu_quantise,
-    triton_norm,
-    triton_norm_quantise,
-    triton_swiglu,
-    triton_swiglu_quantise,
+from megatron_synth_kernels.torch import fp8, norm_quantize, swiglu_quantize
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, Source  # noqa: E402
+from megatron_synth_kernels.triton import (
+    norm as triton_norm,
 )
-from megatron_synth_kernels.fp8 import BLOCK, E4M3, E5M2, Source  # noqa: E402
+from megatron_synth_kernels.triton import (
+    norm_quantize as triton_norm_quantize,
+)
+from megatron_synth_kernels.triton import (
+    swiglu as triton_swiglu,
+)
+from megatron_synth_kernels.triton import (
+    swiglu_quantize as triton_swiglu_quantize,
+)
 from tests.kernels.interpreted_quantise import same  # noqa: E402
 from tests.kernels.test_quantise import bits, matrix  # noqa: E402
 from tests.kernels.triton_support import poisoned  # noqa: E402
@@ -35,7 +39,7 @@ def wide(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def swiglu(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
     x = wide(n, 2 * k, dtype)
-    return lambda: triton_swiglu_quantise.SwiGLU(x), triton_swiglu.swiglu(x)
+    return lambda: triton_swiglu_quantize.SwiGLU(x), triton_swiglu.swiglu(x)
 
 
 def gradient(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
@@ -43,12 +47,12 @@ def gradient(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], 
     leaf = x.clone().requires_grad_()
     triton_swiglu.swiglu(leaf).backward(grad)
     assert leaf.grad is not None
-    return lambda: triton_swiglu_quantise.SwiGLUGradient(grad, x), leaf.grad
+    return lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), leaf.grad
 
 
 def normalised(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
     x, weight = wide(n, k, dtype), torch.rand(k, generator=torch.Generator().manual_seed(2)).to(dtype)
-    return lambda: triton_norm_quantise.Normalised(x, weight, EPS), triton_norm.rms_norm(x, weight, EPS)
+    return lambda: triton_norm_quantize.Normalised(x, weight, EPS), triton_norm.rms_norm(x, weight, EPS)
 
 
 # few launches: the interpreter takes a third of a second to begin one
@@ -87,17 +91,17 @@ def test_what_is_not_finite_is_reported() -> None:
     grad = x[:, :32].clone()
     x[7, 40] = torch.nan
     for source in (
-        triton_swiglu_quantise.SwiGLU(x),
-        triton_swiglu_quantise.SwiGLUGradient(grad, x),
-        triton_norm_quantise.Normalised(x, torch.ones(64), EPS),
+        triton_swiglu_quantize.SwiGLU(x),
+        triton_swiglu_quantize.SwiGLUGradient(grad, x),
+        triton_norm_quantize.Normalised(x, torch.ones(64), EPS),
     ):
         assert source.amax() == torch.inf
 
 
 def test_gradients_of_the_norm_are_those_of_the_definition() -> None:
     x, grad, weight = torch.randn(24, 80), torch.randn(24, 80), torch.rand(80)
-    ours = triton_norm_quantise.gradients(grad, x, weight, triton_norm_quantise.Normalised(x, weight, EPS).inverse)
-    theirs = norm_quantise.gradients(grad, x, weight, norm_quantise.Normalised(x, weight, EPS).inverse)
+    ours = triton_norm_quantize.gradients(grad, x, weight, triton_norm_quantize.Normalised(x, weight, EPS).inverse)
+    theirs = norm_quantize.gradients(grad, x, weight, norm_quantize.Normalised(x, weight, EPS).inverse)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
@@ -105,8 +109,8 @@ def test_gradients_of_the_norm_are_those_of_the_definition() -> None:
 def test_the_definitions_agree_with_the_kernels_in_fp32() -> None:
     x, grad, weight = wide(40, 96, torch.float32), torch.randn(40, 48), torch.rand(96)
     for ours, theirs in (
-        (triton_swiglu_quantise.SwiGLU(x), swiglu_quantise.SwiGLU(x)),
-        (triton_swiglu_quantise.SwiGLUGradient(grad, x), swiglu_quantise.SwiGLUGradient(grad, x)),
-        (triton_norm_quantise.Normalised(x, weight, EPS), norm_quantise.Normalised(x, weight, EPS)),
+        (triton_swiglu_quantize.SwiGLU(x), swiglu_quantize.SwiGLU(x)),
+        (triton_swiglu_quantize.SwiGLUGradient(grad, x), swiglu_quantize.SwiGLUGradient(grad, x)),
+        (triton_norm_quantize.Normalised(x, weight, EPS), norm_quantize.Normalised(x, weight, EPS)),
     ):
         torch.testing.assert_close(ours.value(), theirs.value(), rtol=1e-5, atol=1e-5)

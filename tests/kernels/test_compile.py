@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from megatron_synth.cli import kernels
 from megatron_synth.config.errors import UserError
-from megatron_synth.model import kernels_cli
 from megatron_synth_kernels.registry import OPERATIONS, TRITON
 from tests.support import ROOT
 
 pytest.importorskip("triton")
-MODELS = list(kernels_cli.COMPILED_FOR)
+MODELS = list(kernels.COMPILED_FOR)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_the_table_says_the_same(compiled: tuple[list[dict[str, Any]], str]) -> 
 def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
-        kernels_cli.main(["--compile"])
+        kernels.main(["--compile"])
     with pytest.raises(UserError, match="--json goes with --compile"):
-        kernels_cli.main(["--json", "x.json"])
+        kernels.main(["--json", "x.json"])
     with pytest.raises(UserError, match="is not a folder"):
-        kernels_cli.main(["--compile", "--json", str(tmp_path / "no" / "x.json")])
+        kernels.main(["--compile", "--json", str(tmp_path / "no" / "x.json")])
     with pytest.raises(UserError, match="takes no configuration, found 'train/quickstart.yaml'"):
-        kernels_cli.main(["--compile", "train/quickstart.yaml"])
+        kernels.main(["--compile", "train/quickstart.yaml"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels import norm, rope, swiglu
 from megatron_synth_kernels.registry import COMPILE, OPERATIONS
+from megatron_synth_kernels.torch import norm, rope, swiglu
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}

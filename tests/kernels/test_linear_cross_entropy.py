@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_synth_kernels import linear_cross_entropy as module
 from megatron_synth_kernels import registry
-from megatron_synth_kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
-from megatron_synth_kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_synth_kernels.torch import linear_cross_entropy as module
+from megatron_synth_kernels.torch.cross_entropy import cross_entropy_grad_, cross_entropy_stats
+from megatron_synth_kernels.torch.linear_cross_entropy import linear_cross_entropy
 from tests.kernels.test_operations import DTYPES, close
 
 Z = 1e-2

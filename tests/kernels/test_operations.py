@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels.adam import FusedAdam
-from megatron_synth_kernels.attention import _masked, causal_attention
-from megatron_synth_kernels.loss import cross_entropy
-from megatron_synth_kernels.norm import rms_norm, rms_norm_residual
-from megatron_synth_kernels.rope import rotary
-from megatron_synth_kernels.swiglu import swiglu
-from megatron_synth_kernels.wgrad import wgrad_gemm_accum_fp16, wgrad_gemm_accum_fp32
+from megatron_synth_kernels.torch.adam import FusedAdam
+from megatron_synth_kernels.torch.attention import _masked, causal_attention
+from megatron_synth_kernels.torch.loss import cross_entropy
+from megatron_synth_kernels.torch.norm import rms_norm, rms_norm_residual
+from megatron_synth_kernels.torch.rope import rotary
+from megatron_synth_kernels.torch.swiglu import swiglu
+from megatron_synth_kernels.torch.wgrad import wgrad_gemm_accum_fp16, wgrad_gemm_accum_fp32
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 DTYPES = [torch.float32, torch.bfloat16]

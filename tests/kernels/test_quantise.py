@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels import fp8
-from megatron_synth_kernels.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantised
+from megatron_synth_kernels.torch import fp8
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantised
 from tests.support import ROOT
 
 FORMATS = [E4M3, E5M2]

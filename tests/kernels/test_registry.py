@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_synth.cli import kernels as kernels_module
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config, KernelsConfig
-from megatron_synth.model import kernels, kernels_cli
+from megatron_synth.model import kernels
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.registry import OPERATIONS, KernelUnavailable, choose
 
@@ -132,12 +133,12 @@ def test_who_names_the_norm_means_the_one_after_an_addition_too(config_file: Pat
 
 
 def test_torch_until_something_is_activated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_synth_kernels import norm
+    from megatron_synth_kernels.torch import norm
 
     assert registry.get("rms_norm") is norm.rms_norm
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     registry.activate(choose({"rms_norm": "triton"}, CPU, torch.float32))
-    from megatron_synth_kernels import triton_norm
+    from megatron_synth_kernels.triton import norm as triton_norm
 
     assert registry.get("rms_norm") is triton_norm.rms_norm
     registry.activate(choose({}, CPU, torch.float32))
@@ -210,7 +211,7 @@ def test_ranks_that_chose_otherwise_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_table_and_the_header(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert kernels_cli.main([str(config_file), "kernels.rope=torch"]) == 0
+    assert kernels_module.main([str(config_file), "kernels.rope=torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("kernels on ") and lines[0].endswith(", fp32")
     cells = {line.split()[0]: line for line in lines[2:]}

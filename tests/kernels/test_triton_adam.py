@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels import adam_reference
-from megatron_synth_kernels.adam_reference import Coefficients, Rounding, philox, round_stochastically
+from megatron_synth_kernels.torch import adam_reference
+from megatron_synth_kernels.torch.adam_reference import Coefficients, Rounding, philox, round_stochastically
 from tests.kernels.triton_support import DEVICE, DTYPES, needs_triton
 
 BETAS = (0.8, 0.95)
@@ -23,7 +23,7 @@ def _seed() -> None:
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("rounding", [None, Rounding(2**40 + 7, 3, 5), Rounding(1, 2**31, 1)])
 def test_the_bits_are_those_of_the_reference(rounding: Rounding | None, copied: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_adam import adamw_
+    from megatron_synth_kernels.triton.adam import adamw_
 
     param, grad = torch.randn(1500, device=DEVICE).to(dtype), torch.randn(1500, device=DEVICE).to(dtype)
     param[0], grad[1], grad[2] = torch.inf, torch.nan, 0.0
@@ -42,7 +42,7 @@ def test_the_bits_are_those_of_the_reference(rounding: Rounding | None, copied: 
 
 @needs_triton
 def test_it_is_torchs_adamw_and_its_state_survives() -> None:
-    from megatron_synth_kernels.triton_adam import TritonAdam
+    from megatron_synth_kernels.triton.adam import TritonAdam
 
     ours = [torch.randn(5, 3, device=DEVICE), torch.randn(4, device=DEVICE), torch.randn(2, device=DEVICE)]
     theirs = [p.clone() for p in ours]
@@ -77,7 +77,7 @@ def test_it_is_torchs_adamw_and_its_state_survives() -> None:
 @needs_triton
 def test_bf16_weights_without_a_master_learn_only_when_rounded_by_chance() -> None:
     """Updates of a thousandth of a weight are lost by rounding to the nearest bf16, a 256th apart."""
-    from megatron_synth_kernels.triton_adam import TritonAdam
+    from megatron_synth_kernels.triton.adam import TritonAdam
 
     ends = {}
     for seed in (None, 7, 8):

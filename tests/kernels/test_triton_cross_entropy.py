@@ -30,7 +30,7 @@ def log_sum_exp(stats: Tensor) -> Tensor:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("vocabulary", [1, 7, 4096, 9001])
 def test_both_passes(vocabulary: int, strided: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_cross_entropy import cross_entropy_grad_, cross_entropy_stats
+    from megatron_synth_kernels.triton.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 
     tokens, start = 5, 1000
     wide = torch.randn(tokens, vocabulary + 3 * strided, device=DEVICE).mul_(6).to(dtype)
@@ -58,7 +58,7 @@ def test_both_passes(vocabulary: int, strided: bool, dtype: torch.dtype) -> None
 
 
 def test_parts_of_a_vocabulary_make_the_whole() -> None:
-    from megatron_synth_kernels.triton_cross_entropy import cross_entropy_stats
+    from megatron_synth_kernels.triton.cross_entropy import cross_entropy_stats
 
     logits = torch.randn(4, 5000, device=DEVICE) * 9
     labels = torch.randint(0, 5000, (4,), device=DEVICE)
@@ -72,7 +72,7 @@ def test_parts_of_a_vocabulary_make_the_whole() -> None:
 
 
 def test_extremes() -> None:
-    from megatron_synth_kernels.triton_cross_entropy import cross_entropy_grad_, cross_entropy_stats
+    from megatron_synth_kernels.triton.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 
     inf = math.inf
     rows = [[7.0] * 6, [3e38, -3e38, 0, 0, 0, 0], [1.0, -inf, -inf, -inf, -inf, -inf], [-inf] * 6, [-1e30] * 6]
@@ -90,7 +90,7 @@ def test_extremes() -> None:
 
 def test_a_vocabulary_of_128k_in_bf16() -> None:
     """Many equal logits: a sum in bf16 would stop at 256."""
-    from megatron_synth_kernels.triton_cross_entropy import cross_entropy_stats
+    from megatron_synth_kernels.triton.cross_entropy import cross_entropy_stats
 
     logits = torch.full((1, 131_072), 2.0, dtype=torch.bfloat16, device=DEVICE)
     stats = cross_entropy_stats(logits, torch.tensor([131_071], device=DEVICE), 0)

@@ -30,7 +30,7 @@ def reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape: tuple[int, ...], strided: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_norm import rms_norm
+    from megatron_synth_kernels.triton.norm import rms_norm
 
     x, x_64 = pair(*shape, dtype=dtype, strided=strided, factor=3.0)
     weight, weight_64 = pair(shape[-1], dtype=dtype)
@@ -43,7 +43,7 @@ def test_rms_norm(shape: tuple[int, ...], strided: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_residual(shape: tuple[int, ...], strided: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_norm import rms_norm_residual
+    from megatron_synth_kernels.triton.norm import rms_norm_residual
 
     x, x_64 = pair(*shape, dtype=dtype)
     residual, residual_64 = pair(*shape, dtype=dtype, strided=strided, factor=2.0)
@@ -58,7 +58,7 @@ def test_rms_norm_residual(shape: tuple[int, ...], strided: bool, dtype: torch.d
 
 
 def test_rms_norm_extremes() -> None:
-    from megatron_synth_kernels.triton_norm import rms_norm
+    from megatron_synth_kernels.triton.norm import rms_norm
 
     one = torch.ones(4096, device=DEVICE)
     assert rms_norm(torch.zeros(2, 8, device=DEVICE), one[:8], 1e-5).eq(0).all()
@@ -73,7 +73,7 @@ def test_rms_norm_extremes() -> None:
 
 def test_the_weights_gradient_is_the_same_in_every_run_and_sums_all_rows() -> None:
     """More rows than programs, so that each sums several; no atomics, so that the order is fixed."""
-    from megatron_synth_kernels.triton_norm import rms_norm
+    from megatron_synth_kernels.triton.norm import rms_norm
 
     rows = 2 * launch.processors(DEVICE) * 4 * 8 + 5
     x = torch.randn(rows, 256, device=DEVICE)
@@ -90,7 +90,7 @@ def test_the_weights_gradient_is_the_same_in_every_run_and_sums_all_rows() -> No
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 2, 14), (2, 1, 2050), (1, 3, 2048)])
 def test_swiglu(shape: tuple[int, ...], strided: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_swiglu import swiglu
+    from megatron_synth_kernels.triton.swiglu import swiglu
 
     x, x_64 = pair(*shape, dtype=dtype, strided=strided, factor=3.0)
     gate, up = x_64.chunk(2, dim=-1)
@@ -101,7 +101,7 @@ def test_swiglu(shape: tuple[int, ...], strided: bool, dtype: torch.dtype) -> No
 
 def test_swiglu_extremes() -> None:
     """exp overflows on one side of the gate and vanishes on the other."""
-    from megatron_synth_kernels.triton_swiglu import swiglu
+    from megatron_synth_kernels.triton.swiglu import swiglu
 
     x = torch.tensor([[-1e4, 1e4, 0.0, -90.0, 2.0, 3.0, 5.0, 1e30]], device=DEVICE, requires_grad=True)
     out = swiglu(x)

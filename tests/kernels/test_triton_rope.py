@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels import rope as reference
+from megatron_synth_kernels.torch import rope as reference
 from tests.kernels.triton_support import DEVICE, DTYPES, check_backward, close, needs_triton, pair, poisoned
 
 pytestmark = needs_triton
@@ -37,7 +37,7 @@ def turned(x: Tensor, positions: Tensor) -> Tensor:
 @pytest.mark.parametrize("by_document", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rope(shape: tuple[int, ...], by_document: bool, strided: bool, dtype: torch.dtype) -> None:
-    from megatron_synth_kernels.triton_rope import rope
+    from megatron_synth_kernels.triton.rope import rope
 
     sequence, batch, query_heads, key_heads, channels = shape
     query, query_64 = pair(sequence, batch, query_heads, channels, dtype=dtype, strided=strided)
@@ -56,7 +56,7 @@ def test_rope(shape: tuple[int, ...], by_document: bool, strided: bool, dtype: t
 
 def test_in_place_is_the_same_and_takes_no_memory() -> None:
     """On views of one tensor, as megatron-core's attention splits them, which autograd would not let be overwritten."""
-    from megatron_synth_kernels.triton_rope import rope
+    from megatron_synth_kernels.triton.rope import rope
 
     results = []
     for inplace in (False, True):
@@ -72,7 +72,7 @@ def test_in_place_is_the_same_and_takes_no_memory() -> None:
 
 
 def test_what_shares_its_places_is_not_overwritten() -> None:
-    from megatron_synth_kernels.triton_rope import rope
+    from megatron_synth_kernels.triton.rope import rope
 
     one = torch.randn(1, 1, 1, 8, device=DEVICE)
     query, key = one.expand(6, 1, 2, 8), one.expand(6, 1, 1, 8)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.unit.test_study_design import study_of
 
-from megatron_synth.study.design import load_study
-from megatron_synth.study.results import Folder
-from megatron_synth.study.runs import expand
-from megatron_synth.study.slurm import packed, queued_runs
+from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.execute.slurm import packed, queued_runs
+from megatron_synth.study.plan.runs import expand
+from megatron_synth.study.plan.study_file import load_study
 from tests.slurm.conftest import call, job_environment
 from tests.slurm.lab import Lab
 from tests.support import ROOT, write_source
-from tests.unit.test_study_design import study_of
 
 
 def write(tmp_path: Path) -> Path:

@@ -1,0 +1,344 @@
+"""FP8 quantisers for Hopper: one read of the tensor, both orders and the scales written.
+
+N rows, K columns. A program takes a tile of 128 x 128 at most, so block scales never cross programs. Results are those of
+fp8.py, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_synth_kernels.registry import interpreted
+from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantised, check_blocks
+
+_ROUNDS_WRONGLY = tl.constexpr(interpreted())
+FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
+
+@triton.jit
+def magnitude(values):
+    """|values| with NaN turned into infinity, which a maximum keeps."""
+    size = tl.abs(values)
+    return tl.where(size <= 3.4028234663852886e38, size, float("inf"))
+
+
+@triton.jit
+def _encoded(values, FORMAT: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """Nearest number of a format, ties to even, made bit by bit; |values| are in its range."""
+    bits = values.to(tl.int32, bitcast=True)
+    exponent = tl.maximum(((bits >> 23) & 0xFF) - 127 + BIAS, 1)  # as the format stores it; 1 also for its subnormal numbers
+    per_step = ((127 + BIAS + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True)
+    steps = (tl.abs(values) * per_step + 8388608.0) - 8388608.0  # 2^23: the sum is rounded to whole numbers
+    code = steps.to(tl.int32) + ((exponent - 1) << MANTISSA) + ((bits >> 24) & 0x80)
+    return code.to(tl.uint8).to(FORMAT, bitcast=True)
+
+
+@triton.jit
+def saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
+    """To the nearest number of the format, ties to even. Triton's interpreter rounds ties up and loses the carry into the
+    exponent (31.5 becomes 16), so there it is done on the bits.
+    """
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+    if not _ROUNDS_WRONGLY:
+        return values.to(FORMAT)
+    if LARGEST == 448.0:
+        return _encoded(values, FORMAT, 3, 7)
+    return _encoded(values, FORMAT, 2, 15)
+
+
+@triton.jit
+def power_of_two_scale(amax, LARGEST: tl.constexpr):
+    """fp8.scale_for(amax, power_of_two=True)."""
+    scale = tl.minimum(tl.div_rn(tl.full(amax.shape, LARGEST, tl.float32), amax), 8.507059173023462e37)  # 2^126
+    scale = tl.where((amax > 0) & (amax <= 3.4028234663852886e38), scale, 1.0)
+    return (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_of(scale, amax):
+    """fp8.inverse_scale."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale) + (amax - amax)  # inf - inf is NaN
+
+
+@triton.jit
+def store_both(
+    data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """A tile, as it is into row [n, k] and turned into transposed [k, n]."""
+    if ROW:
+        tl.store(row_ptr + top.to(tl.int64) * k + left + rows[:, None] * k + columns[None, :], data, mask=inside)
+    if TRANSPOSED:
+        tile = transposed_ptr + left.to(tl.int64) * n + top
+        tl.store(tile + columns[:, None] * n + rows[None, :], tl.trans(data), mask=tl.trans(inside))
+
+
+@triton.jit
+def store_blocks(
+    x,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    k,
+    tile_n,
+    tile_k,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile of 128 x 128 in blocks along its rows into row [n, k], and along its columns into transposed [k, n]."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    size = magnitude(x)
+    if ROW:
+        amax = tl.max(size, axis=1)
+        scale = power_of_two_scale(amax, LARGEST)
+        row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
+        tl.store(row_tile + rows[:, None] * k + columns[None, :], saturated(x * scale[:, None], LARGEST, FORMAT))
+        tl.store(row_scale_ptr + tile_k * n + tile_n * BLOCK + rows, inverse_of(scale, amax))
+    if TRANSPOSED:
+        amax = tl.max(size, axis=0)
+        scale = power_of_two_scale(amax, LARGEST)
+        data = saturated(x * scale[None, :], LARGEST, FORMAT)
+        transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
+        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
+        tl.store(transposed_scale_ptr + tile_n * k + tile_k * BLOCK + columns, inverse_of(scale, amax))
+
+
+@triton.jit
+def tensorwise_kernel(
+    x_ptr,
+    row_ptr,
+    transposed_ptr,
+    scale_ptr,
+    amax_ptr,
+    n,
+    k,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+) -> None:
+    """x [n, k] -> row [n, k], transposed [k, n]; amax [1] is raised to the tile's."""
+    top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
+    rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
+    x_tile = x_ptr + top.to(tl.int64) * x_stride + left
+    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
+    data = saturated(x * tl.load(scale_ptr), LARGEST, FORMAT)
+    store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
+
+
+@triton.jit
+def amax_kernel(x_ptr, amax_ptr, n, k, x_stride, TILE_N: tl.constexpr, TILE_K: tl.constexpr) -> None:
+    """amax [1] is raised to the largest magnitude of x [n, k], infinity if x is not finite."""
+    top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
+    rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
+    x_tile = x_ptr + top.to(tl.int64) * x_stride + left
+    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
+
+
+@triton.jit
+def transpose_kernel(x_ptr, out_ptr, n, k, TILE_N: tl.constexpr, TILE_K: tl.constexpr) -> None:
+    """Bytes x [n, k] -> out [k, n]."""
+    top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
+    rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
+    x = tl.load(x_ptr + top.to(tl.int64) * k + left + rows[:, None] * k + columns[None, :], mask=inside, other=0)
+    tile = out_ptr + left.to(tl.int64) * n + top
+    tl.store(tile + columns[:, None] * n + rows[None, :], tl.trans(x), mask=tl.trans(inside))
+
+
+@triton.jit
+def blocks_1x128_kernel(
+    x_ptr,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    k,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [n, k] -> row [n, k], scales stored [k / 128, n]; transposed [k, n], scales stored [n / 128, k]."""
+    tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
+    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
+    store_blocks(
+        x,
+        row_ptr,
+        row_scale_ptr,
+        transposed_ptr,
+        transposed_scale_ptr,
+        n,
+        k,
+        tile_n,
+        tile_k,
+        LARGEST,
+        FORMAT,
+        ROW,
+        TRANSPOSED,
+        BLOCK,
+    )
+
+
+@triton.jit
+def blocks_128x128_kernel(
+    x_ptr,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    k,
+    x_stride,
+    row_scale_stride,
+    transposed_scale_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [n, k] -> row [n, k] and transposed [k, n], with scales [n / 128, k / 128] and [k / 128, n / 128]."""
+    tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
+    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
+    amax = tl.max(tl.max(magnitude(x), axis=1), axis=0, keep_dims=True)  # [1]
+    scale = power_of_two_scale(amax, LARGEST)
+    data = saturated(x * scale[:, None], LARGEST, FORMAT)
+    one = tl.arange(0, 1)
+    if ROW:
+        row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
+        tl.store(row_tile + rows[:, None] * k + columns[None, :], data)
+        tl.store(row_scale_ptr + tile_n * row_scale_stride + tile_k + one, inverse_of(scale, amax))
+    if TRANSPOSED:
+        transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
+        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
+        tl.store(transposed_scale_ptr + tile_k * transposed_scale_stride + tile_n + one, inverse_of(scale, amax))
+
+
+def outputs(
+    n: int, k: int, device: torch.device, dtype: torch.dtype, row: bool, transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for [n, k] and [k, n], None where not wanted."""
+    make = lambda wanted, *shape: torch.empty(shape, dtype=dtype, device=device) if wanted else None  # noqa: E731
+    return make(row, n, k), make(transposed, k, n)
+
+
+def block_scales(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the scales of [n, k] in blocks of 1 x 128, and of its transpose's, as cuBLASLt reads them."""
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    return make(k // BLOCK, n), make(n // BLOCK, k)
+
+
+def in_blocks(row: Tensor | None, row_scale: Tensor, transposed: Tensor | None, transposed_scale: Tensor) -> Pair:
+    """The two results of a kernel that quantises in blocks of 1 x 128."""
+    return (
+        None if row is None else Quantised(row, row_scale.t(), (1, BLOCK)),
+        None if transposed is None else Quantised(transposed, transposed_scale.t(), (1, BLOCK)),
+    )
+
+
+def quantise_tensorwise(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """fp8.quantise_tensorwise."""
+    n, k = x.shape
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(n, 128), triton.cdiv(k, 128))
+    tensorwise_kernel[grid](
+        *(x, row_data, transposed_data, scale, amax, n, k, x.stride(0)),
+        LARGEST=LARGEST[dtype],
+        FORMAT=FORMATS[dtype],
+        ROW=row,
+        TRANSPOSED=transposed,
+        TILE_N=128,
+        TILE_K=128,
+        num_warps=8,
+    )
+    return row_data, transposed_data, amax[0]
+
+
+def amax_of(x: Tensor) -> Tensor:
+    """fp8.amax_of for [N, K]."""
+    n, k = x.shape
+    assert x.stride(1) == 1, "rows must be contiguous"
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(n, 64), triton.cdiv(k, 256))
+    amax_kernel[grid](x, amax, n, k, x.stride(0), TILE_N=64, TILE_K=256, num_warps=8)
+    return amax[0]
+
+
+def transpose(data: Tensor) -> Tensor:
+    """fp8.transpose."""
+    n, k = data.shape
+    assert data.is_contiguous()
+    out = torch.empty((k, n), dtype=torch.uint8, device=data.device)
+    grid = (triton.cdiv(n, 128), triton.cdiv(k, 128))
+    transpose_kernel[grid](data.view(torch.uint8), out, n, k, TILE_N=128, TILE_K=128, num_warps=8)
+    return out.view(data.dtype)
+
+
+def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+    """fp8.quantise_1x128."""
+    check_blocks(x)
+    n, k = x.shape
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
+    row_scale, transposed_scale = block_scales(n, k, x.device)
+    blocks_1x128_kernel[(n // BLOCK, k // BLOCK)](
+        *(x, row_data, row_scale, transposed_data, transposed_scale, n, k, x.stride(0)),
+        LARGEST=LARGEST[dtype],
+        FORMAT=FORMATS[dtype],
+        ROW=row,
+        TRANSPOSED=transposed,
+        BLOCK=BLOCK,
+        num_warps=16,
+    )
+    return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
+
+
+def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+    """fp8.quantise_128x128."""
+    check_blocks(x)
+    n, k = x.shape
+    assert x.stride(1) == 1, "rows must be contiguous"
+    row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
+    tiles_n, tiles_k = n // BLOCK, k // BLOCK
+    row_scale = torch.ones((tiles_n, tiles_k + -tiles_k % 4), dtype=torch.float32, device=x.device)
+    transposed_scale = torch.ones((tiles_k, tiles_n + -tiles_n % 4), dtype=torch.float32, device=x.device)
+    blocks_128x128_kernel[(tiles_n, tiles_k)](
+        *(x, row_data, row_scale, transposed_data, transposed_scale, n, k, x.stride(0)),
+        *(row_scale.stride(0), transposed_scale.stride(0)),
+        LARGEST=LARGEST[dtype],
+        FORMAT=FORMATS[dtype],
+        ROW=row,
+        TRANSPOSED=transposed,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return (
+        None if row_data is None else Quantised(row_data, row_scale, (BLOCK, BLOCK)),
+        None if transposed_data is None else Quantised(transposed_data, transposed_scale, (BLOCK, BLOCK)),
+    )

@@ -1,0 +1,328 @@
+"""SwiGLU and its gradient, quantised while they are made: neither is ever in memory in bf16.
+
+N rows, F channels. A program makes a tile of 128 x 64, or 128 x 128 where blocks are scaled, and writes it both ways. Bytes
+per row in bf16: forward 4 F read, 2 F written; backward 6 F read, 4 F written. The largest magnitude alone, which `current`
+scaling asks for first, is the same kernel without its writes. Results are those of swiglu.py and fp8.py, one after the
+other, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_synth_kernels.launch import as_rows, ceil_div
+from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Source, check_blocks
+from megatron_synth_kernels.triton.math import rounded
+from megatron_synth_kernels.triton.quantize import (
+    FORMATS,
+    block_scales,
+    in_blocks,
+    magnitude,
+    outputs,
+    saturated,
+    store_blocks,
+    store_both,
+)
+
+_TILE_N, _TILE_K = 128, 64
+
+
+@triton.jit
+def _output(gate, up):
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _gate_gradient(grad, gate, up):
+    # silu(x) = x s with s = 1 / (1 + exp(-x)):  silu' = s (1 + x (1 - s))
+    grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+
+
+@triton.jit
+def _up_gradient(grad, gate):
+    grad, gate = grad.to(tl.float32), gate.to(tl.float32)
+    return grad * gate * tl.sigmoid(gate)
+
+
+@triton.jit
+def swiglu_tensorwise_kernel(
+    x_ptr,
+    row_ptr,
+    transposed_ptr,
+    scale_ptr,
+    amax_ptr,
+    n,
+    width,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+) -> None:
+    """x [n, 2 width] -> row [n, width], transposed [width, n]; amax [1] is raised to the tile's."""
+    top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
+    rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    inside = (rows < n - top)[:, None] & (columns < width - left)[None, :]
+    place = x_ptr + top.to(tl.int64) * x_stride + left + rows[:, None] * x_stride + columns[None, :]
+    gate = tl.load(place, mask=inside, other=0.0)
+    up = tl.load(place + width, mask=inside, other=0.0)
+    out = rounded(_output(gate, up), x_ptr.dtype.element_ty).to(tl.float32)
+    tl.atomic_max(amax_ptr, tl.max(magnitude(out)))
+    if ROW or TRANSPOSED:
+        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        store_both(data, row_ptr, transposed_ptr, n, width, top, left, rows, columns, inside, ROW, TRANSPOSED)
+
+
+@triton.jit
+def swiglu_gradient_tensorwise_kernel(
+    grad_ptr,
+    x_ptr,
+    row_ptr,
+    transposed_ptr,
+    scale_ptr,
+    amax_ptr,
+    n,
+    width,
+    grad_stride,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+) -> None:
+    """grad [n, width], x [n, 2 width] -> row [n, 2 width], transposed [2 width, n]; amax [1] is raised to the tiles'."""
+    top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
+    rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    inside = (rows < n - top)[:, None] & (columns < width - left)[None, :]
+    place = x_ptr + top.to(tl.int64) * x_stride + left + rows[:, None] * x_stride + columns[None, :]
+    gate = tl.load(place, mask=inside, other=0.0)
+    up = tl.load(place + width, mask=inside, other=0.0)
+    grad_place = grad_ptr + top.to(tl.int64) * grad_stride + left + rows[:, None] * grad_stride + columns[None, :]
+    grad = tl.load(grad_place, mask=inside, other=0.0)
+    out = rounded(_gate_gradient(grad, gate, up), x_ptr.dtype.element_ty).to(tl.float32)
+    largest = tl.max(magnitude(out))
+    if ROW or TRANSPOSED:
+        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left, rows, columns, inside, ROW, TRANSPOSED)
+    out = rounded(_up_gradient(grad, gate), x_ptr.dtype.element_ty).to(tl.float32)
+    tl.atomic_max(amax_ptr, tl.maximum(largest, tl.max(magnitude(out))))
+    if ROW or TRANSPOSED:
+        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left + width, rows, columns, inside, ROW, TRANSPOSED)
+
+
+@triton.jit
+def swiglu_blocks_kernel(
+    x_ptr,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    width,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [n, 2 width] -> row [n, width], its scales [width / 128, n]; transposed [width, n], its scales [n / 128, width]."""
+    tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    place = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK + rows[:, None] * x_stride + columns[None, :]
+    out = rounded(_output(tl.load(place), tl.load(place + width)), x_ptr.dtype.element_ty).to(tl.float32)
+    store_blocks(
+        out,
+        row_ptr,
+        row_scale_ptr,
+        transposed_ptr,
+        transposed_scale_ptr,
+        n,
+        width,
+        tile_n,
+        tile_k,
+        LARGEST,
+        FORMAT,
+        ROW,
+        TRANSPOSED,
+        BLOCK,
+    )
+
+
+@triton.jit
+def swiglu_gradient_blocks_kernel(
+    grad_ptr,
+    x_ptr,
+    row_ptr,
+    row_scale_ptr,
+    transposed_ptr,
+    transposed_scale_ptr,
+    n,
+    width,
+    grad_stride,
+    x_stride,
+    LARGEST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """grad [n, width], x [n, 2 width] -> row [n, 2 width] and transposed [2 width, n], scales as above.
+
+    A program makes the tile of the gate or that of up; both at once do not fit in registers. The two are neighbours, so what
+    both read comes from memory once.
+    """
+    is_up = tl.program_id(0) % 2
+    tile_n, tile_k = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    place = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK + rows[:, None] * x_stride + columns[None, :]
+    grad_place = grad_ptr + tile_n * BLOCK * grad_stride + tile_k * BLOCK + rows[:, None] * grad_stride + columns[None, :]
+    gate, grad = tl.load(place), tl.load(grad_place)
+    if is_up:
+        out = _up_gradient(grad, gate)
+    else:
+        out = _gate_gradient(grad, gate, tl.load(place + width))
+    store_blocks(
+        rounded(out, x_ptr.dtype.element_ty).to(tl.float32),
+        row_ptr,
+        row_scale_ptr,
+        transposed_ptr,
+        transposed_scale_ptr,
+        n,
+        2 * width,
+        tile_n,
+        tile_k + is_up * (width // BLOCK),
+        LARGEST,
+        FORMAT,
+        ROW,
+        TRANSPOSED,
+        BLOCK,
+    )
+
+
+class _OneLaunch(Source):
+    """A source whose kernel with one scale finds the largest magnitude, too, and that alone where nothing is to be written."""
+
+    def amax(self) -> Tensor:
+        """The largest magnitude."""
+        return self._launch(None, torch.float8_e4m3fn, False, False)[2]
+
+    def tensorwise(
+        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """With one scale."""
+        return self._launch(scale, dtype, row, transposed)
+
+    def _launch(
+        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        raise NotImplementedError
+
+
+class SwiGLU(_OneLaunch):
+    """swiglu_quantise.SwiGLU."""
+
+    def __init__(self, gate_and_up: Tensor):
+        self._x = as_rows(gate_and_up)
+        self._n, self._width = self._x.shape[0], self._x.shape[1] // 2
+
+    def value(self) -> Tensor:
+        """The matrix itself."""
+        from megatron_synth_kernels.triton.swiglu import swiglu
+
+        return swiglu(self._x)
+
+    def _launch(
+        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        x, n, width = self._x, self._n, self._width
+        data, other = outputs(n, width, x.device, dtype, row, transposed)
+        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+        swiglu_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
+            *(x, data, other, scale, amax, n, width, x.stride(0)),
+            LARGEST=LARGEST[dtype],
+            FORMAT=FORMATS[dtype],
+            ROW=row,
+            TRANSPOSED=transposed,
+            TILE_N=_TILE_N,
+            TILE_K=_TILE_K,
+            num_warps=8,
+        )
+        return data, other, amax[0]
+
+    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+        """In blocks of 1 x 128."""
+        x, n, width = self._x, self._n, self._width
+        check_blocks(x[:, :width])
+        data, other = outputs(n, width, x.device, dtype, row, transposed)
+        scale, other_scale = block_scales(n, width, x.device)
+        swiglu_blocks_kernel[(n // BLOCK, width // BLOCK)](
+            *(x, data, scale, other, other_scale, n, width, x.stride(0)),
+            LARGEST=LARGEST[dtype],
+            FORMAT=FORMATS[dtype],
+            ROW=row,
+            TRANSPOSED=transposed,
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+        return in_blocks(data, scale, other, other_scale)
+
+
+class SwiGLUGradient(_OneLaunch):
+    """swiglu_quantise.SwiGLUGradient."""
+
+    def __init__(self, grad: Tensor, gate_and_up: Tensor):
+        self._grad, self._x = as_rows(grad), as_rows(gate_and_up)
+        self._n, self._width = self._grad.shape
+
+    def value(self) -> Tensor:
+        """The matrix itself."""
+        from megatron_synth_kernels.triton.swiglu import gradient
+
+        return gradient(self._grad, self._x)
+
+    def _launch(
+        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        grad, x, n, width = self._grad, self._x, self._n, self._width
+        data, other = outputs(n, 2 * width, x.device, dtype, row, transposed)
+        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+        swiglu_gradient_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
+            *(grad, x, data, other, scale, amax, n, width, grad.stride(0), x.stride(0)),
+            LARGEST=LARGEST[dtype],
+            FORMAT=FORMATS[dtype],
+            ROW=row,
+            TRANSPOSED=transposed,
+            TILE_N=_TILE_N,
+            TILE_K=_TILE_K,
+            num_warps=8,
+        )
+        return data, other, amax[0]
+
+    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+        """In blocks of 1 x 128."""
+        grad, x, n, width = self._grad, self._x, self._n, self._width
+        check_blocks(grad)
+        data, other = outputs(n, 2 * width, x.device, dtype, row, transposed)
+        scale, other_scale = block_scales(n, 2 * width, x.device)
+        swiglu_gradient_blocks_kernel[(2 * n // BLOCK, width // BLOCK)](
+            *(grad, x, data, scale, other, other_scale, n, width, grad.stride(0), x.stride(0)),
+            LARGEST=LARGEST[dtype],
+            FORMAT=FORMATS[dtype],
+            ROW=row,
+            TRANSPOSED=transposed,
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+        return in_blocks(data, scale, other, other_scale)

@@ -1,0 +1,50 @@
+"""`megatron-synth bench`: benchmarks that a command regenerates."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+
+# imported when they are called, as verbs are
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "train": (
+        "megatron_synth.cli.bench_train:main",
+        "tokens/s, TFLOP/s, MFU of training, beside other loops; sweeps",
+    ),
+    "kernels": (
+        "megatron_synth.cli.bench_kernels:main",
+        "every operation by every backend, beside torch.compile and others",
+    ),
+    "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
+    "memory": ("megatron_synth.cli.bench_memory:main", "the estimate of memory per rank beside what is allocated"),
+    "loader": ("benchmarks.loader.cli:main", "speed, start-up, memory and exactness of data loaders"),
+    "prepare": (
+        "benchmarks.prepare.cli:main",
+        "tokens/s of turning text into shards, beside Megatron-LM's way",
+    ),
+    "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
+    "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
+    "gpu": ("megatron_synth.bench.gpu:main", "everything that a GPU has to show, in one command"),
+    "report": ("megatron_synth.bench.report:main", "tables and figures of what the others have written; regressions"),
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    width = max(map(len, BENCHMARKS))
+    lines = (f"  {name:<{width}}  {text}" for name, (_, text) in BENCHMARKS.items())
+    return "\n".join(["usage: megatron-synth bench NAME [ARGUMENT ...]; each tells more with --help", "", *lines])
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark that `argv[0]` names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return EXIT_OK
+    if argv[0] not in BENCHMARKS:
+        raise UserError(f"unknown benchmark '{argv[0]}'; one of: {', '.join(BENCHMARKS)}")
+    module, _, function = BENCHMARKS[argv[0]][0].partition(":")
+    run: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    return run(argv[1:])

@@ -1,0 +1,125 @@
+"""`megatron-synth checkpoint`: which checkpoints a run has, whether they are sound, which may go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.log import gib, table
+from megatron_synth.train.checkpoint import files
+
+EXIT_DAMAGED = 1
+_READERS = 4
+
+
+def main(argv: list[str]) -> int:
+    """Run `checkpoint ls`, `verify` or `prune` and return the exit code; 1: `verify` found damage."""
+    parser = argparse.ArgumentParser(prog="megatron-synth checkpoint", description="Look after the checkpoints of a run.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    ls = verbs.add_parser("ls", help="step, size, samples and state of each; sizes are compared, content is not read")
+    verify = verbs.add_parser("verify", help="read every file and compare its checksum; exit code 1 if one is damaged")
+    prune = verbs.add_parser("prune", help="remove old checkpoints; the newest and that to resume always stay")
+    for verb in (ls, verify, prune):
+        verb.add_argument("run", type=Path, help="run directory, or its checkpoints folder")
+    verify.add_argument("step", type=int, nargs="?", help="this one alone; default: all")
+    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="keep the N newest sound ones")
+    prune.add_argument("--every", type=_positive, metavar="K", help="keep also those whose step is a multiple of K")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    arguments = parser.parse_args(argv)
+    root = files.root_of(arguments.run)
+    found = files.all_of(root)
+    if not found:
+        raise UserError(f"{arguments.run}: expected a run directory with checkpoints, found none in {root}")
+    if arguments.verb == "ls":
+        print(_listing(root, found))
+        return EXIT_OK
+    if arguments.verb == "verify":
+        return _verify(root, found, arguments.step)
+    _prune(root, found, arguments.keep, arguments.every, dry_run=arguments.dry_run)
+    return EXIT_OK
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
+    return int(text)
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
+
+
+def _state(checkpoint: Path) -> str:
+    faults = files.faults(checkpoint, checksums=False)
+    if faults:
+        return f"damaged: {faults[0]}" + (f" and {len(faults) - 1} more" if len(faults) > 1 else "")
+    return "sizes right" if (checkpoint / files.MANIFEST).is_file() else "without a manifest"
+
+
+def _listing(root: Path, found: list[Path]) -> str:
+    resumed = files.candidates(root)[0]
+    rows: list[tuple[str, ...]] = [("checkpoint", "samples", "files", "GiB", "written (UTC)", "state")]
+    for checkpoint in found:
+        try:
+            samples = str(json.loads((checkpoint / files.TRAINER).read_text(encoding="utf-8"))["samples"])
+        except (OSError, ValueError, KeyError, TypeError):
+            samples = "?"
+        written = datetime.fromtimestamp(checkpoint.stat().st_mtime, UTC).isoformat(" ", "seconds")[:19]
+        count = sum(path.is_file() for path in checkpoint.iterdir())
+        state = _state(checkpoint) + (", resumed next" if checkpoint == resumed else "")
+        rows.append((checkpoint.name, samples, str(count), gib(_size(checkpoint)), written, state))
+    unfinished = sorted(path.name for path in root.glob(f"step_*{files.TEMPORARY}"))
+    notes = [f"  {name}: being written, or left by a run that died; the next start removes it" for name in unfinished]
+    return "\n".join([table(rows), *notes])
+
+
+def _verify(root: Path, found: list[Path], step: int | None) -> int:
+    if step is not None:
+        chosen = [checkpoint for checkpoint in found if files.step_of(checkpoint) == step]
+        if not chosen:
+            steps = ", ".join(str(files.step_of(checkpoint)) for checkpoint in found)
+            raise UserError(f"{root}: there is no checkpoint of step {step}; there are {steps}")
+        found = chosen
+    damaged = 0
+    for checkpoint in found:
+        # files are read side by side: one reader does not fill a parallel file system
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = pool.map(partial(_part_faults, checkpoint), range(_READERS))
+            faults = sorted({fault for part in parts for fault in part})
+        damaged += bool(faults)
+        if faults:
+            print("\n".join([f"{checkpoint.name}: damaged", *(f"  {fault}" for fault in faults)]), flush=True)
+        elif (checkpoint / files.MANIFEST).is_file():
+            print(f"{checkpoint.name}: sound, {gib(_size(checkpoint))} GiB read", flush=True)
+        else:
+            print(f"{checkpoint.name}: made before manifests; its files are there, their content cannot be checked", flush=True)
+    return EXIT_DAMAGED if damaged else EXIT_OK
+
+
+def _part_faults(checkpoint: Path, part: int) -> list[str]:
+    return files.faults(checkpoint, checksums=True, part=part, parts=_READERS)
+
+
+def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_run: bool) -> None:
+    """Remove what may go. A damaged one does not count as kept, and is left for someone to look at."""
+    resumed = files.candidates(root)[0]
+    sound = [checkpoint for checkpoint in found if not files.faults(checkpoint, checksums=False)]
+    steps = [files.step_of(checkpoint) for checkpoint in sound]
+    gone = set(files.removable(steps, max(steps, default=0), keep, every)) - {files.step_of(resumed)}
+    freed = 0
+    for checkpoint in sound:
+        if files.step_of(checkpoint) in gone:
+            freed += _size(checkpoint)
+            print(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
+            if not dry_run:
+                files.remove(checkpoint)
+    for checkpoint in found:
+        if checkpoint not in sound:
+            print(f"left {checkpoint}: {_state(checkpoint)}")
+    stay = len(found) - len(gone)
+    print(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")

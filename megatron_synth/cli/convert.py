@@ -1,0 +1,118 @@
+"""`megatron-synth convert to-hf RUN FOLDER` and `convert from-hf FOLDER RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_synth.core.log import human, say
+
+
+def main(argv: list[str]) -> int:
+    """Exchange weights with Hugging Face's Llama. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth convert", description="Exchange weights with Hugging Face's Llama, in safetensors."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="to-hf|from-hf")
+    to_hf = verbs.add_parser("to-hf", help="checkpoint of any layout -> folder for AutoModelForCausalLM")
+    to_hf.add_argument("run", type=Path, help="run directory (its newest checkpoint) or one checkpoint")
+    to_hf.add_argument("folder", type=Path, help="new folder")
+    from_hf = verbs.add_parser("from-hf", help="folder of a Llama -> weights for checkpoint.init_from, in any layout")
+    from_hf.add_argument("folder", type=Path, help="folder with config.json and safetensors")
+    from_hf.add_argument("out", type=Path, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
+    arguments = parser.parse_args(argv)
+    if arguments.verb == "to-hf":
+        return _to_hf(arguments.run, arguments.folder)
+    return _from_hf(arguments.folder, arguments.out)
+
+
+def _to_hf(run: Path, folder: Path) -> int:
+    _refuse_existing(folder)
+    from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import Layout
+
+    with process_group(Layout.single(), seed=0):
+        from megatron_synth.train.checkpoint import resume
+
+        found = resume.find(run)
+        if found is None:
+            raise UserError(f"{run}: expected a run directory or a checkpoint, found no whole checkpoint")
+        saved = resume.read_trainer(found)
+        weights = resume.full_weights(found)
+    model = ModelConfig(**saved.config["model"])
+    settings = hf_config(
+        model,
+        saved.vocab_size,
+        saved.config["train"]["sequence_length"],
+        saved.config["precision"]["dtype"],
+        eos_token_id=saved.eod_id,  # what ends a document is what ends a text
+    )
+    tokenizer = Path(saved.tokenizer) if saved.tokenizer and Path(saved.tokenizer).is_file() else None
+    write_hf(folder, to_hf_state(weights, model), settings, tokenizer)
+    if saved.tokenizer and tokenizer is None:
+        say(f"warning: {saved.tokenizer} is not there any more; the folder has no tokenizer")
+    say(f"{found} -> {folder}: {human(sum(w.numel() for w in weights.values()))} parameters, step {saved.step}")
+    return 0
+
+
+def _from_hf(folder: Path, out: Path) -> int:
+    _refuse_existing(out)
+    from megatron_synth.config.yaml12 import dump
+    from megatron_synth.interop.hf_llama import from_hf_state, model_config_from_hf, read_hf
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import Layout
+
+    state, settings = read_hf(folder)
+    model = model_config_from_hf(settings, name=folder.resolve().name)
+    weights = from_hf_state(state, model)
+    assert model.vocab_size is not None
+    dtypes = {weight.dtype for weight in weights.values()}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with process_group(Layout.single(), seed=0):
+            import torch
+
+            from megatron_synth.train.checkpoint import resume
+
+            # what is neither is stored in fp32, which holds it exactly
+            dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+            resume.save_full_weights(
+                partial / "checkpoints",
+                {name: weight.to(dtype) for name, weight in weights.items()},
+                resume.TrainerState(
+                    step=0,
+                    samples=0,
+                    skipped=0,
+                    run_id="",
+                    plan_digest="",
+                    ledger={},
+                    vocab_size=model.vocab_size,
+                    eod_id=settings.get("eos_token_id") if isinstance(settings.get("eos_token_id"), int) else None,
+                    tokenizer=str((out / "tokenizer.json").resolve()) if (folder / "tokenizer.json").is_file() else None,
+                    config={
+                        "model": model.model_dump(mode="json"),
+                        "train": {"sequence_length": settings.get("max_position_embeddings", 0)},
+                        "precision": PrecisionConfig(dtype="bf16" if dtype is torch.bfloat16 else "fp32").model_dump(),
+                        "parallel": ParallelConfig().model_dump(),
+                    },
+                ),
+            )
+        (partial / "model.yaml").write_text(dump({"model": model.model_dump(mode="json")}))
+        if (folder / "tokenizer.json").is_file():
+            shutil.copy(folder / "tokenizer.json", partial / "tokenizer.json")
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    say(f"{folder} -> {out}: use base: {out}/model.yaml and checkpoint.init_from={out}")
+    return 0
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder, or remove this one")

@@ -1,0 +1,93 @@
+"""`megatron-synth eval RUN [a.b=c ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.load import load_file
+from megatron_synth.config.schema import Config
+from megatron_synth.core.files import write_json
+from megatron_synth.core.log import is_first_rank, say, table
+from megatron_synth.train.record import metrics
+
+if TYPE_CHECKING:
+    from megatron_synth.data.loading.run_data import RunData
+    from megatron_synth.parallel.plan import Layout
+
+# A checkpoint can be read in any layout: by default ranks are spent on data parallelism alone.
+_ONE_RANK_PER_COPY = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_model_parallel_size=null",
+    "parallel.sequence_parallel=null",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth eval",
+        description="Loss per token (nats) and bits per byte of a run's newest checkpoint on each validation domain.",
+        epilog="Overrides such as eval.batches=8 or data.validation.code.path=data/code are welcome.",
+    )
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the run")
+    arguments = parser.parse_intermixed_args(argv)
+    file = arguments.run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")
+    # unlike training, an evaluation covers each domain whole unless it is told otherwise
+    config = load_file(Config, file, (*_ONE_RANK_PER_COPY, "eval.batches=null", *arguments.overrides))
+    from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.parallel.plan import plan
+
+    layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+    data = open_data(config)
+    if not data.validation:
+        raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
+    result = _evaluate(config, layout, data, arguments.run)
+    say(_table(result, list(data.validation)))
+    if is_first_rank():
+        write_json(arguments.run / "eval.json", result)
+        say(f"written to {arguments.run / 'eval.json'}")
+    return 0
+
+
+def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[str, Any]:
+    """Load the newest checkpoint into a model of this layout and evaluate it."""
+    from megatron_synth.parallel.groups import process_group
+
+    with process_group(layout, config.train.seed) as ranks:
+        from megatron_synth.model.build import build_model
+        from megatron_synth.parallel.wrap import wrap_ddp
+        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.evaluate import evaluate
+        from megatron_synth.train.step import Pipeline
+
+        found = resume.find(run)
+        if found is None:
+            raise UserError(f"{run / 'checkpoints'}: no whole checkpoint to evaluate; train the run first")
+        saved = resume.read_trainer(found)
+        resume.check_architecture(found, saved, config.model, data.vocab_size)
+        chunks = wrap_ddp(build_model(config, data.vocab_size), config)
+        resume.load(found, chunks, None, what="take weights")
+        return {"step": saved.step, **evaluate(Pipeline(config, chunks, ranks), data.validation, layout)}
+
+
+def _table(result: dict[str, Any], domains: list[str]) -> str:
+    """One row per domain, and one for all of them by tokens."""
+
+    def row(name: str, loss: float | None, bpb: float | None, tokens: int) -> tuple[str, ...]:
+        return (name, f"{loss:.4f}", "n/a" if bpb is None else f"{bpb:.4f}", f"{tokens:,}")
+
+    tokens = {name: result[metrics.EVAL_DOMAIN_TOKENS + name] for name in domains}
+    rows: list[tuple[str, ...]] = [("domain", "loss", "bits/byte", "tokens")]
+    for name in domains:
+        loss, bpb = result[metrics.EVAL_DOMAIN_LOSS + name], result.get(metrics.EVAL_DOMAIN_BPB + name)
+        rows.append(row(name, loss, bpb, tokens[name]))
+    rows.append(row("all", result[metrics.EVAL_LOSS], result.get(metrics.EVAL_BPB), sum(tokens.values())))
+    return f"step {result['step']}\n" + table(rows)

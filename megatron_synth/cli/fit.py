@@ -1,0 +1,209 @@
+"""`megatron-synth fit`: a law fitted to a table of runs, as law.json and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.core.log import say, table
+from megatron_synth.study.fit.domains import aggregate
+from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
+from megatron_synth.study.fit.laws import LAWS, N_PARAMS, RATIO, TOKENS, Law, law_named
+from megatron_synth.study.fit.runs_table import FLOPS, Table, law_columns, loss_columns, read_table
+from megatron_synth.train.record.run_dir import git_state, versions
+
+LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
+CLI_AGGREGATES = ("macro", "worst")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    result = argparse.ArgumentParser(
+        prog="megatron-synth fit",
+        description="Fit a scaling law to a CSV of runs, one row per run.",
+        epilog="laws: " + "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values()),
+    )
+    add = result.add_argument
+    add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
+    add("--law", required=True, metavar="LAW", help=" | ".join(LAWS))
+    add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
+    add(
+        "--drop-highest-loss",
+        type=int,
+        default=0,
+        metavar="K",
+        help="leave out the K rows of highest loss; default %(default)s",
+    )
+    add("--where", metavar="RULE", help="use only these rows")
+    add("--group", metavar="COLUMN", help="one fit per value of this column, such as arm")
+    add("--n-column", metavar="NAME", help="model sizes; guessed by default, as are the following")
+    add("--tokens-column", metavar="NAME", help="training tokens")
+    add("--flops-column", metavar="NAME", help="training FLOPs, from which tokens = FLOPs / (6 N)")
+    add("--ratio-column", metavar="NAME", help="share of the synthetic source, 0 to 1 (mixture laws)")
+    add(
+        "--loss-column",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="losses; may have * and be given again: a fit for each",
+    )
+    add("--aggregate", choices=CLI_AGGREGATES, help="one fit, to this aggregate of the loss columns")
+    add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
+    add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
+    add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
+    add("--seed", type=int, default=0, help="of the bootstraps; default %(default)s")
+    add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb."""
+    options = parser().parse_args(argv)
+    law = law_named(options.law)
+    if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
+        raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
+    runs = read_table(options.runs)
+    digest = hashlib.sha256(options.runs.read_bytes()).hexdigest()
+    if options.where:
+        runs = runs.where(options.where)
+    groups = {"": runs} if options.group is None else runs.groups(options.group)
+    losses = loss_columns(runs, options.loss_column)
+    if options.aggregate and len(losses) < 2:
+        raise UserError(
+            f"--aggregate {options.aggregate}: needs several loss columns, got {losses[0]}; give --loss-column 'loss/*'"
+        )
+    jobs = _jobs(groups, losses, options, law)
+    out = options.out or Path("fits") / f"{options.runs.stem}-{law.name}"
+    fitted: dict[str, tuple[Fit, dict[str, Any]]] = {}
+    for name, rows, job in jobs:  # every fit before any file
+        try:
+            result = _fit(law, job, options)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+        about = {
+            "data": {
+                "file": str(options.runs),
+                "sha256": digest,
+                "group": None if options.group is None else {options.group: rows.texts[options.group][0]},
+                "rows": len(rows),
+                "where": options.where,
+                "columns": {**job["read_from"], "loss": job["named"]},
+                "dropped_lines": [int(rows.lines[index]) for index in result.dropped],
+            },
+            "command": shlex.join(["megatron-synth", "fit", *argv]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {**_versions(), "git": git_state(Path(__file__).parent)},
+        }
+        fitted[name] = result, about
+    for name, (result, about) in fitted.items():
+        folder = out / _file_name(name)
+        _write(folder, result, about, name)
+        say(describe(result, name))
+        say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
+    return EXIT_OK
+
+
+def _jobs(
+    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: Law
+) -> list[tuple[str, Table, dict[str, Any]]]:
+    """(name, rows, what to fit) of every fit, all cells read."""
+    asked = {
+        N_PARAMS: options.n_column,
+        TOKENS: options.tokens_column,
+        FLOPS: options.flops_column,
+        RATIO: options.ratio_column,
+    }
+    jobs = []
+    for group, rows in groups.items():
+        columns, read_from = law_columns(rows, law, asked)
+        values = {name: rows.numbers(name) for name in losses}
+        if options.aggregate:
+            named = f"{options.aggregate} of {', '.join(losses)}"
+            targets = {options.aggregate: (aggregate(values, options.aggregate), named)}
+        else:
+            targets = {name if len(losses) > 1 else "": (array, name) for name, array in values.items()}
+        for target, (loss, named) in targets.items():
+            name = "/".join(part for part in (group, target) if part)
+            jobs.append(
+                (name, rows, {"columns": columns, "read_from": read_from, "loss": loss, "named": named, "extra": rows.values()})
+            )
+    return jobs
+
+
+def _fit(law: Law, job: dict[str, Any], options: argparse.Namespace) -> Fit:
+    return fit(
+        law,
+        job["columns"],
+        job["loss"],
+        delta=options.delta,
+        starts=options.starts,
+        drop_highest_loss=options.drop_highest_loss,
+        holdout=options.holdout,
+        bootstraps=options.bootstraps,
+        seed=options.seed,
+        extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
+        progress=_progress() if sys.stderr.isatty() else None,
+    )
+
+
+def _progress() -> Progress:
+    def show(what: str, done: int, total: int) -> None:
+        end = "\n" if done >= total else ""
+        print(f"\r  {what} {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def describe(result: Fit, name: str = "") -> str:
+    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the caveats."""
+    lines = [f"{name + ': ' if name else ''}{result.law.name}: {result.law.formula}"]
+    rows: list[tuple[str, ...]] = [("", "value", "std. error", "90 % interval", "95 % interval")]
+    for parameter, value in result.params.items():
+        bounds = (result.intervals[level][parameter] for level in result.intervals)
+        spans = [f"{low:.5g} to {high:.5g}" for low, high in bounds] or ["", ""]
+        error = f"{result.standard_errors[parameter]:.3g}" if result.standard_errors else ""
+        rows.append((parameter, f"{value:.6g}", error, *spans))
+    lines.append(table(rows))
+    lines.append(
+        f"  objective {result.objective:.10f} on {len(result.points)} points ({len(result.dropped)} dropped), mean absolute "
+        f"relative error {result.mean_absolute_relative_error:.3%}; {result.starts.at_best} of {result.starts.total} starts "
+        "ended there"
+    )
+    if result.holdout is not None:
+        held = result.holdout
+        lines.append(
+            f"  hold-out {held.rule}: {held.points} points, mean absolute relative error "
+            f"{held.mean_absolute_relative_error:.3%}, worst {held.worst:.3%}"
+        )
+    lines += [f"  warning: {caveat}" for caveat in result.warnings]
+    return "\n".join(lines)
+
+
+def _write(folder: Path, result: Fit, about: dict[str, Any], name: str) -> None:
+    from megatron_synth.study.report.fit_figure import write_figure
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    write_figure(result, folder / FIGURE_FILE, name or Path(about["data"]["file"]).stem)
+    write_json(folder / LAW_FILE, {**result.to_json(), **about})
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".")
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    return {**{key: found[key] for key in ("python", "megatron-synth", "numpy")}, "scipy": importlib.metadata.version("scipy")}

@@ -1,0 +1,311 @@
+"""`megatron-synth mix`: what a mixture gives, what one sample holds, and whether a run got what was planned."""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.load import load_file
+from megatron_synth.config.schema import Config
+from megatron_synth.core.log import table
+from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
+from megatron_synth.data.mixing.ledger import Ledger
+from megatron_synth.data.mixing.mixture import MixturePlan
+from megatron_synth.data.mixing.tables import phase_tables, source_table
+from megatron_synth.data.shards.indexed import Shard
+from megatron_synth.data.shards.source import Source
+from megatron_synth.train.dryrun import open_if_prepared
+from megatron_synth.train.record import metrics
+from megatron_synth.train.record.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EXIT_DIFFERENT = 1
+_SHOWN = 40
+"""Differences that `audit` prints one by one."""
+
+Difference = tuple[str, str, str, str, str]
+"""File, place in it, name, planned, recorded."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `mix plan`, `mix show` or `mix audit` and return the exit code; 1: the audit found differences."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth mix", description="Look into the mixture of a run. Nothing is trained."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    plan = verbs.add_parser("plan", help="shares, tokens and epochs by phase and source, and when each source runs out")
+    show = verbs.add_parser("show", help="what one sample holds: source, epoch, window, shard, documents, text")
+    for one in (plan, show):
+        one.add_argument("config", type=Path, help="a training configuration, or a run directory")
+    show.add_argument("sample", type=_samples, help="number of the sample, from 0, or FIRST-LAST")
+    show.add_argument("--text", action="store_true", help="decode its tokens")
+    for one in (plan, show):
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
+    audit = verbs.add_parser("audit", help="recompute what a run should have consumed and compare it with its records")
+    audit.add_argument("run", type=Path, help="run directory")
+    if not argv or argv[0] not in verbs.choices:
+        parser.parse_args(argv)  # tells the verbs, and exits
+    verb = argv[0]
+    # settings may stand before and after --text, which parsers with verbs cannot do
+    arguments = verbs.choices[verb].parse_intermixed_args(argv[1:])
+    if verb == "audit":
+        return _audit(arguments.run)
+    file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
+    config = load_file(Config, file, arguments.overrides)
+    if verb == "plan":
+        _plan(config)
+    else:
+        data = open_data(config)
+        print("\n\n".join(show_sample(config, data, sample, text=arguments.text) for sample in arguments.sample))
+    return EXIT_OK
+
+
+def _samples(text: str) -> range:
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise argparse.ArgumentTypeError(f"expected the number of a sample such as 7, or a range such as 8-15, found '{text}'")
+    return range(int(first), int(last or first) + 1)
+
+
+# ---- plan
+
+
+def _plan(config: Config) -> None:
+    """Print the tables, then refuse what a training run would refuse."""
+    length, total = config.window_length, config.total_samples
+    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
+    prepared = [name for name, source in sources.items() if source is not None]
+    order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
+    number = config.data.windows_per_sequence
+    sequences = "" if number == 1 else f" in sequences of {number}"
+    print(f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens, data seed {config.data_seed}\n")
+    print(phase_tables(config, order, prepared))
+    print(f"\nin all\n{source_table(config, order, prepared)}", flush=True)
+    order.check(total, length)
+
+
+# ---- show
+
+
+def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> str:
+    """Where a sample comes from, and what is in it.
+
+    Raises:
+        UserError: there is no such sample, or no tokenizer to decode it with.
+    """
+    plan, length = data.plan, config.window_length
+    end = plan.schedule.samples
+    if sample < 0 or (end is not None and sample >= end):
+        raise UserError(f"sample {sample}: the samples are 0 to {'any number' if end is None else end - 1}")
+    tokenizer = _tokenizer(data) if text else None
+    [[source_id], [occurrence]] = (part.tolist() for part in plan.occurrences([sample]))
+    window, offset = (int(part[0]) for part in plan.places([sample])[1:])
+    spec, source = plan.sources[source_id], data.sources[source_id]
+    epoch, place = divmod(occurrence, spec.epoch_windows)
+    step = sample // config.samples_per_step
+    start = window * length + offset
+    cut = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
+    if spec.shift:
+        cut = f", which begin at token {offset} in this epoch"
+    number = config.data.windows_per_sequence
+    before = sample // number * number
+    beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
+    steps, sequences = config.train.steps, config.train.global_batch_size
+    lines = [
+        f"sample   {sample}: step {step + 1} of {steps} at {sequences} sequences a step{beside}",
+        f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
+        f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
+        f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
+    ]
+    rows: list[tuple[str, ...]] = [("document", "of its shard", "tokens", "from", "to", "begins", "ends")]
+    numbers, parts = [], []
+    for span in _spans(source, start, start + length + 1):
+        where = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
+        lines.append(f"file     {span.shard.bin_path}: {where}")
+        edges = np.append(span.shard.document_starts(0, span.shard.num_tokens), span.shard.num_tokens).tolist()
+        for number in range(max(0, bisect.bisect_right(edges, span.begin) - 1), bisect.bisect_left(edges, span.end)):
+            begin, end = max(span.begin, edges[number]), min(span.end, edges[number + 1])
+            begins = "here" if edges[number] >= span.begin else f"{span.begin - edges[number]} tokens before"
+            ends = "here" if edges[number + 1] <= span.end else f"{edges[number + 1] - span.end} tokens later"
+            name = str(span.documents_before + number)
+            rows.append(
+                (name, f"{number} of {span.shard.prefix.name}", str(end - begin), str(begin), str(end - 1), begins, ends)
+            )
+            numbers.append(name)
+            parts.append((span.at + begin - span.begin, span.at + end - span.begin))
+    lines += ["", table(rows)]
+    if tokenizer is not None:
+        tokens = np.empty(length + 1, dtype=np.int64)
+        source.read(start, tokens)
+        for name, (first, last) in zip(numbers, parts, strict=True):
+            decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
+            lines += ["", f"--- document {name}", decoded]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of a window that lies in one shard."""
+
+    shard: Shard
+    documents_before: int
+    """Documents of the source in the shards before."""
+    begin: int
+    """First token, of the shard."""
+    end: int
+    """Token after the last."""
+    at: int
+    """Where the part begins in the window."""
+
+
+def _spans(source: Source, begin: int, end: int) -> list[_Span]:
+    """Where the tokens [begin, end) of a source's stream lie. Opens the shards that hold them."""
+    if source.manifest is None:
+        return [_Span(Shard(source.path), 0, begin, end, 0)]
+    spans, tokens, documents = [], 0, 0
+    for info in source.manifest.shards:
+        first, last = max(begin, tokens), min(end, tokens + info.tokens)
+        if first < last:
+            spans.append(_Span(Shard(source.path / info.name), documents, first - tokens, last - tokens, first - begin))
+        tokens, documents = tokens + info.tokens, documents + info.documents
+    return spans
+
+
+def _tokenizer(data: RunData) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if data.tokenizer is None:
+        raise UserError("data.tokenizer: not set, and no source has a manifest that names its tokenizer: leave out --text")
+    if not data.tokenizer.is_file():
+        raise UserError(f"{data.tokenizer}: no such tokenizer.json; set data.tokenizer, or leave out --text")
+    try:
+        return Tokenizer.from_file(str(data.tokenizer))
+    except Exception as error:  # the library raises it bare
+        raise UserError(f"{data.tokenizer}: not a tokenizer.json, {error}") from None
+
+
+# ---- audit
+
+
+def _audit(path: Path) -> int:
+    """Print what was read and found."""
+    run = RunDir.open(path)
+    config = load_file(Config, run.path / "config.yaml")
+    recorded = run.read_ledger()
+    if recorded is None:
+        raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
+    data = open_data(config)
+    plan, length = data.plan, config.window_length
+    print(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
+    for spec, source in zip(plan.sources, data.sources, strict=True):
+        file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
+        print(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
+    found = audit_ledger(plan, length, recorded, run.ledger)
+    print(f"read {run.ledger}: {recorded.get('samples')} samples, {recorded.get('tokens')} tokens")
+    records = metrics.read_metrics(run.metrics)
+    found += audit_metrics(plan, length, records, recorded.get("tokens"), run.metrics)
+    print(f"read {run.metrics}: {len(records):,} steps")
+    for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
+        state = _read_state(file)
+        found += audit_checkpoint(data, state, file)
+        print(f"read {file}: {state['samples']:,} samples")
+    if not found:
+        print(f"equal: the run consumed what was planned, to the token, in {recorded['tokens']:,} tokens")
+        return EXIT_OK
+    print(f"{len(found)} difference{'s' if len(found) > 1 else ''}" + (f", the first {_SHOWN}" if len(found) > _SHOWN else ""))
+    print(table([("file", "at", "what", "planned", "recorded"), *found[:_SHOWN]]))
+    return EXIT_DIFFERENT
+
+
+def audit_ledger(plan: MixturePlan, window_length: int, recorded: dict[str, Any], file: Path) -> list[Difference]:
+    """What in a ledger.json is not as planned for its number of samples."""
+    samples = recorded.get("samples")
+    if not _is_count(samples, plan):
+        return [(file.name, "run", "samples", "samples of the plan", str(samples))]
+    planned = Ledger.planned(plan, window_length, samples).to_json()
+    return [(file.name, *difference) for difference in _leaves(planned, recorded)]
+
+
+def audit_metrics(
+    plan: MixturePlan, window_length: int, records: list[metrics.Record], saved_tokens: int | None, file: Path
+) -> list[Difference]:
+    """What in the records of the steps is not as planned; saved_tokens: those of ledger.json, written after some step."""
+    found: list[Difference] = []
+    step = before = 0
+    saved = not saved_tokens
+    for record in records:
+        step, expected = record[metrics.STEP], step + 1
+        at = f"step {step}"
+        if step != expected:
+            found.append((file.name, at, metrics.STEP, str(expected), str(step)))
+        tokens = record.get(metrics.TOKENS)
+        saved = saved or tokens == saved_tokens
+        samples, part = divmod(tokens, window_length) if isinstance(tokens, int) else (None, 0)
+        if part or not _is_count(samples, plan) or samples <= before:
+            what = f"more than {before * window_length}, in samples of {window_length}"
+            found.append((file.name, at, metrics.TOKENS, what, str(tokens)))
+            continue
+        before = samples
+        for name, source in Ledger.planned(plan, window_length, samples).to_json()["sources"].items():
+            for key, planned in ((metrics.SHARE + name, source["share"]), (metrics.EPOCH + name, source["epochs"])):
+                # a source that joined the run later is not in the records before
+                value = record.get(key, None if source["samples"] else planned)
+                if value != planned:
+                    found.append((file.name, at, key, repr(planned), repr(value)))
+        names = set(metrics.parts(record, metrics.SHARE)) - set(plan.names)
+        found += [(file.name, at, metrics.SHARE + name, "no such source", str(record[metrics.SHARE + name])) for name in names]
+    if not saved:
+        found.append((file.name, "run", metrics.TOKENS, f"a step at {saved_tokens}, as in ledger.json", "none"))
+    return found
+
+
+def audit_checkpoint(data: RunData, state: dict[str, Any], file: Path) -> list[Difference]:
+    """What in a checkpoint's trainer.json is not as planned for its number of samples."""
+    place = f"{file.parent.name}/{file.name}"
+    samples = state["samples"]
+    if not _is_count(samples, data.plan):
+        return [(place, "run", "samples", "samples of the plan", str(samples))]
+    planned = {name: count for name, count in zip(data.plan.names, data.plan.counts(samples).tolist(), strict=True)}
+    recorded = {name: 0 for name in planned} | state["ledger"]
+    found = [(place, *difference) for difference in _leaves(planned, recorded, "ledger")]
+    # a mixture that changed after the checkpoint leaves the digest of what came before as it is
+    prefix = state.get("prefix_digest")
+    if prefix and prefix != data.prefix_digest(samples):
+        found.append((place, "run", "prefix_digest", data.prefix_digest(samples), prefix))
+    elif not prefix and state["plan_digest"] != data.digest:
+        found.append((place, "run", "plan_digest", data.digest, state["plan_digest"]))
+    return found
+
+
+def _is_count(samples: object, plan: MixturePlan) -> TypeGuard[int]:
+    end = plan.schedule.samples
+    return isinstance(samples, int) and samples >= 0 and (end is None or samples <= end)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("samples", "ledger", "plan_digest")} | {"prefix_digest": state.get("prefix_digest")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: expected the trainer's state of a checkpoint: {error!r}") from None
+
+
+def _leaves(planned: Any, recorded: Any, place: str = "") -> list[tuple[str, str, str, str]]:
+    """(place, key, planned, recorded) of every leaf in which two nested dicts differ, on either side."""
+    found = []
+    for key in [*planned, *(key for key in recorded if key not in planned)]:
+        old, new = planned.get(key, "nothing"), recorded.get(key, "nothing")
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _leaves(old, new, key)
+        elif old != new:
+            found.append((place or "run", key, str(old), str(new)))
+    return found

@@ -1,0 +1,81 @@
+"""`megatron-synth prepare duplicates`: what prepared sources share, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_synth.cli.prepare_verify import source_folders
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.data.overlap.minhash import Duplicates, find_duplicates
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare duplicates FOLDER... [--shingle N] [--threshold X] [--ngram N] [--json FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth prepare duplicates",
+        description="Count equal and nearly equal documents of prepared sources, and validation text seen in training.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a prepared source, or a folder of them")
+    parser.add_argument("--shingle", type=int, default=8, help="tokens of the n-grams of near duplicates (%(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.8, help="least Jaccard similarity of these (%(default)s)")
+    parser.add_argument("--ngram", type=int, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    options = parser.parse_args(argv)
+    for name in ("shingle", "ngram"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if not 0 < options.threshold <= 1:
+        raise UserError(f"--threshold: expected a number above 0 and at most 1, got {options.threshold}")
+    start = time.perf_counter()
+    settings = {"shingle": options.shingle, "threshold": options.threshold, "ngram": options.ngram}
+    found = find_duplicates(source_folders(options.folders), **settings)
+    print(render(found))
+    print(f"\n{sum(found.sources.values()):,} documents in {time.perf_counter() - start:.1f} s")
+    if options.json is not None:
+        write_json(options.json, asdict(found))
+    return EXIT_OK
+
+
+def render(found: Duplicates) -> str:
+    """The report as text."""
+    shared: list[tuple[str, ...]] = [("documents of", "also in", "documents", "exact", "near")]
+    for one in found.shared:
+        if one.exact or one.near or one.source == one.other:
+            other = "itself, again" if one.source == one.other else one.other
+            cells = (_share(count, one.documents) for count in (one.exact, one.near))
+            shared.append((one.source, other, f"{one.documents:,}", *cells))
+    lines = [
+        *_table(shared),
+        "",
+        f"near: Jaccard similarity of {found.shingle}-grams of tokens of at least {found.threshold}, estimated, equal "
+        f"documents included; pairs of sources that share nothing are left out",
+        f"{found.redundant:,} documents to remove so that none occurs twice",
+    ]
+    if found.contamination:
+        rows: list[tuple[str, ...]] = [
+            ("validation", "training", "documents", "any n-gram seen", "half of them", "n-grams seen")
+        ]
+        for two in found.contamination:
+            counts = (_share(count, two.documents) for count in (two.any, two.half))
+            rows.append((two.validation, two.training, f"{two.documents:,}", *counts, _share(two.ngrams_seen, two.ngrams)))
+        lines += ["", *_table(rows), "", f"n-grams of {found.ngram} tokens; documents shorter than that are left out"]
+    return "\n".join(lines)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / total:.2f} %)" if total else "0"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,70 @@
+"""`megatron-synth prepare verify`: are the files still what was written?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.data.preparing.workers import core_count
+from megatron_synth.data.shards.checksums import verify
+from megatron_synth.data.shards.manifest import FILE_NAME
+
+SHOWN_FAULTS = 20  # of one file
+
+
+def source_folders(given: Iterable[str]) -> list[Path]:
+    """The prepared sources that folders are or hold, each once."""
+    found: dict[Path, None] = {}
+    for name in given:
+        folder = Path(name)
+        if (folder / FILE_NAME).is_file():
+            found[folder] = None
+            continue
+        inside = sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+        if not inside:
+            raise UserError(f"{folder}: no prepared source and no folder of them (no {FILE_NAME}); give the output of prepare")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare verify FOLDER... [--workers N] [--sha256] [--json FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth prepare verify", description="Compare prepared sources with the checksums of their manifests."
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a prepared source, or a folder of them")
+    parser.add_argument("--workers", type=int, default=core_count(), help="threads (default: all cores, %(default)s)")
+    parser.add_argument("--sha256", action="store_true", help="check the SHA-256 of whole files, too (slower)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    options = parser.parse_args(argv)
+    if options.workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {options.workers}")
+    folders = source_folders(options.folders)
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+        result = verify(folders, workers=options.workers, progress=bar.update, sha256=options.sha256)
+    if options.json is not None:
+        write_json(options.json, asdict(result))
+    shown: dict[str, int] = {}
+    for fault in result.faults:
+        shown[fault.file] = shown.get(fault.file, 0) + 1
+        if shown[fault.file] <= SHOWN_FAULTS:
+            print(fault)
+    for file, count in shown.items():
+        if count > SHOWN_FAULTS:
+            print(f"{file}: {count - SHOWN_FAULTS} more faults")
+    if result.unblocked:
+        print(f"{result.unblocked} of {result.shards} shards have a checksum of the whole file only (manifest of version 1)")
+    verdict = f"{len(result.faults)} faults in {len(shown)} files" if result.faults else "all as written"
+    print(
+        f"{result.sources} sources, {result.shards} shards, {result.read_bytes / 1e9:.3f} GB in {result.seconds:.2f} s "
+        f"({result.read_bytes / 1e9 / max(result.seconds, 1e-9):.2f} GB/s): {verdict}"
+    )
+    return EXIT_USER_ERROR if result.faults else EXIT_OK

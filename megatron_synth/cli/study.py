@@ -1,0 +1,162 @@
+"""`megatron-synth study`: from one file to runs, fits and answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.load import to_yaml
+from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import say
+from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.plan.costs import Sources, check_sources, open_sources, require_prepared
+from megatron_synth.study.plan.runs import Run, expand
+from megatron_synth.study.plan.study_file import Study, load_study
+
+
+class Opened(NamedTuple):
+    """A study, expanded."""
+
+    study: Study
+    runs: list[Run]
+    folder: Folder
+
+
+def main(argv: list[str]) -> int:
+    """Run a verb of `study` and return the exit code: 1 when runs failed or are missing."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth study",
+        description="Arms x sizes x budgets x seeds under one protocol: planned, trained, fitted, answered.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    plan = verbs.add_parser("plan", help="what would be run, what it takes and costs, what is done already")
+    plan.add_argument("--runs", action="store_true", help="one line per run instead of one per cell")
+    submit = verbs.add_parser("submit", help="train what is not finished; call it again to go on, or to retry what failed")
+    where = submit.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", action="store_true", help="on this machine, one process per run")
+    where.add_argument("--slurm", action="store_true", help="as job arrays")
+    submit.add_argument("--jobs", type=int, help="runs at a time. Default: one per GPU, or one on a CPU; SLURM: per node")
+    submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs whose names or ids stand in FILE, a line each")
+    _slurm_options(submit)
+    status = verbs.add_parser("status", help="done, running, failed, to do, and the time left")
+    status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="again every so many seconds")
+    status.add_argument("--runs", action="store_true", help="also name the runs that are to do")
+    report = verbs.add_parser("report", help="tables, fits, figures and one HTML page, from what is finished")
+    report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")
+    report.add_argument("--from", dest="table", metavar="RUNS.csv", type=Path, help="take the runs from such a table instead")
+    prepare = verbs.add_parser("prepare", help="prepare the text that the study names")
+    for verb in verbs.choices.values():
+        verb.add_argument("file", metavar="FILE", help="the study file")
+        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    del prepare
+    if not argv or argv[0] not in verbs.choices:
+        parser.parse_args(argv)  # tells the verbs, and exits
+    arguments = verbs.choices[argv[0]].parse_intermixed_args(argv[1:])
+    return int(_VERBS[argv[0]](arguments))
+
+
+def _slurm_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --slurm")
+    group.add_argument("--nodes", type=int, default=1, help="nodes that the array uses at a time")
+    group.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of a node; 0: CPUs only")
+    group.add_argument("--cluster", help="file of configs/cluster/ with partition, account and limits")
+    group.add_argument("--dry-run", action="store_true", help="write the scripts, submit nothing")
+
+
+def _open(arguments: argparse.Namespace) -> Opened:
+    study = load_study(arguments.file, arguments.overrides)
+    return Opened(study, expand(study), Folder(study.folder))
+
+
+def _checked(opened: Opened) -> Sources:
+    """The sources, all prepared and large enough for every run."""
+    study, runs, _ = opened
+    sources = open_sources(study, runs)
+    require_prepared(study, sources)
+    check_sources(study, runs, sources)
+    return sources
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.status_text import plan_text
+
+    study, runs, folder = _open(arguments)
+    sources = open_sources(study, runs)
+    uses = check_sources(study, runs, sources)
+    say(plan_text(study, runs, sources, uses, folder, each=arguments.runs))
+    return EXIT_OK
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    study = load_study(arguments.file, arguments.overrides)
+    if study.prepare is None:
+        raise UserError(f"{arguments.file}: prepare: not set; name the data file that makes the sources")
+    from megatron_synth.config.load import resolve
+    from megatron_synth.data.preparing.prepare import main as prepare_main
+
+    beside = Path(arguments.file).parent if Path(arguments.file).is_file() else None
+    return prepare_main([str(resolve(study.prepare, beside))])
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    opened = _open(arguments)
+    study, runs, folder = opened
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: at least one run at a time")
+    sources = _checked(opened)
+    chosen = _only(runs, arguments.only) if arguments.only else runs
+    folder.prepare()
+    write_atomic(folder.study, to_yaml(study))
+    if arguments.slurm:
+        from megatron_synth.study.execute.slurm import submit_array
+
+        return submit_array(study, chosen, folder, arguments)
+    from megatron_synth.study.execute.local import Execution, Slots
+
+    slots = Slots.of_machine(arguments.jobs)
+    return Execution(folder, chosen, slots, study.keep_checkpoints, sources.required_vocab_size).go()
+
+
+def _only(runs: Sequence[Run], file: Path) -> list[Run]:
+    try:
+        wanted = file.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise UserError(f"--only {file}: {error.strerror}") from None
+    by_name = {name: run for run in runs for name in (run.name, run.id)}
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise UserError(f"--only {file}: no run of the study is called {', '.join(unknown[:3])}")
+    return [by_name[name] for name in dict.fromkeys(wanted)]
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.status_text import status_text
+
+    study, runs, folder = _open(arguments)
+    while True:
+        text = status_text(study, runs, folder, each=arguments.runs)
+        if arguments.watch is None:
+            say(text)
+            return EXIT_OK
+        # the screen is cleared with the text at hand, so that nothing flickers
+        say(f"\033[H\033[2J{text}" if sys.stdout.isatty() else text)
+        if all(folder.state(run) in ("done", "failed") for run in runs):
+            return EXIT_OK
+        time.sleep(arguments.watch)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.report.report import write_report
+
+    opened = _open(arguments)
+    page = write_report(*opened, out=arguments.out, table=arguments.table)
+    say(str(page))
+    return EXIT_OK
+
+
+_VERBS = {"plan": _plan, "prepare": _prepare, "submit": _submit, "status": _status, "report": _report}

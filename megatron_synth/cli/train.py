@@ -1,0 +1,51 @@
+"""`megatron-synth train CONFIG [a.b=c ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_synth.config.load import digest, load_file
+from megatron_synth.config.schema import Config
+
+
+def main(argv: list[str]) -> int:
+    """Train, or say what would be trained. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth train",
+        description="Train a model on an exact mixture. A run directory that holds a checkpoint is resumed.",
+        epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth train CONFIG ...",
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the file>-<digest of the configuration>")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU, no tokens read: check and describe the run")
+    parser.add_argument("--world-size", type=int, help="ranks that a dry run plans for; default: this launch's")
+    parser.add_argument(
+        "--allow-tp-across-nodes", action="store_true", help="train even if tensor-parallel groups span nodes, which is slow"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_file(Config, arguments.config, arguments.overrides)
+    world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    if arguments.dry_run:
+        from megatron_synth.core.log import say
+        from megatron_synth.train.dryrun import dry_run
+
+        say(dry_run(config, world_size))
+        return 0
+
+    from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.parallel.plan import plan
+
+    layout = plan(config, world_size)
+    data = open_data(config, staged=True)
+    run_path = arguments.run_dir or default_run_dir(arguments.config, config)
+    from megatron_synth.train.loop import train
+
+    return train(config, layout, data, run_path, tensor_across_nodes=arguments.allow_tp_across_nodes)
+
+
+def default_run_dir(file: str | Path, config: Config) -> Path:
+    """Run directory of a configuration read from `file`, relative to the working directory."""
+    return Path("runs") / f"{Path(file).stem}-{digest(config)}"

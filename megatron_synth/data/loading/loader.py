@@ -1,0 +1,455 @@
+"""From the plan to one data-parallel rank's micro-batches.
+
+The order of sources is deterministic, so dealing consecutive samples to ranks would tie ranks to sources (at 50/50 on
+8 ranks, half of them would see one source for ever). The samples of an optimizer step are therefore permuted by key
+before they are dealt; which samples a step consumes is not changed.
+
+A sample is a window of L inputs and as many labels of one source. A sequence of S inputs is one of them, or k = S / L
+that follow each other in the plan, whose counts then are exact to less than two windows in every sequence, and fully
+where k is a multiple of the mixture's period. Within the sequence they are permuted by key too, as no source is to have
+its own place there. Each window keeps its L + 1 tokens: the label of its last input is the next token of its own source
+and not the first of the window beside it, no label is lost, and S inputs have S labels.
+
+What a step holds is a function of its first sample alone. It is worked out for many steps at once when steps are asked
+for one after the other, since numpy's cost per call would otherwise be most of the time; that is a cache, not a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.loading.boundaries import Boundaries, BoundaryTable
+from megatron_synth.data.mixing.mixture import MixturePlan, windows_in
+from megatron_synth.data.mixing.permutation import derive_key, keyed_hash, permute
+from megatron_synth.data.shards import native
+from megatron_synth.data.shards.indexed import Places, token_code
+
+Int64 = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
+
+LOOK_AHEAD_ROWS = 16384
+"""Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
+in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
+
+
+class WindowSource(Protocol):
+    """What is asked of a source; `store.Source` has it."""
+
+    @property
+    def name(self) -> str:
+        """Name in the mixture."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream."""
+
+    def num_windows(self, length: int) -> int:
+        """(num_tokens - 1) // length."""
+
+    def read(self, begin: int, out: npt.NDArray[np.integer]) -> None:
+        """Fill `out` [N] with the tokens from `begin` on."""
+
+    def read_window(self, window: int, out: npt.NDArray[np.integer]) -> None:
+        """Fill `out` [L + 1] with the tokens from window x L on."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored tokens."""
+
+    @property
+    def places(self) -> Places:
+        """Where its shards lie in memory."""
+
+    def unreadable(self, shard: int, error: native.BusError) -> UserError:
+        """What a failed read of one of the shards means."""
+
+    def open_index(self, shard: int) -> None:
+        """Open the index of a shard, so that compiled code finds documents in it."""
+
+    def places_of(self, begins: Int64, length: int) -> tuple[Int64, Int64]:
+        """Of each window the number of the shard it lies in, or -1 where only `read` will do; its first token there.
+
+        begins: [N] first token of each window, of `length` + 1, in the stream.
+        """
+
+    def document_starts_of(self, begins: Int64, length: int) -> tuple[Int64, Int64]:
+        """Ascending offsets in [0, length] of each window at which a document starts, and how many each has."""
+
+    def will_need(self, begin: int, length: int) -> None:
+        """Hint that the window will be read soon."""
+
+
+@dataclass(eq=False, slots=True)  # frozen would take five times as long to make
+class Batch:
+    """B sequences of k windows of L + 1 tokens: a window's inputs are its tokens 0..L-1, its labels 1..L. S = k L."""
+
+    tokens: Tokens
+    """[B, k (L + 1)], window after window; [B, 0] from a loader that reads none."""
+    source_ids: Int64
+    """[B k] source of each window, an index of the plan's names."""
+    samples: Int64
+    """[B k] sample number of each window in the plan."""
+    boundaries: Boundaries | None = None
+    """Where documents begin and end, in B k rows of L. None unless asked for."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class ValidationBatch(Batch):
+    """A batch of one domain: source_ids are 0, samples are window numbers."""
+
+    valid: npt.NDArray[np.bool_]
+    """[B] False for rows that only fill the batch up: leave them out of every sum."""
+
+
+def deal(
+    seed: int,
+    first_sample: int,
+    global_batch_size: int,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    windows_per_sequence: int = 1,
+) -> Int64:
+    """Samples of one rank in the optimizer step that consumes global_batch_size x k of them, from `first_sample` on.
+
+    Sequence s of the step is its samples s k to (s + 1) k - 1, where k = windows_per_sequence. The sequences are permuted
+    by key; slot j goes to micro-batch j // (B x ranks), rank (j // B) % ranks, row j % B, where B = micro_batch_size.
+    Returns int64 [micro-batches, B k]. Over all ranks it is each sample of the step once.
+    """
+    return _deal(
+        seed,
+        first_sample,
+        global_batch_size,
+        1,
+        micro_batch_size,
+        data_parallel_rank,
+        data_parallel_size,
+        windows_per_sequence,
+    ).reshape(-1, micro_batch_size * windows_per_sequence)
+
+
+def _deal(
+    seed: int,
+    first_sample: int,
+    global_batch_size: int,
+    steps: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    windows_per_sequence: int,
+) -> Int64:
+    """As `deal`, for `steps` steps that follow each other: int64 [steps x micro-batches x B k]."""
+    _check_rank(data_parallel_rank, data_parallel_size)
+    stride = micro_batch_size * data_parallel_size
+    if global_batch_size < 1 or global_batch_size % stride:
+        raise UserError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {data_parallel_size} data-parallel ranks = {stride}: change one of them"
+        )
+    # only the slots of this rank are worked out
+    first_slot = data_parallel_rank * micro_batch_size
+    slots = (np.arange(0, global_batch_size, stride)[:, None] + np.arange(first_slot, first_slot + micro_batch_size)).ravel()
+    firsts = first_sample + np.arange(steps) * (global_batch_size * windows_per_sequence)
+    keys = np.stack([derive_key(seed, "step", first) for first in firsts.tolist()], axis=1)
+    number = len(slots)
+    key = keys[:, 0] if steps == 1 else np.repeat(keys, number, axis=1)
+    samples = permute(np.tile(slots, steps), global_batch_size, key)
+    samples *= windows_per_sequence
+    samples += np.repeat(firsts, number)
+    return samples if windows_per_sequence == 1 else _windows_of_sequences(seed, samples, windows_per_sequence)
+
+
+def _windows_of_sequences(seed: int, firsts: Int64, windows_per_sequence: int) -> Int64:
+    """All samples of the sequences that begin with samples `firsts` [N], in a random order within each: int64 [N k].
+
+    The order follows from the samples' numbers, whatever the step they are in.
+    """
+    samples = firsts[:, None] + np.arange(windows_per_sequence)
+    order = np.argsort(keyed_hash(samples, derive_key(seed, "sequence")), axis=1, kind="stable")
+    return np.take_along_axis(samples, order, axis=1).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What one rank gets in some steps that follow each other. A row is a window."""
+
+    first_sample: int
+    step_samples: int
+    steps: int
+    samples: Int64
+    source_ids: Int64
+    firsts: Int64
+    """First token of each row in the stream of its source."""
+    shards: Int64
+    """Number of the shard that holds all tokens of a row; -1: there is none."""
+    copier: native.RowCopier | None
+    """Copies rows out of their shards' memory maps; None where nothing is compiled."""
+    boundaries: BoundaryTable | None
+
+    @property
+    def end(self) -> int:
+        """First sample after the table."""
+        return self.first_sample + self.steps * self.step_samples
+
+    def step(self, first_sample: int, step_samples: int) -> int | None:
+        """Number in this table of the step that begins with `first_sample`; None if it is not here."""
+        step, rest = divmod(first_sample - self.first_sample, self.step_samples)
+        here = step_samples == self.step_samples and rest == 0 and 0 <= step < self.steps
+        return step if here else None
+
+
+class Loader:
+    """One data-parallel rank's view of the plan. Holds no position: the caller keeps the number of samples consumed."""
+
+    def __init__(
+        self,
+        plan: MixturePlan,
+        sources: Sequence[WindowSource],
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        windows_per_sequence: int = 1,
+        with_boundaries: bool = False,
+        with_tokens: bool = True,
+        dtype: npt.DTypeLike = np.int64,
+    ):
+        """One rank's loader.
+
+        Args:
+            plan: the order of the samples.
+            sources: in the plan's order, with the plan's names and numbers of windows.
+            sequence_length: S.
+            micro_batch_size: B.
+            data_parallel_rank: this rank.
+            data_parallel_size: of so many.
+            windows_per_sequence: k, of S / k tokens each.
+            with_boundaries: also tell where documents begin and end.
+            with_tokens: read tokens; without, batches carry sources and samples only, for pipeline stages that look at
+                neither inputs nor labels.
+            dtype: of the tokens delivered, int64 or int32.
+        """
+        _check_rank(data_parallel_rank, data_parallel_size)
+        length, rest = divmod(sequence_length, windows_per_sequence)
+        assert rest == 0, (sequence_length, windows_per_sequence)
+        shifts = [spec.shift for spec in plan.sources]
+        assert set(shifts) <= {0, length}, shifts
+        found = [
+            (source.name, windows_in(source.num_tokens, length, shifted=shift > 0))
+            for source, shift in zip(sources, shifts, strict=True)
+        ]
+        planned = list(zip(plan.names, plan.num_windows, strict=True))
+        assert found == planned, f"sources (name, windows) {found} are not those of the plan {planned}"
+        self.plan = plan
+        self.sources = tuple(sources)
+        self.sequence_length = sequence_length
+        self.windows_per_sequence, self.window_length = windows_per_sequence, length
+        self.micro_batch_size = micro_batch_size
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
+        self.with_boundaries = with_boundaries
+        self.with_tokens = with_tokens
+        self.dtype = np.dtype(dtype)
+        assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
+        self._readers = [source.read for source in sources]
+        # replaced as a whole, by a value that depends on its key alone: threads may share the object
+        self._table: _Table | None = None
+
+    def micro_batches(self, first_sample: int, step_samples: int, allocate: Allocate | None = None) -> Iterator[Batch]:
+        """This rank's part of the optimizer step that consumes [first_sample, first_sample + step_samples).
+
+        step_samples: global batch size x windows per sequence.
+        allocate: gives the array for the tokens of each batch from shape and type; default: a new one each time.
+        """
+        table, first_row, rows = self._rows(first_sample, step_samples)
+        micro = self.micro_batch_size * self.windows_per_sequence
+        return map(partial(self._batch, table, allocate or np.empty), range(first_row, first_row + rows, micro))
+
+    def will_need(self, first_sample: int, step_samples: int) -> None:
+        """Ask the system to fetch what a step will read from disk, in the background."""
+        if self.with_tokens:
+            table, first_row, rows = self._rows(first_sample, step_samples)
+            part = slice(first_row, first_row + rows)
+            for source_id, first in zip(table.source_ids[part].tolist(), table.firsts[part].tolist(), strict=True):
+                self.sources[source_id].will_need(first, self.window_length)
+
+    def _rows(self, first_sample: int, step_samples: int) -> tuple[_Table, int, int]:
+        """The rows of a step: in which table, from which row on, how many."""
+        rows = step_samples // self.data_parallel_size
+        table = self._table
+        step = None if table is None else table.step(first_sample, step_samples)
+        if table is None or step is None:
+            follows = table is not None and (table.end, table.step_samples) == (first_sample, step_samples)
+            # a first step must not wait for those that may follow
+            steps = LOOK_AHEAD_ROWS // max(rows, 1) if follows else 1
+            end = self.plan.schedule.samples
+            if end is not None:
+                steps = min(steps, (end - first_sample) // step_samples)
+            table = self._make(first_sample, step_samples, max(steps, 1))
+            self._table, step = table, 0
+        return table, step * rows, rows
+
+    def _make(self, first_sample: int, step_samples: int, steps: int) -> _Table:
+        number = self.windows_per_sequence
+        assert step_samples % number == 0, (step_samples, number)
+        samples = _deal(
+            self.plan.seed,
+            first_sample,
+            step_samples // number,
+            steps,
+            self.micro_batch_size,
+            self.data_parallel_rank,
+            self.data_parallel_size,
+            number,
+        )
+        source_ids, windows, offsets = self.plan.places(samples)
+        firsts = windows * self.window_length + offsets
+        shards, begins = self._places(source_ids, firsts)
+        boundaries = None
+        if self.with_boundaries:
+            starts, counts = self._document_starts(source_ids, firsts, shards, begins)
+            boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number)
+        library, copier = native.library(), None
+        if library is not None and self.with_tokens:
+            maps = [source.places.tokens for source in self.sources]
+            codes = [token_code(source.dtype) for source in self.sources]
+            copier = native.RowCopier(
+                library, maps, codes, source_ids, shards, begins, self.window_length + 1, wide=self.dtype.itemsize == 8
+            )
+        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
+
+    def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
+        """`places_of` for rows of any sources."""
+        shards, begins = np.empty_like(firsts), np.empty_like(firsts)
+        for source_id in np.unique(source_ids).tolist():
+            rows = np.flatnonzero(source_ids == source_id)
+            shards[rows], begins[rows] = self.sources[source_id].places_of(firsts[rows], self.window_length)
+        return shards, begins
+
+    def _document_starts(self, source_ids: Int64, firsts: Int64, shards: Int64, begins: Int64) -> tuple[Int64, Int64]:
+        """`document_starts_of` for rows of any sources."""
+        library = native.library()
+        if library is not None:
+
+            def stuck(row: int) -> Int64 | None:
+                source = self.sources[int(source_ids[row])]
+                if shards[row] >= 0:
+                    source.open_index(int(shards[row]))
+                    return None
+                return source.document_starts_of(firsts[row : row + 1], self.window_length)[0]
+
+            indexes = [source.places.indexes for source in self.sources]
+            ends = begins + (self.window_length + 1)
+            try:
+                return native.document_starts(library, indexes, source_ids, shards, begins, ends, stuck)
+            except native.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
+        rows_of, offsets_of = [], []
+        for source_id in np.unique(source_ids).tolist():
+            rows = np.flatnonzero(source_ids == source_id)
+            offsets, counts = self.sources[source_id].document_starts_of(firsts[rows], self.window_length)
+            rows_of.append(np.repeat(rows, counts))
+            offsets_of.append(offsets)
+        rows = np.concatenate(rows_of)
+        by_row = np.argsort(rows, kind="stable")
+        return np.concatenate(offsets_of)[by_row], np.bincount(rows, minlength=len(firsts))
+
+    def _batch(self, table: _Table, allocate: Allocate, row: int) -> Batch:
+        rows = self.micro_batch_size * self.windows_per_sequence
+        part = slice(row, row + rows)
+        source_ids = table.source_ids[part]
+        boundaries = None if table.boundaries is None else table.boundaries.batch(row // rows)
+        if not self.with_tokens:
+            return Batch(np.empty((self.micro_batch_size, 0), self.dtype), source_ids, table.samples[part], boundaries)
+        length = self.window_length + 1
+        tokens = allocate((self.micro_batch_size, self.windows_per_sequence * length), self.dtype)
+        self._fill(table, row, tokens.reshape(rows, length))
+        return Batch(tokens, source_ids, table.samples[part], boundaries)
+
+    def _unreadable(self, source_ids: Int64, shards: Int64, error: native.BusError) -> UserError:
+        return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
+
+    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
+        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains."""
+        done, end, begin = row, row + len(tokens), native.address_of(tokens)
+        while True:
+            if table.copier is not None:
+                try:
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                except native.BusError as error:
+                    raise self._unreadable(table.source_ids, table.shards, error) from None
+            if done == end:
+                return
+            self._readers[int(table.source_ids[done])](int(table.firsts[done]), tokens[done - row])
+            done += 1
+
+
+def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:
+    """How much of a domain an evaluation covers: (windows, label tokens left out).
+
+    A stream of T tokens has T - 1 labels, since nothing predicts the first. Whole windows cover S x ((T - 1) // S) of
+    them; the tail of (T - 1) % S < S labels is left out, as is everything after `max_windows`. Tokens evaluated are
+    windows x S, exactly.
+    """
+    available = source.num_windows(sequence_length)
+    if available < 1:
+        raise UserError(
+            f"data.validation.{source.name}: {source.num_tokens} tokens are not one full window of "
+            f"train.sequence_length + 1 = {sequence_length + 1}: use a larger domain or a smaller train.sequence_length"
+        )
+    windows = available if max_windows is None else min(available, max_windows)
+    assert windows > 0
+    return windows, source.num_tokens - 1 - windows * sequence_length
+
+
+def validation_batches(
+    source: WindowSource,
+    sequence_length: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    max_windows: int | None = None,
+    *,
+    with_boundaries: bool = False,
+    with_tokens: bool = True,
+) -> Iterator[ValidationBatch]:
+    """Every window of a domain once, in order, dealt to the ranks; the first `max_windows` if given.
+
+    Each rank gets the same number of batches, as all must take part in collectives: the rows that are lacking at the
+    end repeat the last window and are marked as not valid. Over all ranks the valid rows are each window once, whatever
+    the layout. The tail that does not fill a window (fewer than S labels) is left out; `validation_windows` counts it.
+    with_boundaries, with_tokens: as for a Loader.
+    """
+    _check_rank(data_parallel_rank, data_parallel_size)
+    total, _ = validation_windows(source, sequence_length, max_windows)
+    stride = micro_batch_size * data_parallel_size
+
+    def read(first: int) -> ValidationBatch:
+        slots = first + np.arange(micro_batch_size)
+        windows = np.minimum(slots, total - 1)
+        tokens = np.empty((micro_batch_size, sequence_length + 1 if with_tokens else 0), dtype=np.int64)
+        for row, window in enumerate(windows.tolist() if with_tokens else []):
+            source.read_window(window, tokens[row])
+        boundaries = None
+        if with_boundaries:
+            starts = source.document_starts_of(windows * sequence_length, sequence_length)
+            table = BoundaryTable(*starts, sequence_length, micro_batch_size)
+            boundaries = table.batch(0)
+        return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
+
+    rounds = range(0, total, stride)
+    return (read(first + data_parallel_rank * micro_batch_size) for first in rounds)
+
+
+def _check_rank(data_parallel_rank: int, data_parallel_size: int) -> None:
+    assert 0 <= data_parallel_rank < data_parallel_size, f"rank {data_parallel_rank} of {data_parallel_size}"

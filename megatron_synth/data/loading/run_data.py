@@ -1,0 +1,189 @@
+"""All data of a run, opened and checked before anything long begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import Config, SourceConfig
+from megatron_synth.data.loading.loader import validation_windows
+from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
+from megatron_synth.data.mixing.schedule import phases_of
+from megatron_synth.data.shards.checksums import BlockChecker
+from megatron_synth.data.shards.manifest import TokenizerInfo
+from megatron_synth.data.shards.source import Source, check_compatible, open_source
+from megatron_synth.data.shards.staging import stage
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The opened sources of a run and the order of their samples."""
+
+    plan: MixturePlan
+    sources: tuple[Source, ...]
+    """In the plan's order."""
+    validation: dict[str, Source]
+    """By domain."""
+    vocab_size: int
+    """Tokens of the vocabulary, before the embedding is padded."""
+    eod_id: int | None
+    """The token that ends a document, where a manifest tells."""
+    tokenizer: Path | None
+    """tokenizer.json, where it is known."""
+    digest: str
+    """Of all that decides which tokens sample n holds: the plan, the sequence length, the sources' content."""
+    window_length: int
+    """Tokens of a sample."""
+    windows_per_sequence: int
+
+    def prefix_digest(self, samples: int) -> str:
+        """Of all that decides which tokens the first `samples` samples hold.
+
+        Unlike `digest` it is the same for a mixture that changes only after them: a run may go on with such a one.
+        """
+        used = self.plan.prefix_names(samples)
+        content = {source.name: _content(source) for source in self.sources if source.name in used}
+        return _hash([self.plan.prefix_digest(samples), *_shape(self.window_length, self.windows_per_sequence), content])
+
+
+def open_data(config: Config, *, staged: bool = False) -> RunData:
+    """Open every source and domain of the configuration and check that the run can be made with them.
+
+    staged: then copy them to `data.staging`, where the configuration has it, and read the copies. They hold the same tokens:
+    plan, digests and the paths that a run remembers are those of the originals.
+
+    Raises:
+        UserError: a file is missing or damaged, tokenizers differ, the vocabulary does not fit, a source is too small.
+    """
+    sequence = config.train.sequence_length
+    sources = tuple(_open(config, entry.path, name) for name, entry in config.data.sources.items())
+    for source in sources:
+        _check_packing(source, config)
+    validation = {name: _open(config, entry.path, name) for name, entry in config.data.validation.items()}
+    info = check_compatible([*sources, *validation.values()])
+    vocab_size = vocab_size_of(config, info)
+    if vocab_size is None:
+        raise UserError(
+            "model.vocab_size: not set, and no source has a manifest.json that names its tokenizer; set it to the "
+            "tokenizer's number of tokens"
+        )
+    length, number = config.window_length, config.data.windows_per_sequence
+    plan = plan_of(config, {source.name: source.num_tokens for source in sources})
+    plan.check(config.total_samples, length)
+    for domain in validation.values():
+        validation_windows(domain, sequence)
+    known = (source.tokenizer_path for source in sources if source.tokenizer_path)
+    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
+    digest = _hash([plan.digest(), *_shape(length, number), [_content(source) for source in sources]])
+    if staged and config.data.staging is not None:
+        folder = Path(config.data.staging)
+        _check_staging([*sources, *validation.values()])
+        sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
+        validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
+    eod_id = info.eod_id if info else None
+    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number)
+
+
+def _check_staging(sources: Sequence[Source]) -> None:
+    bare = [source for source in sources if source.manifest is None]
+    if bare:
+        raise UserError(
+            f"data.staging: {bare[0].path}: source {bare[0].name!r} has no manifest.json, by which a copy is known to be "
+            "whole; prepare it again, or copy it yourself and set data.staging to null"
+        )
+
+
+def _open(config: Config, path: str | Path, name: str) -> Source:
+    """One source, read in the way and with the checks that the configuration asks for."""
+    if config.data.verify == "sizes":  # which opening always does
+        return open_source(path, name, memory_map=config.data.memory_map)
+    source = open_source(path, name, memory_map=False)
+    if source.manifest is None:
+        raise UserError(
+            f"data.verify: blocks: {path}: source {name!r} has no manifest.json with checksums; prepare it again, or set "
+            "data.verify to sizes"
+        )
+    source.check_before_reading(BlockChecker(source.path, source.manifest).check)
+    return source
+
+
+def _check_packing(source: Source, config: Config) -> None:
+    packing = None if source.manifest is None else source.manifest.packing
+    if packing is None:
+        return
+    length, number = config.window_length, config.data.windows_per_sequence
+    if packing.sequence_length != length:
+        ours = "train.sequence_length" if number == 1 else f"train.sequence_length / {number} (data.windows_per_sequence)"
+        raise UserError(
+            f"data.sources.{source.name}: {source.path} was packed for windows of {packing.sequence_length} tokens, "
+            f"{ours} is {length}: its documents would be cut anywhere and its padding be spread; set "
+            f"train.sequence_length to {packing.sequence_length * number}, or prepare the source again with "
+            f"packing.sequence_length={length}"
+        )
+    if config.data.sources[source.name].shift_windows:
+        raise UserError(
+            f"data.sources.{source.name}.shift_windows: {source.path} was packed, so that its windows hold whole documents: "
+            "others would cut them; set it to false, or prepare the source again without packing"
+        )
+
+
+def vocab_size_of(config: Config, info: TokenizerInfo | None) -> int | None:
+    """Size of the vocabulary: the configuration's if it says one, else the tokenizer's; None if neither is known.
+
+    Raises:
+        UserError: the configuration's is too small for the tokenizer.
+    """
+    asked = config.model.vocab_size
+    if info is None:
+        return asked
+    if asked is not None and asked < info.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {asked} is smaller than the {info.vocab_size} tokens of the data's tokenizer; raise it, or "
+            "set it to null to take the tokenizer's"
+        )
+    return asked or info.vocab_size
+
+
+def plan_of(config: Config, num_tokens: Mapping[str, int | None]) -> MixturePlan:
+    """The order of the samples of a configuration.
+
+    num_tokens: of each source, by name; None for one that is not prepared yet. Which samples such a one gets follows
+    from the ratios alone: one window, as often as needed, stands for it.
+    """
+    length = config.window_length
+    specs = []
+    for name, entry in config.data.sources.items():
+        tokens = num_tokens[name]
+        if tokens is None:
+            specs.append(SourceSpec(name, entry.ratio or Fraction(0), 1, math.inf))
+        else:
+            specs.append(spec_of(name, entry, windows_in(tokens, length, shifted=entry.shift_windows), length))
+    return MixturePlan(specs, config.data_seed, phases_of(config.data, length))
+
+
+def spec_of(name: str, entry: SourceConfig, windows: int, length: int) -> SourceSpec:
+    """What the plan needs to know of a source that has so many windows of `length` tokens."""
+    unique = None if entry.unique_tokens is None else entry.unique_tokens // length
+    shift = length if entry.shift_windows else 0
+    return SourceSpec(name, entry.ratio or Fraction(0), windows, entry.max_epochs, unique, shift)
+
+
+def _shape(window_length: int, windows_per_sequence: int) -> list[int]:
+    """How samples make sequences, as digests name it."""
+    return [window_length] if windows_per_sequence == 1 else [window_length, windows_per_sequence]
+
+
+def _content(source: Source) -> str | int:
+    # a bare shard pair has no checksum: its size stands for it
+    return source.manifest.digest() if source.manifest else source.num_tokens
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()

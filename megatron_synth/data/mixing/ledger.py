@@ -1,0 +1,120 @@
+"""What was really delivered, per source, held against the plan.
+
+Each rank counts the samples, windows of one source, that it trained on; the trainer sums the counts over the data-parallel
+ranks and merges the sum. The total must then equal the plan's count of the same prefix, source by source, to the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.mixing.mixture import MixturePlan
+
+Int64 = npt.NDArray[np.int64]
+
+
+class LedgerMismatch(AssertionError):
+    """Samples delivered are not the samples planned."""
+
+
+class Ledger:
+    """Samples delivered by each source, over all ranks since the run began."""
+
+    def __init__(self, names: Sequence[str], ratios: Sequence[Fraction], num_windows: Sequence[int], window_length: int):
+        """One entry per source, in the order of the plan's source ids. num_windows: of an epoch, each of `window_length`."""
+        assert len(names) == len(ratios) == len(num_windows)
+        self.names = tuple(names)
+        self.ratios = tuple(ratios)
+        self.num_windows = tuple(num_windows)
+        self.window_length = window_length
+        self._overall: Callable[[int], tuple[Fraction, ...]] | None = None
+        self._total = np.zeros(len(self.names), dtype=np.int64)
+
+    @classmethod
+    def of(cls, plan: MixturePlan, window_length: int) -> Ledger:
+        """The empty ledger of a plan."""
+        ledger = cls(plan.names, plan.ratios, plan.epoch_windows, window_length)
+        if plan.phased:
+            ledger._overall = plan.overall_ratios
+        return ledger
+
+    @classmethod
+    def planned(cls, plan: MixturePlan, window_length: int, samples: int) -> Ledger:
+        """The ledger of a run that has delivered the plan's first `samples` samples."""
+        ledger = cls.of(plan, window_length)
+        ledger.merge(plan.counts(samples))
+        return ledger
+
+    @property
+    def samples(self) -> Int64:
+        """int64 [K]: merged samples of each source (a copy)."""
+        return self._total.copy()
+
+    def merge(self, global_delta: npt.ArrayLike) -> None:
+        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]."""
+        delta = np.asarray(global_delta, dtype=np.int64)
+        assert delta.shape == self._total.shape and np.all(delta >= 0)
+        self._total += delta
+
+    def verify(self, plan: MixturePlan, samples_consumed: int) -> None:
+        """Raise LedgerMismatch unless the merged counts are those of the plan's first `samples_consumed` samples."""
+        assert plan.names == self.names
+        expected = plan.counts(samples_consumed)
+        if np.array_equal(expected, self._total):
+            return
+        wrong = [
+            f"{name}: expected {due}, found {found}"
+            for name, due, found in zip(self.names, expected.tolist(), self._total.tolist(), strict=True)
+            if due != found
+        ]
+        raise LedgerMismatch(
+            f"samples delivered differ from the plan after {samples_consumed} samples "
+            f"({int(self._total.sum())} counted): {'; '.join(wrong)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of ledger.json.
+
+        A sample has `sequence_length` tokens: those of a window. Per source: tokens = samples x sequence_length,
+        epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
+        share that the phases so far give it, as a fraction.
+        """
+        total = int(self._total.sum())
+        ratios = self.ratios if self._overall is None else self._overall(total)
+        sources = {
+            name: {
+                "ratio": str(ratio),
+                "samples": samples,
+                "tokens": samples * self.window_length,
+                "epochs": samples / windows,
+                "share": samples / total if total else 0.0,
+            }
+            for name, ratio, windows, samples in zip(self.names, ratios, self.num_windows, self._total.tolist(), strict=True)
+        }
+        return {
+            "samples": total,
+            "tokens": total * self.window_length,
+            "sequence_length": self.window_length,
+            "sources": sources,
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """Samples by source name."""
+        return dict(zip(self.names, self._total.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
+        if not set(state) <= set(self.names):
+            raise UserError(
+                f"the checkpoint's ledger counts the sources {', '.join(sorted(state))}, the run has "
+                f"{', '.join(sorted(self.names))}: resume with the data.sources that the checkpoint was "
+                "made with, or start a new run from its weights "
+                "(checkpoint.init_from)"
+            )
+        self._total = np.array([state.get(name, 0) for name in self.names], dtype=np.int64)

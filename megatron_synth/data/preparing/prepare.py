@@ -1,0 +1,287 @@
+"""`megatron-synth prepare`: text to token shards.
+
+Workers read and tokenise portions of a source into pieces on disk; then they assemble the shards from the pieces, in
+order or shuffled. Memory does not grow with the text. The output is written into a hidden folder beside it and renamed
+when all is done, manifests last: a run that fails or is killed leaves nothing that opens, and one that was killed is
+continued by the next. The bytes depend on the settings and the text alone, not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import megatron_synth
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.load import load_file
+from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
+from megatron_synth.core.files import write_json
+from megatron_synth.data.preparing.output import JOURNAL, Journal, partial_folder, replace
+from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, progress
+from megatron_synth.data.preparing.readers import (
+    describe_input,
+    estimate_text_bytes,
+    is_held_out,
+    read_documents,
+)
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers, core_count
+from megatron_synth.data.shards.indexed import token_dtype
+from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
+from megatron_synth.data.shards.manifest import Provenance, canonical_digest
+from megatron_synth.data.shards.source import open_source
+from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
+from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
+
+RECORD = "prepare.json"  # its presence says that the folder is a finished output
+RECORD_VERSION = 1
+JOURNAL_VERSION = 2
+TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
+
+
+def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> list[Prepared] | None:
+    """Make `config.output`. None when it is there already, made from the same settings and inputs.
+
+    force: replace a finished output, whatever it was made from.
+    """
+    output = Path(config.output)
+    inputs = {name: describe_input(name, source) for name, source in config.sources.items()}
+    given = _given_tokenizer(config)
+    digest = _config_digest(config, inputs, given)
+    if output.exists() and _is_current(output, config, digest, force):
+        return None
+    settings = config.tokenizer.train
+    dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
+    _check_space(config, output, dtype)
+    head = {
+        "kind": "head",
+        "version": JOURNAL_VERSION,
+        "program": megatron_synth.__version__,
+        "config_digest": digest,
+        "tokenizer": given.fingerprint if given is not None else "trained",
+        "cuts": [CHUNK_CHARACTERS, PIECE_BYTES],
+    }
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(output, head) as (folder, journal):
+            if journal.entries:
+                print(f"{output}: continuing a run that was stopped", file=sys.stderr)
+            tokenizer = given if given is not None else _trained(config, folder, journal)
+            tokenizer.save(folder / TOKENIZER)
+            prepared: list[Prepared] = []
+            staging = folder / STAGING
+            with closing(Workers(tokenizer, workers)) as pool:
+                for name, source in config.sources.items():
+                    made = Provenance(
+                        program=f"megatron-synth {megatron_synth.__version__}",
+                        config_digest=digest,
+                        inputs=inputs[name],
+                        holdout=str(source.holdout or 0),
+                        shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
+                    )
+                    staging.mkdir(exist_ok=True)
+                    work = SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made)
+                    prepared += work.run()
+                    shutil.rmtree(staging)
+            for one in prepared:
+                one.manifest.save(folder / one.manifest.name)
+            write_json(folder / RECORD, _record(config, digest))
+            (folder / JOURNAL).unlink()
+            replace(folder, output)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
+    return prepared
+
+
+def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """The tokenizer that the settings name; None when one is to be trained."""
+    settings = config.tokenizer
+    if settings.path is not None:
+        return load_tokenizer(settings.path, settings.eod)
+    return None if settings.name is None else fetch_tokenizer(settings.name, settings.eod)
+
+
+def _trained(config: PrepareConfig, folder: Path, journal: Journal) -> Tokenizer:
+    """A tokenizer of the sources' text, or the one that a stopped run has trained."""
+    done = journal.of("tokenizer")
+    if done:
+        found = load_tokenizer(folder / TOKENIZER, config.tokenizer.eod)
+        if found.fingerprint == done[0]["fingerprint"]:
+            return found
+    tokenizer = _train(config)
+    tokenizer.save(folder / TOKENIZER)
+    journal.append({"kind": "tokenizer", "fingerprint": tokenizer.fingerprint})
+    return tokenizer
+
+
+def _train(config: PrepareConfig) -> Tokenizer:
+    settings = config.tokenizer.train
+    assert settings is not None
+    names = settings.sources or tuple(name for name, source in config.sources.items() if source.split == "train")
+    share = max(settings.max_bytes // len(names), 1)
+
+    def texts() -> Iterator[str]:
+        for name in names:
+            source = config.sources[name]
+            read = 0
+            for document in read_documents(name, source):
+                if source.holdout is not None and is_held_out(document.key, source.holdout):
+                    continue
+                yield document.text
+                size = len(document.text.encode())
+                bar.update(size)
+                read += size
+                if read >= share:
+                    break
+
+    with progress(TOKENIZER, 0) as bar:
+        return train_tokenizer(texts(), settings.vocab_size, config.tokenizer.eod)
+
+
+def _stored_dtype(config: PrepareConfig, vocab_size: int) -> np.dtype[Any]:
+    if config.dtype == "auto":
+        return token_dtype(vocab_size)
+    dtype = np.dtype(config.dtype)
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise UserError(f"dtype: {config.dtype} cannot hold a vocabulary of {vocab_size} tokens; set dtype to auto or int32")
+    return dtype
+
+
+def _check_space(config: PrepareConfig, output: Path, dtype: np.dtype[Any]) -> None:
+    text = sum(estimate_text_bytes(name, source) for name, source in config.sources.items())
+    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all pieces until its last shard
+    needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
+    folder = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"output: {output} needs about {needed / 1e9:.1f} GB for {text / 1e9:.1f} GB of text, {free / 1e9:.1f} GB "
+            f"are free in {folder}; make room, choose another output, or set max_bytes of the sources"
+        )
+
+
+def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
+    # options that are off are left out: outputs made before there were any are still current
+    off = {name for name in ("shuffle", "packing") if getattr(config, name) is None}
+    settings = config.model_dump(mode="json", exclude={"output"} | off)
+    return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}
+
+
+def _config_digest(config: PrepareConfig, inputs: dict[str, Any], tokenizer: Tokenizer | None) -> str:
+    """Of all that decides the output's bytes, as far as it is known before the text is read."""
+    record = _record(config, "")
+    return canonical_digest([record, inputs, None if tokenizer is None else tokenizer.fingerprint])
+
+
+def _is_current(output: Path, config: PrepareConfig, digest: str, force: bool) -> bool:
+    """Whether `output` is what this run would make; a UserError when it is something else and may not be replaced."""
+    record = output / RECORD
+    if not record.is_file():
+        if output.is_dir() and not any(output.iterdir()):
+            return False
+        raise UserError(f"output: {output} exists and is no prepared output (no {RECORD}); choose another folder")
+    if force:
+        return False
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))["config_digest"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record}: broken; prepare again with --force") from None
+    if found != digest:
+        raise UserError(
+            f"output: {output} was prepared from other settings or inputs; use --force to replace it, or another output"
+        )
+    try:
+        for manifest in sorted(output.glob(f"*/{MANIFEST}")):
+            open_source(manifest.parent, manifest.parent.name)
+        for name, source in config.sources.items():
+            for target in (name, name + VALID_SUFFIX) if source.holdout is not None else (name,):
+                open_source(output / target, target)
+    except UserError as error:
+        raise UserError(f"output: {output} is damaged, use --force to prepare it again: {error}") from None
+    return True
+
+
+def format_table(prepared: Sequence[Prepared]) -> str:
+    """What was made, one line per source. Sources of one reading show its time; tokens/s counts both."""
+    rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "shards", "seconds", "tokens/s")]
+    for one in prepared:
+        counts, name = one.manifest.counts, one.manifest.name
+        family = {name, name + VALID_SUFFIX, name.removesuffix(VALID_SUFFIX)}
+        tokens = sum(other.manifest.counts.tokens for other in prepared if other.manifest.name in family)
+        rows.append(
+            (
+                name,
+                one.manifest.split,
+                f"{counts.documents:,}",
+                f"{counts.tokens:,}",
+                f"{counts.text_bytes:,}",
+                f"{counts.text_bytes / counts.tokens:.3f}",
+                str(len(one.manifest.shards)),
+                f"{one.seconds:.1f}",
+                f"{tokens / max(one.seconds, 1e-9):,.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _check_verb(verb: str) -> Callable[[list[str]], int]:
+    if verb == "verify":
+        from megatron_synth.cli.prepare_verify import main as check_files
+
+        return check_files
+    from megatron_synth.cli.prepare_duplicates import main as count_duplicates
+
+    return count_duplicates
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`, `prepare verify` and `prepare duplicates`."""
+    if argv and argv[0] in ("verify", "duplicates"):
+        return _check_verb(argv[0])(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth prepare",
+        description="Turn text into token shards.",
+        epilog="Of prepared folders: `prepare verify FOLDER...` compares checksums, `prepare duplicates FOLDER...` "
+        "counts texts that several share.",
+    )
+    parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
+    parser.add_argument(
+        "--workers", type=int, default=core_count(), help="processes that tokenise (default: all cores, %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a finished output")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
+
+    config = load_file(PrepareConfig, arguments.file, arguments.overrides)
+    start = time.perf_counter()
+    prepared = prepare(config, workers=arguments.workers, force=arguments.force)
+    if prepared is None:
+        print(f"{config.output}: up to date")
+        return EXIT_OK
+    print(format_table(prepared))
+    for one in prepared:
+        packing, counts = one.manifest.packing, one.manifest.counts
+        if packing is not None:
+            print(
+                f"{one.manifest.name}: {packing.cut_documents:,} of {counts.documents:,} documents are longer than "
+                f"{packing.sequence_length} tokens and cut ({packing.cut_without:,} would be cut end to end); padding "
+                f"{packing.padding_tokens / counts.tokens:.3%} of the tokens"
+            )
+    print(f"{config.output}: prepared in {time.perf_counter() - start:.1f} s")
+    return EXIT_OK

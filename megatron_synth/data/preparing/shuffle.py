@@ -1,0 +1,85 @@
+"""A shuffle of all documents of a source that never holds them in memory.
+
+Each document gets a 64-bit key, a hash of the seed and of its place in the input; the shuffled order is that of the keys.
+Workers write pieces sorted by key. The keys are cut into ranges ("buckets") that fit in memory, and a shard is made bucket
+by bucket: its documents are read from all pieces, one contiguous part of each, and sorted. The bytes depend on the
+seed and on the input alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_synth.data.preparing.token_runs import Piece
+
+BUCKET_BYTES = 32 * 2**20  # of tokens, about: a shard needs a few times that in memory
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def document_keys(seed: int, target: str, portion: int, places: np.ndarray) -> np.ndarray:
+    """Sort keys uint64 [N] of the documents at `places` [N] of a portion.
+
+    SplitMix64 (G. Steele, D. Lea, C. Flood 2014): the finaliser of a counter that starts at a hash of all else.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{target}\0{portion}".encode(), digest_size=8).digest()
+    state = np.uint64(int.from_bytes(digest, "little"))
+    with np.errstate(over="ignore"):
+        mixed = state + (places.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        shuffled: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    return shuffled
+
+
+def bucket_count(tokens: int, itemsize: int) -> int:
+    """Buckets for so many tokens."""
+    return max(1, -(-tokens * itemsize // BUCKET_BYTES))
+
+
+def bucket_lengths(pieces: Sequence[Piece], bucket: int, buckets: int) -> np.ndarray:
+    """Lengths [N] of the documents of a bucket in shuffled order; reads no tokens."""
+    records = np.concatenate([_records(piece, bucket, buckets) for piece in pieces])
+    lengths: np.ndarray = records["length"][np.argsort(records["key"], kind="stable")]
+    return lengths
+
+
+def read_bucket(pieces: Sequence[Piece], dtype: np.dtype[Any], bucket: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [T] and lengths [N] of the documents of a bucket in shuffled order."""
+    parts = [_records(piece, bucket, buckets) for piece in pieces]
+    found = np.concatenate(parts)
+    stored, filled = np.empty(int(found["length"].sum(dtype=np.int64)), dtype), 0
+    for piece, records in zip(pieces, parts, strict=True):
+        if records.size:
+            begin, end = int(records["start"][0]), int(records["start"][-1] + records["length"][-1])
+            stored[filled : filled + end - begin] = piece.read_tokens(dtype, begin, end)
+            filled += end - begin
+    order = np.argsort(found["key"], kind="stable")
+    starts = (np.cumsum(found["length"], dtype=np.int64) - found["length"])[order]
+    lengths: np.ndarray = found["length"][order]
+    return gather(stored, starts, lengths), lengths
+
+
+def gather(stored: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The slices stored[start : start + length], one after the other."""
+    out, filled = np.empty(int(lengths.sum(dtype=np.int64)), stored.dtype), 0
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        out[filled : filled + length] = stored[start : start + length]
+        filled += length
+    return out
+
+
+def _records(piece: Piece, bucket: int, buckets: int) -> np.ndarray:
+    """What is known of the documents of a bucket in a piece, where they are one run: the piece stands in order of the keys."""
+    records = piece.mapped_records()
+    keys = records["key"]
+
+    def first(limit: int) -> int:
+        return bisect_left(range(piece.documents), limit, key=lambda at: int(keys[at]))
+
+    bounds = [-(-(edge << 64) // buckets) for edge in (bucket, bucket + 1)]
+    return np.array(records[first(bounds[0]) : first(bounds[1])])

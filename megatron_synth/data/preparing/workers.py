@@ -1,0 +1,202 @@
+"""Worker processes: portions of text in, pieces of tokens on disk out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import VALID_SUFFIX, PrepareSource
+from megatron_synth.data.preparing.readers import is_held_out, with_text
+from megatron_synth.data.preparing.shuffle import document_keys, gather
+from megatron_synth.data.preparing.splits import Portion, portion_documents
+from megatron_synth.data.preparing.token_runs import RECORD, Piece, write_piece
+from megatron_synth.data.tokenizer import Tokenizer
+
+CHUNK_CHARACTERS = 2**19  # of text that is tokenised at once
+PIECE_BYTES = 16 * 2**20  # of tokens that a worker holds
+TASKS_PER_WORKER = 2  # in flight: enough to keep workers busy, and a bound on memory
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What workers need to know beside the portion: of one source.
+
+    shuffle_seed: None keeps the order of the input; chunk_characters, piece_bytes: see the constants of this module.
+    """
+
+    name: str
+    source: PrepareSource
+    dtype: np.dtype[Any]
+    folder: Path
+    shuffle_seed: int | None
+    chunk_characters: int
+    piece_bytes: int
+
+
+@dataclass
+class _Held:
+    """Documents of one target that wait to be written."""
+
+    part: int = 0
+    tokens: list[np.ndarray] = field(default_factory=list)
+    records: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+
+
+def tokenise_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> list[Piece]:
+    """Read and tokenise a portion; the pieces that were written, in order. Memory is bounded by `piece_bytes`."""
+    held: dict[str, _Held] = {}
+    pieces: list[Piece] = []
+    place = 0
+    batch: list[tuple[str, str, int]] = []  # target, text, UTF-8 bytes
+    characters = 0
+
+    def flush() -> None:
+        nonlocal place
+        tokens, lengths = tokenizer.encode([text for _, text, _ in batch], job.dtype)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        records = np.zeros(len(batch), RECORD)
+        records["length"], records["text_bytes"] = lengths, [size for _, _, size in batch]
+        records["place"] = np.arange(place, place + len(batch))
+        targets = np.array([target for target, _, _ in batch])
+        for target in dict.fromkeys(target for target, _, _ in batch):
+            chosen = targets == target
+            one = held.setdefault(target, _Held())
+            one.tokens.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)])
+            one.records.append(records[chosen])
+            one.size += one.tokens[-1].nbytes
+            if one.size >= job.piece_bytes:
+                pieces.append(_write(job, target, number, one))
+        place += len(batch)
+        assert not ends.size or ends[-1] == tokens.size
+        batch.clear()
+
+    holdout: Fraction | None = job.source.holdout
+    for document, size in with_text(job.name, portion_documents(portion, job.source)):
+        target = job.name + VALID_SUFFIX if holdout is not None and is_held_out(document.key, holdout) else job.name
+        batch.append((target, document.text, size))
+        characters += len(document.text)
+        if characters >= job.chunk_characters:
+            flush()
+            characters = 0
+    if batch:
+        flush()
+    pieces += [_write(job, target, number, one) for target, one in held.items() if one.size]
+    return pieces
+
+
+def _write(job: Job, target: str, number: int, held: _Held) -> Piece:
+    tokens, records = np.concatenate(held.tokens), np.concatenate(held.records)
+    if job.shuffle_seed is not None:
+        records["key"] = document_keys(job.shuffle_seed, target, number, records["place"])
+        order = np.argsort(records["key"], kind="stable")
+        starts = np.cumsum(records["length"], dtype=np.int64) - records["length"]
+        records = records[order]
+        tokens = gather(tokens, starts[order], records["length"])
+    piece = write_piece(job.folder, target, number, held.part, records, tokens)
+    held.part, held.tokens, held.records, held.size = held.part + 1, [], [], 0
+    return piece
+
+
+class Workers:
+    """Runs tasks in this process or in `count` others, each on one thread; results come in the order of the tasks."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        self._tokenizer, self._count = tokenizer, count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(
+        self, function: Callable[[Tokenizer, Task], Result], tasks: Iterable[Task]
+    ) -> Generator[tuple[Task, Result], None, None]:
+        """(task, function(tokenizer, task)) of each task; `function` is importable, and few tasks are alive at a time."""
+        if self._count == 1:
+            with _one_thread():
+                for task in tasks:
+                    yield task, function(self._tokenizer, task)
+            return
+        if self._pool is None:
+            arguments = (self._tokenizer.content, self._tokenizer.eod)
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__, "tokenizers"])  # imported once, not in each worker
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_start_worker, initargs=arguments)
+        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        try:
+            for task in tasks:
+                waiting.append((task, self._pool.submit(_work, function, task)))
+                if len(waiting) >= self._count * TASKS_PER_WORKER:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died, most likely for want of memory; use fewer --workers") from None
+        finally:
+            # what runs still writes to the folder, which the caller may remove
+            wait([future for _, future in waiting if not future.cancel()])
+
+    def close(self) -> None:
+        """Stop the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+_worker: Tokenizer | None = None
+
+
+def _start_worker(content: str, eod: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers ^C
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        # a killed parent cannot stop its workers, and they would wait for work for ever
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _worker = Tokenizer(content, eod)
+
+
+def _work(function: Callable[[Tokenizer, Task], Result], task: Task) -> Result:
+    assert _worker is not None
+    return function(_worker, task)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """`tokenizers` starts a thread per core unless told not to: --workers says how many cores to use."""
+    key = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(key)
+    os.environ[key] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

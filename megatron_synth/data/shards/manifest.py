@@ -1,0 +1,164 @@
+"""manifest.json: what the Megatron format does not say about a prepared source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import Kind, Split
+from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.core.files import write_json
+from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION: Literal[2] = 2  # 2 added the checksums of blocks and the seed of the shuffle
+READABLE_VERSIONS = (1, 2)
+
+Sha256 = str
+
+
+class TokenizerInfo(Section):
+    """The tokenizer that made the tokens."""
+
+    path: str
+    """tokenizer.json, relative to the folder of the manifest."""
+    fingerprint: Sha256
+    """SHA-256 of its canonical content; equal fingerprints give equal tokens."""
+    vocab_size: PositiveInt
+    """Largest token id + 1."""
+    eod_id: NonNegativeInt
+    """The token that ends each document."""
+
+
+class Counts(Section):
+    """How much there is."""
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    """End-of-document tokens included."""
+    text_bytes: NonNegativeInt
+    """UTF-8 bytes of the text, without what separates documents: the denominator of bits per byte."""
+
+
+class ShardInfo(Section):
+    """One .bin/.idx pair."""
+
+    name: str
+    """File name without suffix."""
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bin_bytes: NonNegativeInt
+    idx_bytes: NonNegativeInt
+    bin_sha256: Sha256
+    idx_sha256: Sha256
+    bin_blocks: str | None = None
+    """XXH3 of each block of the .bin file, 16 hexadecimal digits each, joined; null in version 1."""
+
+
+class PackingInfo(Section):
+    """What putting documents into windows whole has done."""
+
+    sequence_length: PositiveInt
+    """Tokens of a window; with another, windows begin inside documents again."""
+    padding_tokens: NonNegativeInt
+    """End-of-document tokens that fill windows, part of the tokens counted."""
+    cut_documents: NonNegativeInt
+    """Documents in more than one window: those longer than one."""
+    cut_without: NonNegativeInt
+    """Documents that would be cut had they been laid end to end."""
+
+
+class Provenance(Section):
+    """How the source was made. Nothing here differs between two runs that do the same."""
+
+    program: str
+    """Name and version of the program."""
+    config_digest: Sha256
+    """Digest of the settings and of the inputs."""
+    inputs: dict[str, Any]
+    """Where the text came from."""
+    holdout: str
+    """The share of the documents that the validation split got, such as 1/20; 0 when there is none."""
+    shuffle_seed: NonNegativeInt | None = None
+    """Seed of the shuffle of the documents; null when they stand in the order of the input."""
+
+
+class Manifest(Section):
+    """A prepared source: identity, size, shards, origin."""
+
+    format_version: Literal[1, 2] = FORMAT_VERSION
+    name: str
+    kind: Kind
+    generator: str | None
+    """What wrote the text: a model's name, `rule`; null for natural text."""
+    split: Split
+    dtype: Literal["uint16", "int32"]
+    """Type of the stored tokens."""
+    tokenizer: TokenizerInfo
+    counts: Counts
+    packing: PackingInfo | None = None
+    """Null when documents lie end to end."""
+    block_bytes: PositiveInt = BLOCK_BYTES
+    """Size of the blocks that `bin_blocks` are the checksums of."""
+    shards: tuple[ShardInfo, ...] = Field(min_length=1)
+    made: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for shard in self.shards:
+            count = block_count(shard.bin_bytes, self.block_bytes)
+            if shard.bin_blocks is not None and len(shard.bin_blocks) != count * DIGITS:
+                raise ValueError(f"{shard.name}: {len(shard.bin_blocks) // DIGITS} checksums for {count} blocks")
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 that two sources share exactly when they hold the same tokens of the same tokenizer."""
+        content = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "eod_id": self.tokenizer.eod_id,
+            "dtype": self.dtype,
+            "shards": [[shard.bin_sha256, shard.idx_sha256] for shard in self.shards],
+        }
+        return canonical_digest(content)
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/manifest.json."""
+        off = {"packing"} if self.packing is None else set()
+        write_json(folder / FILE_NAME, self.model_dump(mode="json", exclude=off))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder`/manifest.json; a UserError when it is missing or not one of ours."""
+        path = folder / FILE_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again") from None
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: broken JSON, {error}; prepare the source again") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise UserError(f"{path}: format_version {version}, this program reads {known}; prepare the source again")
+        try:
+            # JSON has no tuples: validate it as JSON, not as Python objects
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {where}: {first['msg']}; prepare the source again") from None
+
+
+def canonical_digest(value: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys and no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,244 @@
+"""The folder of a study, and how far each of its runs is.
+
+    study.yaml            the study as it was submitted last, everything resolved
+    runs/<run>/           a run directory, with result.json once the run is finished
+    logs/<run>.log        what it printed
+    state/<id>.json       its last failure, and how often it was tried
+    state/<id>.lock       locked by the process that trains it
+    slurm/  report/       what `submit --slurm` and `report` write
+
+A run is finished when result.json is there, which is written last, as a whole. A process that is killed leaves its lock,
+which the operating system releases, and its checkpoints: the next submit goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.study.plan.runs import Run
+from megatron_synth.train.record import metrics
+
+RESULT = "result.json"
+FORMAT_VERSION = 1
+_LOCK_TRIES = 6
+State = Literal["done", "running", "failed", "stopped", "to do"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a study; nothing is made before `prepare`."""
+
+    path: Path
+
+    @property
+    def study(self) -> Path:
+        """The resolved study."""
+        return self.path / "study.yaml"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
+
+    @property
+    def slurm(self) -> Path:
+        """Folder of what was submitted to SLURM."""
+        return self.path / "slurm"
+
+    def prepare(self) -> None:
+        """Make the folders.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        try:
+            for name in ("runs", "logs", "state"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: the study's folder cannot be written ({error.strerror or error})") from error
+
+    def run(self, run: Run) -> Path:
+        """Directory of a run: the one whose name ends in its id, since arms and sizes may have been renamed."""
+        wanted = self.path / "runs" / run.name
+        if not wanted.is_dir():
+            for found in (self.path / "runs").glob(f"*-{run.id}"):
+                return found
+        return wanted
+
+    def log(self, run: Run) -> Path:
+        """What a run printed."""
+        return self.path / "logs" / f"{run.name}.log"
+
+    def failure_file(self, run: Run) -> Path:
+        """The last failure of a run."""
+        return self.path / "state" / f"{run.id}.json"
+
+    def lock_file(self, run: Run) -> Path:
+        """Locked while a run is trained."""
+        return self.path / "state" / f"{run.id}.lock"
+
+    # ---- reading
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """The result of a finished run; None while it is not finished.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return _read(self.run(run) / RESULT)
+
+    def failure(self, run: Run) -> dict[str, Any] | None:
+        """`attempts`, `exit_code`, `message`, `time` of the last failure; None if there is none."""
+        return _read(self.failure_file(run))
+
+    def is_locked(self, run: Run) -> bool:
+        """Whether a process trains the run now."""
+        try:
+            descriptor = os.open(self.lock_file(run), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def state(self, run: Run) -> State:
+        """How far a run is."""
+        if (self.run(run) / RESULT).is_file():
+            return "done"
+        if self.is_locked(run):
+            return "running"
+        if self.failure_file(run).is_file():
+            return "failed"
+        return "stopped" if (self.run(run) / "run.json").is_file() else "to do"
+
+    def steps_done(self, run: Run) -> int:
+        """Steps that a run has recorded: the whole of them once it is finished."""
+        if (self.run(run) / RESULT).is_file():
+            return run.config.train.steps
+        return last_step(self.run(run) / "metrics.jsonl")
+
+    # ---- writing
+
+    def record_failure(self, run: Run, exit_code: int, message: str) -> None:
+        """Note a failed attempt."""
+        before = self.failure(run)
+        attempts = (before["attempts"] if before else 0) + 1
+        content = {"attempts": attempts, "exit_code": exit_code, "message": message, "time": _now()}
+        write_json(self.failure_file(run), {"run": run.name, **content})
+
+    def clear_failure(self, run: Run) -> None:
+        """Forget the failures of a run that is finished."""
+        self.failure_file(run).unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, run: Run) -> Iterator[bool]:
+        """Hold the lock of a run; False when another process has it."""
+        descriptor = os.open(self.lock_file(run), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield _locked(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock; several tries, since whoever asks for the state of a run holds it for a moment."""
+    for attempt in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01 * 2**attempt)
+        else:
+            return True
+    return False
+
+
+def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) -> None:
+    """Write result.json of a run that has trained its last step.
+
+    Raises:
+        UserError: its records do not show that it has.
+    """
+    path = folder.run(run)
+    records = metrics.read_metrics(path / "metrics.jsonl")
+    last = records[-1] if records else {}
+    if last.get(metrics.STEP) != run.config.train.steps or not metrics.has_eval(last):
+        raise UserError(f"{path}/metrics.jsonl: no evaluation after step {run.config.train.steps}; the run is not finished")
+    info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    ledger = json.loads((path / "ledger.json").read_text(encoding="utf-8"))
+    seconds = sum(record[metrics.STEP_S] for record in records if record.get(metrics.STEP_S) is not None)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "id": run.id,
+        "run": run.name,
+        "seed": run.seed,
+        "steps": run.config.train.steps,
+        "tokens": ledger["tokens"],
+        "parameters": run.parameters,
+        "vocab_size": vocab_size,
+        "flops": run.flops(vocab_size),
+        "loss": metrics.parts(last, metrics.EVAL_DOMAIN_LOSS),
+        "bpb": metrics.parts(last, metrics.EVAL_DOMAIN_BPB),
+        "tokens_evaluated": metrics.parts(last, metrics.EVAL_DOMAIN_TOKENS),
+        "train_loss": last[metrics.LOSS],
+        "skipped": last[metrics.SKIPPED],
+        "sources": ledger["sources"],
+        "train_seconds": seconds,
+        "device": info["device"],
+        "layout": info["layout"],
+        "world_size": info["world_size"],
+        "git": info["git"],
+        "versions": info["versions"],
+        "data_digest": data_digest,
+        "finished": _now(),
+    }
+    write_json(path / RESULT, content)
+    folder.clear_failure(run)
+
+
+def last_step(path: Path, tail: int = 65536) -> int:
+    """Step of the last whole record of a metrics.jsonl, read from its end; 0 if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines[:-1]):
+        try:
+            return int(metrics.decode(line)[metrics.STEP])
+        except ValueError:
+            continue
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it, and the run is done again") from error
+    assert isinstance(value, dict), path
+    return value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

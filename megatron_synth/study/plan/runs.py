@@ -1,0 +1,236 @@
+"""From a study to its runs, each with an id that follows from its content.
+
+The id is a digest of what decides the result: model, mixture, data, seed, batch, length, optimizer, precision and
+evaluation. The layout, the micro-batch size, logging, checkpoints and the caps on repetition are not part of it, since
+they do not change a run: a study may be continued on other machines, and its report may be made anew, with the same ids.
+Settings at their default do not count either, so that a later version with more settings knows the runs of an earlier one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from megatron_synth.config.errors import ConfigError, Problem
+from megatron_synth.config.load import merge
+from megatron_synth.config.rules import check
+from megatron_synth.config.schema import Config, ModelConfig
+from megatron_synth.config.validation import examine
+from megatron_synth.core.log import compact
+from megatron_synth.estimate.flops import count_parameters, flops_per_token
+from megatron_synth.parallel.plan import plan
+from megatron_synth.study.plan.study_file import Study
+
+_ANY_VOCABULARY = 1  # non-embedding parameters do not depend on it
+_IDENTITY_VERSION = 1  # raised when a default that decides a result changes, or what the digest is made of
+# the digest says what a run is; these only say how it is carried out
+_NO_PART_OF_A_RESULT: dict[str, tuple[str, ...]] = {
+    "train": ("micro_batch_size", "max_consecutive_skips"),
+    "model": ("name",),
+    "eval": ("interval",),
+}
+_RESULT_SECTIONS = ("model", "data", "train", "optim", "precision", "eval")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study."""
+
+    arm: str
+    size: str
+    budget: int
+    """Tokens asked for."""
+    seed: int
+    ranks: int
+    config: Config
+
+    @cached_property
+    def id(self) -> str:
+        """12 hexadecimal characters that follow from what decides the result."""
+        return identity(self.config)
+
+    @property
+    def cell(self) -> tuple[str, str, int]:
+        """Arm, size and budget: runs of one cell differ in the seed alone."""
+        return self.arm, self.size, self.budget
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: what it is, for people, and the id."""
+        return f"{self.arm}-{self.size}-{compact(self.budget)}-s{self.seed}-{self.id}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on: the budget in whole steps."""
+        return self.config.train.steps * self.config.train.tokens_per_step
+
+    @property
+    def parameters(self) -> int:
+        """Non-embedding parameters."""
+        return count_parameters(self.config.model, _ANY_VOCABULARY).non_embedding
+
+    def flops(self, vocab_size: int) -> float:
+        """FLOPs of the run, by the convention of `core.flops`."""
+        return float(self.tokens * flops_per_token(self.config.model, self.config.train.sequence_length, vocab_size))
+
+
+def identity(config: Config) -> str:
+    """12 hexadecimal characters that name the result of `config`."""
+    content = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    kept = {section: content.get(section, {}) for section in _RESULT_SECTIONS}
+    for section, names in _NO_PART_OF_A_RESULT.items():
+        kept[section] = _without(kept[section], *names)
+    sources = {name: _without(source, "max_epochs") for name, source in kept["data"]["sources"].items()}
+    kept["data"] = {**_without(kept["data"], "verify"), "sources": sources}
+    # keys in one order: that of the schema may change; the order of the sources decides that of the samples
+    canonical = json.dumps([_IDENTITY_VERSION, list(sources), kept], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
+
+
+def learning_rate_of(study: Study, size: str, parameters: int) -> float:
+    """Peak learning rate of a size: its own, or that of the rule, rounded to three digits."""
+    own, rates = study.sizes[size].lr, study.rates
+    if own is not None:
+        return own
+    if rates.at is None:
+        return rates.lr
+    return float(f"{rates.lr * (parameters / rates.at) ** rates.exponent:.3g}")
+
+
+def expand(study: Study) -> list[Run]:
+    """The runs of a study: by seed, then the largest first, so that an early report covers every cell.
+
+    Raises:
+        ConfigError: with all problems of the configurations that the study makes, in the study's own keys.
+    """
+    problems: dict[Problem, None] = {}
+    runs: dict[tuple[Any, ...], Run] = {}
+    for arm, size, budget, seed in _combinations(study, problems):
+        if (arm, size, budget, seed) in runs:
+            continue
+        found, config = _config(study, arm, size, budget, seed)
+        problems.update(dict.fromkeys(found))
+        if config is not None and not found:
+            runs[arm, size, budget, seed] = Run(arm, size, budget, seed, study.sizes[size].ranks, config)
+    if problems:
+        raise ConfigError(f"study {study.name}", list(problems))
+    seeds, arms = list(study.seeds), list(study.arms)
+    return sorted(runs.values(), key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+
+
+def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple[str, str, int, int]]:
+    for number, cells in enumerate(study.grid):
+        for size in cells.sizes or tuple(study.sizes):
+            found, model = examine(ModelConfig, study.sizes[size].model)
+            if found or model is None:
+                problems.update(dict.fromkeys(Problem(f"sizes.{size}.model.{one.path}", one.message) for one in found))
+                continue
+            parameters = count_parameters(model, _ANY_VOCABULARY).non_embedding
+            multiples = tuple(round(factor * parameters) for factor in cells.tokens_per_parameter)
+            for budget in (*cells.tokens, *multiples):
+                step = _tokens_per_step(study, size)
+                if step is not None and budget < step:
+                    message = f"a budget of {budget:,} tokens is below one batch of {step:,} (sequences x length); raise it"
+                    problems[Problem(f"grid.{number}.tokens", message)] = None
+                    continue
+                for arm in cells.arms or tuple(study.arms):
+                    for seed in cells.seeds or study.seeds:
+                        yield arm, size, budget, seed
+
+
+def _tokens_per_step(study: Study, size: str) -> int | None:
+    """Tokens of a batch; None where the protocol does not say, which is told elsewhere."""
+    train = merge(study.protocol, study.sizes[size].settings).get("train")
+    values = [train.get(key) for key in ("global_batch_size", "sequence_length")] if isinstance(train, dict) else [None]
+    if not all(isinstance(value, int) and value > 0 for value in values):
+        return None
+    return math.prod(value for value in values if isinstance(value, int))
+
+
+def _config(study: Study, arm: str, size: str, budget: int, seed: int) -> tuple[list[Problem], Config | None]:
+    """The training configuration of a run, or what is wrong with it."""
+    entry = study.sizes[size]
+    assert isinstance(entry.model, dict), "load_study resolves models"
+    shared = merge(study.protocol, entry.settings)
+    step = _tokens_per_step(study, size) or budget
+    steps = max(1, round(Fraction(budget, step)))
+    sections = merge({"model": entry.model}, shared)
+    found, model = examine(ModelConfig, sections["model"])
+    if model is None or found:
+        return [Problem(f"sizes.{size}.model.{one.path}", one.message) for one in found], None
+    lr = learning_rate_of(study, size, count_parameters(model, _ANY_VOCABULARY).non_embedding)
+    decided = {
+        "data": {"sources": _sources(study, arm), "validation": _dump(study.validation)},
+        "train": {"steps": steps, "seed": seed},
+        "optim": _rates(study, lr, steps),
+    }
+    content = merge(_quiet(), merge(sections, decided))
+    problems, config = examine(Config, content)
+    if config is not None and not problems:
+        problems = check(config)
+        if not problems:
+            try:
+                plan(config, entry.ranks)
+            except ConfigError as error:
+                problems = [Problem(one.path, f"{one.message} (sizes.{size}.ranks: {entry.ranks})") for one in error.problems]
+    return [_in_study(study, size, problem) for problem in problems], config
+
+
+def _quiet() -> dict[str, Any]:
+    """Defaults of a study's runs: hundreds of small runs need no tracker of their own."""
+    return {"log": {"wandb": {"mode": "disabled"}}}
+
+
+def _sources(study: Study, arm: str) -> dict[str, Any]:
+    """The sources of an arm, in the order of the study: one order for all arms."""
+    taken = study.arms[arm]
+    result = {}
+    for name, source in study.sources.items():
+        if name not in taken or not taken[name].ratio:
+            continue
+        share = taken[name]
+        result[name] = {
+            "path": source.path,
+            "ratio": str(share.ratio),
+            "max_epochs": source.max_epochs if share.max_epochs is None else share.max_epochs,
+            "unique_tokens": share.unique_tokens or source.unique_tokens,
+            "shift_windows": source.shift_windows,
+        }
+    return result
+
+
+def _dump(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
+
+
+def _rates(study: Study, lr: float, steps: int) -> dict[str, Any]:
+    """Rates and lengths of the schedule in a run of `steps` steps."""
+    rates = study.rates
+    warmup = round(rates.warmup_fraction * steps)
+    if rates.max_warmup_steps is not None:
+        warmup = min(warmup, rates.max_warmup_steps)
+    section: dict[str, Any] = {"lr": lr, "min_lr": lr * rates.min_lr_fraction, "warmup_steps": warmup}
+    if rates.decay_fraction is not None:
+        section["decay_steps"] = max(1, round(rates.decay_fraction * steps))
+    return section
+
+
+def _in_study(study: Study, size: str, problem: Problem) -> Problem:
+    """A problem of a training configuration, told at the place of the study that it comes from."""
+    section = problem.path.split(".")[0]
+    settings = study.sizes[size].settings
+    if section == "model":
+        return Problem(f"sizes.{size}.{problem.path}", problem.message)
+    if section in settings and section not in study.protocol:
+        return Problem(f"sizes.{size}.settings.{problem.path}", problem.message)
+    return Problem(f"protocol.{problem.path}" if problem.path else f"sizes.{size}", problem.message)

@@ -1,0 +1,362 @@
+"""The study file: which mixtures, sizes, budgets and seeds are compared, and under which one protocol.
+
+    arms x sizes x budgets x seeds, with a grid that says which of them are run
+
+A study file is read like every other configuration: `base:` inheritance, `a.b=c` overrides, all problems at once. What
+the runs share stands once, in `protocol`, as the sections of a training configuration. `runs.py` expands it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megatron_synth.config.errors import ConfigError, Problem, UserError
+from megatron_synth.config.load import apply_overrides, load_yaml
+from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Ratio, Section, ValidationConfig
+from megatron_synth.config.validation import examine, suggest
+from megatron_synth.estimate.hardware import peak_flops
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OWNED = {
+    "data.sources": "sources and arms",
+    "data.validation": "validation",
+    "data.seed": "seeds",
+    "data.phases": "arms (a study compares fixed mixtures)",
+    "train.steps": "grid (budgets in tokens)",
+    "train.seed": "seeds",
+    "optim.lr": "rates.lr",
+    "optim.min_lr": "rates.min_lr_fraction",
+    "optim.warmup_steps": "rates.warmup_fraction",
+    "optim.decay_steps": "rates.decay_fraction",
+    "checkpoint.init_from": "nothing: every run starts from its seed",
+}
+"""Keys of a training configuration that a study decides itself, and by what."""
+
+
+class StudySource(Section):
+    """A source of text that arms draw on."""
+
+    path: str
+    """A prepared source, as in a training configuration."""
+    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """How often a run may see it; a study with a run that needs more is refused before anything runs."""
+    unique_tokens: PositiveInt | None = None
+    """Use only so many tokens of it: simulated epoching, where a small run repeats its text as the real one would."""
+    shift_windows: bool = False
+    """As in a training configuration."""
+    tokens: PositiveInt | None = None
+    """How many it will have, for planning while it is not prepared."""
+
+
+class Share(Section):
+    """What an arm takes of a source. In short: the ratio alone."""
+
+    ratio: Ratio
+    """Share of the training tokens."""
+    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    """Cap of this arm. Default: the source's."""
+    unique_tokens: PositiveInt | None = None
+    """Limit of this arm. Default: the source's."""
+
+
+def _as_share(value: Any) -> Any:
+    return value if isinstance(value, (dict, Share)) or value is None else {"ratio": value}
+
+
+def _sizes_by_name(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    return {name: {} if size is None else size for name, size in value.items()} if isinstance(value, dict) else value
+
+
+Arm = dict[str, Annotated[Share, BeforeValidator(_as_share)]]
+
+
+class StudySize(Section):
+    """A model size."""
+
+    model: dict[str, Any] | str | None = None
+    """The `model` section of a training configuration, or a file that has one. Default: configs/model/<name>.yaml."""
+    ranks: PositiveInt = 1
+    """GPUs, or processes on a CPU, of one run."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. Default: by the rule in `rates`."""
+    mfu: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Utilisation that the cost of this size is computed with. Default: that in `costs`."""
+    settings: dict[str, Any] = {}
+    """Sections of a training configuration that only this size needs: `parallel`, `train.micro_batch_size`."""
+
+
+class Cells(Section):
+    """Some of the runs: every given arm at every given size, budget and seed. What several entries name is run once."""
+
+    sizes: tuple[str, ...] | None = None
+    """Default: all."""
+    tokens: tuple[PositiveInt, ...] = ()
+    """Budgets in tokens."""
+    tokens_per_parameter: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Budgets in tokens per non-embedding parameter."""
+    arms: tuple[str, ...] | None = None
+    """Default: all."""
+    seeds: tuple[NonNegativeInt, ...] | None = None
+    """Default: all."""
+
+
+class Rates(Section):
+    """The learning rate by size, and its schedule by the length of the run."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak at the size `at`."""
+    at: Annotated[float, Field(gt=0)] | None = None
+    """Non-embedding parameters that `lr` holds for. Default: all alike."""
+    exponent: float = 0.0
+    """lr x (N / at) ** exponent, rounded to three digits."""
+    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rate at the end, as a part of the peak."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Steps of linear warm-up, as a part of the run."""
+    max_warmup_steps: PositiveInt | None = None
+    """Warm-up is never longer than this."""
+    decay_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Schedule wsd: steps of the final decay, as a part of the run. Default: a tenth."""
+
+
+class Costs(Section):
+    """What a device computes and costs. Nothing here decides a result."""
+
+    device: str | None = None
+    """GPU, as its driver names it: its peak is known."""
+    mfu: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of the peak that a run reaches."""
+    flops_per_second: Annotated[float, Field(gt=0)] | None = None
+    """What one device reaches, instead of `device` and `mfu`."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of a device for an hour."""
+    currency: str = "USD"
+    """Of the price."""
+
+    def rate(self, mfu: float | None = None) -> float:
+        """FLOP/s of one device; `mfu` replaces that of the section."""
+        if self.flops_per_second is not None:
+            return self.flops_per_second
+        peak = peak_flops(self.device or "")
+        assert peak is not None and self.mfu is not None
+        return peak * (mfu or self.mfu)
+
+
+class ReportConfig(Section):
+    """What the report computes."""
+
+    aggregate: Literal["macro", "micro"] | tuple[str, ...] = "macro"
+    """The loss that fits and answers are about: mean over domains, mean over tokens, or mean over the named domains."""
+    bootstraps: PositiveInt = 1000
+    """Resamples behind each interval."""
+    holdout_tokens: PositiveInt | None = None
+    """Fit budgets up to this, and say how well the fit predicts those above."""
+    holdout_parameters: PositiveInt | None = None
+    """The same in model size."""
+    seed: NonNegativeInt = 0
+    """Seed of the resampling."""
+
+
+class Study(Section):
+    """A study."""
+
+    name: str
+    """Names the folder and the report."""
+    description: str = ""
+    """A sentence or two for the report."""
+    output: str | None = None
+    """Folder of the study. Default: runs/study/<name>."""
+    prepare: str | None = None
+    """The data file that `study prepare` makes the sources with."""
+    sources: dict[str, StudySource] = Field(min_length=1)
+    """Sources by name."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """Mixtures by name: source to ratio."""
+    baseline: str | None = None
+    """The arm that speed-ups are measured against. Default: the first."""
+    sizes: Annotated[dict[str, StudySize], BeforeValidator(_sizes_by_name)] = Field(min_length=1)
+    """Model sizes by name, or a list of names."""
+    grid: tuple[Cells, ...] = Field(min_length=1)
+    """Which runs."""
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(1,), min_length=1)
+    """Seeds of weights and data order. Runs that differ only in the mixture share both."""
+    validation: dict[str, ValidationConfig] = Field(min_length=1)
+    """Validation domains by name."""
+    rates: Rates
+    """Learning rates."""
+    protocol: dict[str, Any]
+    """What all runs share: sections of a training configuration, without what the rest of this file decides."""
+    ours: dict[str, str] = {}
+    """Choices that the study which is reproduced does not state: dotted key of this file, and why it is so."""
+    costs: Costs | None = None
+    """For GPU-hours and money in the plan."""
+    report: ReportConfig = ReportConfig()
+    """The report."""
+    keep_checkpoints: bool = False
+    """Keep the weights of finished runs. Default: they are deleted once the result is written."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the study."""
+        return Path(self.output) if self.output else Path("runs") / "study" / self.name
+
+    @property
+    def baseline_arm(self) -> str:
+        """The baseline, after the default."""
+        return self.baseline or next(iter(self.arms))
+
+    def family(self, arm: str) -> str:
+        """The sources that an arm has beyond those of the baseline, joined by `+`; empty for the baseline's own."""
+        natural = self.arms[self.baseline_arm]
+        return "+".join(name for name, share in self.arms[arm].items() if share.ratio and name not in natural)
+
+    def share(self, arm: str) -> Fraction:
+        """Share of an arm's tokens that are not from the baseline's sources."""
+        natural = self.arms[self.baseline_arm]
+        return sum((share.ratio for name, share in self.arms[arm].items() if name not in natural), Fraction(0))
+
+
+def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
+    """The study in a file, with overrides applied; the models of its sizes are resolved into it.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+        ConfigError: with all problems of the study.
+    """
+    overrides = tuple(overrides)
+    problems, study = examine(Study, apply_overrides(load_yaml(path), overrides))
+    if study is not None and not problems:
+        problems = list(_check(study))
+        models: dict[str, Any] = {}
+        for name, size in study.sizes.items():
+            try:
+                models[name] = size.model_copy(update={"model": _model_of(name, size)})
+            except UserError as error:
+                problems.append(Problem(f"sizes.{name}", str(error)))
+        study = study.model_copy(update={"sizes": models})
+    if problems:
+        raise ConfigError(f"{path} with {' '.join(overrides)}" if overrides else str(path), problems)
+    assert study is not None
+    return study
+
+
+def _model_of(name: str, size: StudySize) -> dict[str, Any]:
+    if isinstance(size.model, dict):
+        return {"name": name, **size.model}
+    try:
+        model = load_yaml(size.model or f"model/{name}.yaml").get("model")
+    except ConfigError:
+        raise
+    except UserError as error:
+        if size.model is not None:
+            raise
+        hint = re.search(r"did you mean '(?:model/)?(.+?)(?:\.yaml)?'", str(error))
+        close = f"; did you mean '{hint[1]}'?" if hint else ""
+        raise UserError(f"unknown size: there is no configs/model/{name}.yaml{close} Or describe it under `model`") from None
+    if not isinstance(model, dict):
+        raise UserError(f"{size.model} has no section `model`")
+    return {**model, "name": name}
+
+
+def _check(study: Study) -> Iterator[Problem]:
+    """Rules between the sections of a study."""
+    sections: dict[str, Iterable[str]] = {
+        "arms": study.arms,
+        "sizes": study.sizes,
+        "sources": study.sources,
+        "validation": study.validation,
+    }
+    for section, names in {"name": [study.name], **sections}.items():
+        for name in names:
+            if not _NAME.fullmatch(name):
+                path = section if section == "name" else f"{section}.{name}"
+                yield Problem(path, f"'{name}': a name has letters, digits, '.', '_' and '-': it becomes part of file names")
+    for section in ("arms", "sizes"):
+        lower: dict[str, str] = {}
+        for name in sections[section]:
+            if name.lower() in lower:
+                yield Problem(f"{section}.{name}", f"differs from '{lower[name.lower()]}' only in its capitals; rename one")
+            lower.setdefault(name.lower(), name)
+    yield from _arms(study)
+    yield from _grid(study)
+    yield from _report(study)
+    for key, instead in _OWNED.items():
+        value: Any = study.protocol
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            yield Problem(f"protocol.{key}", f"a study decides this by {instead}; remove it here")
+    dumped = study.model_dump(mode="json")
+    for key in study.ours:
+        value = dumped
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            yield Problem(
+                f"ours.{key}", "names no setting of this file: give the dotted key of the choice, such as protocol.optim"
+            )
+
+
+def _arms(study: Study) -> Iterator[Problem]:
+    known = list(study.sources)
+    mixtures: dict[tuple[Any, ...], str] = {}
+    for name, arm in study.arms.items():
+        for source in arm:
+            if source not in study.sources:
+                hint = suggest(source, known) or f"; known: {', '.join(known)}"
+                yield Problem(f"arms.{name}.{source}", f"no source has this name{hint}")
+        total = sum((share.ratio for share in arm.values()), Fraction(0))
+        if total != 1:
+            parts = " + ".join(f"{source} {share.ratio}" for source, share in arm.items()) or "nothing"
+            decimal = "" if total.denominator == 1 else f" ({float(total):.10g})"
+            yield Problem(f"arms.{name}", f"the ratios must sum to exactly 1, but {parts} = {total}{decimal}")
+        parts_of = {source: share for source, share in arm.items() if share.ratio}
+        mixture = tuple(sorted((source, share.ratio, share.unique_tokens) for source, share in parts_of.items()))
+        if mixture in mixtures:
+            yield Problem(f"arms.{name}", f"is the same mixture as '{mixtures[mixture]}'; remove one")
+        mixtures.setdefault(mixture, name)
+    if study.baseline is not None and study.baseline not in study.arms:
+        yield Problem("baseline", f"'{study.baseline}' is no arm{suggest(study.baseline, list(study.arms))}")
+
+
+def _grid(study: Study) -> Iterator[Problem]:
+    for number, cells in enumerate(study.grid):
+        path = f"grid.{number}"
+        if not cells.tokens and not cells.tokens_per_parameter:
+            yield Problem(path, "needs budgets: set `tokens` or `tokens_per_parameter`")
+        choices: list[tuple[str, tuple[Any, ...] | None, list[Any]]] = [
+            ("sizes", cells.sizes, list(study.sizes)),
+            ("arms", cells.arms, list(study.arms)),
+            ("seeds", cells.seeds, list(study.seeds)),
+        ]
+        for key, given, known in choices:
+            for value in given or ():
+                if value not in known:
+                    what = {"sizes": "unknown size", "arms": "unknown arm", "seeds": "not among the seeds"}[key]
+                    hint = suggest(str(value), [str(item) for item in known])
+                    yield Problem(f"{path}.{key}", f"{what} '{value}'{hint or '; known: ' + ', '.join(map(str, known))}")
+    if len(set(study.seeds)) < len(study.seeds):
+        yield Problem("seeds", f"{list(study.seeds)} names a seed twice")
+
+
+def _report(study: Study) -> Iterator[Problem]:
+    if isinstance(study.report.aggregate, tuple):
+        known = list(study.validation)
+        for name in study.report.aggregate:
+            if name not in known:
+                yield Problem("report.aggregate", f"no validation domain '{name}'{suggest(name, known)}")
+    costs = study.costs
+    if costs is None or costs.flops_per_second is not None:
+        return
+    if costs.device is None or costs.mfu is None:
+        yield Problem("costs", "needs `device` and `mfu`, or `flops_per_second`")
+    elif peak_flops(costs.device) is None:
+        yield Problem("costs.device", f"no peak is known for '{costs.device}'; give costs.flops_per_second instead")

@@ -1,0 +1,297 @@
+"""What the runs say: every fit and answer of a report, as numbers beside the runs that they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.study.fit.fit import Fit, Holdout, fit
+from megatron_synth.study.fit.noise import MeasuredBest, Noise, Trend, best_measured, holm, noise_floor, trend
+from megatron_synth.study.plan.study_file import Study
+from megatron_synth.study.report.answers import (
+    BestRatio,
+    Comparison,
+    SpeedUp,
+    best_ratio,
+    compare_at_compute,
+    compare_at_tokens,
+    speed_up,
+)
+from megatron_synth.study.report.collect import Row
+
+LEVEL = 90.0
+_STARTS = 600
+"""Of the grid of a law at most; only the joint law's is larger."""
+_ENOUGH = 3
+"""Different budgets (sizes, ratios) from which a law in them is tried."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A law fitted to some runs, or why it could not be."""
+
+    key: tuple[str, ...]
+    """What it is of: law, arm or family, then size or budget, then the domain if it is not the aggregate."""
+    rows: tuple[Row, ...]
+    fit: Fit | None
+    problem: str = ""
+    holdout: Holdout | None = None
+    """How the same law, fitted to the smaller budgets or sizes alone, predicts the largest."""
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return "-".join(self.key)
+
+    def to_json(self) -> dict[str, Any]:
+        """As law.json holds it, with the runs it comes from."""
+        content: dict[str, Any] = {"law": self.key[0], "of": list(self.key[1:])}
+        if self.fit is None:
+            content["problem"] = self.problem
+        else:
+            content |= self.fit.to_json()
+            content["holdout"] = None if self.holdout is None else self.holdout.to_json()
+        return {**content, "runs": [row.run for row in self.rows]}
+
+
+@dataclass(frozen=True)
+class BestAt:
+    """The best ratio of a family at one size and budget: among those that were run, and by the mixture law."""
+
+    family: str
+    size: str
+    tokens: int
+    rows: tuple[Row, ...]
+    measured: MeasuredBest | None
+    fitted: BestRatio | None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Does the loss stop falling, or rise, with the budget (of an arm) or with the share (of a family)?"""
+
+    what: str
+    """`budget` or `share`."""
+    of: str
+    at: str
+    rows: tuple[Row, ...]
+    trend: Trend
+    p_rises: float
+    """Corrected for the number of tests of the study (Holm)."""
+    p_falls: float
+
+
+@dataclass
+class Analysis:
+    """All of it."""
+
+    study: Study
+    rows: list[Row]
+    noise: Noise | None
+    data: dict[tuple[str, str], Fitted] = field(default_factory=dict)
+    """L(D) by arm and size."""
+    model: dict[tuple[str, int], Fitted] = field(default_factory=dict)
+    """L(N) by arm and budget."""
+    joint: dict[str, Fitted] = field(default_factory=dict)
+    """L(N, D) by arm."""
+    mixture: dict[str, Fitted] = field(default_factory=dict)
+    """The law in the ratio by family."""
+    domains: list[Fitted] = field(default_factory=list)
+    """Laws of single validation domains."""
+    speed: dict[tuple[str, str], SpeedUp] = field(default_factory=dict)
+    """By arm and size."""
+    best: list[BestAt] = field(default_factory=list)
+    equal_tokens: dict[str, list[Comparison]] = field(default_factory=dict)
+    """By size, at its largest budget."""
+    equal_compute: list[Comparison] = field(default_factory=list)
+    """At the largest compute that was run; empty where a joint law is missing."""
+    compute: float | None = None
+    """FLOPs of `equal_compute`."""
+    no_best_size: bool = False
+    """Whether a joint law, or a bootstrap of one, does not fall in N or in D, so that there is no `equal_compute`."""
+    collapse: list[Collapse] = field(default_factory=list)
+
+    @property
+    def fits(self) -> list[Fitted]:
+        """Every law of the aggregate."""
+        return [*self.data.values(), *self.model.values(), *self.joint.values(), *self.mixture.values()]
+
+
+def analyse(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
+    """Fit and answer what the runs allow.
+
+    tell: is told what is being done.
+    """
+    result = Analysis(study, list(rows), noise_floor([row.cell for row in rows], [row.loss for row in rows]))
+    arms = [arm for arm in study.arms if any(row.arm == arm for row in rows)]
+    tell("laws per arm")
+    for arm in arms:
+        _laws_of_arm(result, arm)
+    tell("laws in the ratio")
+    for family in _families(result):
+        members = _of_family(result, family)
+        if len({row.ratio for row in members}) >= _ENOUGH:
+            columns = _columns(members, "n_params", "tokens", "ratio")
+            result.mixture[family] = _fitted(study, ("mixture", family), "mixture", members, columns)
+    tell("laws per domain")
+    _domains(result, arms)
+    tell("answers")
+    _speed(result)
+    _best(result)
+    _comparisons(result)
+    _collapse(result)
+    return result
+
+
+def _families(result: Analysis) -> list[str]:
+    return list(dict.fromkeys(row.family for row in result.rows if row.family))
+
+
+def _of_family(result: Analysis, family: str) -> list[Row]:
+    """Runs of the family's arms, and of the baseline, whose share is 0."""
+    baseline = result.study.baseline_arm
+    return [row for row in result.rows if row.family == family or row.arm == baseline]
+
+
+def _columns(rows: Sequence[Row], *names: str) -> dict[str, Any]:
+    return {name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in names}
+
+
+def _laws_of_arm(result: Analysis, arm: str) -> None:
+    study, rows = result.study, [row for row in result.rows if row.arm == arm]
+    for size in dict.fromkeys(row.size for row in rows):
+        members = [row for row in rows if row.size == size]
+        if len({row.tokens for row in members}) >= _ENOUGH:
+            key = ("data", arm, size)
+            result.data[arm, size] = _fitted(study, key, "data", members, _columns(members, "tokens"))
+    for tokens in sorted({row.tokens for row in rows}):
+        members = [row for row in rows if row.tokens == tokens]
+        if len({row.n_params for row in members}) >= _ENOUGH:
+            key = ("model", arm, str(tokens))
+            result.model[arm, tokens] = _fitted(study, key, "model", members, _columns(members, "n_params"))
+    if len({row.tokens for row in rows}) >= _ENOUGH and len({row.n_params for row in rows}) >= _ENOUGH:
+        result.joint[arm] = _fitted(study, ("joint", arm), "joint", rows, _columns(rows, "n_params", "tokens"))
+
+
+def _fitted(
+    study: Study,
+    key: tuple[str, ...],
+    law: str,
+    rows: Sequence[Row],
+    columns: dict[str, Any],
+    *,
+    domain: str | None = None,
+    bootstraps: int | None = None,
+) -> Fitted:
+    loss = np.array([row.loss if domain is None else row.domains[domain] for row in rows])
+    options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS}
+    try:
+        found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
+    except UserError as error:
+        return Fitted(key, tuple(rows), None, str(error))
+    held = None
+    out = _held_out(study, columns)
+    if out is not None and domain is None:
+        try:
+            held = fit(law, columns, loss, holdout=out, bootstraps=0, **options).holdout
+        except UserError:  # what is left is too little for this law
+            held = None
+    return Fitted(key, tuple(rows), found, holdout=held)
+
+
+def _held_out(study: Study, columns: dict[str, Any]) -> Any:
+    """Mask of the points beyond the limits of the report; None where there is none, or nothing else."""
+    out = np.zeros(len(next(iter(columns.values()))), dtype=bool)
+    for name, limit in (("tokens", study.report.holdout_tokens), ("n_params", study.report.holdout_parameters)):
+        if limit is not None and name in columns:
+            out |= columns[name] > limit
+    return out if out.any() and not out.all() else None
+
+
+def _domains(result: Analysis, arms: Sequence[str]) -> None:
+    for arm, size in result.data:
+        members = list(result.data[arm, size].rows)
+        for domain in members[0].domains:
+            columns = _columns(members, "tokens")
+            key = ("data", arm, size, domain)
+            result.domains.append(_fitted(result.study, key, "data", members, columns, domain=domain, bootstraps=200))
+    for arm, tokens in result.model:
+        members = list(result.model[arm, tokens].rows)
+        for domain in members[0].domains:
+            columns = _columns(members, "n_params")
+            key = ("model", arm, str(tokens), domain)
+            result.domains.append(_fitted(result.study, key, "model", members, columns, domain=domain, bootstraps=200))
+
+
+def _speed(result: Analysis) -> None:
+    baseline = result.study.baseline_arm
+    for (arm, size), fitted in result.data.items():
+        natural = result.data.get((baseline, size))
+        if arm != baseline and natural is not None and natural.fit is not None and fitted.fit is not None:
+            result.speed[arm, size] = speed_up(natural.fit, fitted.fit, level=LEVEL)
+
+
+def _best(result: Analysis) -> None:
+    for family in _families(result):
+        members = _of_family(result, family)
+        cells = sorted({(row.n_params, row.size, row.tokens) for row in members})
+        law = result.mixture.get(family)
+        for n_params, size, tokens in cells:
+            rows = [row for row in members if (row.size, row.tokens) == (size, tokens)]
+            if len({row.ratio for row in rows}) < 2:
+                continue
+            measured = None
+            if result.noise is not None:
+                measured = best_measured([row.ratio for row in rows], [row.loss for row in rows], result.noise, level=LEVEL)
+            fitted = None
+            if law is not None and law.fit is not None:
+                fitted = best_ratio(law.fit, n_params=n_params, tokens=tokens, noise=result.noise, level=LEVEL)
+            result.best.append(BestAt(family, size, tokens, tuple(rows), measured, fitted))
+
+
+def _comparisons(result: Analysis) -> None:
+    baseline = result.study.baseline_arm
+    for size in dict.fromkeys(size for _, size in result.data):
+        fits = {arm: one.fit for (arm, at), one in result.data.items() if at == size and one.fit is not None}
+        if baseline in fits and len(fits) > 1:
+            largest = max(row.tokens for row in result.rows if row.size == size)
+            result.equal_tokens[size] = compare_at_tokens(fits, baseline, tokens=largest, level=LEVEL)
+    joint = {arm: one.fit for arm, one in result.joint.items() if one.fit is not None}
+    if baseline in joint and len(joint) > 1:
+        result.compute = 6.0 * max(row.n_params * row.tokens for row in result.rows)
+        try:
+            with np.errstate(invalid="ignore"):
+                result.equal_compute = compare_at_compute(joint, baseline, result.compute, level=LEVEL)
+        except UserError:  # a law whose loss does not fall in N or in D has no best N
+            result.no_best_size = True
+
+
+def _collapse(result: Analysis) -> None:
+    found: list[tuple[str, str, str, list[Row], Trend]] = []
+    for (arm, size), fitted in result.data.items():
+        rows = list(fitted.rows)
+        tested = _trend([math.log2(row.tokens) for row in rows], rows, result.noise)
+        if tested is not None:
+            found.append(("budget", arm, size, rows, tested))
+    for best in result.best:
+        rows = list(best.rows)
+        tested = _trend([row.ratio for row in rows], rows, result.noise)
+        if tested is not None and len({row.ratio for row in rows}) >= _ENOUGH:
+            found.append(("share", best.family, f"{best.size}, {best.tokens}", rows, tested))
+    if not found:
+        return
+    rises, falls = (holm([getattr(one[4], name) for one in found]) for name in ("p_rises", "p_falls"))
+    for (what, of, at, rows, tested), rise, fall in zip(found, rises, falls, strict=True):
+        result.collapse.append(Collapse(what, of, at, tuple(rows), tested, float(rise), float(fall)))
+
+
+def _trend(x: Sequence[float], rows: Sequence[Row], noise: Noise | None) -> Trend | None:
+    try:
+        return trend(x, [row.loss for row in rows], last=2, noise=noise, level=LEVEL)
+    except UserError:  # too few runs to speak of a trend
+        return None

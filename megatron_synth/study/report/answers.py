@@ -1,0 +1,312 @@
+"""What a study asks of its laws: how much faster a mixture is, which ratio is best, and how arms compare at equal cost.
+
+Legend: M points, G values of the loss, R ratios, S bootstraps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.study.fit.bootstrap import interval
+from megatron_synth.study.fit.fit import Fit
+from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, Floats
+from megatron_synth.study.fit.noise import Noise
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """S(L) = D_natural(L) / D_mixed(L) at losses L [G], from high to low.
+
+    measured: interpolated between measured losses; nan where L is outside what both arms were measured at.
+    fitted: from both arms' laws; infinite where only the mixture reaches L, 0 where only the natural arm does, nan where
+        neither.
+    low, high: the interval of `fitted` by bootstrap, `level` percent.
+    inside: where L was reached by both arms, so that `fitted` interpolates; elsewhere it extrapolates.
+    """
+
+    loss: Floats
+    measured: Floats
+    fitted: Floats
+    low: Floats
+    high: Floats
+    inside: NDArray[np.bool_]
+    level: float
+
+
+def speed_up(
+    natural: Fit, mixed: Fit, *, losses: ArrayLike | None = None, beyond: float = 4.0, count: int = 60, level: float = 90
+) -> SpeedUp:
+    """How many times fewer tokens the mixture needs for a loss.
+
+    Args:
+        natural: the law `data`, fitted to the natural arm at one model size.
+        mixed: the law `data`, fitted to the mixture's arm at the same size.
+        losses: where; default `count` values from what both arms start at to what the better one is expected to reach with
+            `beyond` times the largest budget.
+        beyond: how far to extrapolate, in budgets.
+        count: of default values.
+        level: of the interval, in percent.
+    """
+    for arm in (natural, mixed):
+        if arm.law.name != "data":
+            raise UserError(f"speed-up: needs fits of the law 'data', got '{arm.law.name}'")
+    curves = [mean_curve(arm) for arm in (natural, mixed)]
+    top = min(float(loss.max()) for _, loss in curves)
+    bottom = max(float(np.minimum.accumulate(loss)[-1]) for _, loss in curves)
+    if losses is None:
+        budget = beyond * max(float(tokens.max()) for tokens, _ in curves)
+        lowest = min(float(arm.predict({TOKENS: [budget]})[0]) for arm in (natural, mixed))
+        at = np.linspace(top, min(lowest, bottom), count)
+    else:
+        at = np.sort(np.atleast_1d(np.asarray(losses, dtype=np.float64)))[::-1]
+    inside = (at <= top) & (at >= bottom)
+    needed = [tokens_needed_measured(*curve, at) for curve in curves]
+    measured = np.where(inside, needed[0] / needed[1], np.nan)
+    fitted = _ratio(tokens_needed(natural.theta[None], natural, at), tokens_needed(mixed.theta[None], mixed, at))[0]
+    low, high = np.full(len(at), np.nan), np.full(len(at), np.nan)
+    draws = min(len(natural.theta_samples), len(mixed.theta_samples))
+    if draws > 1:  # shifted by one: arms of one design and seed drew the same points, and would vary together
+        first = tokens_needed(np.roll(natural.theta_samples[:draws], 1, axis=0), natural, at)
+        ratios = _ratio(first, tokens_needed(mixed.theta_samples[:draws], mixed, at))
+        known = ~np.isnan(ratios)
+        for position in np.flatnonzero(known.mean(axis=0) > 0.5):
+            values = np.sort(ratios[known[:, position], position])  # sorted, as infinities cannot be interpolated between
+            tail = (1 - level / 100) / 2 * (len(values) - 1)
+            low[position], high[position] = values[int(np.floor(tail))], values[int(np.ceil(len(values) - 1 - tail))]
+    return SpeedUp(at, measured, fitted, low, high, inside, level)
+
+
+def mean_curve(arm: Fit) -> tuple[Floats, Floats]:
+    """Budgets [G] in rising order, and the mean loss [G] over seeds at each."""
+    tokens, place = np.unique(arm.columns[TOKENS], return_inverse=True)
+    place = place.reshape(-1)
+    return tokens, np.bincount(place, arm.loss) / np.bincount(place)
+
+
+def tokens_needed(theta: Floats, arm: Fit, losses: Floats) -> Floats:
+    """D(L) = (B / (L - E))^(1 / beta) for theta [S, P]: [S, G]; infinite at and below the floor, and for beta <= 0."""
+    params = arm.law.to_params(theta)
+    gap = losses[None, :] - params["E"][:, None]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        logs = (np.log(params["B"])[:, None] - np.log(np.where(gap > 0, gap, np.nan))) / params["beta"][:, None]
+        reached = np.where(np.isnan(logs) | (params["beta"] <= 0)[:, None], np.inf, np.exp(logs))
+    return np.asarray(reached)
+
+
+def tokens_needed_measured(tokens: Floats, loss: Floats, losses: Floats) -> Floats:
+    """Tokens [G] at which a measured curve first reaches each loss, linear in log D between budgets; nan where it does not."""
+    result = np.full(len(losses), np.nan)
+    logs = np.log(tokens)
+    for position, wanted in enumerate(losses):
+        reached = np.flatnonzero(loss <= wanted)
+        if not len(reached):
+            continue
+        first = int(reached[0])
+        if first == 0:
+            result[position] = tokens[0] if loss[0] == wanted else np.nan
+            continue
+        part = (loss[first - 1] - wanted) / (loss[first - 1] - loss[first])
+        result[position] = np.exp(logs[first - 1] + part * (logs[first] - logs[first - 1]))
+    return result
+
+
+def _ratio(natural: Floats, mixed: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(np.isinf(natural) & np.isinf(mixed), np.nan, natural / mixed))
+
+
+@dataclass(frozen=True)
+class BestRatio:
+    """The ratio of lowest predicted loss at one N and D.
+
+    interval: of the ratio, by bootstrap, `level` percent.
+    flat: from and to which ratio the predicted loss is within the noise floor of the lowest (one standard deviation between
+        seeds); None without a noise floor. A run cannot tell these ratios from the best.
+    inside: whether N and D are within what the law was fitted to.
+    ratios, losses: the curve [R] that was searched.
+    """
+
+    ratio: float
+    loss: float
+    interval: tuple[float, float]
+    flat: tuple[float, float] | None
+    inside: bool
+    ratios: Floats
+    losses: Floats
+    level: float
+
+
+def best_ratio(
+    mixture: Fit,
+    *,
+    n_params: float | None = None,
+    tokens: float | None = None,
+    noise: Noise | None = None,
+    level: float = 90,
+    steps: int = 200,
+) -> BestRatio:
+    """The best ratio at one N and D by a fitted mixture law.
+
+    Args:
+        mixture: a fit whose law has the ratio.
+        n_params: the model size; only where the law has it.
+        tokens: the budget; only where the law has it.
+        noise: the noise floor, for the flat band.
+        level: of the interval, in percent.
+        steps: the ratios are searched in steps of the fitted range / `steps`; there is no extrapolation in the ratio.
+    """
+    if RATIO not in mixture.law.columns:
+        raise UserError(f"best ratio: the law '{mixture.law.name}' has no ratio; fit 'mixture'")
+    given = {N_PARAMS: n_params, TOKENS: tokens}
+    point: dict[str, float] = {}
+    for name, value in given.items():
+        if name in mixture.law.columns:
+            if value is None:
+                raise UserError(f"best ratio: the law depends on {name}; say at which")
+            point[name] = value
+    ratios = np.linspace(mixture.columns[RATIO].min(), mixture.columns[RATIO].max(), steps + 1)
+    columns: dict[str, ArrayLike] = {RATIO: ratios, **point}
+    losses = mixture.predict(columns)
+    at = int(losses.argmin())
+    low = high = float("nan")
+    if len(mixture.theta_samples) > 1:
+        found = ratios[mixture.predict_samples(columns).argmin(axis=1)]
+        low, high = _bounds(found, level)
+    flat = None
+    if noise is not None:
+        near = np.flatnonzero(losses <= losses[at] * np.exp(noise.relative))
+        flat = (float(ratios[near[0]]), float(ratios[near[-1]]))
+    inside = all(mixture.columns[name].min() <= value <= mixture.columns[name].max() for name, value in point.items())
+    return BestRatio(float(ratios[at]), float(losses[at]), (low, high), flat, inside, ratios, losses, level)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm beside the baseline at equal cost.
+
+    loss, interval: by the arm's law, `level` percent by bootstrap.
+    difference, difference_interval: loss / baseline's loss - 1; draws of the two arms are independent.
+    distinct: whether that interval leaves out 0.
+    n_params, tokens: at what.
+    inside: whether that is within what the arm's law was fitted to.
+    """
+
+    arm: str
+    loss: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    distinct: bool
+    n_params: float | None
+    tokens: float | None
+    inside: bool
+
+
+def compare_at_tokens(
+    arms: Mapping[str, Fit], baseline: str, *, tokens: float | None = None, n_params: float | None = None, level: float = 90
+) -> list[Comparison]:
+    """All arms at the same tokens (and model size, for laws that have it); at one size that is equal training compute, too.
+
+    Args:
+        arms: one fit per arm, all of one law (`data`, `model` or `joint`).
+        baseline: the arm to compare with, usually the natural one.
+        tokens: the budget, where the law has it.
+        n_params: the model size, where the law has it.
+        level: of the intervals, in percent.
+    """
+    points = {name: _point(fit, n_params, tokens) for name, fit in arms.items()}
+    samples = {name: fit.predict_samples(points[name])[:, 0] for name, fit in arms.items()}
+    return _compare(arms, baseline, points, samples, level)
+
+
+def compare_at_compute(arms: Mapping[str, Fit], baseline: str, flops: float, *, level: float = 90) -> list[Comparison]:
+    """All arms at the same compute C = 6 N D, each at its own best N and D.
+
+    These minimise E + A / N^alpha + B / D^beta: N = G (C / 6)^(beta / (alpha + beta)) with
+    G = (alpha A / (beta B))^(1 / (alpha + beta)) (Hoffmann et al. 2022, equation 4). Every bootstrap has its own.
+
+    Args:
+        arms: one fit of the law `joint` per arm.
+        baseline: the arm to compare with.
+        flops: C.
+        level: of the intervals, in percent.
+    """
+    for name, fit in arms.items():
+        if fit.law.name != "joint":
+            raise UserError(f"equal compute: arm '{name}' has a fit of '{fit.law.name}'; the law 'joint' is needed")
+    points = {name: compute_optimal(fit, fit.theta[None], flops) for name, fit in arms.items()}
+    samples: dict[str, Floats] = {}
+    for name, fit in arms.items():
+        p, best = fit.law.to_params(fit.theta_samples), compute_optimal(fit, fit.theta_samples, flops)
+        samples[name] = p["E"] + p["A"] / best[N_PARAMS] ** p["alpha"] + p["B"] / best[TOKENS] ** p["beta"]
+    return _compare(arms, baseline, points, samples, level)
+
+
+def compute_optimal(joint: Fit, theta: Floats, flops: float) -> dict[str, Floats]:
+    """The best `n_params` and `tokens` [S] for `flops` = 6 N D, by theta [S, P] of a joint law."""
+    p = joint.law.to_params(theta)
+    total = p["alpha"] + p["beta"]
+    log_g = (np.log(p["alpha"] / p["beta"]) + np.log(p["A"]) - np.log(p["B"])) / total
+    log_budget = np.log(flops / FLOPS_PER_PARAMETER_AND_TOKEN)
+    log_n = log_g + p["beta"] / total * log_budget
+    return {N_PARAMS: np.exp(log_n), TOKENS: np.exp(log_budget - log_n)}
+
+
+def _point(fit: Fit, n_params: float | None, tokens: float | None) -> dict[str, Floats]:
+    given = {N_PARAMS: n_params, TOKENS: tokens}
+    point = {}
+    for name in fit.law.columns:
+        value = given.get(name)
+        if value is None:
+            raise UserError(f"comparison: the law '{fit.law.name}' depends on {name}; say at which")
+        point[name] = np.array([value], dtype=np.float64)
+    return point
+
+
+def _compare(
+    arms: Mapping[str, Fit],
+    baseline: str,
+    points: Mapping[str, Mapping[str, Floats]],
+    samples: Mapping[str, Floats],
+    level: float,
+) -> list[Comparison]:
+    """Compare predictions at `points` (one per arm) with intervals from `samples` [S] of them."""
+    if baseline not in arms:
+        raise UserError(f"comparison: there is no arm '{baseline}'; one of: {', '.join(arms)}")
+    reference = float(arms[baseline].predict(points[baseline])[0])
+    unknown = (float("nan"), float("nan"))
+    results = []
+    for name, fit in arms.items():
+        loss, own = float(fit.predict(points[name])[0]), samples[name]
+        bounds, difference = unknown, (0.0, 0.0) if name == baseline else unknown
+        if len(own) > 1:
+            bounds = _bounds(own, level)
+        if name != baseline and min(len(own), len(samples[baseline])) > 1:
+            # arms of one design and seed drew the same points; shifted by one draw they are independent, as the runs were
+            count = min(len(own), len(samples[baseline]))
+            difference = _bounds(own[:count] / np.roll(samples[baseline][:count], 1) - 1, level)
+        point = {column: float(values[0]) for column, values in points[name].items()}
+        results.append(
+            Comparison(
+                arm=name,
+                loss=loss,
+                interval=bounds,
+                difference=loss / reference - 1,
+                difference_interval=difference,
+                distinct=difference[0] > 0 or difference[1] < 0,
+                n_params=point.get(N_PARAMS),
+                tokens=point.get(TOKENS),
+                inside=all(fit.columns[column].min() <= value <= fit.columns[column].max() for column, value in point.items()),
+            )
+        )
+    return results
+
+
+def _bounds(samples: Floats, level: float) -> tuple[float, float]:
+    low, high = interval(samples, level)
+    return float(low), float(high)

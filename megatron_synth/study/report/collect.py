@@ -1,0 +1,229 @@
+"""From results to tables: runs.csv, and the pair that olmix reads (ratios.csv, metrics.csv, joined on `run`).
+
+runs.csv has one row per finished run. Columns: `run`, `id`, `arm`, `family`, `share` (exact), `ratio` (the same as a
+number), `size`, `n_params` (non-embedding), `budget`, `tokens`, `seed`, `steps`, `flops`, `loss` (the study's aggregate),
+`train_loss`, `train_seconds`, `device`, then `loss/<domain>`, `bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and
+`epochs/<source>`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_atomic
+from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.fit.domains import aggregate
+from megatron_synth.study.plan.runs import Run
+from megatron_synth.study.plan.study_file import Study
+
+_TEXT = ("run", "id", "arm", "family", "share", "size", "device")
+_WHOLE = ("n_params", "budget", "tokens", "seed", "steps")
+_NUMBERS = ("ratio", "flops", "loss", "train_loss", "train_seconds")
+_ORDER = (
+    *("run", "id", "arm", "family", "share", "ratio", "size", "n_params", "budget", "tokens", "seed", "steps"),
+    *("flops", "loss", "train_loss", "train_seconds", "device"),
+)
+_BY_DOMAIN = ("loss/", "bpb/", "eval_tokens/")
+_BY_SOURCE = ("tokens/", "epochs/")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished run, as in runs.csv. Its fields have the names of the columns."""
+
+    run: str
+    id: str
+    arm: str
+    family: str
+    share: str
+    ratio: float
+    size: str
+    n_params: int
+    budget: int
+    tokens: int
+    seed: int
+    steps: int
+    flops: float
+    loss: float
+    train_loss: float
+    train_seconds: float
+    device: str
+    domains: dict[str, float] = field(default_factory=dict)
+    """Loss by validation domain."""
+    others: dict[str, float] = field(default_factory=dict)
+    """The remaining columns, by their names."""
+
+    @property
+    def cell(self) -> tuple[str, str, int]:
+        """What runs that differ in the seed alone share."""
+        return self.arm, self.size, self.tokens
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The finished runs of a study, and those that are missing."""
+
+    rows: list[Row]
+    missing: list[Run]
+
+
+def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
+    """Read the results of all runs.
+
+    Raises:
+        UserError: none is finished, a result is damaged, or runs saw different versions of the text.
+    """
+    rows, missing = [], []
+    data: dict[tuple[str, int, int], tuple[str, str]] = {}
+    for run in runs:
+        result = folder.result(run)
+        if result is None:
+            missing.append(run)
+            continue
+        rows.append(_row(study, run, result))
+        # the digest covers order and content of the text: equal for runs of one arm, seed and length of a batch
+        key = (run.arm, run.seed, run.config.train.sequence_length)
+        other, digest = data.setdefault(key, (run.name, result["data_digest"]))
+        if digest != result["data_digest"]:
+            raise UserError(
+                f"{folder.run(run)}: was trained on other text than {other}, though both are of arm {run.arm}: a source was "
+                "prepared anew between them; delete the run directories of one of the two, and submit again"
+            )
+    if not rows:
+        raise UserError(f"{folder.path}: no run is finished yet; `megatron-synth study status` shows how far they are")
+    return Collected(rows, missing)
+
+
+def _row(study: Study, run: Run, result: Mapping[str, Any]) -> Row:
+    absent = [name for name in study.validation if name not in result["loss"]]
+    if absent:
+        raise UserError(f"{result['run']}: result.json has no loss of domain {', '.join(absent)}")
+    others: dict[str, float] = {}
+    for prefix, key in (("bpb/", "bpb"), ("eval_tokens/", "tokens_evaluated")):
+        others |= {f"{prefix}{name}": value for name, value in result[key].items()}
+    for name, source in result["sources"].items():
+        others[f"tokens/{name}"], others[f"epochs/{name}"] = source["tokens"], source["epochs"]
+    domains = {name: float(result["loss"][name]) for name in study.validation}
+    share = study.share(run.arm)
+    return Row(
+        run=result["run"],
+        id=run.id,
+        arm=run.arm,
+        family=study.family(run.arm),
+        share=str(share),
+        ratio=float(share),
+        size=run.size,
+        n_params=run.parameters,
+        budget=run.budget,
+        tokens=result["tokens"],
+        seed=run.seed,
+        steps=result["steps"],
+        flops=result["flops"],
+        loss=_aggregate(study, domains, others),
+        train_loss=result["train_loss"],
+        train_seconds=result["train_seconds"],
+        device=result["device"],
+        domains=domains,
+        others=others,
+    )
+
+
+def _aggregate(study: Study, domains: Mapping[str, float], others: Mapping[str, float]) -> float:
+    how = study.report.aggregate
+    columns = {name: [loss] for name, loss in domains.items()}
+    if isinstance(how, tuple):
+        return float(aggregate(columns, "macro", domains=how)[0])
+    counts = {name: others.get(f"eval_tokens/{name}", 0.0) for name in domains}
+    return float(aggregate(columns, how, tokens=counts)[0])
+
+
+# ---- CSV
+
+
+def runs_csv(rows: Sequence[Row]) -> str:
+    """The content of runs.csv."""
+    flat = [_flat(row) for row in rows]
+    extra = sorted({name for row in flat for name in row if name not in _ORDER}, key=_place)
+    return _csv([*_ORDER, *extra], flat)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    fixed = {name: getattr(row, name) for name in _ORDER}
+    return {**fixed, **{f"loss/{name}": loss for name, loss in row.domains.items()}, **row.others}
+
+
+def _place(name: str) -> tuple[int, str]:
+    prefixes = (*_BY_DOMAIN, *_BY_SOURCE)
+    return next(position for position, prefix in enumerate(prefixes) if name.startswith(prefix)), name
+
+
+def read_runs_csv(path: Path) -> list[Row]:
+    """The rows of a runs.csv.
+
+    Raises:
+        UserError: it cannot be read, or a column or value is missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    rows = []
+    for number, cells in enumerate(csv.DictReader(io.StringIO(text)), start=2):
+        try:
+            values: dict[str, Any] = {name: cells[name] for name in _TEXT}
+            values |= {name: int(float(cells[name])) for name in _WHOLE}
+            values |= {name: float(cells[name]) for name in _NUMBERS}
+            rest = {name: float(value) for name, value in cells.items() if name not in _ORDER and value}
+        except KeyError as error:
+            raise UserError(f"{path}: no column {error}; expected a runs.csv that `study report` wrote") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: line {number}: {error}") from None
+        domains = {name.removeprefix("loss/"): value for name, value in rest.items() if name.startswith("loss/")}
+        others = {name: value for name, value in rest.items() if not name.startswith("loss/")}
+        rows.append(Row(**values, domains=domains, others=others))
+    if not rows:
+        raise UserError(f"{path}: no runs in it")
+    return rows
+
+
+def ratios_csv(study: Study, rows: Sequence[Row]) -> str:
+    """Share of each source in each run, in olmix's shape: `run`, then a column per source; each row sums to 1."""
+    content = []
+    for row in rows:
+        shares = {name: float(Fraction(share.ratio)) for name, share in study.arms[row.arm].items()}
+        content.append({"run": row.run, **{source: shares.get(source, 0.0) for source in study.sources}})
+    return _csv(["run", *study.sources], content)
+
+
+def metrics_csv(rows: Sequence[Row]) -> str:
+    """Bits per byte, or loss where bytes are not known, of each domain in each run, in olmix's shape."""
+    domains = list(rows[0].domains)
+    by_bytes = all(f"bpb/{name}" in row.others for row in rows for name in domains)
+    content: list[dict[str, Any]] = []
+    for row in rows:
+        values = {f"{name}_bpb": row.others[f"bpb/{name}"] for name in domains} if by_bytes else {}
+        values = values or {f"{name}_loss": row.domains[name] for name in domains}
+        content.append({"run": row.run, **values})
+    return _csv(list(content[0]), content)
+
+
+def write_tables(study: Study, rows: Sequence[Row], out: Path) -> None:
+    """Write runs.csv, ratios.csv and metrics.csv."""
+    write_atomic(out / "runs.csv", runs_csv(rows))
+    write_atomic(out / "ratios.csv", ratios_csv(study, rows))
+    write_atomic(out / "metrics.csv", metrics_csv(rows))
+
+
+def _csv(heads: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=heads, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

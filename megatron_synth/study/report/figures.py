@@ -1,0 +1,391 @@
+"""The figures of a report, as SVG that takes its colours from the page: it is readable on light and on dark.
+
+In the order of the study that they follow: loss against data, loss against model size, best ratios, speed-up, domains. What is
+measured is drawn with points, what a law says inside the measured range with a line, and what it extrapolates with dashes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_synth.core.log import compact, human
+from megatron_synth.study.fit.fit import Fit
+from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
+from megatron_synth.study.report.collect import Row
+from megatron_synth.train.record.plot import FAINT, GREY, INK, STYLE, label_ends
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER = "#fffffe"  # stands for the page's background
+_VARIABLES = {INK: "--ink", GREY: "--grey", FAINT: "--faint", PAPER: "--paper"}
+_HUES = ("#3d7cc9", "#d9822b", "#2f9e6e", "#a35bb5", "#c2503f", "#3fa3b5")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_BEYOND = 4.0
+"""How far a law is drawn beyond the last budget or size."""
+_COLUMNS = 3
+_DOMAIN_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn, in every figure alike."""
+
+    colour: str
+    marker: str
+
+
+def looks(analysis: Analysis) -> dict[str, Look]:
+    """The baseline in the colour of the text, a hue per family, lighter for the smaller shares."""
+    study = analysis.study
+    families = list(dict.fromkeys(study.family(arm) for arm in study.arms if study.family(arm)))
+    result: dict[str, Look] = {}
+    for number, family in enumerate(families):
+        arms = sorted((arm for arm in study.arms if study.family(arm) == family), key=study.share)
+        for place, arm in enumerate(arms):
+            tint = 0.0 if len(arms) == 1 else 0.45 - 0.6 * place / (len(arms) - 1)
+            result[arm] = Look(_tinted(_HUES[number % len(_HUES)], tint), _MARKERS[(place + 1) % len(_MARKERS)])
+    for arm in study.arms:
+        result.setdefault(arm, Look(INK, "o"))
+    return result
+
+
+def _tinted(colour: str, tint: float) -> str:
+    """Towards white for a positive tint, towards black for a negative one."""
+    target, weight = (255, tint) if tint > 0 else (0, -tint)
+    parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (target - part) * weight):02x}" for part in parts)
+
+
+def draw_all(analysis: Analysis) -> list[Drawn]:
+    """Every figure that the runs allow."""
+    style = looks(analysis)
+    loss = _loss_name(analysis)
+    found = [
+        _laws(
+            analysis,
+            style,
+            "data",
+            "Loss against data",
+            f"{loss}. Points: runs; lines: L(D) per arm",
+        ),
+        _laws(
+            analysis,
+            style,
+            "model",
+            "Loss against model size",
+            f"{loss}. Points: runs; lines: L(N) per arm",
+        ),
+        _ratios(analysis, f"{loss}. Shaded: ratios whose mean cannot be told from the best, by the noise between seeds"),
+        _speed_ups(analysis, style),
+        _domain_bars(analysis, style),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def _loss_name(analysis: Analysis) -> str:
+    how = analysis.study.report.aggregate
+    if isinstance(how, tuple):
+        return f"Validation loss, mean over {', '.join(how)}"
+    return "Validation loss, mean over " + ("domains" if how == "macro" else "tokens")
+
+
+def _render(name: str, title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Drawn:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": name, "figure.facecolor": "none", "axes.facecolor": "none"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, dpi=100, layout="constrained")
+        draw(figure)
+        vector, raster = io.BytesIO(), io.BytesIO()
+        figure.savefig(vector, format="svg", metadata={"Date": None})
+        figure.savefig(raster, format="png", facecolor="white", dpi=110)
+    return Drawn(name, title, caption, _inline(vector.getvalue().decode(), name, title), raster.getvalue())
+
+
+def _inline(svg: str, name: str, title: str) -> str:
+    """SVG to stand inside a page: its own ids, the page's colours, scaled to the column."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    head = re.sub(r' (?:width|height)="[^"]*"', "", svg[: svg.index(">")])
+    return f'{head} role="img" aria-label="{title}"' + svg[svg.index(">") :]
+
+
+def _grid(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    flat = [ax for row in axes for ax in row]
+    for ax in flat[count:]:
+        ax.set_axis_off()
+    return flat[:count]
+
+
+def _size(count: int, columns: int = _COLUMNS, height: float = 3.6) -> tuple[float, float]:
+    """The figure is as wide as the page's column, however few panels it has."""
+    return 11.5, 0.35 + height * -(-count // min(columns, count))
+
+
+# ---- loss against data and against model size
+
+
+def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, caption: str) -> Drawn | None:
+    fits: dict[tuple[str, Any], Fitted] = dict(analysis.data) if law == "data" else dict(analysis.model)
+    baseline, study = analysis.study.baseline_arm, analysis.study
+    panels: list[tuple[str, Any, list[str]]] = []
+    for at in dict.fromkeys(at for _, at in fits):
+        families = dict.fromkeys(study.family(arm) for arm, where in fits if where == at and arm != baseline) or {"": None}
+        for family in families:
+            arms = [arm for arm, where in fits if where == at and (arm == baseline or study.family(arm) == family)]
+            panels.append((family, at, arms))
+    if not panels:
+        return None
+
+    def draw(figure: Figure) -> None:
+        for ax, (family, at, arms) in zip(_grid(figure, len(panels)), panels, strict=True):
+            where = f"{at} parameters" if law == "data" else f"{compact(at)} tokens"
+            _panel_title(ax, f"{family or baseline} at {where}")
+            ax.set_xscale("log")
+            labels = [_arm_curve(ax, fits[arm, at], law, style[arm], arm) for arm in arms]
+            _keep_to(ax, [row.loss for arm in arms for row in fits[arm, at].rows])
+            ax.set_xlabel("training tokens" if law == "data" else "non-embedding parameters", color=GREY)
+            _log_ticks(ax)
+            label_ends(ax, labels)
+
+    caption = (
+        f"{caption}, dashed up to {_BEYOND:g} times what was run, unless they rise; cut where they leave what was measured far "
+        f"behind. Bands: {LEVEL:.0f} % of the bootstraps."
+    )
+    return _render(f"loss-{law}", title, caption, _size(len(panels), min(len(panels), 2), 4.0), draw)
+
+
+def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tuple[float, str, str]:
+    column = "tokens" if law == "data" else "n_params"
+    x = np.array([getattr(row, column) for row in fitted.rows], dtype=np.float64)
+    y = np.array([row.loss for row in fitted.rows])
+    ax.plot(x, y, look.marker, color=look.colour, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
+    if fitted.fit is None:
+        return float(y[np.argmax(x)]), arm, look.colour
+    inside = np.geomspace(x.min(), x.max(), 60)
+    outside = np.geomspace(x.max(), x.max() * _BEYOND, 40)
+    ax.plot(inside, fitted.fit.predict({column: inside}), color=look.colour, linewidth=1.6)
+    beyond = fitted.fit.predict({column: outside})
+    if beyond[-1] <= beyond[0]:
+        ax.plot(outside, beyond, color=look.colour, linewidth=1.4, linestyle=(0, (4, 2.5)))
+        whole = np.concatenate([inside, outside])
+    else:  # a law that rises with size or budget tells of noise: it is not carried on
+        beyond, whole = beyond[:1], inside
+    if len(fitted.fit.theta_samples) > 1:
+        low, high = fitted.fit.predict_interval({column: whole}, LEVEL)
+        ax.fill_between(whole, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    return float(beyond[-1]), arm, look.colour
+
+
+def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
+    """Axis limits at most one measured range away from what was measured: a law that runs off is cut, not the runs."""
+    low, high = ax.get_ylim()
+    span = max(losses) - min(losses)
+    ax.set_ylim(max(low, min(losses) - span), min(high, max(losses) + span))
+
+
+def _panel_title(ax: Axes, text: str) -> None:
+    ax.set_title(text, loc="left", fontweight="bold", fontsize=11)
+
+
+def _log_ticks(ax: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = ax.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(lambda value, _: compact(value))
+    ax.set_xlim(low, high)
+
+
+# ---- best ratios
+
+
+def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
+    panels = [best for best in analysis.best if len({row.ratio for row in best.rows}) > 2]
+    if not panels:
+        return None
+    hues = {family: _HUES[number % len(_HUES)] for number, family in enumerate(dict.fromkeys(best.family for best in panels))}
+
+    def draw(figure: Figure) -> None:
+        for ax, best in zip(_grid(figure, len(panels), _DOMAIN_COLUMNS), panels, strict=True):
+            _ratio_panel(ax, best, hues[best.family])
+
+    text = f"{caption}. Curve: the law in the ratio, unless it leaves what was measured far behind between the ratios. "
+    text += "Triangle: the lowest mean among the ratios that were run."
+    size = _size(len(panels), _DOMAIN_COLUMNS, 2.9)
+    return _render("best-ratio", "Which ratio is best", text, size, draw)
+
+
+def _ratio_panel(ax: Axes, best: BestAt, colour: str) -> None:
+    _panel_title(ax, f"{best.size}, {compact(best.tokens)} tokens")
+    ratios = np.array([row.ratio for row in best.rows])
+    losses = np.array([row.loss for row in best.rows])
+    levels = np.unique(ratios)
+    means = np.array([losses[ratios == level].mean() for level in levels])
+    if best.measured is not None:
+        low, high = min(best.measured.band), max(best.measured.band)
+        ax.axvspan(low - 0.02, high + 0.02, color=colour, alpha=0.12, linewidth=0)
+        bottom = best.measured.loss
+        ax.plot([best.measured.ratio], [bottom], "^", color=colour, markersize=9, markeredgecolor=PAPER, zorder=5)
+    span = np.ptp(losses)
+    if best.fitted is not None and np.ptp(np.clip(best.fitted.losses, losses.min(), losses.max()) - best.fitted.losses) <= span:
+        ax.plot(best.fitted.ratios, best.fitted.losses, color=colour, linewidth=1.6)
+    ax.plot(ratios, losses, "o", color=colour, markersize=3.5, alpha=0.65, markeredgewidth=0, zorder=3)
+    ax.plot(levels, means, "_", color=INK, markersize=12, markeredgewidth=1.4, zorder=4)
+    ax.set_xlabel(f"share of {best.family}", color=GREY)
+    ax.set_xlim(-0.06, 1.06)
+    ax.set_xticks([0, 1 / 3, 2 / 3, 1], ["0", "1/3", "2/3", "1"])
+
+
+# ---- speed-up
+
+
+def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
+    sizes = list(dict.fromkeys(size for _, size in analysis.speed))
+    if not sizes:
+        return None
+    baseline = analysis.study.baseline_arm
+
+    def draw(figure: Figure) -> None:
+        for ax, size in zip(_grid(figure, len(sizes), 2), sizes, strict=True):
+            _panel_title(ax, f"{size} parameters")
+            ax.axhline(1, color=GREY, linewidth=0.9)
+            ax.set_yscale("log")
+            for (arm, at), curve in analysis.speed.items():
+                if at == size:
+                    _speed_curve(ax, curve, style[arm], arm)
+            ax.invert_xaxis()
+            ax.set_xlabel("loss to reach (falling to the right)", color=GREY)
+            ax.set_ylabel(f"tokens of {baseline} / tokens of the mixture", color=GREY, fontsize=9)
+            _factor_ticks(ax)
+            ax.legend(frameon=False, fontsize=9, loc="best", labelcolor=INK)
+
+    caption = (
+        f"How many times fewer tokens a mixture needs than {baseline} for the same loss. Points: interpolated between "
+        "measured losses; lines: from the laws, dashed where at least one arm was not measured there. "
+        f"Bands: {LEVEL:.0f} % of the bootstraps."
+    )
+    return _render("speed-up", "Speed-up", caption, _size(len(sizes), 2, 4.2), draw)
+
+
+def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
+    usable = np.isfinite(curve.fitted) & (curve.fitted > 0)
+    shown = usable & (curve.fitted < 100) & (curve.fitted > 0.01)
+    for part, line in ((curve.inside, "-"), (~curve.inside, (0, (4, 2.5)))):
+        values = np.where(shown & part, curve.fitted, np.nan)
+        ax.plot(curve.loss, values, color=look.colour, linestyle=line, linewidth=1.6)
+    band = shown & np.isfinite(curve.low) & np.isfinite(curve.high) & (curve.low > 0)
+    if band.any():
+        low, high = np.clip(curve.low, 0.05, 20), np.clip(curve.high, 0.05, 20)
+        ax.fill_between(curve.loss, low, high, where=list(band), color=look.colour, alpha=0.13, linewidth=0)
+    places = np.flatnonzero(np.isfinite(curve.measured))[::4]
+    x, y = curve.loss[places], curve.measured[places]
+    ax.plot(x, y, look.marker, color=look.colour, markersize=5, markeredgecolor=PAPER, label=arm)
+
+
+def _factor_ticks(ax: Axes) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    low, high = ax.get_ylim()
+    steps = [value for value in (0.05, 0.1, 0.2, 0.33, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20) if low <= value <= high]
+    ax.yaxis.set_major_locator(FixedLocator(steps))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+
+
+# ---- domains
+
+
+def domain_cell(analysis: Analysis) -> tuple[str, int] | None:
+    """Size and tokens of the largest cell that every arm was run at; None if there is none."""
+    arms = {row.arm for row in analysis.rows}
+    cells: dict[tuple[str, int], list[Row]] = {}
+    for row in analysis.rows:
+        cells.setdefault((row.size, row.tokens), []).append(row)
+    common = {cell: rows for cell, rows in cells.items() if {row.arm for row in rows} == arms}
+    return max(common, key=lambda cell: common[cell][0].flops) if common and len(arms) > 1 else None
+
+
+def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
+    cell = domain_cell(analysis)
+    if cell is None:
+        return None
+    baseline = analysis.study.baseline_arm
+    rows = [row for row in analysis.rows if (row.size, row.tokens) == cell]
+    domains = list(rows[0].domains)
+    arms = [arm for arm in analysis.study.arms if arm != baseline and any(row.arm == arm for row in rows)]
+    if not arms or all(row.arm != baseline for row in rows):
+        return None
+    height = 0.8 / len(arms)
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for number, arm in enumerate(arms):
+            at = np.arange(len(domains)) + (number - (len(arms) - 1) / 2) * height
+            changes = [_change(rows, arm, baseline, domain) for domain in domains]
+            values = [100 * change for change, _ in changes]
+            errors = [100 * error for _, error in changes]
+            ax.barh(at, values, height=0.88 * height, color=style[arm].colour, label=arm)
+            ax.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
+        ax.axvline(0, color=GREY, linewidth=0.9)
+        ax.set_yticks(range(len(domains)), domains)
+        ax.tick_params(axis="y", length=0, labelcolor=INK)
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.set_xlabel(f"loss against {baseline}, %; lower is better", color=GREY)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
+
+    caption = (
+        f"Loss of each arm on each validation domain against {baseline}, at {cell[0]} parameters and {human(cell[1])} tokens, "
+        "the largest cell that all arms have. Bars: means over seeds; whiskers: one standard error of the difference."
+    )
+    size = (11.5, 1.2 + (0.24 * len(arms) + 0.25) * len(domains))
+    return _render("domains", "Validation domains", caption, size, draw)
+
+
+def _change(rows: Sequence[Row], arm: str, baseline: str, domain: str) -> tuple[float, float]:
+    """Relative difference of the mean loss, and its standard error over seeds (0 with one seed each)."""
+    own = np.array([row.domains[domain] for row in rows if row.arm == arm])
+    base = np.array([row.domains[domain] for row in rows if row.arm == baseline])
+    spread = sum(float(part.var(ddof=1)) / len(part) for part in (own, base) if len(part) > 1)
+    return float(own.mean() / base.mean() - 1), math.sqrt(spread) / float(base.mean())
+
+
+def describe_fit(fit: Fit) -> str:
+    """`E = 4.21 [3.9, 4.4], B = 12.3 [..], beta = 0.31 [..]` with 90 % intervals where there are any."""
+    parts = []
+    for name, value in fit.params.items():
+        bounds = fit.intervals.get("90", {}).get(name)
+        parts.append(f"{name} = {value:.4g}" + (f" [{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else ""))
+    return ", ".join(parts)

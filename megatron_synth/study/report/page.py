@@ -1,0 +1,392 @@
+"""The report as one HTML file: no network, light and dark, every number beside the runs that it comes from."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from megatron_synth.core.log import compact, duration, human, scientific
+from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
+from megatron_synth.study.report.collect import Collected, Row
+from megatron_synth.study.report.figures import Drawn, Look, describe_fit
+from megatron_synth.study.report.findings import findings, percent
+
+STYLE = """
+:root { --ink:#22262b; --grey:#6b737c; --faint:#e3e6e9; --paper:#ffffff; --panel:#f6f7f8; --accent:#2f6fb0; --warn:#a8560f;
+  color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e4e7ea; --grey:#98a1ab; --faint:#343a41; --paper:#16191d; --panel:#1e2227;
+  --accent:#79b0e8; --warn:#e0a05a; } }
+* { box-sizing: border-box; }
+body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif; }
+main { max-width:1120px; margin:0 auto; padding:40px 28px 80px; }
+h1 { font-size:34px; line-height:1.15; margin:0 0 6px; letter-spacing:-.01em; }
+h2 { font-size:22px; margin:52px 0 10px; padding-top:14px; border-top:1px solid var(--faint); }
+h3 { font-size:16px; margin:26px 0 6px; }
+p { max-width:76ch; margin:6px 0 12px; } .muted, figcaption { color:var(--grey); font-size:14px; }
+nav { font-size:14px; margin:14px 0 0; } nav a { margin-right:16px; }
+a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:24px 0 8px; }
+.tile { background:var(--panel); border-radius:8px; padding:12px 14px; }
+.tile b { display:block; font-size:24px; line-height:1.25; font-variant-numeric:tabular-nums; }
+.tile span { color:var(--grey); font-size:13px; }
+.findings { padding-left:20px; max-width:82ch; } .findings li { margin:7px 0; }
+figure { margin:18px 0 8px; } figure svg { display:block; width:100%; height:auto; }
+figcaption { max-width:90ch; margin-top:6px; } .scroll { overflow-x:auto; margin:10px 0; }
+table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums; }
+th, td { text-align:right; padding:5px 12px 5px 0; border-bottom:1px solid var(--faint); }
+th, td { white-space:nowrap; vertical-align:top; }
+th:first-child, td:first-child { text-align:left; } th { color:var(--grey); font-weight:600; }
+.wide { white-space:normal; text-align:left; width:46ch; }
+tr:target td { background:color-mix(in srgb,var(--accent) 18%,transparent); }
+details { margin:8px 0; } summary { cursor:pointer; color:var(--accent); font-size:14px; } td details { margin:0; }
+td details p { max-width:36ch; white-space:normal; font-size:12px; line-height:1.5; }
+.warn { color:var(--warn); } .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:7px; }
+code { font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace; }
+@media print { details { display:none; } h2 { break-after:avoid; } figure { break-inside:avoid; } }
+"""
+
+
+def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], style: dict[str, Look], git: str) -> str:
+    """The page.
+
+    Args:
+        analysis: fits and answers.
+        collected: the runs, and those that are missing.
+        figures: in the order of the page.
+        style: colour of each arm.
+        git: the commit that made the page, for its foot.
+    """
+    page = _Page(analysis, collected, style)
+    title = f"Study {analysis.study.name}"
+    parts = [
+        "<header>",
+        f"<h1>{_text(title)}</h1>",
+        f"<p>{_text(analysis.study.description)}</p>" if analysis.study.description else "",
+        page.tiles(),
+        '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
+        '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>',
+        "</header>",
+        page.missing(),
+        '<h2 id="findings">Findings</h2>',
+        _list(findings(analysis)),
+        '<h2 id="figures">Figures</h2>',
+        *(_figure(figure) for figure in figures),
+        page.answers(),
+        page.laws(),
+        page.design(),
+        page.runs(),
+        f'<p class="muted">Made {datetime.now(UTC).date().isoformat()} with {_text(git)} from {len(collected.rows)} runs.</p>',
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+class _Page:
+    def __init__(self, analysis: Analysis, collected: Collected, style: dict[str, Look]):
+        self.analysis, self.study, self.collected, self.style = analysis, analysis.study, collected, style
+        self.rows = collected.rows
+
+    def tiles(self) -> str:
+        """What there is, in figures."""
+        rows, noise = self.rows, self.analysis.noise
+        total = len(rows) + len(self.collected.missing)
+        seconds = sum(row.train_seconds for row in rows)
+        devices = sorted({row.device for row in rows})
+        held = [fitted.holdout for fitted in self.analysis.fits if fitted.holdout is not None]
+        tiles = [
+            (f"{len(rows)} of {total}", "runs finished"),
+            (human(sum(row.tokens for row in rows)), "tokens trained"),
+            (scientific(sum(row.flops for row in rows)), "FLOPs"),
+            (duration(seconds), f"in steps, on {', '.join(devices)}"),
+            ("n/a" if noise is None else percent(noise.relative), "scatter of the loss between seeds"),
+        ]
+        if held:
+            error = sum(one.mean_absolute_relative_error * one.points for one in held) / sum(one.points for one in held)
+            tiles.append((percent(error), "mean absolute relative error of the laws on held-out runs"))
+        inner = "".join(f'<div class="tile"><b>{_text(value)}</b><span>{_text(what)}</span></div>' for value, what in tiles)
+        return f'<div class="tiles">{inner}</div>'
+
+    def missing(self) -> str:
+        """Names of the runs without a result."""
+        missing = self.collected.missing
+        if not missing:
+            return ""
+        names = "".join(f"<li><code>{_text(run.name)}</code></li>" for run in missing)
+        return (
+            f'<p class="warn" id="missing">{len(missing)} runs of the study are missing; '
+            "everything below is from the others.</p>"
+            f"<details><summary>Which</summary><ul>{names}</ul></details>"
+        )
+
+    # ---- answers
+
+    def answers(self) -> str:
+        """Tables behind the findings."""
+        return "\n".join(['<h2 id="answers">Answers</h2>', self._best(), self._equal(), self._speed(), self._collapse()])
+
+    def _best(self) -> str:
+        rows = []
+        for best in self.analysis.best:
+            measured, fitted = best.measured, best.fitted
+            band = "n/a" if measured is None else ", ".join(_ratio(value) for value in measured.band)
+            law, interval, flat = "n/a", "", "n/a"
+            if fitted is not None:
+                law, interval = f"{fitted.ratio:.2f}", _bounds(fitted.interval, ".2f")
+                flat = "n/a" if fitted.flat is None else _bounds(fitted.flat, ".2f")
+            head = (_text(best.family), _text(best.size), compact(best.tokens))
+            tested = ("n/a", "n/a") if measured is None else (_ratio(measured.ratio), f"{measured.loss:.4f}")
+            rows.append((*head, *tested, band, f"{law} {interval}".strip(), flat, self._sources(best.rows)))
+        heads = (
+            "family",
+            "N",
+            "D",
+            "best run",
+            "its loss",
+            "not worse",
+            f"by the law [{LEVEL:.0f} %]",
+            "flat within noise",
+            "runs",
+        )
+        note = (
+            "<p class='muted'>“Not worse”: ratios whose mean loss the noise between seeds can explain (t-tests, corrected for "
+            "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
+            "the lowest.</p>"
+        )
+        return f"<h3>Best ratio by size and budget</h3>{note}{_table(heads, rows)}" if rows else ""
+
+    def _equal(self) -> str:
+        rows: list[tuple[str, ...]] = []
+        for size, comparisons in self.analysis.equal_tokens.items():
+            for one in comparisons:
+                sources = self.analysis.data[one.arm, size].rows
+                where = f"{_text(size)}, {compact(one.tokens or math.nan)} tokens"
+                rows.append((self._arm(one.arm), "tokens", where, *_comparison(one), self._sources(sources)))
+        for one in self.analysis.equal_compute:
+            where = f"{human(one.n_params or math.nan)} at {human(one.tokens or math.nan)} tokens"
+            outside = "" if one.inside else ' <span class="warn">(extrapolated)</span>'
+            sources = self.analysis.joint[one.arm].rows
+            rows.append((self._arm(one.arm), "compute", where + outside, *_comparison(one), self._sources(sources)))
+        heads = ("arm", "equal", "at", f"loss by the law [{LEVEL:.0f} %]", f"against the baseline [{LEVEL:.0f} %]", "", "runs")
+        compute = ""
+        if self.analysis.no_best_size:
+            compute = (
+                " There is no comparison at equal compute: by a joint law, or a bootstrap of one, the loss does not fall in N "
+                "or in D, so that no size is best."
+            )
+        elif self.analysis.compute:
+            compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
+        text = f"Equal tokens at one size is equal compute, too.{compute} Generating the text is not counted."
+        note = f"<p class='muted'>{text}</p>"
+        return f"<h3>At equal cost</h3>{note}{_table(heads, rows)}" if rows else ""
+
+    def _speed(self) -> str:
+        rows = []
+        for (arm, size), curve in self.analysis.speed.items():
+            sources = self.analysis.data[arm, size].rows
+            for position in range(0, len(curve.loss), 6):
+                if not math.isfinite(curve.fitted[position]):
+                    continue
+                measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
+                kind = "measured" if curve.inside[position] else "extrapolated"
+                law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
+                rows.append(
+                    (self._arm(arm), _text(size), f"{curve.loss[position]:.3f}", measured, law, kind, self._sources(sources))
+                )
+        heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
+        if not rows:
+            return ""
+        return f"<h3>Speed-up</h3><details><summary>Table</summary>{_table(heads, rows)}</details>"
+
+    def _collapse(self) -> str:
+        rows = []
+        for one in self.analysis.collapse:
+            unit = "per doubling of the budget" if one.what == "budget" else "per unit of the share"
+            slope = f"{percent(one.trend.slope)} {_bounds(tuple(100 * bound for bound in one.trend.interval), '.2f')}"
+            at = one.at if one.what == "budget" else _at_cell(one.at)
+            last = " to ".join(compact(2**value) if one.what == "budget" else _ratio(value) for value in one.trend.values)
+            head = (_text(one.of), _text(one.what), f"{_text(at)}: {last}", f"{slope} {unit}")
+            rows.append((*head, _p(one.p_falls), _p(one.p_rises), self._verdict(one), self._sources(one.rows)))
+        heads = ("of", "along", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "", "runs")
+        note = (
+            "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
+            "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "
+            "between seeds, corrected for the number of tests (Holm).</p>"
+        )
+        return f"<h3>Does anything collapse?</h3>{note}{_table(heads, rows)}" if rows else ""
+
+    def _verdict(self, one: Any) -> str:
+        limit = (100 - LEVEL) / 200
+        if one.p_rises < limit:
+            return '<span class="warn">rises</span>'
+        return "falls" if one.p_falls < limit else "undecided"
+
+    # ---- laws
+
+    def laws(self) -> str:
+        """Every fit, with what speaks against it."""
+        rows = [self._law_row(fitted) for fitted in self.analysis.fits]
+        heads = ("law", "of", f"parameters [{LEVEL:.0f} %]", "error", "held-out error", "doubts", "runs")
+        parts = ['<h2 id="laws">Laws</h2>']
+        parts.append(
+            "<p>Huber's loss (delta 1e-3) on the logarithm of the loss, the best of a grid of starts. Intervals are those of "
+            f"the bootstrap ({self.study.report.bootstraps:,} draws). A law that is not to be believed says so in “doubts”. "
+            "Error: mean absolute relative error, on the runs fitted to and on those held out.</p>"
+        )
+        parts.append(
+            _table(heads, rows) if rows else "<p>No law could be tried: three budgets, sizes or ratios are needed.</p>"
+        )
+        if self.analysis.domains:
+            table = _table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
+            parts.append(
+                f"<details><summary>Laws of single validation domains ({len(self.analysis.domains)})</summary>{table}</details>"
+            )
+        return "\n".join(parts)
+
+    def _law_row(self, fitted: Fitted) -> tuple[str, ...]:
+        law, *of = fitted.key
+        label = ", ".join(_at(part) for part in of)
+        if fitted.fit is None:
+            return (
+                law,
+                _text(label),
+                f'<div class="wide warn">{_text(fitted.problem)}</div>',
+                "",
+                "",
+                "",
+                self._sources(fitted.rows),
+            )
+        warnings = "".join(f"<p>{_text(str(warning))}</p>" for warning in fitted.fit.warnings)
+        codes = ", ".join(warning.code for warning in fitted.fit.warnings)
+        doubts = f'<details><summary class="warn">{_text(codes)}</summary>{warnings}</details>' if warnings else "none"
+        held = "n/a"
+        if fitted.holdout is not None:
+            held = f"{percent(fitted.holdout.mean_absolute_relative_error)} of {fitted.holdout.points}"
+        error = percent(fitted.fit.mean_absolute_relative_error)
+        wide = f'<div class="wide">{_text(describe_fit(fitted.fit))}</div>'
+        return law, _text(label), wide, error, held, doubts, self._sources(fitted.rows)
+
+    # ---- design and runs
+
+    def design(self) -> str:
+        """Arms with what they consumed, and the protocol with its own choices marked."""
+        study, rows = self.study, []
+        for arm in study.arms:
+            members = [row for row in self.rows if row.arm == arm]
+            mixture = ", ".join(f"{source} {share.ratio}" for source, share in study.arms[arm].items() if share.ratio)
+            largest = max(members, key=lambda row: row.tokens, default=None)
+            epochs = "" if largest is None else ", ".join(f"{name} {value:.2f}" for name, value in _parts(largest, "epochs/"))
+            tokens = (
+                "" if largest is None else ", ".join(f"{name} {human(value)}" for name, value in _parts(largest, "tokens/"))
+            )
+            rows.append((self._arm(arm), _text(mixture), str(len(members)), _text(tokens), _text(epochs)))
+        heads = ("arm", "mixture", "runs", "tokens by source, longest run", "epochs by source, longest run")
+        ours = "".join(f"<li><code>{_text(key)}</code>: {_text(why)}</li>" for key, why in study.ours.items())
+        marked = f"<h3>Choices of this study's own</h3><ul class='findings'>{ours}</ul>" if ours else ""
+        protocol = _text(
+            _yaml(study.model_dump(mode="json", include={"protocol", "rates", "seeds", "grid", "sources", "validation"}))
+        )
+        return (
+            f'<h2 id="design">Design</h2>{_table(heads, rows)}<p class="muted">Runs that differ in the mixture alone share '
+            "initial weights and the order of each source's text. Every run starts from its seed; none continues another.</p>"
+            f"{marked}<details><summary>Protocol</summary><pre><code>{protocol}</code></pre></details>"
+        )
+
+    def runs(self) -> str:
+        """One row per run."""
+        domains = list(self.rows[0].domains)
+        heads = ("run", "arm", "N", "D", "seed", "steps", "loss", *domains, "epochs", "seconds")
+        rows = []
+        for row in self.rows:
+            losses = [f"{row.domains[name]:.4f}" for name in domains]
+            epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
+            numbers = (human(row.n_params), compact(row.tokens), str(row.seed), str(row.steps), f"{row.loss:.4f}")
+            rows.append(
+                (f"<code>{row.id}</code>", self._arm(row.arm), *numbers, *losses, _text(epochs), f"{row.train_seconds:.0f}")
+            )
+        anchors = [f"run-{row.id}" for row in self.rows]
+        table = _table(heads, rows, anchors)
+        note = "Also in runs.csv; ratios.csv and metrics.csv beside it join on the run."
+        return f'<h2 id="runs">Runs</h2><p class="muted">{note}</p>{table}'
+
+    def _arm(self, arm: str) -> str:
+        colour = self.style[arm].colour
+        shown = "var(--ink)" if arm == self.study.baseline_arm else colour
+        return f'<span class="dot" style="background:{shown}"></span>{_text(arm)}'
+
+    def _sources(self, rows: Sequence[Row]) -> str:
+        links = " ".join(f'<a href="#run-{row.id}">{row.id[:6]}</a>' for row in rows)
+        return f"<details><summary>{len(rows)}</summary><p>{links}</p></details>"
+
+
+def _figure(figure: Drawn) -> str:
+    head, caption = f"<h3>{_text(figure.title)}</h3>", f"<figcaption>{_text(figure.caption)}</figcaption>"
+    return f'<figure id="figure-{figure.name}">{head}{figure.svg}{caption}</figure>'
+
+
+def _comparison(one: Any) -> tuple[str, str, str]:
+    if math.isnan(one.difference_interval[0]) or one.difference == 0:
+        change = "the baseline" if one.difference == 0 else percent(one.difference)
+        return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, ""
+    change = f"{100 * one.difference:+.2f} % {_bounds(tuple(100 * bound for bound in one.difference_interval), '+.2f')}"
+    return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, "distinct" if one.distinct else "not distinct"
+
+
+def _parts(row: Row, prefix: str) -> list[tuple[str, float]]:
+    return [(name.removeprefix(prefix), value) for name, value in row.others.items() if name.startswith(prefix)]
+
+
+def _at(part: str) -> str:
+    return f"{compact(int(part))} tokens" if part.isdecimal() else part
+
+
+def _at_cell(text: str) -> str:
+    size, _, tokens = text.partition(", ")
+    return f"{size}, {compact(int(tokens))} tokens"
+
+
+def _ratio(value: float) -> str:
+    from fractions import Fraction
+
+    near = Fraction(value).limit_denominator(12)
+    return str(near) if abs(float(near) - value) < 1e-9 else f"{value:.3g}"
+
+
+def _bounds(bounds: Iterable[float], form: str) -> str:
+    low, high = bounds
+    shown = [("∞" if math.isinf(value) else format(value, form)) for value in (low, high)]
+    return "" if math.isnan(low) or math.isnan(high) else f"[{shown[0]}, {shown[1]}]"
+
+
+def _p(value: float) -> str:
+    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> str:
+    """A table of cells that are HTML already."""
+    top = "".join(f"<th>{_text(head)}</th>" for head in heads)
+    lines = []
+    for number, row in enumerate(rows):
+        anchor = f' id="{anchors[number]}"' if anchors else ""
+        lines.append(f"<tr{anchor}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _list(items: Iterable[str]) -> str:
+    return '<ul class="findings">' + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    from megatron_synth.config import yaml12
+
+    return yaml12.dump(content)
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)

@@ -1,0 +1,75 @@
+"""`study report`: tables, laws, figures and the page, from the runs that are finished.
+
+report/index.html            the page; everything is inside it
+report/runs.csv              one row per run; ratios.csv and metrics.csv in olmix's shape
+report/laws/<law>.json       every fit, with the runs it comes from
+report/figures/<name>.png    the figures
+report/findings.txt          the answers in sentences
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_synth import __version__
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.log import say
+from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.plan.runs import Run
+from megatron_synth.study.plan.study_file import Study
+
+
+def write_report(
+    study: Study, runs: Sequence[Run], folder: Folder, *, out: Path | None = None, table: Path | None = None
+) -> Path:
+    """Write the report of a study and return the path of its page.
+
+    Args:
+        study: the study.
+        runs: all its runs.
+        folder: where they are.
+        out: folder to write to. Default: report/ in the study's folder.
+        table: a runs.csv to take the runs from, instead of the folder.
+
+    Raises:
+        UserError: no run is finished, a result is damaged, or the folder cannot be written.
+    """
+    from megatron_synth.study.report.analysis import analyse
+    from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
+    from megatron_synth.study.report.figures import draw_all, looks
+    from megatron_synth.study.report.findings import findings
+    from megatron_synth.study.report.page import render
+    from megatron_synth.train.record.run_dir import git_state
+
+    if table is None:
+        collected = collect(study, runs, folder)
+    else:
+        rows = read_runs_csv(table)
+        unknown = sorted({row.arm for row in rows} - set(study.arms))
+        if unknown:
+            raise UserError(f"{table}: arms {', '.join(unknown)} are not in the study")
+        known = {row.id for row in rows}
+        collected = Collected(rows, [run for run in runs if run.id not in known])
+    say(f"{len(collected.rows)} runs, {len(collected.missing)} missing")
+    out = out or folder.report
+    try:
+        for name in ("laws", "figures"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
+    analysis = analyse(study, collected.rows, say)
+    say("figures")
+    figures = draw_all(analysis)
+    write_tables(study, collected.rows, out)
+    for fitted in [*analysis.fits, *analysis.domains]:
+        write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
+    for figure in figures:
+        write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
+    write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in findings(analysis)))
+    git = git_state(Path(__file__).parent)
+    commit = f", commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else ""
+    page = out / "index.html"
+    write_atomic(page, render(analysis, collected, figures, looks(analysis), f"megatron-synth {__version__}{commit}"))
+    return page

@@ -1,0 +1,317 @@
+"""Checkpoints that any layout can read: what a run is beside its tensors, whether one can go on from it, and reading it.
+
+What they consist of as files is in files.py, how they are written in writer.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_synth.core.log import say
+from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.model.fp8 import recipe
+from megatron_synth.parallel import fp8_params
+from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint.sharding import (
+    collect_tensors,
+    names_of,
+    sharded_fp8,
+    sharded_model,
+    sharded_optimizer,
+)
+from megatron_synth.train.checkpoint.writer import CheckpointWriter, SaveRequest
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """All that a run is, beside weights and optimizer: the data state is one integer."""
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Samples consumed."""
+    skipped: int
+    """Steps skipped because they were not finite."""
+    run_id: str
+    plan_digest: str
+    """Digest of the sample order; another one must not be resumed silently."""
+    ledger: dict[str, int]
+    """Samples delivered by source."""
+    vocab_size: int
+    """Tokens of the vocabulary before padding."""
+    eod_id: int | None
+    """The token that ends a document, if it is known."""
+    tokenizer: str | None
+    """tokenizer.json, if it is known."""
+    config: dict[str, Any]
+    prefix_digest: str = ""
+    """Digest of the samples consumed alone: a mixture that changes only later has the same."""
+    format: int = 1
+    """Of the checkpoint's files; 2 has a manifest."""
+
+
+def find(path: Path) -> Path | None:
+    """The newest checkpoint of a run directory or checkpoints folder, or `path` itself if it is one; None: there is none.
+
+    The sizes of its files are checked, and damaged ones are passed over with a warning.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    return files.find(path, lambda text: say(f"warning: {text}"))
+
+
+def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from. Called by all ranks, which share the reading.
+
+    Args:
+        path: run directory.
+        verify: `checksums` reads every file, `sizes` none.
+        warn: hears of each checkpoint that is damaged and passed over, on rank 0.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # one rank looks, so that all see the same folder
+    listed: list[Any] = [files.candidates(path) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(listed, src=0)
+
+    def faults_of(checkpoint: Path) -> list[str]:
+        found: list[Any] = [None] * world_size
+        own = files.faults(checkpoint, checksums=verify == "checksums", part=rank, parts=world_size)
+        torch.distributed.all_gather_object(found, own)
+        return sorted({fault for part in found for fault in part})
+
+    return files.first_sound(listed[0], faults_of, warn if rank == 0 else None, path)
+
+
+def read_trainer(checkpoint: Path) -> TrainerState:
+    """The trainer's part of a checkpoint.
+
+    Raises:
+        UserError: the file is missing or not ours.
+    """
+    path = checkpoint / files.TRAINER
+    try:
+        return TrainerState(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: expected the trainer's state of a checkpoint: {error}") from error
+
+
+def trainer_file(trainer: TrainerState) -> dict[str, Any]:
+    """The trainer's part of a checkpoint that is about to be written."""
+    return {**asdict(trainer), "format": files.FORMAT}
+
+
+def check_architecture(checkpoint: Path, saved: TrainerState, model: ModelConfig, vocab_size: int) -> None:
+    """Refuse weights of another model.
+
+    Raises:
+        UserError: names each setting that differs.
+    """
+    old, new = _architecture(ModelConfig(**saved.config["model"]), saved.vocab_size), _architecture(model, vocab_size)
+    differences = [f"{key} was {old[key]} and is now {new[key]}" for key in old if old[key] != new[key]]
+    if differences:
+        raise UserError(
+            f"{checkpoint}: holds another model: {'; '.join(differences)}. Restore the model section, or use another run "
+            "directory to train the new model from the start"
+        )
+
+
+def _architecture(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What the shapes and the meaning of the weights depend on."""
+    return {
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.query_groups,
+        "model.share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
+        "model.rotary_base": model.rotary_base,
+        "model.norm_epsilon": model.norm_epsilon,
+        "the padded vocabulary": model.padded_vocab_size(vocab_size),
+    }
+
+
+def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data: RunData) -> None:
+    """Refuse to resume as something else. The layout, the number of steps, the mixture of samples yet to come may change.
+
+    Raises:
+        UserError: names what differs and the choices.
+    """
+    check_architecture(checkpoint, saved, config.model, data.vocab_size)
+    elsewhere = f"start another run directory with checkpoint.init_from={checkpoint} to take over the weights alone"
+    before = _lasting(PrecisionConfig(**saved.config["precision"]), ParallelConfig(**saved.config["parallel"]))
+    for key, new in _lasting(config.precision, config.parallel).items():
+        old = before[key]
+        if old != new:
+            raise UserError(
+                f"{checkpoint}: {key} was {old} and is now {new}; a run cannot change it. Set {key}={old}, or {elsewhere}"
+            )
+    if saved.plan_digest != data.digest and saved.prefix_digest != data.prefix_digest(saved.samples):
+        raise UserError(
+            f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of "
+            f"(sources, ratios, their prepared data, data seed or sequence length; digest {saved.plan_digest} -> "
+            f"{data.digest}). Restore the data section of config.yaml in the run directory; to change the mixture from here "
+            f"on, add a phase to data.phases that begins at {saved.samples * data.window_length} tokens or later; or "
+            f"{elsewhere}"
+        )
+
+
+def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Settings that hold for the life of a run, those of FP8 first."""
+    return {
+        "precision.fp8": precision.fp8,
+        "precision.fp8_format": precision.fp8_number_format,
+        "precision.fp8_first_last_bf16": precision.fp8_bf16_ends,
+        "precision.fp8_amax_history_len": precision.fp8_amax_history_len,
+        "precision.fp8_margin": precision.fp8_margin,
+        "precision.dtype": precision.dtype,
+        "parallel.use_distributed_optimizer": parallel.use_distributed_optimizer,
+    }
+
+
+def to_start_from(config: Config, vocab_size: int) -> Path:
+    """The checkpoint that `checkpoint.init_from` names.
+
+    Raises:
+        UserError: there is none, or it holds another model.
+    """
+    assert config.checkpoint.init_from is not None
+    path = find(Path(config.checkpoint.init_from))
+    if path is None:
+        raise UserError(
+            f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
+        )
+    check_architecture(path, read_trainer(path), config.model, vocab_size)
+    return path
+
+
+def load(
+    checkpoint: Path,
+    chunks: list[DistributedDataParallel],
+    optimizer: ChainedOptimizer | None,
+    what: str = "resume",
+    *,
+    fp8_scales: bool = True,
+) -> dict[str, Any]:
+    """Read weights, and the optimizer's states unless it is None, into this rank's shards. Called by all ranks.
+
+    Histories of FP8 scales are taken over too, where the checkpoint has them and unless `fp8_scales` is False.
+
+    Returns:
+        The weights as they were saved, by megatron-core's names of the chunks.
+
+    Raises:
+        UserError: a file is missing or damaged, or the shapes differ.
+    """
+    state = sharded_model(chunks)
+    if optimizer is not None:
+        state["optimizer"] = sharded_optimizer(optimizer, dict(state), loading=True)
+    else:  # weights from elsewhere come without TransformerEngine's extra state
+        state = {name: {key: v for key, v in part.items() if not _is_extra(key)} for name, part in state.items()}
+    try:
+        if fp8_scales and any(map(recipe.is_state, dist_checkpointing.load_tensors_metadata(str(checkpoint)))):
+            state |= sharded_fp8(chunks)
+        with torch.no_grad():  # weights in FP8 are read through plain tensors, which would ask for gradients
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{checkpoint}: cannot {what} from this checkpoint: {error}. If a file of it is damaged, which "
+            "`megatron-synth checkpoint verify` tells, remove the folder; the newest sound one before it is used then"
+        ) from error
+    parts = {name: loaded[name] for name in names_of(chunks)}
+    for chunk, part in zip(chunks, parts.values(), strict=True):
+        missing, unexpected = chunk.module.load_state_dict(part, strict=False)
+        assert all(map(_is_extra, [*missing, *unexpected])), f"missing {missing}, unexpected {unexpected}"
+    if "fp8" in loaded:
+        run = recipe.of(chunks)
+        assert run is not None
+        run.load_state(loaded["fp8"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return parts
+
+
+def _is_extra(key: str) -> bool:
+    return key.endswith("_extra_state")
+
+
+def load_weights(checkpoint: Path, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
+    """Read weights alone, and let the optimizer's master weights follow them."""
+    saved = load(checkpoint, chunks, None, what="take weights", fp8_scales=False)
+    quantised = any(map(fp8_params.is_quantised, (parameter for chunk in chunks for parameter in chunk.parameters())))
+    # from weights in FP8 it would take what that left of them
+    optimizer.reload_model_params(saved if quantised else None)
+
+
+def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights, unsharded, on the CPU, by the names of megatron-core's GPT model with all its layers.
+
+    Needs a process group of one rank.
+    """
+    names = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    wanted = {name: entry for name, entry in names.items() if not name.startswith("optimizer.") and not recipe.is_state(name)}
+    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    weights: dict[str, torch.Tensor] = {}
+    for name in wanted:
+        if name.startswith(_LAYERS):
+            for layer, part in enumerate(loaded[name]):
+                weights[f"{_LAYERS}{layer}.{_from_fused(name.removeprefix(_LAYERS))}"] = part
+        else:
+            weights[name] = loaded[name]
+    return weights
+
+
+def save_full_weights(root: Path, weights: dict[str, torch.Tensor], trainer: TrainerState) -> Path:
+    """Write a checkpoint of weights alone, from whole tensors named as `full_weights` returns them. One rank."""
+    stacked: dict[str, list[torch.Tensor]] = {}
+    state: dict[str, Any] = {}
+    for name, weight in weights.items():
+        if name.startswith(_LAYERS):
+            layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+            parts = stacked.setdefault(_LAYERS + _to_fused(rest), [])
+            assert int(layer) == len(parts), f"layers out of order at {name}"
+            parts.append(weight)
+        else:
+            state[name] = ShardedTensor.from_rank_offsets(name, weight)
+    for name, parts in stacked.items():
+        for number, weight in enumerate(parts):
+            place = (0, number, len(parts))
+            state[f"{name}/{number}"] = ShardedTensor.from_rank_offsets(name, weight, place, prepend_axis_num=1)
+    writer = CheckpointWriter(root, "export", torch.device("cpu"))
+    request = SaveRequest(trainer.step, trainer_file(trainer), committed=lambda path: None, failed=lambda text: None)
+    writer.begin(lambda: collect_tensors(state), request)
+    writer.outcome()
+    return root / files.name_of(trainer.step)
+
+
+_LAYERS = "decoder.layers."
+# In checkpoints norm weights bear the names that TransformerEngine's fused norm + linear gives them (model/spec.py).
+_FUSED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def _to_fused(name: str) -> str:
+    return _FUSED.get(name, name)
+
+
+def _from_fused(name: str) -> str:
+    return next((plain for plain, fused in _FUSED.items() if fused == name), name)

@@ -1,0 +1,385 @@
+"""Saving while training goes on: a copy to the host at the end of the step, files written by a thread.
+
+    rank r      copy its pieces into a reused host buffer              <- all that training waits for
+    rank r      thread: write one file, flush it to the disk, tell the store what is in it
+    rank 0      thread: when all have told, write the index and the manifest, rename the folder, point `latest` to it
+
+A save needs no collective: ranks meet in the store of the process group, which is there anyway. If a rank cannot write, rank 0
+hears why, removes the folder, and what was there before stays. The next save begins when this one has ended.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import pickle
+import shutil
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config as serialization
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import human, say
+from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint.files import FileInfo
+from megatron_synth.train.checkpoint.sharding import LocalState, Piece
+
+_ALIGNMENT = 64
+_POLL_S = 0.01
+_LONGEST_POLL_S = 0.5
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What a save is, beside its tensors.
+
+    trainer: content of trainer.json.
+    committed, failed: called on rank 0, in the writing thread, when the checkpoint is whole, or with the reason why it could
+        not be written. They raise nothing.
+    keep_last, keep_every: which checkpoints to keep then.
+    """
+
+    step: int
+    trainer: dict[str, Any]
+    committed: Callable[[Path], None]
+    failed: Callable[[str], None]
+    keep_last: int | None = None
+    keep_every: int | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a piece or an object lies. size is None for an object."""
+
+    key: str
+    size: tuple[int, ...] | None
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    file: str
+    begin: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells rank 0."""
+
+    entries: list[_Entry]
+    files: dict[str, FileInfo]
+    error: str | None = None
+
+
+class HostBuffer:
+    """Memory of the host that is asked for once: the first touch of a page costs more than ten copies into it.
+
+    Pinned where there is a GPU, so that copies run beside its work.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._memory: memoryview | None = None
+        self._owner: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """How much it holds."""
+        return 0 if self._memory is None else self._memory.nbytes
+
+    def reserve(self, size: int) -> None:
+        """Hold at least `size` bytes; what was in it is lost."""
+        if size <= self.bytes:
+            return
+        self._memory = self._owner = None  # before the next: both at once may be too much
+        if self._on_gpu:
+            self._owner = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self._memory = memoryview(self._owner.numpy())
+        else:
+            self._owner = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._owner.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = memoryview(self._owner)
+
+    def tensor(self, begin: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A part of it as a flat tensor with a storage of its own size."""
+        assert self._memory is not None
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=begin)
+
+
+class CheckpointWriter:
+    """Writes checkpoints below `root`, one at a time. All ranks make one, and call its methods alike.
+
+    Args:
+        root: the checkpoints folder, on a file system that all ranks share.
+        attempt: a word that no other start of the run has used, equal on all ranks.
+        device: where the tensors are.
+    """
+
+    def __init__(self, root: Path, attempt: str, device: torch.device):
+        self._root, self._attempt, self._device = root, attempt, device
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        store = torch.distributed.distributed_c10d._get_default_store()
+        # a connection of its own: the thread must not wait for what the process group asks its store
+        self._store = torch.distributed.PrefixStore(f"checkpoint/{attempt}", store.clone())  # type: ignore[attr-defined]
+        self._buffer = HostBuffer(device)
+        self._thread: threading.Thread | None = None
+        self._saves = 0
+        self.blocked_s = 0.0
+        """How long the last `begin` took: the wait for the save before, and the copy."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's part of a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, state: Callable[[], LocalState], request: SaveRequest) -> None:
+        """Copy `state` to the host and let a thread write it. Waits first for the save before this one.
+
+        Nothing is raised for a disk that cannot be written to: rank 0 calls `request.failed`.
+        """
+        began = time.perf_counter()
+        self.join()
+        found = state()
+        staged, ready = self._stage(found)
+        self._saves += 1
+        self.blocked_s = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._work, args=(found, staged, ready, request, str(self._saves)), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for this rank's thread, `timeout` seconds at most; on rank 0 its end is that of the save."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            self._thread = None
+
+    def outcome(self) -> None:
+        """Wait until the last save has ended on all ranks.
+
+        Raises:
+            SaveFailed: it failed, on all ranks alike.
+        """
+        self.join()
+        if self._saves:
+            error = self._get(f"{self._saves}/end").decode()
+            torch.distributed.barrier()  # rank 0 holds the store: it must not leave before all have read
+            if error:
+                raise SaveFailed(error)
+
+    # ---- at the end of the step
+
+    def _stage(self, state: LocalState) -> tuple[list[torch.Tensor], Any]:
+        """Copies of the pieces in the host's buffer, and the event of the device after which they are there."""
+        # with fp32 weights a master weight is the weight itself: one copy serves both
+        places: dict[tuple[int, int, torch.dtype], int] = {}
+        sources: list[tuple[int, torch.Tensor]] = []
+        size = 0
+        order = []
+        for piece in state.pieces:
+            key = (piece.data.data_ptr(), piece.data.numel(), piece.data.dtype)
+            if key not in places:
+                places[key] = size
+                sources.append((size, piece.data))
+                size += -(-piece.data.nbytes // _ALIGNMENT) * _ALIGNMENT
+            order.append(places[key])
+        self._buffer.reserve(size)
+        for begin, data in sources:
+            if data.numel():
+                self._buffer.tensor(begin, data.numel(), data.dtype).copy_(data, non_blocking=True)
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        views = [
+            self._buffer.tensor(begin, piece.data.numel(), piece.data.dtype).view(piece.shape)
+            for begin, piece in zip(order, state.pieces, strict=True)
+        ]
+        return views, ready
+
+    # ---- in the thread
+
+    def _work(self, state: LocalState, staged: list[torch.Tensor], ready: Any, request: SaveRequest, number: str) -> None:
+        folder = self._root / f"{files.name_of(request.step)}.{self._attempt}{files.TEMPORARY}"
+        report = self._write_own(folder, state.pieces, staged, state.objects, ready)
+        if self._rank:
+            self._store.set(f"{number}/{self._rank}", zlib.compress(pickle.dumps(report), 1))  # type: ignore[arg-type]
+            return
+        reports = [report]
+        for rank in range(1, self._world_size):
+            reports.append(pickle.loads(zlib.decompress(self._get(f"{number}/{rank}"))))
+        errors = [f"rank {rank}: {one.error}" for rank, one in enumerate(reports) if one.error is not None]
+        try:
+            if errors:
+                raise OSError(errors[0].removeprefix("rank 0: "))
+            final = self._commit(folder, reports, state.common, request)
+        except Exception as error:  # whatever it is, the ranks wait for the word
+            if not isinstance(error, OSError):
+                traceback.print_exc()
+            shutil.rmtree(folder, ignore_errors=True)
+            text = self._explain(folder, request.step, error)
+            request.failed(text)
+            self._store.set(f"{number}/end", text)
+            return
+        self._prune(request)
+        request.committed(final)
+        self._store.set(f"{number}/end", "")
+
+    def _get(self, key: str) -> bytes:
+        pause = _POLL_S
+        while not self._store.check([key]):
+            time.sleep(pause)
+            pause = min(1.2 * pause, _LONGEST_POLL_S)
+        return bytes(self._store.get(key))
+
+    def _write_own(
+        self, folder: Path, pieces: list[Piece], staged: list[torch.Tensor], objects: dict[str, bytes], ready: Any
+    ) -> _Report:
+        """This rank's file."""
+        try:
+            if ready is not None:
+                ready.synchronize()
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"__{self._rank}_0.distcp"
+            entries: list[_Entry] = []
+            with (folder / name).open("wb", buffering=0) as raw, _without_crc():
+                file = _HashedFile(raw)
+                for key, content in objects.items():
+                    begin = file.tell()
+                    file.write(content)
+                    entries.append(_Entry(key, None, (), (), None, name, begin, len(content)))
+                for piece, tensor in zip(pieces, staged, strict=True):
+                    begin = file.tell()
+                    torch.save(tensor, file)  # type: ignore[arg-type]
+                    length = file.tell() - begin
+                    entries.append(_Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
+                os.fsync(raw.fileno())
+            return _Report(entries, {name: FileInfo(file.tell(), file.digest())})
+        except Exception as error:  # whatever it is, rank 0 waits for the word
+            if not isinstance(error, (OSError, RuntimeError)):  # torch wraps what a file raises
+                traceback.print_exc()
+            return _Report([], {}, f"{error}")
+
+    def _commit(self, folder: Path, reports: list[_Report], common: dict[str, Any], request: SaveRequest) -> Path:
+        """Rank 0, when all ranks have written: make it a checkpoint."""
+        written: dict[str, FileInfo] = {}
+        for report in reports:
+            written |= report.files
+        _write_index(folder, [entry for report in reports for entry in report.entries])
+        written[".metadata"] = FileInfo((folder / ".metadata").stat().st_size, files.hash_file(folder / ".metadata"))
+        content = io.BytesIO()
+        torch.save(common, content)
+        written["common.pt"] = files.write_hashed(folder / "common.pt", content.getvalue())
+        config = json.dumps(asdict(CheckpointingConfig("torch_dist")))
+        written[CONFIG_FNAME] = files.write_hashed(folder / CONFIG_FNAME, config.encode())
+        trainer = json.dumps(request.trainer, indent=2, ensure_ascii=False) + "\n"
+        written[files.TRAINER] = files.write_hashed(folder / files.TRAINER, trainer.encode())
+        files.write_manifest(folder, written)
+        final = self._root / files.name_of(request.step)
+        if final.exists():  # of a future that the run has left
+            files.remove(final)
+        folder.rename(final)
+        files.sync_folder(self._root)
+        write_atomic(self._root / files.LATEST, final.name + "\n")
+        return final
+
+    def _prune(self, request: SaveRequest) -> None:
+        """Remove what need not be kept. That it cannot be removed harms no checkpoint."""
+        if request.keep_last is None:
+            return
+        steps = list(map(files.step_of, files.all_of(self._root)))
+        for step in files.removable(steps, request.step, request.keep_last, request.keep_every):
+            try:
+                files.remove(self._root / files.name_of(step))
+            except OSError as error:
+                say(f"warning: {self._root / files.name_of(step)}: could not be removed: {error}")
+
+    def _explain(self, folder: Path, step: int, error: Exception) -> str:
+        try:
+            free = f" ({human(shutil.disk_usage(self._root).free)} bytes are free there)"
+        except OSError:
+            free = ""
+        return (
+            f"{folder}: the checkpoint of step {step} could not be written: {error}{free}. Older checkpoints are untouched. "
+            "Make room or mend the path; the same command, started again, resumes from the last one"
+        )
+
+
+def _without_crc() -> Any:
+    """Within, torch.save leaves out a checksum that the manifest's makes superfluous, at three times the speed."""
+    return serialization.patch({"save.compute_crc32": False})  # type: ignore[attr-defined]
+
+
+class _HashedFile(io.RawIOBase):
+    """What is written to it goes to a file and into a checksum, while it is in the cache."""
+
+    def __init__(self, file: io.FileIO):
+        self._file, self._digest, self._size = file, xxhash.xxh3_64(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        self._digest.update(view)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._digest.hexdigest()
+
+
+def _write_index(folder: Path, entries: list[_Entry]) -> None:
+    """.metadata: which piece lies where, in the format of torch.distributed.checkpoint."""
+    described: dict[str, Any] = {}
+    results = []
+    for entry in entries:
+        if entry.size is None:
+            index = MetadataIndex(entry.key)
+            described[entry.key] = BytesStorageMetadata()
+        else:
+            offset, shape = torch.Size(entry.offset), torch.Size(entry.shape)
+            index = MetadataIndex(entry.key, offset)
+            if entry.key not in described:
+                assert entry.dtype is not None
+                properties = TensorProperties(dtype=entry.dtype)
+                described[entry.key] = TensorStorageMetadata(properties, torch.Size(entry.size), [])
+            described[entry.key].chunks.append(ChunkStorageMetadata(offset, shape))
+        place = _StorageInfo(entry.file, entry.begin, entry.bytes)
+        results.append(WriteResult(index=index, size_in_bytes=entry.bytes, storage_data=place))
+    FileSystemWriter(folder).finish(Metadata(described, planner_data={}), [results])

@@ -1,0 +1,239 @@
+"""The record of a step: its names, metrics.jsonl, and the console line.
+
+One step is one dict with the key `step` and the names below; the same dict goes to metrics.jsonl (the truth), the
+console and the tracker. Units: losses in nats per token, `eval/bpb` in bits per byte, `perf/mfu` a fraction of the
+dense BF16 peak (None where the peak is unknown), `perf/data_pct` in percent, `mem/peak_gib` in GiB, `perf/step_s` in
+seconds, `data/tokens` trained tokens since step 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import duration, gib, human, scientific
+from megatron_synth.estimate.hardware import show_mfu
+
+STEP = "step"
+LOSS = "train/loss"
+Z_LOSS = "train/z_loss"  # what it adds to the loss; only where there is one
+SOURCE_LOSS = "train/loss/"  # + source
+GRAD_NORM = "optim/grad_norm"  # before clipping
+LR = "optim/lr"
+SKIPPED = "optim/skipped"  # steps skipped since step 0, for a loss or gradient that was not finite
+TOKENS_PER_SEC = "perf/tokens_per_sec_per_gpu"
+TFLOPS = "perf/tflops_per_gpu"
+MFU = "perf/mfu"
+STEP_S = "perf/step_s"
+DATA_PCT = "perf/data_pct"
+PEAK_GIB = "mem/peak_gib"
+TOKENS = "data/tokens"
+SHARE = "data/share/"  # + source: fraction of the trained tokens so far
+EPOCH = "data/epoch/"  # + source: passes over the source so far
+PRECISION = "fp8/layers"  # text, at the first step of every start: which layers run in which format
+EVAL_LOSS = "eval/loss"  # mean over domains, weighted by tokens
+EVAL_DOMAIN_LOSS = "eval/loss/"  # + domain
+EVAL_BPB = "eval/bpb"  # over all domains' bytes
+EVAL_DOMAIN_BPB = "eval/bpb/"  # + domain
+EVAL_DOMAIN_TOKENS = "eval/tokens/"  # + domain: tokens evaluated
+
+GIB = 2**30
+
+NON_FINITE = "non_finite"
+"""Key, on disk only, of `{name: "nan" | "inf" | "-inf"}`: JSON has no such numbers, so their places hold null."""
+
+Record = dict[str, Any]
+
+
+def parts(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What follows `prefix` in the names of `record`, in their order: `parts(r, "train/loss/")` is loss by source."""
+    return {name[len(prefix) :]: value for name, value in record.items() if name.startswith(prefix)}
+
+
+# ---- metrics.jsonl
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON, floats in the shortest form that reads back to the same bits."""
+    odd = {name: str(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    if odd:
+        record = {name: None if name in odd else value for name, value in record.items()} | {NON_FINITE: odd}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def decode(line: str | bytes) -> Record:
+    """The record that `encode` wrote, bit for bit; ValueError if the line is not one."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or STEP not in record:
+        raise ValueError(f"no object with the key {STEP!r}")
+    for name, value in record.pop(NON_FINITE, {}).items():
+        record[name] = float(value)
+    return record
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a metrics.jsonl; empty if there is no file.
+
+    A last line that a crash cut short is left out. Damage anywhere else is a UserError, since it is no crash of ours.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(decode(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}: line {number} of {len(lines)} is not a step record ({error}); restore the file or delete the line"
+            ) from error
+    return records
+
+
+class MetricsFile:
+    """metrics.jsonl of a run, opened for writing; one process may write it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add one line per record, all of them or none; each must hold plain Python values and the key `step`.
+
+        Raises:
+            OSError: none was added, because the disk is full, say.
+        """
+        lines = []
+        for record in records:
+            assert STEP in record, f"a record without {STEP!r}: {sorted(record)}"
+            lines.append(encode(record) + "\n")
+        if not lines:
+            return
+        with open(self.path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":
+                    size = self._whole_lines()
+                    file.truncate(size)  # a crash left a torn line
+            content = memoryview("".join(lines).encode())
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def _whole_lines(self) -> int:
+        """Bytes up to the end of the last line that is whole."""
+        return self.path.read_bytes().rfind(b"\n") + 1
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the records of steps beyond `step`, and a torn last line; returns how many records were dropped.
+
+        Call it before the first append of a resumed run: the steps after the checkpoint will be run again.
+        """
+        if not self.path.exists():
+            return 0
+        records = read_metrics(self.path)
+        kept = [record for record in records if record[STEP] <= step]
+        write_atomic(self.path, "".join(encode(record) + "\n" for record in kept))
+        return len(records) - len(kept)
+
+
+# ---- mean step time and time left
+
+
+class RunningWindow:
+    """Mean of the last `size` values, the first `skip` of a run left out: they hold compilation and warm caches."""
+
+    def __init__(self, skip: int = 3, size: int = 100):
+        assert skip >= 0 and size >= 1
+        self._to_skip = skip
+        self._values: deque[float] = deque(maxlen=size)
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        if self._to_skip:
+            self._to_skip -= 1
+        else:
+            self._values.append(value)
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the window; None until a value counts."""
+        return math.fsum(self._values) / len(self._values) if self._values else None
+
+    def eta_s(self, steps_left: int) -> float | None:
+        """Seconds that `steps_left` steps will take, the values being seconds per step; None until one counts."""
+        mean = self.mean
+        return None if mean is None else mean * steps_left
+
+
+# ---- the console
+
+
+def _tflops(value: float) -> str:
+    """Three significant digits: `512`, `0.00412` on a CPU, and `1240` without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def format_step(
+    record: Mapping[str, Any],
+    total_steps: int,
+    *,
+    eta_s: float | None = None,
+    memory_total_gib: float | None = None,
+) -> str:
+    """The log line of one step.
+
+    record: as in metrics.jsonl; a part that it lacks is left out, one whose value is None reads `n/a`.
+    eta_s: seconds left, None while unknown. memory_total_gib: of the device; None on CPU, where only the peak shows.
+    """
+
+    def part(name: str, text: str, form: Any) -> None:
+        if name in record:
+            value = record[name]
+            shown.append(text.format("n/a" if value is None else form(value)))
+
+    shown = [f"step {record[STEP]}/{total_steps}"]
+    part(LOSS, "loss {}", "{:.4f}".format)
+    part(GRAD_NORM, "gnorm {}", "{:.2f}".format)
+    part(LR, "lr {}", scientific)
+    part(TOKENS_PER_SEC, "{} tok/s/gpu", human)
+    part(TFLOPS, "{} TFLOP/s/gpu", _tflops)
+    part(MFU, "mfu {}", show_mfu)
+    total = "" if memory_total_gib is None else f"/{gib(memory_total_gib * GIB)}"
+    part(PEAK_GIB, "mem {} GiB", lambda peak: gib(peak * GIB) + total)
+    part(DATA_PCT, "data {}", "{:.1f}%".format)
+    part(STEP_S, "step {}", "{:.2f}s".format)
+    part(TOKENS, "tokens {}", scientific)
+    shown.append(f"eta {'n/a' if eta_s is None else duration(eta_s)}")
+    part(SKIPPED, "skipped {}", str)
+    return " | ".join(shown)
+
+
+def format_eval(record: Mapping[str, Any]) -> str:
+    """The log line of an evaluation: loss by domain, their mean by tokens, and bits per byte where they are known."""
+    domains = parts(record, EVAL_DOMAIN_LOSS)
+    shown = [f"eval step {record[STEP]}", *(f"{domain} {loss:.2f}" for domain, loss in domains.items())]
+    if EVAL_LOSS in record:
+        shown.append(f"mean {record[EVAL_LOSS]:.2f}")
+    if record.get(EVAL_BPB) is not None:
+        shown.append(f"bpb {record[EVAL_BPB]:.2f}")
+    return " | ".join(shown)
+
+
+def has_eval(record: Mapping[str, Any]) -> bool:
+    """Whether the step of `record` ended with an evaluation."""
+    return any(name.startswith(EVAL_DOMAIN_LOSS) for name in record)

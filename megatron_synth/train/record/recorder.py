@@ -1,0 +1,199 @@
+"""From steps to records: sums stay on the device until a log step, then one reduction serves all steps since the last."""
+
+from __future__ import annotations
+
+import math
+import resource
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_synth.config.errors import RankError, UserError
+from megatron_synth.config.schema import Config
+from megatron_synth.core.log import say
+from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.mixing.ledger import Ledger
+from megatron_synth.estimate.flops import flops_per_token
+from megatron_synth.estimate.hardware import mfu
+from megatron_synth.parallel.groups import Ranks
+from megatron_synth.train.batch import LABELS, LOSS, SAMPLES, Z_LOSS
+from megatron_synth.train.record import metrics
+from megatron_synth.train.record.anomalies import Notes
+from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.wandb import Tracker
+
+if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepared
+    from megatron_synth.train.step import StepResult
+
+
+class Recorder:
+    """Collects steps on all ranks; rank 0 writes metrics.jsonl, the console line and the tracker.
+
+    The ledger is fed from what the loss was computed on, window by window, not from what was planned.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        ledger: Ledger,
+        run_dir: RunDir,
+        tracker: Tracker | None,
+        ranks: Ranks,
+        *,
+        step: int,
+        skipped: int,
+    ):
+        self._config, self._plan, self._ledger = config, data.plan, ledger
+        self._run_dir, self._tracker, self._ranks = run_dir, tracker, ranks
+        self._flops_per_token = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
+        self._device_name = run_dir.info["device"]
+        self._memory_total = (
+            torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if ranks.device.type == "cuda" else None
+        )
+        hosts: list[str] = [""] * ranks.world_size
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        self._notes = Notes(config, run_dir, hosts)
+        self._file = metrics.MetricsFile(run_dir.metrics)
+        self._times = metrics.RunningWindow()
+        self._pending: list[tuple[metrics.Record, torch.Tensor]] = []
+        self._held: list[metrics.Record] = []
+        self._ends: list[int] = []
+        self._own_s: list[float] = []
+        self._first_step = step
+        self._consecutive = 0
+        self.skipped = skipped
+        """Steps skipped since step 0."""
+
+    def start(self) -> None:
+        """Begin writing after the step that the run is at."""
+        if self._ranks.rank == 0:
+            self._file.truncate_after(self._first_step)
+
+    @property
+    def in_trouble(self) -> bool:
+        """So many steps in a row were skipped that the run must stop; the next flush raises."""
+        return self._consecutive >= self._config.train.max_consecutive_skips
+
+    def add(self, step: int, samples: int, result: StepResult, lr: float, *, step_s: float, data_s: float) -> None:
+        """Take in a finished step, after which `samples` are consumed. No wait for the device, nothing sent."""
+        self._consecutive = self._consecutive + 1 if result.skipped else 0
+        self.skipped += result.skipped
+        self._times.add(step_s)
+        tokens_per_s = self._config.train.tokens_per_step / step_s / self._ranks.world_size
+        flops_per_s = tokens_per_s * self._flops_per_token
+        record: metrics.Record = {
+            metrics.STEP: step,
+            metrics.LOSS: None,  # its place in the record; known at the flush
+            metrics.GRAD_NORM: result.grad_norm,
+            metrics.LR: lr,
+            metrics.SKIPPED: self.skipped,
+            metrics.TOKENS_PER_SEC: tokens_per_s,
+            metrics.TFLOPS: flops_per_s / 1e12,
+            metrics.MFU: mfu(flops_per_s, self._device_name),
+            metrics.STEP_S: step_s,
+            metrics.DATA_PCT: 100 * data_s / step_s,
+        }
+        self._pending.append((record, result.sums))
+        self._ends.append(samples)
+        self._own_s.append(result.own_s + data_s)
+
+    def flush(self, *, shown: bool = False) -> None:
+        """Reduce and write the steps since the last flush; `shown` prints the newest. Called by all ranks.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        if self._pending:
+            sums = torch.stack([sums for _, sums in self._pending])  # [steps, 4, K]
+            # one reduction for all: what a rank says of itself is a place of its own in a table of zeros
+            own = torch.zeros((2, self._ranks.world_size), dtype=torch.float64)
+            own[0, self._ranks.rank] = sum(self._own_s) / len(self._own_s)
+            own[1, self._ranks.rank] = _peak_memory_gib(self._ranks.device)
+            both = torch.cat([sums.flatten(), own.flatten().to(sums.device)])
+            torch.distributed.all_reduce(both)
+            host = both.cpu()
+            own_s, memory = host[sums.numel() :].view(2, -1).tolist()
+            records = [record for record, _ in self._pending]
+            reduced = host[: sums.numel()].view(sums.shape).tolist()
+            for record, end, of_step in zip(records, self._ends, reduced, strict=True):
+                self._complete(record, of_step, max(memory))
+                if self._ranks.rank == 0:
+                    self._notes.step(record, dict(zip(self._plan.names, map(int, of_step[SAMPLES]), strict=True)), end)
+            if self._ranks.rank == 0:
+                self._notes.times(records[-1][metrics.STEP], own_s)
+            self._pending, self._ends, self._own_s = [], [], []
+            self._write(records)
+            if shown:
+                self._show(records[-1])
+        if self.in_trouble:
+            raise UserError(
+                f"{self._consecutive} steps in a row had a loss or gradient that was not finite "
+                f"(train.max_consecutive_skips); the weights are those before them. The last checkpoint is in "
+                f"{self._run_dir.checkpoints}. Look at the samples of these steps, which events.log names, or lower optim.lr"
+            )
+
+    def finish(self) -> None:
+        """The run ends: nothing may be left unwritten. Rank 0.
+
+        Raises:
+            RankError: metrics.jsonl could not be written.
+        """
+        if self._held:
+            first, last = (self._held[place][metrics.STEP] for place in (0, -1))
+            raise RankError(
+                f"{self._file.path}: the records of steps {first} to {last} could not be written; the checkpoint is complete. "
+                "Make room; remove the last checkpoint and start the same command again to make them anew"
+            )
+
+    def include(self, result: Mapping[str, Any]) -> None:
+        """Add to the record of the newest step, such as the evaluation that followed it."""
+        self._pending[-1][0].update(result)
+
+    def _show(self, record: metrics.Record) -> None:
+        total = self._config.train.steps
+        left = self._times.eta_s(total - record[metrics.STEP])
+        say(metrics.format_step(record, total, eta_s=left, memory_total_gib=self._memory_total))
+        if metrics.has_eval(record):
+            say(metrics.format_eval(record))
+
+    def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float) -> None:
+        """Fill in what the reduction brought, and count the samples in the ledger. sums: [4, K], see batch.py."""
+        losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
+        expected = self._config.samples_per_step
+        assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
+        self._ledger.merge([int(count) for count in samples])
+        record[metrics.LOSS] = math.fsum(losses) / max(sum(labels), 1)
+        if self._config.train.z_loss:
+            record[metrics.Z_LOSS] = math.fsum(sums[Z_LOSS]) / max(sum(labels), 1)
+        for name, loss, count in zip(self._plan.names, losses, labels, strict=True):
+            if count:
+                record[metrics.SOURCE_LOSS + name] = loss / count
+        record[metrics.PEAK_GIB] = peak_gib
+        counted = self._ledger.to_json()
+        record[metrics.TOKENS] = counted["tokens"]
+        for name, source in counted["sources"].items():
+            record[metrics.SHARE + name] = source["share"]
+            record[metrics.EPOCH + name] = source["epochs"]
+
+    def _write(self, records: list[metrics.Record]) -> None:
+        if self._ranks.rank != 0:
+            return
+        self._held += records
+        try:
+            self._file.append(self._held)
+            self._held = []
+        except OSError as error:
+            say(f"warning: {self._file.path}: {error}; {len(self._held)} records wait in memory until it can be written")
+        if self._tracker is not None:
+            for record in records:
+                self._tracker.log(record, record[metrics.STEP])
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process ever held: on the device, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,92 @@
+"""The command line: late imports, exit codes, and who prints an error."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from megatron_synth.cli import main as cli
+from megatron_synth.config.errors import RankError, UserError
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from megatron_synth.cli.main import main; code = main(['--help'])\n"
+        "print([name for name in ('torch', 'pydantic', 'numpy', 'yaml', 'megatron') if name in sys.modules], code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[] 0"
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in result.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_its_function(verb: str) -> None:
+    assert callable(cli.load(verb))
+
+
+def test_an_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown verb 'trian'; did you mean 'train'?\n"
+
+
+def test_no_verb_is_an_error_and_version_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith("megatron-synth 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "rank", "code", "printed"),
+    [
+        (UserError("no"), None, 2, "error: no\n"),
+        (UserError("no"), "0", 2, "error: no\n"),
+        (UserError("no"), "3", 2, ""),
+        (RankError("rank 3: no"), "3", 2, "error: rank 3: no\n"),
+        (KeyboardInterrupt(), None, 130, ""),
+        (None, None, 75, ""),
+    ],
+)
+def test_exit_codes_and_who_prints(
+    raised: BaseException | None,
+    rank: str | None,
+    code: int,
+    printed: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def verb(arguments: list[str]) -> int:
+        assert arguments == ["a", "b=1"]
+        if raised is not None:
+            raise raised
+        return 75
+
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "load", lambda name: verb)
+    assert cli.main(["train", "a", "b=1"]) == code
+    assert capsys.readouterr().err == printed
+
+
+def test_an_internal_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verb(arguments: list[str]) -> int:
+        raise AssertionError("a fault of ours")
+
+    monkeypatch.setattr(cli, "load", lambda name: verb)
+    with pytest.raises(AssertionError, match="a fault of ours"):
+        cli.main(["train"])
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = f"{sys.executable} -u -m megatron_synth config show train/quickstart.yaml | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("model:\n", "")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert importlib.import_module("megatron_synth").__version__ == cli.__version__

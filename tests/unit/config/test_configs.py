@@ -1,0 +1,132 @@
+"""Every file below configs/ is sound, and a dry run of it tells what it would do."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_synth.config.cluster import ClusterConfig
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.load import load_file, load_yaml, shipped, to_yaml, validate
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.config.schema import Config, ModelConfig
+from megatron_synth.data.shards.indexed import ShardWriter
+from megatron_synth.estimate.flops import count_parameters
+from megatron_synth.train.dryrun import dry_run
+
+CONFIGS = shipped("configs")
+
+
+def files(folder: str) -> list[str]:
+    found = sorted(str(file.relative_to(CONFIGS)) for file in (CONFIGS / folder).rglob("*.yaml"))
+    assert found, f"nothing in {CONFIGS / folder}"
+    return found
+
+
+def test_every_folder_has_a_schema() -> None:
+    schemas = {"model", "data", "train", "bench", "cluster", "study"}  # studies: test_study_file.py
+    assert {file.relative_to(CONFIGS).parts[0] for file in CONFIGS.rglob("*.yaml")} == schemas
+
+
+@pytest.mark.parametrize("path", files("model"))
+def test_model_files_hold_one_sound_model_section(path: str) -> None:
+    content = load_yaml(path)
+    assert set(content) == {"model"}
+    model = validate(ModelConfig, content["model"], path)
+    assert model.name == Path(path).stem
+    assert model.rotary_base == 500_000
+    # the file's first line says the size: 1.69 B, 99 M
+    number, unit = (CONFIGS / path).read_text().removeprefix("# ").split()[:2]
+    stated = float(number) * {"M": 1e6, "B": 1e9}[unit]
+    assert count_parameters(model, 50_000).non_embedding == pytest.approx(stated, rel=0.006)
+    quickstart = load_yaml("train/quickstart.yaml")
+    validate(Config, {**quickstart, "model": content["model"]}, path)
+
+
+@pytest.mark.parametrize("path", files("train") + files("bench"))
+def test_training_files_are_sound(path: str) -> None:
+    load_file(Config, path)
+
+
+@pytest.mark.parametrize("path", files("data"))
+def test_preparation_files_are_sound(path: str) -> None:
+    load_file(PrepareConfig, path)
+
+
+@pytest.mark.parametrize("path", files("cluster"))
+def test_cluster_files_are_sound(path: str) -> None:
+    load_file(ClusterConfig, path)
+
+
+def test_quickstart_runs_in_the_layout_that_make_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no data here
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    config = load_file(Config, "train/quickstart.yaml", layout)
+    text = dry_run(config, 4)
+    assert "TP2 x PP2 x DP1 (SP), 4 ranks, 4 micro-batches" in text
+    assert "491,520 (120 steps x 16 sequences x 256)" in text
+    assert text.count("not prepared") == 5
+    rows = [line.split() for line in text.splitlines() if line.split()[1:2] in (["2/3"], ["1/3"])]
+    assert [(row[0], row[2]) for row in rows] == [("natural", "327,680"), ("qa", "163,840")]
+
+
+def test_dry_run_tells_sizes_cost_and_memory_once_the_vocabulary_is_known() -> None:
+    config = load_file(Config, "train/quickstart.yaml", ["model.vocab_size=4096"])
+    text = dry_run(config, 2)
+    parameters = count_parameters(config.model)
+    assert f"{parameters.total:,}" in text and f"{parameters.non_embedding:,}" in text
+    assert "FLOPs in all" in text and "memory per rank" in text
+
+
+def test_dry_run_refuses_damaged_sources(tmp_path: Path) -> None:
+    (tmp_path / "natural").mkdir()
+    config = load_file(Config, "train/quickstart.yaml", [f"data.sources.natural.path={tmp_path / 'natural'}"])
+    with pytest.raises(UserError, match="manifest"):
+        dry_run(config, 1)
+
+
+def write_source(prefix: Path, tokens: int) -> Path:
+    writer = ShardWriter(prefix, np.dtype(np.uint16))
+    writer.add((np.arange(tokens) % 100).astype(np.uint16), np.array([tokens]))
+    writer.finish()
+    return prefix
+
+
+def test_dry_run_tells_how_long_prepared_sources_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the other sources are not prepared
+    natural = write_source(tmp_path / "natural", 100 * 256 + 1)
+    overrides = [f"data.sources.natural.path={natural}", "model.vocab_size=100", "train.steps=30", "train.seed=5"]
+    config = load_file(Config, "train/quickstart.yaml", overrides)
+    [row] = [line.split() for line in dry_run(config, 1).splitlines() if line.split()[:2] == ["natural", "2/3"]]
+    assert row == ["natural", "2/3", "81,920", "25,600", "3.200", "4", "37", "steps"]
+    lasts = config.train.model_copy(update={"steps": 37})
+    dry_run(config.model_copy(update={"train": lasts}), 1)
+    too_long = config.train.model_copy(update={"steps": 38})
+    with pytest.raises(UserError, match="natural: has 100 windows"):
+        dry_run(config.model_copy(update={"train": too_long}), 1)
+
+
+def test_dry_run_needs_no_torch(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(load_file(Config, "train/quickstart.yaml", ["model.vocab_size=4096"])))
+    code = (
+        "import sys; from megatron_synth.cli.main import main\n"
+        f"code = main(['train', {str(file)!r}, '--dry-run', '--world-size', '2'])\n"
+        "print([name for name in ('torch', 'megatron', 'datasets', 'wandb') if name in sys.modules], code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_the_readme_lists_the_sizes_as_they_are() -> None:
+    spec = importlib.util.spec_from_file_location("tables", CONFIGS.parent / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert tables.replace(readme, "sizes", tables.sizes()) == readme, "run `python docs/tables.py sizes`"

@@ -1,0 +1,180 @@
+"""Shared documents and n-grams against brute force on small sources."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_synth.cli import prepare_duplicates
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.overlap import minhash, ngrams
+from megatron_synth.data.overlap.minhash import find_duplicates
+from megatron_synth.data.overlap.ngrams import Batch, hashes
+from megatron_synth.data.shards.indexed import ShardWriter
+from megatron_synth.data.shards.manifest import (
+    Counts,
+    Manifest,
+    PackingInfo,
+    Provenance,
+    ShardInfo,
+    TokenizerInfo,
+)
+
+EOD = 0
+
+
+def make(folder, documents, split="train", fingerprint="f" * 64, per_shard=7):
+    """A source of documents, lists of tokens without the end-of-document token."""
+    folder.mkdir(parents=True)
+    infos = []
+    for number, first in enumerate(range(0, len(documents), per_shard)):
+        writer = ShardWriter(folder / f"shard-{number:05d}", np.dtype(np.uint16))
+        for tokens in documents[first : first + per_shard]:
+            writer.add(np.array([*tokens, EOD], np.uint16), np.array([len(tokens) + 1]))
+        infos.append(ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish())))
+    Manifest(
+        name=folder.name,
+        kind="natural",
+        generator=None,
+        split=split,
+        dtype="uint16",
+        tokenizer=TokenizerInfo(path="../tokenizer.json", fingerprint=fingerprint, vocab_size=60_000, eod_id=EOD),
+        counts=Counts(documents=len(documents), tokens=sum(map(len, documents)) + len(documents), text_bytes=1),
+        shards=tuple(infos),
+        made=Provenance(program="test", config_digest="0" * 64, inputs={}, holdout="0"),
+    ).save(folder)
+    return folder
+
+
+def random_documents(seed, count, length=300):
+    random = np.random.default_rng(seed)
+    return [random.integers(1, 60_000, length).tolist() for _ in range(count)]
+
+
+def shared(report):
+    return {(one.source, one.other): (one.exact, one.near) for one in report.shared}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 5), max_size=30), min_size=1, max_size=6),
+    size=st.integers(1, 17),
+)
+def test_equal_ngrams_have_equal_hashes_and_others_do_not(documents, size):
+    tokens = np.concatenate([[*document, EOD] for document in documents]).astype(np.uint16)
+    stops = np.cumsum([len(document) + 1 for document in documents])
+    starts = np.concatenate([[0], stops[:-1]])
+    values, rows = hashes(Batch(0, tokens, starts, stops - 1), size)
+    expected = [
+        (row, tuple(document[at : at + size]))
+        for row, document in enumerate(documents)
+        for at in range(len(document) - size + 1)
+    ]
+    assert rows.tolist() == [row for row, _ in expected]
+    by_gram = {}
+    for value, (_, gram) in zip(values.tolist(), expected, strict=True):
+        assert by_gram.setdefault(gram, value) == value
+    assert len(set(by_gram.values())) == len(by_gram)
+
+
+def test_exact_duplicates_within_and_between_sources(tmp_path, monkeypatch):
+    a, b = random_documents(1, 30), random_documents(2, 20)
+    web = a + [a[3], a[3], a[5]]
+    book = [*b, a[5], a[7], b[0]]
+    folders = [make(tmp_path / "web", web), make(tmp_path / "book", book)]
+    for partition in (2**20, 64):  # records in one file, in many
+        monkeypatch.setattr(minhash, "PARTITION_BYTES", partition)
+        report = find_duplicates(folders)
+        found = shared(report)
+        assert found["web", "web"] == (5, 5)  # three of a[3], two of a[5]
+        assert found["book", "book"] == (2, 2)
+        assert found["web", "book"] == (3, 3)  # two of a[5], a[7]
+        assert found["book", "web"] == (2, 2)
+        assert report.redundant == 2 + 1 + 1 + 1 + 1
+        assert report.sources == {"web": 33, "book": 23}
+
+
+def test_near_duplicates_follow_the_similarity(tmp_path):
+    """A document with a share of tokens replaced at its end: Jaccard is (1 - s) / (1 + s)."""
+    base = random_documents(3, 200, 400)
+    other = random_documents(4, 200, 400)
+    for share, expected in ((0.02, (0.97, 1.0)), (0.4, (0.0, 0.02))):
+        cut = int(400 * (1 - share))
+        changed = [one[:cut] + two[cut:] for one, two in zip(base, other, strict=True)]
+        folder = tmp_path / str(share)
+        found = shared(find_duplicates([make(folder / "a", base), make(folder / "b", changed)]))
+        for pair in (("a", "b"), ("b", "a")):
+            assert found[pair][0] == 0
+            assert expected[0] <= found[pair][1] / 200 <= expected[1]
+        assert found["a", "a"] == (0, 0)
+
+
+def test_short_documents_are_no_near_duplicates_of_each_other(tmp_path):
+    folder = make(tmp_path / "a", [[1, 2], [3, 4], [], [5]])
+    assert shared(find_duplicates([folder])) == {("a", "a"): (0, 0)}
+
+
+@pytest.mark.parametrize("limit", [2**20, 100, 3])
+def test_contamination_equals_brute_force(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(minhash, "VALIDATION_NGRAMS", limit)
+    monkeypatch.setattr(ngrams, "BATCH_TOKENS", 1000)
+    monkeypatch.setattr(ngrams, "BATCH_DOCUMENTS", limit)
+    train, other, valid = random_documents(5, 40), random_documents(6, 10), random_documents(7, 12)
+    valid[0] = train[2][10:30] + valid[0]  # eight 13-grams
+    valid[1] = train[4][:200] + valid[1][:100]  # more than half
+    valid[2] = train[5][50:62] + valid[2]  # twelve tokens: one too few
+    valid[3] = train[6][-6:] + train[7][:7] + valid[3]  # across a border of documents
+    valid[4] = [7, 8, 9]  # too short
+    valid[5] = other[0]
+    folders = [
+        make(tmp_path / "train", train),
+        make(tmp_path / "other", other),
+        make(tmp_path / "valid", valid, split="validation"),
+    ]
+    report = find_duplicates(folders)
+    found = {(one.validation, one.training): one for one in report.contamination}
+    assert found.keys() == {("valid", "train"), ("valid", "other")}
+    for name, documents in (("train", train), ("other", other)):
+        grams = {tuple(one[at : at + 13]) for one in documents for at in range(len(one) - 12)}
+        hits = [[tuple(one[at : at + 13]) in grams for at in range(len(one) - 12)] for one in valid if len(one) >= 13]
+        one = found["valid", name]
+        assert one.documents == 11
+        assert one.any == sum(map(any, hits))
+        assert one.half == sum(2 * sum(hit) >= len(hit) for hit in hits)
+        assert (one.ngrams, one.ngrams_seen) == (sum(map(len, hits)), sum(map(sum, hits)))
+    assert (found["valid", "train"].any, found["valid", "train"].half) == (2, 1)
+    assert (found["valid", "other"].any, found["valid", "other"].half) == (1, 1)
+
+
+def test_sources_of_different_tokenizers_are_refused(tmp_path):
+    folders = [make(tmp_path / "a", [[1]]), make(tmp_path / "b", [[1]], fingerprint="e" * 64)]
+    with pytest.raises(UserError, match=r"b/manifest\.json: made with another tokenizer than .*/a"):
+        find_duplicates(folders)
+
+
+def test_the_verb_prints_a_table_and_writes_json(tmp_path, capsys):
+    documents = random_documents(8, 10)
+    make(tmp_path / "out" / "web", [*documents, documents[0]])
+    make(tmp_path / "out" / "valid", documents[:3], split="validation")
+    assert prepare_duplicates.main([str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "itself, again" in printed and "2 (18.18 %)" in printed
+    assert "3 (100.00 %)" in printed and "4 documents to remove" in printed
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["redundant"] == 4 and data["contamination"][0]["any"] == 3
+    with pytest.raises(UserError, match="--threshold: expected a number above 0"):
+        prepare_duplicates.main([str(tmp_path / "out"), "--threshold", "0"])
+
+
+def test_packed_sources_are_compared_without_their_padding(tmp_path):
+    """Padding is no text, and there are more entries in the index than documents."""
+    folder = make(tmp_path / "a", [*random_documents(1, 3), *[[]] * 5, *random_documents(1, 2)], per_shard=100)
+    manifest = Manifest.load(folder)
+    packing = PackingInfo(sequence_length=300, padding_tokens=5, cut_documents=0, cut_without=0)
+    counts = manifest.counts.model_copy(update={"documents": 4})
+    manifest.model_copy(update={"packing": packing, "counts": counts}).save(folder)
+    report = find_duplicates([folder])
+    assert report.sources == {"a": 5} and report.redundant == 2
+    assert shared(report) == {("a", "a"): (4, 4)}

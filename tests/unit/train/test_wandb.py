@@ -1,0 +1,139 @@
+"""The tracker in its offline mode for real, and its faults."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_synth.config.errors import EXIT_STOPPED, UserError
+from megatron_synth.config.schema import WandbConfig
+from megatron_synth.train.record.wandb import Tracker
+
+OFFLINE = WandbConfig(mode="offline", project="test", tags=("a",))
+
+
+def stored(file: Path) -> list[Any]:
+    """The records of a small .wandb file: a 7-byte header, then records of checksum (4), length (2), type (1), data."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, records = file.read_bytes(), 7, []
+    assert data[:4] == b":W&B" and len(data) < 32768  # one block: no record is split
+    while at < len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data[at + 7 : at + 7 + length])
+        records.append(record)
+        at += 7 + length
+    return records
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for record in stored(file):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+    return rows
+
+
+def test_two_starts_offline_are_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "fine-run"
+    run_dir.mkdir()
+    parts = ([1, 2, 3], [2, 3, 4])  # step 3 was lost in a crash, and is logged again
+    for steps in parts:
+        tracker = Tracker.start(OFFLINE, run_dir, "0a1b2c3d", {"optim": {"lr": 0.1}})
+        for step in steps:
+            tracker.log({"step": step, "train/loss": 1.0 / step, "perf/mfu": None}, step)
+        tracker.finish(0)
+        tracker.finish(0)
+        assert not tracker.active
+        time.sleep(1.1)  # wandb names its folders by the second
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-0a1b2c3d.wandb"))
+    assert len(files) == 2
+    for file, steps in zip(files, parts, strict=True):
+        assert history(file) == [{"step": step, "train/loss": 1.0 / step} for step in steps]
+        runs = [record.run for record in stored(file) if record.WhichOneof("record_type") == "run"]
+        assert runs[0].run_id == "0a1b2c3d" and runs[0].display_name == "fine-run" and list(runs[0].tags) == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["fine-run"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_disabled_does_not_import_wandb(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from megatron_synth.config.schema import WandbConfig\n"
+        "from megatron_synth.train.record.wandb import Tracker\n"
+        f"tracker = Tracker.start(WandbConfig(mode='disabled'), Path({str(tmp_path)!r}), 'id', {{}}, None)\n"
+        "tracker.log({'step': 1}, 1); tracker.finish(0)\n"
+        "assert not tracker.active and 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_that_cannot_start_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"mode is online.*no API key configured.*offline or disabled"):
+        Tracker.start(WandbConfig(mode="online"), tmp_path, "id", {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"mode is offline, but wandb cannot be imported.*set log\.wandb\.mode to disabled"):
+        Tracker.start(OFFLINE, tmp_path, "id", {})
+
+
+class Broken:
+    """A run whose every call fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*_: Any, **__: Any) -> None:
+            self.calls.append(name)
+            raise OSError("disk full")
+
+        return fail
+
+
+def test_a_failure_while_logging_warns_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    run = Broken()
+    tracker = Tracker(run)
+    with caplog.at_level(logging.WARNING):
+        for step in range(5):
+            tracker.log({"step": step}, step)
+        tracker.finish(1)
+    assert run.calls == ["log"] and not tracker.active
+    assert len(caplog.records) == 1 and "step 0" in caplog.text and "disk full" in caplog.text
+
+
+def test_a_failure_while_closing_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    Tracker(Broken()).finish(0)
+    assert len(caplog.records) == 1 and "closing the run" in caplog.text
+
+
+def test_a_stop_on_request_is_a_preemption() -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def mark_preempting(self) -> None:
+            calls.append(("mark_preempting", None))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(("finish", exit_code))
+
+    Tracker(Run()).finish(EXIT_STOPPED)
+    Tracker(Run()).finish(0)
+    assert calls == [("mark_preempting", None), ("finish", 75), ("finish", 0)]
