@@ -68,5 +68,5 @@ lint: setup
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin data/quickstart data/study-twin
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f megatron_synth/data/_rows*.so
+	rm -f megatron_synth/data/shards/_native*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

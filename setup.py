@@ -34,7 +34,10 @@ setup(
     # plain C that is loaded by ctypes: a compiler is all it needs; without one numpy does its work
     ext_modules=[
         Extension(
-            "megatron_synth.data._rows", ["megatron_synth/data/shards/native.c"], extra_compile_args=["-O3"], optional=True
+            "megatron_synth.data.shards._native",
+            ["megatron_synth/data/shards/native.c"],
+            extra_compile_args=["-O3"],
+            optional=True,
         )
     ],
     install_requires=[

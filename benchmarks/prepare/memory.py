@@ -176,8 +176,8 @@ def render(head: dict[str, Any], result: MemoryBench) -> str:
         rows.append([step.verb, str(step.workers), *size, f"{step.seconds:,.0f}", f"{step.tokens / step.cpu_s:,.0f}", *memory])
     lines = [
         *header_lines(head),
-        f"- text: made up, see benchmarks/prepare/corpus.py; a third of it in a .zst file; tokenizer of {VOCABULARY:,} tokens trained on "
-        f"{TRAINING_BYTES / 1e6:.0f} MB; shuffle, packing to {SEQUENCE_LENGTH:,} tokens, holdout of {HOLDOUT}",
+        f"- text: made up, see benchmarks/prepare/corpus.py; a third of it in a .zst file; tokenizer of {VOCABULARY:,} "
+        f"tokens trained on {TRAINING_BYTES / 1e6:.0f} MB; shuffle, packing to {SEQUENCE_LENGTH:,}, holdout {HOLDOUT}",
         f"- memory: of all processes together, the most in samples {INTERVAL_S} s apart; PSS divides shared pages among their "
         f"processes, RSS counts them for each",
         *(

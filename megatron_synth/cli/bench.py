@@ -17,18 +17,12 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "megatron_synth.cli.bench_kernels:main",
         "every operation by every backend, beside torch.compile and others",
     ),
-    "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
     "memory": ("megatron_synth.cli.bench_memory:main", "the estimate of memory per rank beside what is allocated"),
-    "loader": ("benchmarks.loader.cli:main", "speed, start-up, memory and exactness of data loaders"),
-    "prepare": (
-        "benchmarks.prepare.cli:main",
-        "tokens/s of turning text into shards, beside Megatron-LM's way",
-    ),
-    "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
-    "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
     "gpu": ("megatron_synth.bench.gpu:main", "everything that a GPU has to show, in one command"),
     "report": ("megatron_synth.bench.report:main", "tables and figures of what the others have written; regressions"),
 }
+
+MOVED = ("checkpoint", "fp8", "launch", "loader", "prepare")
 
 
 def usage() -> str:
@@ -43,6 +37,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return EXIT_OK
+    if argv[0] in MOVED:
+        raise UserError(f"bench {argv[0]} compares with other projects and is run from a clone: python -m benchmarks {argv[0]}")
     if argv[0] not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{argv[0]}'; one of: {', '.join(BENCHMARKS)}")
     module, _, function = BENCHMARKS[argv[0]][0].partition(":")

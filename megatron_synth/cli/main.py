@@ -19,7 +19,7 @@ EXIT_FAILURE = 1  # Python's own, after a traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 VERBS: dict[str, tuple[str, str]] = {
-    "prepare": ("megatron_synth.data.preparing.prepare:main", "turn text into token shards"),
+    "prepare": ("megatron_synth.cli.prepare:main", "turn text into token shards"),
     "plan": ("megatron_synth.cli.plan:main", "layouts of a model on GPUs: memory and predicted speed, on paper"),
     "train": ("megatron_synth.cli.train:main", "train a model, alone or under torchrun; resumes by itself"),
     "submit": ("megatron_synth.cli.submit:main", "train on SLURM nodes: check, write the job, put it into the queue"),
@@ -80,8 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"megatron-synth {__version__}")
         return EXIT_OK
+    return guarded(lambda rest: load(arguments[0])(rest), arguments[1:])
+
+
+def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """What `run` returns, with the user's errors as one line and the exit recorded."""
     try:
-        code = load(arguments[0])(arguments[1:])
+        code = run(arguments)
         report(code)
         return code
     except UserError as error:

@@ -96,8 +96,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.file, arguments.overrides)
     if study.prepare is None:
         raise UserError(f"{arguments.file}: prepare: not set; name the data file that makes the sources")
+    from megatron_synth.cli.prepare import main as prepare_main
     from megatron_synth.config.load import resolve
-    from megatron_synth.data.preparing.prepare import main as prepare_main
 
     beside = Path(arguments.file).parent if Path(arguments.file).is_file() else None
     return prepare_main([str(resolve(study.prepare, beside))])

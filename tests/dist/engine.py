@@ -8,10 +8,10 @@ from megatron_synth.parallel import cpu
 cpu.prepare()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import megatron_synth.train.checkpoint
+    import megatron_synth.train.checkpoint.resume
     import megatron_synth.train.evaluate
     import megatron_synth.train.loop
-    import megatron_synth.train.main
+    import megatron_synth.cli.train
     import megatron_synth.train.step  # noqa: F401
     from megatron_synth.parallel.groups import import_engine
 

@@ -8,12 +8,10 @@ continued by the next. The bytes depend on the settings and the text alone, not 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from typing import Any
 import numpy as np
 
 import megatron_synth
-from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.config.load import load_file
+from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import write_json
 from megatron_synth.data.preparing.output import JOURNAL, Journal, partial_folder, replace
@@ -33,7 +30,7 @@ from megatron_synth.data.preparing.readers import (
     is_held_out,
     read_documents,
 )
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers, core_count
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -207,81 +204,3 @@ def _is_current(output: Path, config: PrepareConfig, digest: str, force: bool) -
     except UserError as error:
         raise UserError(f"output: {output} is damaged, use --force to prepare it again: {error}") from None
     return True
-
-
-def format_table(prepared: Sequence[Prepared]) -> str:
-    """What was made, one line per source. Sources of one reading show its time; tokens/s counts both."""
-    rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "shards", "seconds", "tokens/s")]
-    for one in prepared:
-        counts, name = one.manifest.counts, one.manifest.name
-        family = {name, name + VALID_SUFFIX, name.removesuffix(VALID_SUFFIX)}
-        tokens = sum(other.manifest.counts.tokens for other in prepared if other.manifest.name in family)
-        rows.append(
-            (
-                name,
-                one.manifest.split,
-                f"{counts.documents:,}",
-                f"{counts.tokens:,}",
-                f"{counts.text_bytes:,}",
-                f"{counts.text_bytes / counts.tokens:.3f}",
-                str(len(one.manifest.shards)),
-                f"{one.seconds:.1f}",
-                f"{tokens / max(one.seconds, 1e-9):,.0f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _check_verb(verb: str) -> Callable[[list[str]], int]:
-    if verb == "verify":
-        from megatron_synth.cli.prepare_verify import main as check_files
-
-        return check_files
-    from megatron_synth.cli.prepare_duplicates import main as count_duplicates
-
-    return count_duplicates
-
-
-def main(argv: list[str]) -> int:
-    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`, `prepare verify` and `prepare duplicates`."""
-    if argv and argv[0] in ("verify", "duplicates"):
-        return _check_verb(argv[0])(argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="megatron-synth prepare",
-        description="Turn text into token shards.",
-        epilog="Of prepared folders: `prepare verify FOLDER...` compares checksums, `prepare duplicates FOLDER...` "
-        "counts texts that several share.",
-    )
-    parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
-    parser.add_argument(
-        "--workers", type=int, default=core_count(), help="processes that tokenise (default: all cores, %(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a finished output")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
-
-    config = load_file(PrepareConfig, arguments.file, arguments.overrides)
-    start = time.perf_counter()
-    prepared = prepare(config, workers=arguments.workers, force=arguments.force)
-    if prepared is None:
-        print(f"{config.output}: up to date")
-        return EXIT_OK
-    print(format_table(prepared))
-    for one in prepared:
-        packing, counts = one.manifest.packing, one.manifest.counts
-        if packing is not None:
-            print(
-                f"{one.manifest.name}: {packing.cut_documents:,} of {counts.documents:,} documents are longer than "
-                f"{packing.sequence_length} tokens and cut ({packing.cut_without:,} would be cut end to end); padding "
-                f"{packing.padding_tokens / counts.tokens:.3%} of the tokens"
-            )
-    print(f"{config.output}: prepared in {time.perf_counter() - start:.1f} s")
-    return EXIT_OK

@@ -36,7 +36,7 @@ class BusError(Exception):
 @lru_cache(maxsize=1)
 def library() -> Library | None:
     """The compiled functions; None where they were not compiled."""
-    stem = Path(__file__).parent / "_rows"
+    stem = Path(__file__).parent / "_native"
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = stem.with_name(stem.name + suffix)
         if path.is_file():

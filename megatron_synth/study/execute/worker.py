@@ -52,7 +52,7 @@ def import_once() -> None:
         cpu.connect()
     import megatron_synth.model.build
     import megatron_synth.parallel.wrap
-    import megatron_synth.train.checkpoint
+    import megatron_synth.train.checkpoint.resume
     import megatron_synth.train.evaluate
     import megatron_synth.train.loop  # noqa: F401
 

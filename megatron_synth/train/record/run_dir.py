@@ -34,7 +34,7 @@ from megatron_synth.core.files import write_atomic, write_json
 
 JOBS = "slurm"
 """Folder in a run directory with one folder for each job that was submitted for it (cluster/)."""
-COMMIT_FILE = Path(__file__).resolve().parents[1] / "commit.json"
+COMMIT_FILE = Path(__file__).resolve().parents[2] / "commit.json"
 """In a copy of the package that a job runs: the commit that it was copied from."""
 _LIBRARIES = ("torch", "megatron-core", "numpy", "transformer-engine", "triton")
 

@@ -13,8 +13,7 @@ from benchmarks.prepare import peers
 from benchmarks.prepare.measure import PrepareBench, Run, compare, to_json
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.tokenizer import train_tokenizer
-
-ROOT = Path(bench.__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from megatron_synth.data.preparing import builtin_corpus, builtin_questions
 from megatron_synth.data.preparing.readers import is_held_out
+from tests.support import ROOT
 
 HOLDOUT = Fraction(1, 30)
-ROOT = Path(builtin_corpus.__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

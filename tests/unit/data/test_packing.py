@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_synth.cli.prepare import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.preparing.packing import PADDING, arrange, cut_documents, pack
-from megatron_synth.data.preparing.prepare import main
 from megatron_synth.data.shards.source import open_source
 
 EOD = 0

@@ -15,22 +15,23 @@ import numpy as np
 import psutil
 import pytest
 
+from megatron_synth.cli import prepare as verb
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.overlap.minhash import find_duplicates
 from megatron_synth.data.preparing import output, pipeline, readers, shuffle, splits
-from megatron_synth.data.preparing import prepare as verb
+from megatron_synth.data.preparing import prepare as preparing
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.preparing.readers import is_held_out
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.support import ROOT
 
 EOD = "<|endoftext|>"
 TEXTS = [f"Document {n}: the {n * n} quick foxes\njump over {'naïve ' * (n % 7)}dogs. 狐 {n}" for n in range(60)]
 TEXTS[5] = f"A text that says {EOD} in the middle."
-ROOT = Path(verb.__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -238,7 +239,7 @@ def test_training_a_tokenizer_is_the_same_in_every_process(tmp_path):
         "from megatron_synth.data.tokenizer import train_tokenizer as t; import json, sys;"
         "print(t(json.load(open(sys.argv[1])), 600, '<eod>').fingerprint)"
     )
-    text = [path.read_text() for path in sorted((ROOT / "megatron_synth" / "data").glob("*.py"))]
+    text = [path.read_text() for path in sorted((ROOT / "megatron_synth" / "data").rglob("*.py"))]
     (tmp_path / "texts.json").write_text(json.dumps(text))
     found = set()
     for threads in ("1", "3"):
@@ -492,7 +493,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
         free = 100
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb.shutil, "disk_usage", lambda folder: Usage)
+        patch.setattr(preparing.shutil, "disk_usage", lambda folder: Usage)
         with pytest.raises(UserError, match="needs about .* are free in"):
             prepare(make())
         assert prepare(make({"max_bytes": 100})) is not None, "max_bytes bounds the estimate"

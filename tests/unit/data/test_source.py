@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,9 @@ from megatron_synth.data.shards import source as source_module
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
+from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
-
-ROOT = Path(source_module.__file__).resolve().parents[2]
 
 
 def make(folder, shards, dtype=np.uint16, fingerprint="f" * 64):
@@ -214,7 +212,7 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path):
 
 
 def test_importing_the_store_needs_neither_torch_nor_datasets():
-    code = "import sys, megatron_synth.data.preparing.prepare, megatron_synth.data.shards.source as s; print([m for m in sys.modules])"
+    code = "import sys, megatron_synth.data.preparing.prepare, megatron_synth.data.shards.source; print(list(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not [name for name in ("torch", "datasets", "pyarrow", "tokenizers", "megatron.core") if f"'{name}'" in loaded]
 

@@ -16,7 +16,7 @@ from megatron_synth.study.fit.laws import LAWS
 from megatron_synth.study.fit.row_filter import matching, number
 from megatron_synth.study.fit.runs_table import read_table
 
-CHINCHILLA = Path(__file__).parents[1] / "fixtures" / "chinchilla_figure4.csv"
+CHINCHILLA = Path(__file__).parents[2] / "fixtures" / "chinchilla_figure4.csv"
 FAST = ["--bootstraps", "50", "--starts", "60"]
 
 

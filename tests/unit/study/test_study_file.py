@@ -134,7 +134,8 @@ def test_ids_survive_another_name_and_another_process(tmp_path: Path) -> None:
     _, renamed = expanded(tmp_path, arms=arms)
     assert {run.id for run in renamed} == {run.id for run in runs}
     write_study(tmp_path)
-    code = "import sys\nfrom megatron_synth.study.plan.study_file import load_study\nfrom megatron_synth.study.plan.runs import expand\n"
+    code = "import sys\nfrom megatron_synth.study.plan.study_file import load_study\n"
+    code += "from megatron_synth.study.plan.runs import expand\n"
     code += "print(*[run.id for run in expand(load_study(sys.argv[1]))])"
     told = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert told.stdout.split() == [run.id for run in runs]
