@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.fp8_convergence import BASELINE, CONTROL, LIMIT, run, summarise, table
+from benchmarks.fp8_convergence import BASELINE, CONTROL, LIMIT, run, summarize, table
 from megatron_synth.bench import tables
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     head = tables.header("bench", ["fp8", *argv])
     seeds = [config.train.seed + number for number in range(options.seeds)]
     trials = run(config, [BASELINE, *recipes], seeds, options.tail)
-    rows = summarise(trials)
+    rows = summarize(trials)
     train = config.train
     lines = [
         *tables.header_lines(head),

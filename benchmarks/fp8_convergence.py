@@ -109,7 +109,7 @@ def run(config: Config, recipes: Sequence[str], seeds: Sequence[int], tail: int)
     return trials
 
 
-def summarise(trials: Sequence[Trial]) -> list[Summary]:
+def summarize(trials: Sequence[Trial]) -> list[Summary]:
     """One row per recipe, in the order of the trials; BF16 must be among them."""
     baseline = {trial.seed: trial for trial in trials if trial.recipe == BASELINE}
     rows = []

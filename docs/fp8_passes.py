@@ -1,9 +1,9 @@
-"""Bytes that our FP8 layers move besides their products: what quantising costs, apart from and inside what makes the tensors.
+"""Bytes that our FP8 layers move besides their products: what quantizing costs, apart from and inside what makes the tensors.
 
-Counted per token and layer of one rank, in bf16, without tensor parallelism; a tensor is assumed not to stay in the cache. Only
+Counted per token and layer of one rank, in bf16, without tensor parallelizm; a tensor is assumed not to stay in the cache. Only
 what FP8 adds or changes is in it: attention, rotation, residual sums and the norms' gradients are the same in any precision.
 
-A quantiser reads 2 bytes of a number and writes it twice, as it is and transposed: 4 (the scales of blocks, 3 % of what is
+A quantizer reads 2 bytes of a number and writes it twice, as it is and transposed: 4 (the scales of blocks, 3 % of what is
 written, are left out). `current` scaling must have seen all of a tensor before it can scale any of it, and reads it once more,
 or makes it once more where it is made from something else.
 """
@@ -24,7 +24,7 @@ class Ways:
     """Bytes for each number."""
 
     apart: int
-    """The tensor is made in bf16, then quantised: `precision.fp8_fused: false`."""
+    """The tensor is made in bf16, then quantized: `precision.fp8_fused: false`."""
     fused: int
     """As our kernels do it."""
     floor: int
@@ -33,7 +33,7 @@ class Ways:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer quantises."""
+    """Where a layer quantizes."""
 
     name: str
     symbol: str
@@ -61,11 +61,11 @@ def _in_products(model: ModelConfig) -> int:
 
 _QUANTISED, _LOOKED_AT = Ways(4, 4, 4), Ways(6, 6, 6)
 PLACES = (
-    # apart: 2 read, 2 written, quantised. Fused: rows are read for their mean square, then tiles for both orders.
+    # apart: 2 read, 2 written, quantized. Fused: rows are read for their mean square, then tiles for both orders.
     Place("RMSNorm, twice", "2 H", lambda model: 2 * model.hidden_size, Ways(8, 6, 4), Ways(10, 6, 6)),
-    # apart: 4 read, 2 written, quantised. Fused: 4 read, 2 written; for `current` 4 more to see the magnitude
+    # apart: 4 read, 2 written, quantized. Fused: 4 read, 2 written; for `current` 4 more to see the magnitude
     Place("SwiGLU", "F", lambda model: model.ffn_hidden_size, Ways(10, 6, 6), Ways(12, 10, 10)),
-    # apart: 6 read, 4 written, two numbers quantised. Fused: 6 read, 4 written; for `current` 6 more
+    # apart: 6 read, 4 written, two numbers quantized. Fused: 6 read, 4 written; for `current` 6 more
     Place("SwiGLU's gradient", "F", lambda model: model.ffn_hidden_size, Ways(18, 10, 10), Ways(22, 16, 16)),
     Place("attention's output", "A D", _queries, _QUANTISED, _LOOKED_AT),
     Place(

@@ -2,8 +2,8 @@
 #
 # The step runs in the background, so that a signal reaches the traps here at once.
 #   USR1  the time limit is near, or the job is preempted: the ranks are asked to save and leave, then the job is requeued.
-#   TERM  Slurm ends the job (cancelled, preempted without USR1, a node lost) and has told the ranks itself. Slurm also
-#         decides whether the job comes back: requeueing it from here would revive a job that its owner has cancelled.
+#   TERM  Slurm ends the job (canceled, preempted without USR1, a node lost) and has told the ranks itself. Slurm also
+#         decides whether the job comes back: requeueing it from here would revive a job that its owner has canceled.
 # What follows the end of a step is decided by megatron_synth.cluster.verdict, from what the ranks left in OUTCOMES.
 
 # an array task by its own name: the number of its array's last task is also that of the whole array

@@ -3,7 +3,7 @@
 The limit is the least that any loader must do: read a memory map of the same shards from front to back and copy batches
 of 8 x 4096 tokens into an int64 torch tensor. Beside it stands the same at random places, 4096 tokens each, which is the
 least for a loader that shuffles. Both are measured in the process of each contender, in turn with it; a ratio compares
-neighbours.
+neighbors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Loaders of mixtures, ours and others', behind one small interface.
 
 Each gets the same four sources in the same shares and gives batches of B rows of tokens, int64, as torch tensors. Others
-are used as their documentation shows for a weighted mixture of tokenised sources with a fixed seed, without worker
+are used as their documentation shows for a weighted mixture of tokenized sources with a fixed seed, without worker
 processes where they allow it.
 """
 

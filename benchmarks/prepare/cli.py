@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         description="Tokens per second and worker of `prepare`, beside Megatron-LM's preprocessing loop and datatrove; or, "
         "with --memory, how much memory it takes.",
     )
-    parser.add_argument("--megabytes", type=int, default=12, help="text to tokenise; beyond 12 it repeats; default %(default)s")
+    parser.add_argument("--megabytes", type=int, default=12, help="text to tokenize; beyond 12 it repeats; default %(default)s")
     parser.add_argument("--workers", type=int, default=core_count(), help="processes of each; default all cores, %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each; default %(default)s")
     parser.add_argument("--datatrove", type=Path, metavar="PYTHON", help="interpreter of an environment with datatrove")

@@ -70,8 +70,8 @@ def compare(megabytes: int, workers: int, rounds: int, *, datatrove: Path | None
     """Run all contenders, in turn.
 
     Args:
-        megabytes: of text to tokenise: the built-in corpus, repeated with a number before each document.
-        workers: processes that tokenise.
+        megabytes: of text to tokenize: the built-in corpus, repeated with a number before each document.
+        workers: processes that tokenize.
         rounds: runs of each contender.
         datatrove: the Python of an environment with datatrove; None leaves it out.
         say: gets a line after each run.

@@ -73,7 +73,7 @@ def measure(sizes: Sequence[int], workers: Sequence[int], folder: Path | None, s
 
     Args:
         sizes: bytes of text.
-        workers: processes that tokenise; with several, `prepare` runs with each, and must write the same bytes.
+        workers: processes that tokenize; with several, `prepare` runs with each, and must write the same bytes.
         folder: where to put corpus and output, on a disk with room; None: the system's temporary folder.
         say: gets a line after each step.
 

@@ -85,7 +85,7 @@ def megatron_lm(corpus: Path, tokenizer: Path, output: Path, workers: int) -> Ti
 
 
 def datatrove(corpus: Path, tokenizer: Path, output: Path, workers: int) -> Timed:
-    """Datatrove's own tokenising pipeline, a file per task."""
+    """Datatrove's own tokenizing pipeline, a file per task."""
     from datatrove.executor import LocalPipelineExecutor  # type: ignore[import-not-found]
     from datatrove.pipeline.readers import JsonlReader  # type: ignore[import-not-found]
     from datatrove.pipeline.tokens import DocumentTokenizer  # type: ignore[import-not-found]

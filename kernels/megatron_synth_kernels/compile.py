@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every Triton kernel for Hopper, on a machine without a GPU.
 
 The operations run on meta tensors of a model's shapes, forward and backward, and every launch compiles for sm_90a instead of
-being sent to a device. So what is compiled is what a run would launch: the same specialisations on alignment, block sizes and
+being sent to a device. So what is compiled is what a run would launch: the same specializations on alignment, block sizes and
 warps. Registers, memory and the stack, where spilled registers go, are read from the finished binary.
 
 Give it a process of its own: launches keep what was compiled.
@@ -130,35 +130,35 @@ def _adam(sizes: Sizes) -> None:
     triton_adam.adamw_(narrow, wide[1], wide[2], wide[3], coefficients, rounding=Rounding(1, 2, 3))
 
 
-def _quantise_fp8(sizes: Sizes) -> None:
+def _quantize_fp8(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
     for dtype in (E4M3, E5M2):
-        triton_quantize.quantise_tensorwise(x, triton_quantize.amax_of(x), dtype)
-        row, _ = triton_quantize.quantise_1x128(x, dtype)
-        triton_quantize.quantise_128x128(x, dtype)
+        triton_quantize.quantize_tensorwise(x, triton_quantize.amax_of(x), dtype)
+        row, _ = triton_quantize.quantize_1x128(x, dtype)
+        triton_quantize.quantize_128x128(x, dtype)
         assert row is not None
         triton_quantize.transpose(row.data)
 
 
-def _quantised_every_way(make: Callable[[], Source]) -> None:
+def _quantized_every_way(make: Callable[[], Source]) -> None:
     for dtype in (E4M3, E5M2):
         make().tensorwise(make().amax(), dtype)
         make().tensorwise(make().amax(), dtype, transposed=False)  # evaluations, and parts that are gathered
         make().blocks(dtype)
 
 
-def _swiglu_quantise(sizes: Sizes) -> None:
+def _swiglu_quantize(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, 2 * sizes.ffn), dtype=torch.bfloat16, device="meta")
     grad = torch.empty((sizes.tokens, sizes.ffn), dtype=torch.bfloat16, device="meta")
-    _quantised_every_way(lambda: triton_swiglu_quantize.SwiGLU(x))
-    _quantised_every_way(lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x))
+    _quantized_every_way(lambda: triton_swiglu_quantize.SwiGLU(x))
+    _quantized_every_way(lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x))
 
 
-def _rms_norm_quantise(sizes: Sizes) -> None:
+def _rms_norm_quantize(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
     weight = torch.empty(sizes.hidden, dtype=torch.bfloat16, device="meta")
-    _quantised_every_way(lambda: triton_norm_quantize.Normalised(x, weight, 1e-5))
-    made = triton_norm_quantize.Normalised(x, weight, 1e-5)
+    _quantized_every_way(lambda: triton_norm_quantize.Normalized(x, weight, 1e-5))
+    made = triton_norm_quantize.Normalized(x, weight, 1e-5)
     triton_norm_quantize.gradients(x, x, weight, made.inverse)
 
 
@@ -170,9 +170,9 @@ CASES: dict[str, Callable[[Sizes], None]] = {
     "cross_entropy_stats": _cross_entropy_stats,
     "cross_entropy_grad": _cross_entropy_grad,
     "adam": _adam,
-    "quantise_fp8": _quantise_fp8,
-    "swiglu_quantise": _swiglu_quantise,
-    "rms_norm_quantise": _rms_norm_quantise,
+    "quantise_fp8": _quantize_fp8,
+    "swiglu_quantise": _swiglu_quantize,
+    "rms_norm_quantise": _rms_norm_quantize,
 }
 """Operation -> every launch that it makes for a shape, on the meta device."""
 

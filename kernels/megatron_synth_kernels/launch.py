@@ -9,7 +9,7 @@ H200_PROCESSORS = 132
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., H] -> [N, H] with neighbouring channels side by side; a copy only where no view has that."""
+    """[..., H] -> [N, H] with neighboring channels side by side; a copy only where no view has that."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x.reshape(-1, x.shape[-1])

@@ -231,7 +231,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         _operation(
             "quantise_fp8",
-            "module with amax_of(x), quantise_tensorwise, quantise_1x128, quantise_128x128 (x [N, K], ...), transpose(data)",
+            "module with amax_of(x), quantize_tensorwise, quantize_1x128, quantize_128x128 (x [N, K], ...), transpose(data)",
             triton=".triton.quantize",
             torch=".torch.fp8",
         ),
@@ -243,7 +243,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         _operation(
             "rms_norm_quantise",
-            "module with Normalised(x [N, H], weight [H], eps): fp8.Source, and gradients(grad, x, weight, inverse)",
+            "module with Normalized(x [N, H], weight [H], eps): fp8.Source, and gradients(grad, x, weight, inverse)",
             triton=".triton.norm_quantize",
             torch=".torch.norm_quantize",
         ),

@@ -136,7 +136,7 @@ def fp8_settings(backend: str, smoke: bool) -> tuple[list[str], str]:
 def _tests(smoke: bool) -> Part:
     """The gpu-marked tests of the clone, or, on a smoke run, one quick file of tests through the same door."""
     folder = Path(__file__).resolve().parents[2] / "tests"
-    chosen = (str(folder / "unit" / "test_permute.py"),) if smoke else ("-m", "gpu", str(folder))
+    chosen = (str(folder / "unit" / "data" / "test_permutation.py"),) if smoke else ("-m", "gpu", str(folder))
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
     return Part("numerics tests", command, 70, "" if folder.is_dir() else "no tests beside the package: run it from a clone")
 

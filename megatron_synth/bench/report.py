@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     if "levers" in levers:
         if len(options.files) > 1 or options.baseline or options.csv or options.png:
             raise UserError("a file of --levers is a table of its own: without other files, --baseline, --csv and --png")
-        from megatron_synth.cli.bench_ablations import render as render_levers
+        from megatron_synth.bench.train.ablations_table import render as render_levers
 
         say(render_levers(levers))
         return EXIT_OK

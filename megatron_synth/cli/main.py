@@ -35,7 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("megatron_synth.cli.bench:main", "measure training, kernels, loader, checkpoints ...: bench alone lists them"),
     "kernels": ("megatron_synth.cli.kernels:main", "which implementation of each operation this machine uses, and why"),
     "fit": ("megatron_synth.cli.fit:main", "fit a scaling law to a table of runs"),
-    "report": ("megatron_synth.train.record.plot:main", "summarise a run directory in text and figures"),
+    "report": ("megatron_synth.train.record.plot:main", "summarize a run directory in text and figures"),
 }
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
     parser.add_argument(
-        "--workers", type=int, default=core_count(), help="processes that tokenise (default: all cores, %(default)s)"
+        "--workers", type=int, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     arguments = parser.parse_intermixed_args(argv)

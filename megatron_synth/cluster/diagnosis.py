@@ -128,7 +128,7 @@ def _network(names: Sequence[str], pairs: Sequence[Sequence[float]]) -> list[Fin
     for node, rate in enumerate(best):
         if rate < SLOW * usual:
             found.append(
-                Finding(names[node], "network", f"all-reduce with either neighbour at {rate:.3g} GB/s, usual is {usual:.3g}")
+                Finding(names[node], "network", f"all-reduce with either neighbor at {rate:.3g} GB/s, usual is {usual:.3g}")
             )
     slow = {finding.node for finding in found}
     for first, second, rate in pairs:

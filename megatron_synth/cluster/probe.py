@@ -162,10 +162,10 @@ def _driver() -> str | None:
 
 
 def probe_ranks(address: str, port: int, ranks_per_node: int, timeout_s: float) -> dict[str, Any] | None:
-    """All-reduce rates over all ranks and between neighbouring nodes, and clocks. The result is rank 0's; None elsewhere.
+    """All-reduce rates over all ranks and between neighboring nodes, and clocks. The result is rank 0's; None elsewhere.
 
     Keys: nodes (names in order), backend, all_reduce_gb_s (bus bandwidth over all ranks), pairs ([i, j, GB/s] for
-    neighbours in a ring of nodes), clocks (seconds ahead of the first node, by node), round_trip_s (by node).
+    neighbors in a ring of nodes), clocks (seconds ahead of the first node, by node), round_trip_s (by node).
     Bus bandwidth is 2 (n - 1) / n x bytes / time, the bytes that a ring moves per rank, so that it does not depend on n.
     """
     import torch
@@ -189,7 +189,7 @@ def probe_ranks(address: str, port: int, ranks_per_node: int, timeout_s: float) 
     groups = [
         dist.new_group([n * ranks_per_node + local for n in sorted(pair) for local in range(ranks_per_node)]) for pair in ring
     ]
-    # neighbours in two or three rounds in which no node is in two pairs: pairs do not disturb each other
+    # neighbors in two or three rounds in which no node is in two pairs: pairs do not disturb each other
     for turn in (range(0, len(ring) - len(ring) % 2, 2), range(1, len(ring), 2), range(len(ring) - len(ring) % 2, len(ring))):
         for place in turn:
             if rank // ranks_per_node in ring[place]:

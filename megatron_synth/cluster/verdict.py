@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     if options.event == "ended":
         _append(job_dir, options.job, line)
-        _tell(run_dir, f"job {options.job}: ended by Slurm (cancelled, preempted or a node lost)")
+        _tell(run_dir, f"job {options.job}: ended by Slurm (canceled, preempted or a node lost)")
         return EXIT_OK
     outcomes = job_dir / "outcomes" / f"{options.job}.{options.restart}"
     reports = read_reports(outcomes)

@@ -251,7 +251,7 @@ class TrainConfig(Section):
     sequence_length: PositiveInt
     """Tokens per sequence (S)."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations made anew in the backward pass instead of kept: selective, the outputs of norms and of SwiGLU, which cost
+    """Activations made again in the backward pass instead of kept: selective, the outputs of norms and of SwiGLU, which cost
     next to nothing to make again; full, all but each layer's input, at the cost of a third more arithmetic."""
     gc_interval: PositiveInt | None = 100
     """Collect Python's garbage every so many steps, on all ranks at once. Null: whenever Python likes, also within steps."""
@@ -322,7 +322,7 @@ class PrecisionConfig(Section):
     fp8_backend: Literal["auto", "te", "own"] = "auto"
     """Whose FP8 layers: TransformerEngine's or ours. auto: TransformerEngine's on a GPU where it can be imported."""
     fp8_fused: bool = True
-    """Quantise RMSNorm and SwiGLU, forward and backward, while they are made: the same numbers in fewer passes. Ours only."""
+    """Quantize RMSNorm and SwiGLU, forward and backward, while they are made: the same numbers in fewer passes. Ours only."""
     fp8_log_every: PositiveInt | None = None
     """Write each FP8 layer's largest magnitudes, scales and shares of under- and overflow to metrics.jsonl every so many steps.
     Default: never."""
@@ -366,11 +366,11 @@ class KernelsConfig(Section):
     wgrad: Literal["auto", "apex", "torch"] = "auto"
     """Weight gradients, added straight into fp32 gradients."""
     quantise_fp8: Literal["auto", "triton", "torch"] = "auto"
-    """Quantisers of FP8 layers, where precision.fp8 has any of ours."""
+    """Quantizers of FP8 layers, where precision.fp8 has any of ours."""
     swiglu_quantise: Literal["auto", "triton", "torch"] = "auto"
-    """SwiGLU and its gradient in one with their quantisers, where precision.fp8_fused."""
+    """SwiGLU and its gradient in one with their quantizers, where precision.fp8_fused."""
     rms_norm_quantise: Literal["auto", "triton", "torch"] = "auto"
-    """RMSNorm in one with its quantiser, where precision.fp8_fused."""
+    """RMSNorm in one with its quantizer, where precision.fp8_fused."""
 
 
 class CheckpointConfig(Section):

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
-from megatron_synth.data.preparing.bpe_cache import WordEncoder, encode_all, is_applicable
+from megatron_synth.data.bpe_cache import WordEncoder, encode_all, is_applicable
 from megatron_synth.data.shards.manifest import canonical_digest
 
 if TYPE_CHECKING:

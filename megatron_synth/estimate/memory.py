@@ -1,10 +1,10 @@
 """Bytes that a rank holds, by kind, counted from the configuration without building the model.
 
 Letters: T tokens of a micro-batch, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head, V padded
-vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
+vocabulary, t tensor-parallel size, s its size under sequence parallelizm and 1 without, e bytes of an element.
 
 Activations are counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for the operations that
-run on the device: those of a GPU keep the inputs of norms, those of a CPU their fp32 normalised form. `bench memory` holds the
+run on the device: those of a GPU keep the inputs of norms, those of a CPU their fp32 normalized form. `bench memory` holds the
 sums against what is really allocated.
 """
 
@@ -62,7 +62,7 @@ def kept_per_token(config: Config, device: Device = "gpu", fp8: bool | None = No
     # a layer that makes the outputs of norms and of SwiGLU in FP8 only has none of them to drop
     if config.train.recompute == "selective" and not (fp8 and _fuses(config)):
         shards = _sequence_shards(config)
-        for name in ("norm outputs", "normalised", "activated"):
+        for name in ("norm outputs", "normalized", "activated"):
             kept.pop(name, None)
         if device == "cpu":
             # silu(gate) is an operation of its own there
@@ -108,7 +108,7 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
         }
     else:
         kept |= {
-            "normalised": 2 * 4 * (hidden + 1) / shards,
+            "normalized": 2 * 4 * (hidden + 1) / shards,
             "value": element * keys / tensor,
             "attention output, reordered": element * queries / tensor if config.train.micro_batch_size > 1 else 0,
             "silu(gate)": element * width / tensor,
@@ -119,7 +119,7 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
 
 
 def _in_fp8(kept: dict[str, float], config: Config, device: Device) -> None:
-    """The inputs of the products are kept quantised, and nobody else's are kept for them."""
+    """The inputs of the products are kept quantized, and nobody else's are kept for them."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     element, shards = _element(config), _sequence_shards(config)
     blocks = config.precision.fp8 == "blockwise"
@@ -128,14 +128,14 @@ def _in_fp8(kept: dict[str, float], config: Config, device: Device) -> None:
     kept.pop("attention output, reordered", None)
     kept["attention output in fp8"] = number * model.num_attention_heads * model.head_dim / tensor
     kept["activated in fp8"] = number * model.ffn_hidden_size / tensor
-    gathered_whole = blocks and shards > 1  # quantised after they are gathered, and kept as they were before
+    gathered_whole = blocks and shards > 1  # quantized after they are gathered, and kept as they were before
     if not gathered_whole:
         kept.pop("norm outputs")
         kept["norm outputs in fp8"] = number * 2 * model.hidden_size / shards
     if device == "cpu" and _fuses(config):
         kept.pop("silu(gate)")
         if not gathered_whole:
-            kept.pop("normalised")
+            kept.pop("normalized")
             kept["norm inputs"] = 2 * (element * model.hidden_size + 4) / shards
 
 
@@ -173,13 +173,13 @@ def memory_per_rank(
 
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
     4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
-    says) 2 bytes more for each parameter of the layers' products: quantised copies, as they are and transposed, which are
+    says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed, which are
     kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in FP8,
     one byte per number.
     """
-    quantised = config.precision.fp8 != "off" if fp8 is None else fp8
+    quantized = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
-        _stage(config, data_parallel_size, stage, vocab_size, device, quantised)
+        _stage(config, data_parallel_size, stage, vocab_size, device, quantized)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
 
@@ -198,8 +198,8 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     layers = model.num_layers // stages // chunks
     share = _share_in_fp8(config, stage) if fp8 else 0.0
     kept = sum(
-        part * sum(kept_per_token(config, device, quantised).values())
-        for part, quantised in ((share, True), (1 - share, False))
+        part * sum(kept_per_token(config, device, quantized).values())
+        for part, quantized in ((share, True), (1 - share, False))
         if part
     )
     activations = round(kept * tokens * layers) * held
@@ -279,7 +279,7 @@ def _layer_backward(config: Config, tokens: int, device: Device, fp8: bool) -> i
     """What the backward pass of one layer needs above what is kept.
 
     The gradient of an MLP's part and two of the residual stream (what is kept goes as they come), the place that megatron-core
-    makes for a weight's gradient, and what recomputation makes anew, with the copies it is made in. In FP8 see `_fp8_backward`.
+    makes for a weight's gradient, and what recomputation makes again, with the copies it is made in. In FP8: `_fp8_backward`.
     """
     model: ModelConfig = config.model
     tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
@@ -309,7 +309,7 @@ def _fp8_backward(config: Config, tokens: int, device: Device) -> int:
     up = 4 * tokens * width + 2 * weight
     if not _fuses(config):
         down, up = max(down, 3 * activated), up + 2 * activated
-    if device == "cpu":  # quantisers work on fp32 copies, of bf16 on two at once, and SwiGLU's gradient is made first
+    if device == "cpu":  # quantizers work on fp32 copies, of bf16 on two at once, and SwiGLU's gradient is made first
         copies = 4 * (1 if element == 4 else 2)
         down = max(down, activated + 2 * tokens * hidden + 2 * tokens * width * (element + copies))
     return stream + max(down, up)

@@ -263,7 +263,7 @@ def _exchange_seconds(config: Config, data: int, chip: Accelerator, assume: Assu
     tensor = parallel.tensor_model_parallel_size
     shards = tensor if parallel.uses_sequence_parallel else 1
     size = 2 * train.micro_batch_size * train.sequence_length * config.model.hidden_size / shards
-    apart = tensor * data  # ranks between neighbours
+    apart = tensor * data  # ranks between neighbors
     far = apart * parallel.pipeline_model_parallel_size > chip.per_node
     bandwidth = chip.fabric_bandwidth * assume.fabric if far else chip.link_bandwidth * assume.link
     return assume.latency_s + size / bandwidth

@@ -115,7 +115,7 @@ def _shards(entry: Any) -> list[ShardedTensor]:
 def _mark_sharded(model: GPTModel) -> None:
     """Mark the weights that tensor-parallel ranks hold in parts.
 
-    megatron-core does it in the initialisation that we replace; without the marks it counts one rank's part alone in the
+    megatron-core does it in the initialization that we replace; without the marks it counts one rank's part alone in the
     gradient norm.
     """
     for module in model.modules():
@@ -140,8 +140,8 @@ def initialize_weights(chunks: Iterable[GPTModel], *, seed: int, std: float, num
         _mark_sharded(chunk)
         for entry in chunk.sharded_state_dict().values():
             parameter = entry.data
-            quantised = fp8_params.is_quantised(parameter)
-            if quantised:
+            quantized = fp8_params.is_quantized(parameter)
+            if quantized:
                 entry = replace(entry, data=torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
             for shard in _shards(entry):
                 assert shard.data is not None
@@ -150,5 +150,5 @@ def initialize_weights(chunks: Iterable[GPTModel], *, seed: int, std: float, num
                 else:
                     writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
                     fill_normal(shard, seed, std / math.sqrt(2 * num_layers) if writes_residual else std)
-            if quantised:
+            if quantized:
                 fp8_params.fill(parameter, entry.data)

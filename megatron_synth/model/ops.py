@@ -1,7 +1,7 @@
 """The only door to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
 
 Shapes: S tokens, B sequences, H hidden size, A query heads, G key/value heads, D channels of a head, V vocabulary, F MLP width.
-Under tensor parallelism A, G, V and F are a rank's own part; under sequence parallelism S is too, outside attention and MLP.
+Under tensor parallelizm A, G, V and F are a rank's own part; under sequence parallelizm S is too, outside attention and MLP.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from megatron_synth_kernels.torch import fp8 as fp8
 from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
 from megatron_synth_kernels.torch.fp8 import Pair as Pair
-from megatron_synth_kernels.torch.fp8 import Quantised as Quantised
+from megatron_synth_kernels.torch.fp8 import Quantized as Quantized
 from megatron_synth_kernels.torch.fp8 import Source as Source
 from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.torch.loss import cross_entropy
 
 
-def quantiser() -> Any:
-    """The module of the FP8 quantisers that was chosen: amax_of, quantise_*, transpose, as in `fp8`."""
+def quantizer() -> Any:
+    """The module of the FP8 quantizers that was chosen: amax_of, quantize_*, transpose, as in `fp8`."""
     return registry.get("quantise_fp8")
 
 
-def quantising_swiglu() -> Any:
-    """The module of SwiGLU that quantises: SwiGLU, SwiGLUGradient."""
+def quantizing_swiglu() -> Any:
+    """The module of SwiGLU that quantizes: SwiGLU, SwiGLUGradient."""
     return registry.get("swiglu_quantise")
 
 
-def quantising_rms_norm() -> Any:
-    """The module of RMSNorm that quantises: Normalised, gradients."""
+def quantizing_rms_norm() -> Any:
+    """The module of RMSNorm that quantizes: Normalized, gradients."""
     return registry.get("rms_norm_quantise")
 
 
@@ -70,7 +70,7 @@ def connect() -> None:
 
 
 class CheckpointWithoutOutput(mcore_random.CheckpointWithoutOutput):
-    """Drops an output after its use and makes it anew in the backward pass.
+    """Drops an output after its use and makes it again in the backward pass.
 
     megatron-core's own takes its default, fp8=False, for FP8 and then asks a TransformerEngine that may not be there.
     """
@@ -79,7 +79,7 @@ class CheckpointWithoutOutput(mcore_random.CheckpointWithoutOutput):
         super().__init__(True if fp8 else None)
 
 
-_NORMALISED = "_normalised"
+_NORMALISED = "_normalized"
 """Attribute of a sum: the norm that made it, and what that norm made of it.
 
 It belongs to the tensor, not to the module: so it is never another micro-batch's, and goes with the tensor when an error or a
@@ -90,12 +90,12 @@ stopped forward pass leaves it unused.
 class RMSNorm(torch.nn.Module):
     """RMSNorm over the hidden axis, [S, B, H] -> [S, B, H].
 
-    megatron-core's own wrapper of torch's norm refuses sequence parallelism. This one marks its weight instead, so that
+    megatron-core's own wrapper of torch's norm refuses sequence parallelizm. This one marks its weight instead, so that
     finalize_model_grads sums its gradient over the tensor-parallel ranks.
     """
 
     in_linear = False
-    """Whether the linear layer behind it normalises as it quantises; this module then holds the weight and passes x on."""
+    """Whether the linear layer behind it normalizes as it quantizes; this module then holds the weight and passes x on."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -117,8 +117,8 @@ class RMSNorm(torch.nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """x + residual, whose norm is made in the same pass and handed out when this module is called with the sum."""
-        normalised, total = self(x, residual)  # a call, since hooks on this module see to it that its weight has arrived
-        setattr(total, _NORMALISED, (self, normalised))
+        normalized, total = self(x, residual)  # a call, since hooks on this module see to it that its weight has arrived
+        setattr(total, _NORMALISED, (self, normalized))
         return total
 
 
@@ -142,7 +142,7 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
 
     Attention's output is added by the norm before the MLP, the MLP's by the next layer's first norm or, after the last layer,
     by the final one. At the end of a stage there is no norm: the addition stays as it is, as its sum is sent on. So it does
-    before a norm that a linear layer makes as it quantises, which moves as many bytes or fewer: that norm's output is never
+    before a norm that a linear layer makes as it quantizes, which moves as many bytes or fewer: that norm's output is never
     written.
 
     Args:
@@ -167,7 +167,7 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
 class CoreAttention(torch.nn.Module):
     """Causal self-attention of one rank's heads, in the place of megatron-core's DotProductAttention.
 
-    It also rotates queries and keys. megatron-core would do that just before, but computes the tables anew in every layer and
+    It also rotates queries and keys. megatron-core would do that just before, but computes the tables again in every layer and
     leaves the result in an order that attention must copy.
     """
 
@@ -210,7 +210,7 @@ class SwiGLUMLP(MLP):
     """megatron-core's MLP with silu(gate) * up and nothing else between its two linear layers (Shazeer, 2020)."""
 
     in_linear = False
-    """Whether the second linear layer applies the activation as it quantises."""
+    """Whether the second linear layer applies the activation as it quantizes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -246,7 +246,7 @@ def output_and_loss(
     """Output layer and loss in one, in the place of `_forward_impl` of megatron-core's ColumnParallelLinear.
 
     Args:
-        input: [S, B, H], the whole sequence or, under sequence parallelism, this rank's part of it.
+        input: [S, B, H], the whole sequence or, under sequence parallelizm, this rank's part of it.
         weight: [V / tensor-parallel size, H].
         bias: none.
         labels: [B, S] of the whole sequence.

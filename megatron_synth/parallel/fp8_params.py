@@ -1,17 +1,17 @@
 """Parameters in FP8 (`precision.fp8_param_gather`): what is different about them, in one place.
 
 TransformerEngine then makes the weights of its linear layers as `QuantizedTensor`s: parameters that say they are bf16 and hold
-one byte per number, and the transpose. There is no bf16 copy of them: the optimizer's fp32 shard is quantised, with scales
+one byte per number, and the transpose. There is no bf16 copy of them: the optimizer's fp32 shard is quantized, with scales
 reduced over the data-parallel ranks, and the bytes are gathered, half of bf16's traffic. Three things follow.
 
 - A part of such a tensor cannot be written: the whole has one scale, or blocks that cross the part have. So a parameter is
   filled from a plain tensor, at once, and what FP8 lost of that must reach the optimizer by another way (`fill`).
 - Views of it are not views: its storage offset is always 0, and block-scaled ones refuse any other shape. What only asks for
   places and shapes asks a tensor without memory (`shape_of`).
-- Its transpose is made anew after each gathering, which megatron-core leaves out where it gathers at once (`renew`).
+- Its transpose is made again after each gathering, which megatron-core leaves out where it gathers at once (`renew`).
 
 This rests on TransformerEngine 2.11, pytorch/module/base.py, `reset_parameters` (`_high_precision_init_val`), and
-pytorch/quantized_tensor.py, `__torch_dispatch__` (`copy_` quantises); on megatron-core 0.16.1, core/fp8_utils.py,
+pytorch/quantized_tensor.py, `__torch_dispatch__` (`copy_` quantizes); on megatron-core 0.16.1, core/fp8_utils.py,
 core/distributed/param_and_grad_buffer.py, `finish_param_sync`, and core/optimizer/distrib_optimizer.py,
 `_build_model_and_main_param_groups` (`get_high_precision_init_val`) and `_copy_main_params_to_model_params`.
 """
@@ -29,7 +29,7 @@ RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwis
 """megatron-core's names of `precision.fp8`."""
 
 
-def is_quantised(x: Any) -> bool:
+def is_quantized(x: Any) -> bool:
     """Whether a parameter is held in FP8."""
     return bool(fp8_utils.is_float8tensor(x))
 
@@ -41,7 +41,7 @@ def shape_of(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Quantise initial `values`, of the parameter's shape, into it, and keep them for the optimizer, on the host.
+    """Quantize initial `values`, of the parameter's shape, into it, and keep them for the optimizer, on the host.
 
     Without that the optimizer would begin from what FP8 left of them. It drops them once it has taken them over.
     """
@@ -52,6 +52,6 @@ def fill(parameter: Tensor, values: Tensor) -> None:
 
 def renew(parameters: Iterable[Tensor]) -> None:
     """Make the transposes of those in FP8 from what has just been gathered."""
-    quantised = [parameter for parameter in parameters if is_quantised(parameter)]
-    if quantised:
-        fp8_utils.post_all_gather_processing(quantised)
+    quantized = [parameter for parameter in parameters if is_quantized(parameter)]
+    if quantized:
+        fp8_utils.post_all_gather_processing(quantized)

@@ -96,14 +96,14 @@ def contract() -> None:
         ops.connect()
         torch.manual_seed(0)
         run = Fp8Run(Recipe.of(config.precision), ranks.device)
-        quantised: list[str] = []
+        quantized: list[str] = []
         module: Any = Fp8ColumnParallelLinear(
             64, 48, config=transformer_config(config), init_method=None, bias=False, fp8=run, name="layers.0.x"
         )
         run.seal()
         layer, weight = module.fp8, module.weight
-        original = layer.quantise
-        layer.quantise = lambda role, x, **options: (quantised.append(role), original(role, x, **options))[1]
+        original = layer.quantize
+        layer.quantize = lambda role, x, **options: (quantized.append(role), original(role, x, **options))[1]
         torch.nn.init.normal_(weight)
         weight.main_grad = torch.zeros_like(weight)
         weight.grad_added_to_main_grad = False
@@ -114,14 +114,14 @@ def contract() -> None:
                 module(x)[0].backward(torch.full((32, 1, 48), 2 * size))
             run.end_step(skipped)
 
-        # weights are quantised once per optimizer step, and again when they were changed otherwise
+        # weights are quantized once per optimizer step, and again when they were changed otherwise
         step(1.0, 3.0, 2.0)
-        assert quantised.count(WEIGHT) == 1 and quantised.count(INPUT) == quantised.count(GRAD) == 3
+        assert quantized.count(WEIGHT) == 1 and quantized.count(INPUT) == quantized.count(GRAD) == 3
         before = module(torch.ones(32, 1, 64))[0]
         with torch.no_grad():
             weight.mul_(0.5)
         after = module(torch.ones(32, 1, 64))[0]
-        assert quantised.count(WEIGHT) == 3 and torch.allclose(after, before / 2, rtol=0.02, atol=0.02)
+        assert quantized.count(WEIGHT) == 3 and torch.allclose(after, before / 2, rtol=0.02, atol=0.02)
 
         # the history holds the largest of a step's micro-batches, for its length, and no evaluation or skipped step
         assert run.history[0, 0].tolist() == [3.0, 0.0] and run.history[0, 2].tolist() == [6.0, 0.0]
@@ -176,12 +176,15 @@ def contract() -> None:
 
 def train_without_products(arguments: list[str]) -> int:
     """Train where torch cannot multiply tensorwise-scaled FP8."""
-    import torch
-
     from megatron_synth.cli import main as cli
+    from megatron_synth_kernels.torch import fp8
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("torch._scaled_mm is only supported on devices that this is not")
+    real = fp8.product
 
-    torch._scaled_mm = refuse  # type: ignore[assignment]
+    def refuse(a: fp8.Quantized, *args: Any, **kwargs: Any) -> Any:
+        if a.block is None:
+            raise RuntimeError("torch._scaled_mm is only supported on devices that this is not")
+        return real(a, *args, **kwargs)
+
+    fp8.product = refuse
     return cli.main(arguments)

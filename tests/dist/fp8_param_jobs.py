@@ -1,7 +1,7 @@
-"""Training with weights in FP8, without TransformerEngine: a stand-in for its quantised tensor and its linear layers.
+"""Training with weights in FP8, without TransformerEngine: a stand-in for its quantized tensor and its linear layers.
 
 The stand-in keeps what makes such tensors unlike others: one byte per number and a transpose, one scale for the whole, no views,
-a storage offset of 0, `copy_` that quantises, any other operation on the dequantised numbers.
+a storage offset of 0, `copy_` that quantizes, any other operation on the dequantized numbers.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megatron_synth_kernels.torch import fp8
 aten = torch.ops.aten
 
 
-class Quantised(torch.Tensor):
+class Quantized(torch.Tensor):
     """[N, K] in e4m3, as Float8Tensor is."""
 
     @staticmethod
-    def __new__(cls, data: Tensor, transpose: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Quantised:
+    def __new__(cls, data: Tensor, transpose: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Quantized:
         made = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype, device=data.device)
         made._data, made._transpose, made._scale_inv = data, transpose, scale_inv
         return made  # type: ignore[no-any-return]
 
     @classmethod
-    def of(cls, values: Tensor) -> Quantised:
+    def of(cls, values: Tensor) -> Quantized:
         empty = torch.empty(values.shape, dtype=torch.uint8)
         made = cls(empty, torch.empty_like(empty.t()).contiguous(), torch.ones(1), values.dtype)
         made.write(values)
@@ -40,7 +40,7 @@ class Quantised(torch.Tensor):
     def write(self, values: Tensor, begin: int = 0, amax: Tensor | None = None) -> None:
         amax = fp8.amax_of(values) if amax is None else amax
         scale = fp8.scale_for(amax, fp8.E4M3)
-        data, _, _ = fp8.quantise_tensorwise(values.reshape(1, -1), scale, fp8.E4M3, transposed=False)
+        data, _, _ = fp8.quantize_tensorwise(values.reshape(1, -1), scale, fp8.E4M3, transposed=False)
         assert data is not None
         self._data.view(-1)[begin : begin + values.numel()] = data.view(torch.uint8).view(-1)
         self._scale_inv.fill_(1 / scale)
@@ -53,23 +53,23 @@ class Quantised(torch.Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return (self._data.view(fp8.E4M3).float() * self._scale_inv).to(dtype or self.dtype)
 
-    def detach(self) -> Quantised:
-        return Quantised(self._data, self._transpose, self._scale_inv, self.dtype)
+    def detach(self) -> Quantized:
+        return Quantized(self._data, self._transpose, self._scale_inv, self.dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.detach.default:
             return args[0].detach()
-        if func is aten.copy_.default and isinstance(args[0], Quantised):
+        if func is aten.copy_.default and isinstance(args[0], Quantized):
             source = args[1]
-            args[0].write(source.dequantize() if isinstance(source, Quantised) else source)
+            args[0].write(source.dequantize() if isinstance(source, Quantized) else source)
             return args[0]
         if func in (aten.view.default, aten.slice.Tensor, aten.split.Tensor):
-            raise NotImplementedError(f"{func} of a quantised tensor")
+            raise NotImplementedError(f"{func} of a quantized tensor")
         if func is aten.t.default:  # the product of the input's gradient reads the transpose
             return (args[0]._transpose.view(fp8.E4M3).float() * args[0]._scale_inv).to(args[0].dtype)
         assert not func._schema.is_mutable, func
-        plain = lambda x: x.dequantize() if isinstance(x, Quantised) else x  # noqa: E731
+        plain = lambda x: x.dequantize() if isinstance(x, Quantized) else x  # noqa: E731
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -80,7 +80,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return Quantised.of(weight.detach()).dequantize()
+        return Quantized.of(weight.detach()).dequantize()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ class _Through(torch.autograd.Function):
 def _linears(in_fp8: bool) -> Any:
     from megatron_synth.model.spec import Linears
 
-    def quantise(self: Any) -> None:
-        quantiser = SimpleNamespace(with_amax_reduction=False)
-        self.quantizers = {"scaling_fwd": [quantiser, quantiser], "scaling_bwd": [quantiser]}
+    def quantize(self: Any) -> None:
+        quantizer = SimpleNamespace(with_amax_reduction=False)
+        self.quantizers = {"scaling_fwd": [quantizer, quantizer], "scaling_bwd": [quantizer]}
         if in_fp8:
             old = self.weight
-            self.weight = torch.nn.Parameter(Quantised.of(torch.zeros(old.shape, dtype=old.dtype)))
+            self.weight = torch.nn.Parameter(Quantized.of(torch.zeros(old.shape, dtype=old.dtype)))
             self.weight.__dict__.update(old.__dict__)
             self.weight.get_high_precision_init_val = lambda: self.weight._high_precision_init_val
             self.weight.clear_high_precision_init_val = lambda: delattr(self.weight, "_high_precision_init_val")
@@ -112,17 +112,17 @@ def _linears(in_fp8: bool) -> Any:
     class Column(ColumnParallelLinear):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            quantise(self)
+            quantize(self)
 
     class Row(RowParallelLinear):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            quantise(self)
+            quantize(self)
 
     return Linears(Column, Row, Column, Row)
 
 
-def _quantise_shards(weights: Any, masters: Any, begins: Any, group: Any, fsdp: Any = None) -> None:
+def _quantize_shards(weights: Any, masters: Any, begins: Any, group: Any, fsdp: Any = None) -> None:
     """cast_master_weights_to_fp8: with the largest magnitude of the whole, reduced over the ranks, and without transposes."""
     for weight, master, begin in zip(weights, masters, begins, strict=True):
         part = torch.zeros(1, dtype=weight.dtype) if master is None else master.detach().to(weight.dtype)
@@ -134,7 +134,7 @@ def _quantise_shards(weights: Any, masters: Any, begins: Any, group: Any, fsdp: 
             weight._scale_inv.fill_(1 / fp8.scale_for(amax, fp8.E4M3))
 
 
-def _storage(weight: Quantised, data: Tensor) -> None:
+def _storage(weight: Quantized, data: Tensor) -> None:
     data.copy_(weight._data)
     weight._data = data
 
@@ -162,8 +162,8 @@ def train(arguments: list[str]) -> int:
     from megatron_synth.model.fp8 import te as te_module
 
     put: Any = fp8_utils
-    put.HAVE_TE_FP8_TENSOR_CLASS, put.FP8_TENSOR_CLASS = True, Quantised
-    put._modify_underlying_storage_impl, put._quantize_param_shard_impl = _storage, _quantise_shards
+    put.HAVE_TE_FP8_TENSOR_CLASS, put.FP8_TENSOR_CLASS = True, Quantized
+    put._modify_underlying_storage_impl, put._quantize_param_shard_impl = _storage, _quantize_shards
     put.te_post_all_gather_processing = lambda weights: [weight.renew() for weight in weights]
     put.is_te_min_version = lambda *args, **kwargs: True
     buffer: Any = param_and_grad_buffer

@@ -1,8 +1,8 @@
 """FP8 on several ranks: one layer against the whole of it, whole runs against each other, and after a resume.
 
 A layer's numbers agree to fp32 rounding. Whole runs agree so as long as no number falls on the other side of a rounding boundary of
-FP8, where a difference of 1e-7 becomes one of 6 to 25 %; with tensor parallelism, whose sums have another order, that happens in the
-first step, with data parallelism, where gradients alone are summed in another order, some steps later, with pipelines never.
+FP8, where a difference of 1e-7 becomes one of 6 to 25 %; with tensor parallelizm, whose sums have another order, that happens in the
+first step, with data parallelizm, where gradients alone are summed in another order, some steps later, with pipelines never.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_every_layout_is_the_same_run(layout: str, settings: tuple[str, ...], tr
     ],
     ids=["delayed-single", "delayed-tp2pp2", "current-dp2", "blockwise-single", "blockwise-tp2"],
 )
-def test_quantising_in_norms_and_swiglu_changes_no_bit(
+def test_quantizing_in_norms_and_swiglu_changes_no_bit(
     layout: str, settings: tuple[str, ...], trained: Callable[..., Run]
 ) -> None:
     settings += ("train.steps=5", "optim.warmup_steps=2", "precision.fp8_log_every=2")
@@ -120,7 +120,7 @@ def test_quantising_in_norms_and_swiglu_changes_no_bit(
     for ours, theirs in zip(fused.records, apart.records, strict=True):
         numbers = {name for name, value in ours.items() if name in (LOSS, NORM, "eval/loss") or name.endswith(("/amax", "/underflow"))}
         assert {name: ours[name] for name in numbers} == {name: theirs[name] for name in numbers}
-    assert "SwiGLU" in fused.records[0]["fp8/layers"] and "quantised apart" in apart.records[0]["fp8/layers"]
+    assert "SwiGLU" in fused.records[0]["fp8/layers"] and "quantized apart" in apart.records[0]["fp8/layers"]
 
 
 @pytest.mark.parametrize(("fp8", "layout"), [("delayed", "tp2pp2"), ("current", "single")])

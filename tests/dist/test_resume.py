@@ -329,6 +329,6 @@ def test_a_run_begun_with_init_from_resumes_its_own_checkpoint(
     assert result.value == 75
     train(run, "single", *settings)
     assert_same_losses(read_metrics(run), read_metrics(tmp_path / "straight"), 0)
-    # the optimizer and the data began anew
+    # the optimizer and the data began again
     assert read_metrics(run)[0]["optim/grad_norm"] != source.records[0]["optim/grad_norm"]
     assert read_metrics(run)[0]["data/tokens"] == source.records[0]["data/tokens"]

@@ -1,4 +1,4 @@
-"""The first 20 losses of the quickstart, and how they are made: `make golden` writes them anew.
+"""The first 20 losses of the quickstart, and how they are made: `make golden` writes them again.
 
 The quickstart's text is that of the running Python's standard library, so the losses hold for one digest of the prepared data.
 """

@@ -66,26 +66,26 @@ def test_kernels_are_bit_equal_to_their_definition(shape: tuple[int, int], forma
 
     from megatron_synth_kernels.torch import fp8
     from megatron_synth_kernels.triton import quantize as triton_quantize
-    from tests.kernels.test_quantise import bits, matrix
+    from tests.kernels.test_quantize import bits, matrix
 
     dtype = getattr(fp8, format_name)
     x = matrix(*shape, torch.bfloat16).cuda()
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 2
     assert torch.equal(triton_quantize.amax_of(x), fp8.amax_of(x))
     for found, expected in zip(
-        triton_quantize.quantise_tensorwise(x, scale, dtype), fp8.quantise_tensorwise(x, scale, dtype), strict=True
+        triton_quantize.quantize_tensorwise(x, scale, dtype), fp8.quantize_tensorwise(x, scale, dtype), strict=True
     ):
         assert torch.equal(bits(found), bits(expected))
-    row, _, _ = fp8.quantise_tensorwise(x, scale, dtype)
+    row, _, _ = fp8.quantize_tensorwise(x, scale, dtype)
     assert row is not None and torch.equal(bits(triton_quantize.transpose(row)), bits(fp8.transpose(row)))
-    for name in ("quantise_1x128", "quantise_128x128"):
+    for name in ("quantize_1x128", "quantize_128x128"):
         for ours, theirs in zip(getattr(triton_quantize, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
             assert torch.equal(bits(ours.data), bits(theirs.data)) and torch.equal(ours.scale, theirs.scale), name
             assert ours.scale.stride() == theirs.scale.stride()
 
 
 @pytest.mark.parametrize("width", [512, 2048, 4096])
-def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width: int) -> None:
+def test_what_quantizes_as_it_makes_is_bit_equal_to_making_and_quantizing(width: int) -> None:
     import torch
 
     from megatron_synth_kernels.torch import fp8
@@ -101,7 +101,7 @@ def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width:
     from megatron_synth_kernels.triton import (
         swiglu_quantize as triton_swiglu_quantize,
     )
-    from tests.kernels.test_quantise import bits, matrix
+    from tests.kernels.test_quantize import bits, matrix
 
     x = matrix(1024, width, torch.bfloat16).clamp(-60, 60).cuda()
     grad = matrix(1024, width // 2, torch.bfloat16, seed=1).clamp(-60, 60).cuda()
@@ -110,7 +110,7 @@ def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width:
     activated = triton_swiglu.swiglu(leaf)
     activated.backward(grad)
     cases: list[tuple[Any, Any, Any]] = [
-        (lambda: triton_norm_quantize.Normalised(x, weight, 1e-5), triton_norm.rms_norm(x, weight, 1e-5), fp8.E4M3),
+        (lambda: triton_norm_quantize.Normalized(x, weight, 1e-5), triton_norm.rms_norm(x, weight, 1e-5), fp8.E4M3),
         (lambda: triton_swiglu_quantize.SwiGLU(x), activated.detach(), fp8.E4M3),
         (lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), leaf.grad, fp8.E5M2),
     ]
@@ -118,15 +118,15 @@ def test_what_quantises_as_it_makes_is_bit_equal_to_making_and_quantising(width:
         amax = make().amax()
         assert torch.equal(amax, fp8.amax_of(expected))
         scale = fp8.scale_for(amax, dtype)
-        for ours, theirs in zip(make().tensorwise(scale, dtype), fp8.quantise_tensorwise(expected, scale, dtype), strict=True):
+        for ours, theirs in zip(make().tensorwise(scale, dtype), fp8.quantize_tensorwise(expected, scale, dtype), strict=True):
             assert torch.equal(bits(ours), bits(theirs))
-        for ours, theirs in zip(make().blocks(dtype), fp8.quantise_1x128(expected, dtype), strict=True):
+        for ours, theirs in zip(make().blocks(dtype), fp8.quantize_1x128(expected, dtype), strict=True):
             assert torch.equal(bits(ours.data), bits(theirs.data)) and torch.equal(ours.scale, theirs.scale)
             assert ours.scale.stride() == theirs.scale.stride()
 
 
 @pytest.mark.parametrize("fp8", RECIPES)
-def test_fused_quantisers_change_no_loss(fp8: str, config: Path, tmp_path: Path) -> None:
+def test_fused_quantizers_change_no_loss(fp8: str, config: Path, tmp_path: Path) -> None:
     settings = (f"precision.fp8={fp8}", "precision.fp8_backend=own", "train.steps=5")
     fused, apart = (
         [record[metrics.LOSS] for record in train(config, tmp_path / value, *settings, f"precision.fp8_fused={value}")[0]]
@@ -176,7 +176,7 @@ def test_weights_in_fp8_change_nothing_but_their_memory(fp8: str, overlap: bool,
     off, _ = train(config, tmp_path / "off", *settings, OFF)
     on, text = train(config, tmp_path / "on", *settings, ON)
     assert "weights kept and gathered in FP8" in text
-    # current and blockwise quantise the same numbers by the same rule; delayed knows another scale when it does
+    # current and blockwise quantize the same numbers by the same rule; delayed knows another scale when it does
     assert losses(on) == pytest.approx(losses(off), rel=1e-3 if fp8 != "delayed" else 1e-2)
     assert losses(on)[-1] < losses(on)[0]
     # a run of five steps is a run of three and two more, and may change its mind in between

@@ -1,5 +1,5 @@
-"""The kernels that quantise what they make against the operation and then the quantiser, in Triton's interpreter; run by
-test_quantise.py.
+"""The kernels that quantize what they make against the operation and then the quantizer, in Triton's interpreter; run by
+test_quantize.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_synth_kernels.triton import (
 from megatron_synth_kernels.triton import (
     swiglu_quantize as triton_swiglu_quantize,
 )
-from tests.kernels.interpreted_quantise import same  # noqa: E402
-from tests.kernels.test_quantise import bits, matrix  # noqa: E402
+from tests.kernels.interpreted_quantize import same  # noqa: E402
+from tests.kernels.test_quantize import bits, matrix  # noqa: E402
 from tests.kernels.triton_support import poisoned  # noqa: E402
 
 EPS = 1e-5
@@ -50,13 +50,13 @@ def gradient(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], 
     return lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), leaf.grad
 
 
-def normalised(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
+def normalized(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
     x, weight = wide(n, k, dtype), torch.rand(k, generator=torch.Generator().manual_seed(2)).to(dtype)
-    return lambda: triton_norm_quantize.Normalised(x, weight, EPS), triton_norm.rms_norm(x, weight, EPS)
+    return lambda: triton_norm_quantize.Normalized(x, weight, EPS), triton_norm.rms_norm(x, weight, EPS)
 
 
 # few launches: the interpreter takes a third of a second to begin one
-SOURCES = pytest.mark.parametrize(("made", "number_format"), [(swiglu, E4M3), (gradient, E5M2), (normalised, E4M3)])
+SOURCES = pytest.mark.parametrize(("made", "number_format"), [(swiglu, E4M3), (gradient, E5M2), (normalized, E4M3)])
 
 
 @SOURCES
@@ -68,7 +68,7 @@ def test_one_scale(made: Callable[..., tuple[Callable[[], Source], Tensor]], num
         assert torch.equal(amax, fp8.amax_of(expected))
         scale = fp8.scale_for(amax, number_format) * 3  # the largest do not fit
         found = current.tensorwise(scale, number_format)
-    for ours, theirs in zip(found[:2], fp8.quantise_tensorwise(expected, scale, number_format)[:2], strict=True):
+    for ours, theirs in zip(found[:2], fp8.quantize_tensorwise(expected, scale, number_format)[:2], strict=True):
         assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
     assert torch.equal(found[2], amax)
     # delayed scaling asks for no magnitude first
@@ -82,7 +82,7 @@ def test_blocks(made: Callable[..., tuple[Callable[[], Source], Tensor]], number
     source, expected = made(BLOCK, 2 * BLOCK, torch.bfloat16)
     with poisoned():
         found = source().blocks(number_format)
-    for ours, theirs in zip(found, fp8.quantise_1x128(expected, number_format), strict=True):
+    for ours, theirs in zip(found, fp8.quantize_1x128(expected, number_format), strict=True):
         same(ours, theirs)
 
 
@@ -93,15 +93,15 @@ def test_what_is_not_finite_is_reported() -> None:
     for source in (
         triton_swiglu_quantize.SwiGLU(x),
         triton_swiglu_quantize.SwiGLUGradient(grad, x),
-        triton_norm_quantize.Normalised(x, torch.ones(64), EPS),
+        triton_norm_quantize.Normalized(x, torch.ones(64), EPS),
     ):
         assert source.amax() == torch.inf
 
 
 def test_gradients_of_the_norm_are_those_of_the_definition() -> None:
     x, grad, weight = torch.randn(24, 80), torch.randn(24, 80), torch.rand(80)
-    ours = triton_norm_quantize.gradients(grad, x, weight, triton_norm_quantize.Normalised(x, weight, EPS).inverse)
-    theirs = norm_quantize.gradients(grad, x, weight, norm_quantize.Normalised(x, weight, EPS).inverse)
+    ours = triton_norm_quantize.gradients(grad, x, weight, triton_norm_quantize.Normalized(x, weight, EPS).inverse)
+    theirs = norm_quantize.gradients(grad, x, weight, norm_quantize.Normalized(x, weight, EPS).inverse)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
@@ -111,6 +111,6 @@ def test_the_definitions_agree_with_the_kernels_in_fp32() -> None:
     for ours, theirs in (
         (triton_swiglu_quantize.SwiGLU(x), swiglu_quantize.SwiGLU(x)),
         (triton_swiglu_quantize.SwiGLUGradient(grad, x), swiglu_quantize.SwiGLUGradient(grad, x)),
-        (triton_norm_quantize.Normalised(x, weight, EPS), norm_quantize.Normalised(x, weight, EPS)),
+        (triton_norm_quantize.Normalized(x, weight, EPS), norm_quantize.Normalized(x, weight, EPS)),
     ):
         torch.testing.assert_close(ours.value(), theirs.value(), rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from tests.support import ROOT
 
 # fails, as a rank does, at the step that it is given
 CRASH = (
-    f"{sys.executable} -c 'import sys; from megatron_synth.core import outcome; outcome.at_step(int(sys.argv[1])); "
+    f"{sys.executable} -c 'import sys; from megatron_synth.core import exit_record; exit_record.at_step(int(sys.argv[1])); "
     'outcome.report(1, ValueError("bad sample at " + sys.argv[2])); sys.exit(1)\' '
 )
 

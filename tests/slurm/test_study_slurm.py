@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.unit.test_study_design import study_of
 
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.execute.slurm import packed, queued_runs
@@ -16,6 +15,7 @@ from megatron_synth.study.plan.study_file import load_study
 from tests.slurm.conftest import call, job_environment
 from tests.slurm.lab import Lab
 from tests.support import ROOT, write_source
+from tests.unit.study.test_study_file import study_of
 
 
 def write(tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Causal, grouped-query attention that never materialises S x S scores, over whole rows or within documents.
+"""Causal, grouped-query attention that never materializes S x S scores, over whole rows or within documents.
 
 S tokens, B sequences, A query heads, G key/value heads (A a multiple of G), D channels of a head.
 """

@@ -1,12 +1,12 @@
-"""FP8: formats, scales, plain-torch quantisers, and the one product that FP8 layers are made of.
+"""FP8: formats, scales, plain-torch quantizers, and the one product that FP8 layers are made of.
 
 Formats (Micikevicius et al., 2022, arXiv 2209.05433): e4m3 reaches 448 with 3 bits of mantissa, e5m2 reaches 57344 with 2.
 
-Scalings: *tensorwise*, one scale for a tensor; *1x128*, one for 128 neighbours along a row; *128x128*, one for a square
-block (the two of DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A quantiser multiplies by `scale`, so that the largest
+Scalings: *tensorwise*, one scale for a tensor; *1x128*, one for 128 neighbors along a row; *128x128*, one for a square
+block (the two of DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A quantizer multiplies by `scale`, so that the largest
 magnitude lands on the largest number of the format; kept beside the data is the inverse, by which the product multiplies.
 
-A quantiser saturates. What is not finite must not be hidden by that: a NaN or an infinity in a tensor makes the kept
+A quantizer saturates. What is not finite must not be hidden by that: a NaN or an infinity in a tensor makes the kept
 scale NaN, and so everything that is computed from it.
 """
 
@@ -25,7 +25,7 @@ _LARGEST_SCALE = 2.0**126  # its inverse is still a normal fp32 number
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix [N, K] in FP8, row-major, and what its elements must be multiplied by.
 
     data: [N, K], contiguous.
@@ -38,7 +38,7 @@ class Quantised:
     scale: Tensor
     block: tuple[int, int] | None = None
 
-    def dequantised(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The numbers it stands for: [N, K] fp32."""
         if self.block is None:
             return self.data.float() * self.scale
@@ -47,7 +47,7 @@ class Quantised:
         return self.data.float() * scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-Pair = tuple[Quantised | None, Quantised | None]
+Pair = tuple[Quantized | None, Quantized | None]
 """A matrix and its transpose, None where not wanted."""
 
 
@@ -80,7 +80,7 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp_(-largest, largest).to(dtype)
 
 
-def quantise_tensorwise(
+def quantize_tensorwise(
     x: Tensor, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """saturate(x * scale) in both orders, and the magnitude of x, in one pass.
@@ -99,8 +99,8 @@ def quantise_tensorwise(
     return data if row else None, transpose(data) if transposed else None, amax_of(x)
 
 
-def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-    """x in blocks of 128 along its rows, and x^T in blocks of 128 along *its* rows: two quantisations of the same numbers.
+def quantize_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+    """x in blocks of 128 along its rows, and x^T in blocks of 128 along *its* rows: two quantizations of the same numbers.
 
     Scales are powers of two. N and K are multiples of 128.
 
@@ -117,17 +117,17 @@ def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpose
     return _along_rows(x, dtype) if row else None, _along_rows(x.t(), dtype) if transposed else None
 
 
-def _along_rows(x: Tensor, dtype: torch.dtype) -> Quantised:
+def _along_rows(x: Tensor, dtype: torch.dtype) -> Quantized:
     rows, columns = x.shape
     blocks = x.float().contiguous().view(rows, columns // BLOCK, BLOCK)
     amax = torch.linalg.vector_norm(blocks, torch.inf, dim=2)  # [N, K / 128]
     scale = scale_for(amax, dtype, power_of_two=True)
     data = _rounded(blocks * scale[..., None], dtype).view(rows, columns)
     in_memory = inverse_scale(scale, amax).t().clone(memory_format=torch.contiguous_format)  # strides of one block, too
-    return Quantised(data, in_memory.t(), (1, BLOCK))
+    return Quantized(data, in_memory.t(), (1, BLOCK))
 
 
-def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """x in square blocks, and the transpose of the very same numbers. Scales are powers of two; N, K multiples of 128.
 
     Args:
@@ -147,8 +147,8 @@ def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpo
     data = _rounded(blocks * scale[:, None, :, None], dtype).view(x.shape)
     inverse = inverse_scale(scale, amax)
     return (
-        Quantised(data, padded_block_scales(inverse), (BLOCK, BLOCK)) if row else None,
-        Quantised(transpose(data), padded_block_scales(inverse.t()), (BLOCK, BLOCK)) if transposed else None,
+        Quantized(data, padded_block_scales(inverse), (BLOCK, BLOCK)) if row else None,
+        Quantized(transpose(data), padded_block_scales(inverse.t()), (BLOCK, BLOCK)) if transposed else None,
     )
 
 
@@ -168,10 +168,10 @@ def check_blocks(x: Tensor) -> None:
 
 
 class Source:
-    """What is to be quantised: a matrix [N, K] that another operation has yet to make.
+    """What is to be quantized: a matrix [N, K] that another operation has yet to make.
 
-    This class is the definition: the matrix is made, in the dtype that it would have had, and then quantised. It is kept for
-    further calls, so an instance should not outlive its use. Kernels quantise while they make it, and keep nothing.
+    This class is the definition: the matrix is made, in the dtype that it would have had, and then quantized. It is kept for
+    further calls, so an instance should not outlive its use. Kernels quantize while they make it, and keep nothing.
     """
 
     _value: Tensor | None = None
@@ -192,24 +192,26 @@ class Source:
     def tensorwise(
         self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """`quantise_tensorwise` of the matrix."""
-        return quantise_tensorwise(self.value(), scale, dtype, row=row, transposed=transposed)
+        """`quantize_tensorwise` of the matrix."""
+        return quantize_tensorwise(self.value(), scale, dtype, row=row, transposed=transposed)
 
     def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-        """`quantise_1x128` of the matrix."""
-        return quantise_1x128(self.value(), dtype, row=row, transposed=transposed)
+        """`quantize_1x128` of the matrix."""
+        return quantize_1x128(self.value(), dtype, row=row, transposed=transposed)
 
 
-def is_emulated(device: torch.device, blocks: bool) -> bool:
-    """Whether `product` dequantises: torch's CPU product knows no block scales."""
-    return blocks and device.type == "cpu"
+def is_emulated(device: torch.device) -> bool:
+    """Whether `product` multiplies in fp32: torch's FP8 product on a CPU knows no block scales, takes hundreds of times as
+    long as an fp32 one on some processors, and is missing on others.
+    """
+    return device.type == "cpu"
 
 
-def product(a: Quantised, b: Quantised, out_dtype: torch.dtype, *, fast_accumulation: bool = False) -> Tensor:
+def product(a: Quantized, b: Quantized, out_dtype: torch.dtype, *, fast_accumulation: bool = False) -> Tensor:
     """A B^T, both operands with the summed axis contiguous: the only order that Hopper's FP8 units take.
 
-    The emulation of block scales on a CPU is the definition: operands dequantised to fp32 (exact, since block scales are
-    powers of two) and summed in fp32.
+    The emulation on a CPU is the definition: FP8 values are exact in fp32, and so are their products; these are summed in
+    fp32. Block scales are powers of two and applied before (exactly), tensorwise scales after.
 
     Args:
         a: [M, K].
@@ -222,13 +224,16 @@ def product(a: Quantised, b: Quantised, out_dtype: torch.dtype, *, fast_accumula
         [M, N] in `out_dtype`.
     """
     assert not (a.data.dtype == b.data.dtype == E5M2), "e5m2 x e5m2 is no FP8 product"
+    emulated = is_emulated(a.data.device)
     if a.block is None and b.block is None:
+        if emulated:
+            return (torch.mm(a.data.float(), b.data.float().t()) * (a.scale * b.scale)).to(out_dtype)
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=out_dtype, use_fast_accum=fast_accumulation
         )
     assert a.block is not None and b.block is not None
-    if is_emulated(a.data.device, True):
-        return torch.mm(a.dequantised(), b.dequantised().t()).to(out_dtype)
+    if emulated:
+        return torch.mm(a.dequantized(), b.dequantized().t()).to(out_dtype)
     kinds = {(1, BLOCK): F.ScalingType.BlockWise1x128, (BLOCK, BLOCK): F.ScalingType.BlockWise128x128}
     return F.scaled_mm(
         a.data,

@@ -16,15 +16,15 @@ class _HostRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         inverse = inverse_rms(wide, eps)
-        normalised = wide * inverse
-        ctx.save_for_backward(normalised, inverse, weight)
+        normalized = wide * inverse
+        ctx.save_for_backward(normalized, inverse, weight)
         ctx.dtype = x.dtype
-        return (normalised * weight).to(x.dtype)
+        return (normalized * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalised, inverse, weight = ctx.saved_tensors
-        return *gradients(grad, normalised, inverse, weight, ctx.dtype), None
+        normalized, inverse, weight = ctx.saved_tensors
+        return *gradients(grad, normalized, inverse, weight, ctx.dtype), None
 
 
 def inverse_rms(wide: Tensor, eps: float) -> Tensor:
@@ -32,13 +32,13 @@ def inverse_rms(wide: Tensor, eps: float) -> Tensor:
     return torch.linalg.vecdot(wide, wide).unsqueeze_(-1).div_(wide.shape[-1]).add_(eps).rsqrt_()
 
 
-def gradients(grad: Tensor, normalised: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of x, in `dtype`, and of the weight; normalised: [..., H] x times `inverse_rms`, fp32."""
+def gradients(grad: Tensor, normalized: Tensor, inverse: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of x, in `dtype`, and of the weight; normalized: [..., H] x times `inverse_rms`, fp32."""
     # with n = x r and r = 1 / sqrt(mean(x^2) + eps):  dx = r (g w - n mean(g w n)),  dw = sum(g n)
-    grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_weight = (grad * normalized).flatten(0, -2).sum(0).to(weight.dtype)
     grad_x = grad * weight.float()
-    mean = torch.linalg.vecdot(grad_x, normalised).unsqueeze_(-1).div_(normalised.shape[-1])
-    return grad_x.addcmul_(normalised, mean, value=-1).mul_(inverse).to(dtype), grad_weight
+    mean = torch.linalg.vecdot(grad_x, normalized).unsqueeze_(-1).div_(normalized.shape[-1])
+    return grad_x.addcmul_(normalized, mean, value=-1).mul_(inverse).to(dtype), grad_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

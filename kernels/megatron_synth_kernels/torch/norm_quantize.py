@@ -8,8 +8,8 @@ from megatron_synth_kernels.torch import norm
 from megatron_synth_kernels.torch.fp8 import Source
 
 
-class Normalised(Source):
-    """rms_norm(x, weight, eps) of x [N, H], to be quantised."""
+class Normalized(Source):
+    """rms_norm(x, weight, eps) of x [N, H], to be quantized."""
 
     def __init__(self, x: Tensor, weight: Tensor, eps: float):
         self._x, self._weight = x, weight

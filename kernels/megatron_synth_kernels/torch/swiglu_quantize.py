@@ -10,7 +10,7 @@ from megatron_synth_kernels.torch.swiglu import swiglu
 
 
 class SwiGLU(Source):
-    """swiglu(gate_and_up [N, 2F]) -> [N, F], to be quantised."""
+    """swiglu(gate_and_up [N, 2F]) -> [N, F], to be quantized."""
 
     def __init__(self, gate_and_up: Tensor):
         self._x = gate_and_up
@@ -20,7 +20,7 @@ class SwiGLU(Source):
 
 
 class SwiGLUGradient(Source):
-    """The gradient of gate_and_up [N, 2F], from that of the output [N, F], to be quantised."""
+    """The gradient of gate_and_up [N, 2F], from that of the output [N, F], to be quantized."""
 
     def __init__(self, grad: Tensor, gate_and_up: Tensor):
         self._grad, self._x = grad, gate_and_up

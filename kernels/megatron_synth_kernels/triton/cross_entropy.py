@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_synth_kernels.launch import ceil_div
 from megatron_synth_kernels.triton.math import rounded
 
-_GROUP = 8  # neighbouring logits of one thread: 16 bytes in bf16
+_GROUP = 8  # neighboring logits of one thread: 16 bytes in bf16
 _LANES = 512  # groups of a tile
 _WARPS = 8
 _GRAD_BLOCK = 4096
@@ -106,7 +106,7 @@ def cross_entropy_grad_(
 ) -> Tensor:
     """As cross_entropy.cross_entropy_grad_: the gradient of logits [N, V], written over them."""
     tokens, vocabulary = logits.shape
-    assert logits.stride(1) == 1, "written in place, so neighbouring logits must lie side by side"
+    assert logits.stride(1) == 1, "written in place, so neighboring logits must lie side by side"
     if tokens:
         cross_entropy_grad_kernel[(tokens * ceil_div(vocabulary, _GRAD_BLOCK),)](
             logits,

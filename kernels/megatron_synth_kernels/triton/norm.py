@@ -46,7 +46,7 @@ def rms_norm_forward_kernel(
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL:
         residual = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0)
-        # rounded before it is normalised: the norm is that of the stream as the next layers see it
+        # rounded before it is normalized: the norm is that of the stream as the next layers see it
         total = rounded(x + residual.to(tl.float32), total_ptr.dtype.element_ty)
         tl.store(total_ptr + place, total, mask=mask)
         x = total.to(tl.float32)
@@ -99,11 +99,11 @@ def rms_norm_backward_kernel(
         mask = (row < rows) & inside
         next_x = tl.load(x_ptr + row * x_stride + column[None, :], mask=mask, other=0.0)
         next_grad = tl.load(grad_ptr + row * grad_stride + column[None, :], mask=mask, other=0.0)
-        normalised = x * inverse
-        grad_weight += grad * normalised
+        normalized = x * inverse
+        grad_weight += grad * normalized
         grad *= weight
-        mean = tl.sum(grad * normalised, axis=1)[:, None] / HIDDEN
-        grad_x = (grad - normalised * mean) * inverse
+        mean = tl.sum(grad * normalized, axis=1)[:, None] / HIDDEN
+        grad_x = (grad - normalized * mean) * inverse
         if RESIDUAL:
             grad_x += total_grad.to(tl.float32)
         tl.store(grad_x_ptr + place, rounded(grad_x, grad_x_ptr.dtype.element_ty), mask=current)
@@ -168,7 +168,7 @@ def gradients(
 
     Args:
         grad: [..., H], of the norm's output.
-        x: [N, H], what was normalised.
+        x: [N, H], what was normalized.
         weight: [H].
         inverse: [N], 1 / sqrt(mean(x^2) + eps).
         total_grad: [..., H], of the residual stream, which is added to that of x.

@@ -1,4 +1,4 @@
-"""RMSNorm, quantised while it is made: its output is never in memory in bf16.
+"""RMSNorm, quantized while it is made: its output is never in memory in bf16.
 
 N rows, H channels. Two kernels: the first reads whole rows and leaves one number of each, the inverse root mean square, and on
 request the largest magnitude of the output, which `current` scaling asks for first. The second makes tiles of 128 x 128 and
@@ -135,8 +135,8 @@ def rms_norm_blocks_kernel(
     )
 
 
-class Normalised(Source):
-    """norm_quantise.Normalised; `inverse` is [N]."""
+class Normalized(Source):
+    """norm_quantize.Normalized; `inverse` is [N]."""
 
     def __init__(self, x: Tensor, weight: Tensor, eps: float):
         self._x, self._weight, self._eps = as_rows(x), weight, eps

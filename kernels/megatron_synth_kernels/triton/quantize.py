@@ -1,4 +1,4 @@
-"""FP8 quantisers for Hopper: one read of the tensor, both orders and the scales written.
+"""FP8 quantizers for Hopper: one read of the tensor, both orders and the scales written.
 
 N rows, K columns. A program takes a tile of 128 x 128 at most, so block scales never cross programs. Results are those of
 fp8.py, bit for bit.
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_synth_kernels.registry import interpreted
-from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantised, check_blocks
+from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantized, check_blocks
 
 _ROUNDS_WRONGLY = tl.constexpr(interpreted())
 FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -251,17 +251,17 @@ def block_scales(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def in_blocks(row: Tensor | None, row_scale: Tensor, transposed: Tensor | None, transposed_scale: Tensor) -> Pair:
-    """The two results of a kernel that quantises in blocks of 1 x 128."""
+    """The two results of a kernel that quantizes in blocks of 1 x 128."""
     return (
-        None if row is None else Quantised(row, row_scale.t(), (1, BLOCK)),
-        None if transposed is None else Quantised(transposed, transposed_scale.t(), (1, BLOCK)),
+        None if row is None else Quantized(row, row_scale.t(), (1, BLOCK)),
+        None if transposed is None else Quantized(transposed, transposed_scale.t(), (1, BLOCK)),
     )
 
 
-def quantise_tensorwise(
+def quantize_tensorwise(
     x: Tensor, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """fp8.quantise_tensorwise."""
+    """fp8.quantize_tensorwise."""
     n, k = x.shape
     assert x.stride(1) == 1, "rows must be contiguous"
     row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
@@ -300,8 +300,8 @@ def transpose(data: Tensor) -> Tensor:
     return out.view(data.dtype)
 
 
-def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-    """fp8.quantise_1x128."""
+def quantize_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+    """fp8.quantize_1x128."""
     check_blocks(x)
     n, k = x.shape
     assert x.stride(1) == 1, "rows must be contiguous"
@@ -319,8 +319,8 @@ def quantise_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpose
     return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
 
 
-def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-    """fp8.quantise_128x128."""
+def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+    """fp8.quantize_128x128."""
     check_blocks(x)
     n, k = x.shape
     assert x.stride(1) == 1, "rows must be contiguous"
@@ -339,6 +339,6 @@ def quantise_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpo
         num_warps=8,
     )
     return (
-        None if row_data is None else Quantised(row_data, row_scale, (BLOCK, BLOCK)),
-        None if transposed_data is None else Quantised(transposed_data, transposed_scale, (BLOCK, BLOCK)),
+        None if row_data is None else Quantized(row_data, row_scale, (BLOCK, BLOCK)),
+        None if transposed_data is None else Quantized(transposed_data, transposed_scale, (BLOCK, BLOCK)),
     )

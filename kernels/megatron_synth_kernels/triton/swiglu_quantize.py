@@ -1,4 +1,4 @@
-"""SwiGLU and its gradient, quantised while they are made: neither is ever in memory in bf16.
+"""SwiGLU and its gradient, quantized while they are made: neither is ever in memory in bf16.
 
 N rows, F channels. A program makes a tile of 128 x 64, or 128 x 128 where blocks are scaled, and writes it both ways. Bytes
 per row in bf16: forward 4 F read, 2 F written; backward 6 F read, 4 F written. The largest magnitude alone, which `current`
@@ -180,7 +180,7 @@ def swiglu_gradient_blocks_kernel(
 ) -> None:
     """grad [n, width], x [n, 2 width] -> row [n, 2 width] and transposed [2 width, n], scales as above.
 
-    A program makes the tile of the gate or that of up; both at once do not fit in registers. The two are neighbours, so what
+    A program makes the tile of the gate or that of up; both at once do not fit in registers. The two are neighbors, so what
     both read comes from memory once.
     """
     is_up = tl.program_id(0) % 2

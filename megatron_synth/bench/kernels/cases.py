@@ -84,7 +84,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, s.hidden, leaf=False),),
         lambda run, x: run(*x, scale),
-        {"eager": lambda: eager_quantise, "compile": partial(compiled, eager_quantise)},
+        {"eager": lambda: eager_quantize, "compile": partial(compiled, eager_quantize)},
         n * s.hidden * (width + 2),
     )
     yield Case(
@@ -92,7 +92,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, s.hidden, leaf=False), new(s.hidden, leaf=False)),
         lambda run, x: run(*x, scale),
-        {"eager": lambda: eager_norm_quantise, "compile": partial(compiled, eager_norm_quantise)},
+        {"eager": lambda: eager_norm_quantize, "compile": partial(compiled, eager_norm_quantize)},
         n * s.hidden * (width + 2),
     )
     yield Case(
@@ -100,7 +100,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 2 * s.ffn, leaf=False), new(n, s.ffn, leaf=False)),
         lambda run, x: run(*x, scale),
-        {"eager": lambda: eager_swiglu_quantise, "compile": partial(compiled, eager_swiglu_quantise)},
+        {"eager": lambda: eager_swiglu_quantize, "compile": partial(compiled, eager_swiglu_quantize)},
         n * s.ffn * (2 * width + 2 + 3 * width + 4),
     )
     heads = n * (s.heads + s.groups) * s.head_dim * width
@@ -193,25 +193,25 @@ def eager_swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def eager_quantise(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eager_quantize(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both orders and the largest magnitude, as spelled out."""
     row = (x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return row, row.t().contiguous(), x.abs().amax().float()
 
 
-def eager_norm_quantise(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm in fp32, rounded, then quantised: one rounding, as the definition has it."""
+def eager_norm_quantize(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm in fp32, rounded, then quantized: one rounding, as the definition has it."""
     wide = x.float()
-    return eager_quantise((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype), scale)
+    return eager_quantize((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype), scale)
 
 
-def eager_swiglu_quantise(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """SwiGLU in fp32, rounded, then quantised; and the gradient of its input so."""
+def eager_swiglu_quantize(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """SwiGLU in fp32, rounded, then quantized; and the gradient of its input so."""
     gate, up = gate_and_up.float().chunk(2, dim=-1)
     sigmoid, wide = torch.sigmoid(gate), grad.float()
     to_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
     gradient = torch.cat((to_gate, wide * gate * sigmoid), dim=-1).to(grad.dtype)
-    return *eager_quantise((gate * sigmoid * up).to(grad.dtype), scale), *eager_quantise(gradient, scale)
+    return *eager_quantize((gate * sigmoid * up).to(grad.dtype), scale), *eager_quantize(gradient, scale)
 
 
 def eager_rope(query: Tensor, key: Tensor, base: float) -> tuple[Tensor, Tensor]:

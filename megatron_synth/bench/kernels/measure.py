@@ -192,9 +192,9 @@ def _adapted(operation: str, loaded: Any) -> Any:
 
         return accumulate
     if operation == "quantise_fp8":
-        return partial(loaded.quantise_tensorwise, dtype=torch.float8_e4m3fn)
+        return partial(loaded.quantize_tensorwise, dtype=torch.float8_e4m3fn)
     if operation == "rms_norm_quantise":
-        return lambda x, weight, scale: loaded.Normalised(x, weight, EPS).tensorwise(scale, torch.float8_e4m3fn)
+        return lambda x, weight, scale: loaded.Normalized(x, weight, EPS).tensorwise(scale, torch.float8_e4m3fn)
     if operation == "swiglu_quantise":
 
         def both(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:

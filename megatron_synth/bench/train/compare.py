@@ -1,7 +1,7 @@
 """The engine and its rivals in one process, in turn, so that what disturbs the machine disturbs them alike.
 
 One pair is one block of steps of every contender, right after each other: A B C, in the next pair C B A, so that a
-drift of the machine favours nobody. A ratio compares two blocks of one pair. Whatever a table says of the spread is the
+drift of the machine favors nobody. A ratio compares two blocks of one pair. Whatever a table says of the spread is the
 spread of these ratios.
 
 Before anything is timed, every contender trains the same warm-up steps from the same weights. Their losses must agree,

@@ -70,10 +70,10 @@ def prepare(on_gpu: bool) -> str:
     """Import the engine once, for all processes to come.
 
     Returns:
-        How `Team` is to start them: `fork`, or `spawn` where an import has initialised CUDA, as an optional library's may:
+        How `Team` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
         then a forked process could not use it, and each imports the engine by itself.
     """
-    # torch then counts devices through the driver's library, and does not initialise CUDA
+    # torch then counts devices through the driver's library, and does not initialize CUDA
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 

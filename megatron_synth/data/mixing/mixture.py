@@ -51,7 +51,7 @@ class SourceSpec:
     ratio: Fraction
     """Share of the samples, exact. Phases, where there are any, say it instead."""
     num_windows: int
-    """Windows of L inputs and as many labels (`windows_in`): L + 1 tokens, neighbours sharing one."""
+    """Windows of L inputs and as many labels (`windows_in`): L + 1 tokens, neighbors sharing one."""
     max_epochs: float = 1.0
     """How often the source may be seen; `inf` for any number."""
 

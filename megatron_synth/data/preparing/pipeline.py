@@ -35,7 +35,7 @@ from megatron_synth.data.preparing.readers import estimate_text_bytes
 from megatron_synth.data.preparing.shuffle import bucket_count
 from megatron_synth.data.preparing.splits import Portion, portions
 from megatron_synth.data.preparing.token_runs import Piece, trim
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Job, Workers, tokenise_portion
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Job, Workers, tokenize_portion
 from megatron_synth.data.shards.manifest import (
     Counts,
     Manifest,
@@ -73,7 +73,7 @@ class SourceWork:
     made: Provenance
 
     def run(self) -> list[Prepared]:
-        """Tokenise the source and, in the same reading, its holdout; then write the shards of both."""
+        """Tokenize the source and, in the same reading, its holdout; then write the shards of both."""
         name, source, journal = self.name, self.source, self.journal
         done = journal.of("source", source=name)
         if done:
@@ -89,7 +89,7 @@ class SourceWork:
             cuts = {target: [(tuple(a), tuple(b)) for a, b in found] for target, found in planned[0]["cuts"].items()}
             packing = {target: PackingInfo(**found) for target, found in planned[0]["packing"].items()}
         else:
-            pieces = self._tokenise()
+            pieces = self._tokenize()
             remove_strays(self.folder / STAGING, pieces)
             counts = {target: _count(pieces, target) for target in targets}
             self._refuse_empty(counts)
@@ -114,7 +114,7 @@ class SourceWork:
         journal.append({"kind": "source", "source": name, **entry})
         return [Prepared(manifest, seconds) for manifest in manifests]
 
-    def _tokenise(self) -> list[Piece]:
+    def _tokenize(self) -> list[Piece]:
         """All pieces of the source in order; those of a run that was stopped are taken over."""
         config, source, name = self.config, self.source, self.name
         staging = self.folder / STAGING
@@ -137,7 +137,7 @@ class SourceWork:
         tasks = ((job, number, portion) for number, portion in numbered)
         with (
             progress(name, estimate_text_bytes(name, source)) as bar,
-            closing(self.pool.run(_tokenise_task, tasks)) as results,
+            closing(self.pool.run(_tokenize_task, tasks)) as results,
         ):
             bar.update(read)
             for (_, number, _), found in results:
@@ -240,8 +240,8 @@ class SourceWork:
         )
 
 
-def _tokenise_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> list[Piece]:
-    return tokenise_portion(tokenizer, *task)
+def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> list[Piece]:
+    return tokenize_portion(tokenizer, *task)
 
 
 def _count(pieces: list[Piece], target: str) -> Counts:

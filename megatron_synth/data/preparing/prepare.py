@@ -1,6 +1,6 @@
 """`megatron-synth prepare`: text to token shards.
 
-Workers read and tokenise portions of a source into pieces on disk; then they assemble the shards from the pieces, in
+Workers read and tokenize portions of a source into pieces on disk; then they assemble the shards from the pieces, in
 order or shuffled. Memory does not grow with the text. The output is written into a hidden folder beside it and renamed
 when all is done, manifests last: a run that fails or is killed leaves nothing that opens, and one that was killed is
 continued by the next. The bytes depend on the settings and the text alone, not on the number of workers.

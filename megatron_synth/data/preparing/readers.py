@@ -34,7 +34,7 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """text: what is tokenised; key: what decides its split. Documents that share a key go to the same split."""
+    """text: what is tokenized; key: what decides its split. Documents that share a key go to the same split."""
 
     text: str
     key: str

@@ -1,4 +1,4 @@
-"""Sources cut into portions, each read and tokenised by one worker alone.
+"""Sources cut into portions, each read and tokenized by one worker alone.
 
 Plain line files are cut at byte ranges and parquet files at row groups; large compressed files, data sets of the
 `datasets` library and the built-in corpus can only be read from their start, so the parent reads them and hands out

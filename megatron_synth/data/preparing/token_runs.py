@@ -1,4 +1,4 @@
-"""Pieces: tokenised documents on their way from the workers to the shards, one file each.
+"""Pieces: tokenized documents on their way from the workers to the shards, one file each.
 
 Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
 bytes of its text, its place in the portion, its first token in the piece, and its sort key (0 without a shuffle).

@@ -26,7 +26,7 @@ from megatron_synth.data.preparing.splits import Portion, portion_documents
 from megatron_synth.data.preparing.token_runs import RECORD, Piece, write_piece
 from megatron_synth.data.tokenizer import Tokenizer
 
-CHUNK_CHARACTERS = 2**19  # of text that is tokenised at once
+CHUNK_CHARACTERS = 2**19  # of text that is tokenized at once
 PIECE_BYTES = 16 * 2**20  # of tokens that a worker holds
 TASKS_PER_WORKER = 2  # in flight: enough to keep workers busy, and a bound on memory
 
@@ -65,8 +65,8 @@ class _Held:
     size: int = 0
 
 
-def tokenise_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> list[Piece]:
-    """Read and tokenise a portion; the pieces that were written, in order. Memory is bounded by `piece_bytes`."""
+def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> list[Piece]:
+    """Read and tokenize a portion; the pieces that were written, in order. Memory is bounded by `piece_bytes`."""
     held: dict[str, _Held] = {}
     pieces: list[Piece] = []
     place = 0

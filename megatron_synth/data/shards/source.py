@@ -1,7 +1,7 @@
 """Prepared sources as one stream of tokens each, cut into windows.
 
 The stream of a source is the concatenation of its documents over all shards in order. In windows of L inputs, window
-w is tokens [w*L, w*L + L + 1): neighbouring windows share one token, the last label of the one and the first input of
+w is tokens [w*L, w*L + L + 1): neighboring windows share one token, the last label of the one and the first input of
 the next. A mixture may begin its windows at any token.
 """
 

@@ -6,15 +6,15 @@ A layer has three products, all of them A B^T of operands whose summed axis is c
     input's      dx [T, K] = dy   [T, N] (w^T [K, N])^T
     weight's     dw [N, K] = dy^T [N, T] (x^T [K, T])^T      in fp32, added to main_grad
 
-T tokens of the whole sequence (S x B), K channels in, N out; under tensor parallelism K or N is a rank's part.
+T tokens of the whole sequence (S x B), K channels in, N out; under tensor parallelizm K or N is a rank's part.
 
-Kept for the backward pass is the quantised x^T: one byte per number. Under sequence parallelism it is this rank's part of x, as
-in megatron-core. With one scale per tensor the parts are quantised first and gathered in FP8, forward and backward, at half the
+Kept for the backward pass is the quantized x^T: one byte per number. Under sequence parallelizm it is this rank's part of x, as
+in megatron-core. With one scale per tensor the parts are quantized first and gathered in FP8, forward and backward, at half the
 traffic of bf16. Blocks of 128 tokens may cross ranks, so with block scales the parts are gathered as they are.
 
-Where RMSNorm or SwiGLU makes the input, the layer does it as it quantises (`normalise_with`, `activate_after`), and what they
+Where RMSNorm or SwiGLU makes the input, the layer does it as it quantizes (`normalize_with`, `activate_after`), and what they
 would have written is never in memory. SwiGLU's gradient, which the layer before it needs in FP8 and nobody in any other form,
-is quantised as it is made, too, and handed to that layer beside autograd.
+is quantized as it is made, too, and handed to that layer beside autograd.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_synth.model import ops
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Layer, Fp8Run
-from megatron_synth.model.ops import Quantised, Source
+from megatron_synth.model.ops import Quantized, Source
 
 
-class _Normalised:
+class _Normalized:
     """RMSNorm between a layer's input and its product."""
 
     def __init__(self, run: Fp8Run, eps: float):
@@ -41,7 +41,7 @@ class _Normalised:
 
     def source(self, x: Tensor, norm_weight: Tensor | None) -> Source:
         """Of x [T, K]."""
-        return self._run.rms_norm.Normalised(x, norm_weight, self._eps)  # type: ignore[no-any-return]
+        return self._run.rms_norm.Normalized(x, norm_weight, self._eps)  # type: ignore[no-any-return]
 
     def kept(self, source: Any, x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor | None, ...]:
         """For `gradients`."""
@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
         norm_weight: Tensor | None,
         weight: Tensor,
         layer: Fp8Layer,
-        made: _Normalised | _Activated | None,
+        made: _Normalized | _Activated | None,
         training: bool,
         allreduce_dgrad: bool,
         gathers: bool,
@@ -93,16 +93,16 @@ class _Linear(torch.autograd.Function):
         source = part if made is None else made.source(part, norm_weight)
         w, w_transposed = layer.weight(weight)
         tensorwise = layer.run.recipe.tensorwise
-        kept: Quantised | None
+        kept: Quantized | None
         if not gathers:
-            operand, kept = layer.quantise(INPUT, source, transposed=training, recorded=training)
+            operand, kept = layer.quantize(INPUT, source, transposed=training, recorded=training)
         elif tensorwise:
-            kept, _ = layer.quantise(INPUT, source, transposed=False, recorded=training)
+            kept, _ = layer.quantize(INPUT, source, transposed=False, recorded=training)
             assert kept is not None
-            operand = Quantised(_gather(kept.data, group)[0], kept.scale)
+            operand = Quantized(_gather(kept.data, group)[0], kept.scale)
         else:
             assert made is None
-            operand, _ = layer.quantise(INPUT, _gather(part, group)[0], transposed=False, recorded=training)
+            operand, _ = layer.quantize(INPUT, _gather(part, group)[0], transposed=False, recorded=training)
             kept = None
         assert operand is not None
         y = ops.fp8.product(operand, w, x.dtype, fast_accumulation=tensorwise)
@@ -144,11 +144,11 @@ class _Linear(torch.autograd.Function):
             gathering.wait()
         if wants_weight:
             if not ctx.gathers:
-                x_transposed = Quantised(data, scale, ctx.block)
+                x_transposed = Quantized(data, scale, ctx.block)
             elif scale is not None:
-                x_transposed = Quantised(layer.run.quantiser.transpose(whole), scale)
+                x_transposed = Quantized(layer.run.quantizer.transpose(whole), scale)
             else:
-                _, x_transposed = layer.quantise(INPUT, whole, row=False, recorded=False)
+                _, x_transposed = layer.quantize(INPUT, whole, row=False, recorded=False)
             dw = _accumulate(weight, ops.fp8.product(dy_transposed, x_transposed, torch.float32), ctx.dtype)
         if pending is not None:
             pending.wait()
@@ -169,7 +169,7 @@ def _gather(part: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any
 
 
 def _accumulate(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Add to main_grad, where megatron-core's data parallelism has put one, and return what autograd is to be given."""
+    """Add to main_grad, where megatron-core's data parallelizm has put one, and return what autograd is to be given."""
     if not hasattr(weight, "main_grad"):
         return gradient.to(dtype)
     weight.main_grad.add_(gradient)
@@ -189,17 +189,17 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
         parts = {WEIGHT, GRAD} | ({INPUT} if self.sequence_parallel else set())
         self.fp8 = fp8.add(name, frozenset(parts), self.tp_group)
         self._norm: Callable[[], Tensor | None] = lambda: None
-        self._made: _Normalised | None = None
+        self._made: _Normalized | None = None
 
-    def normalise_with(self, norm: ops.RMSNorm) -> bool:
+    def normalize_with(self, norm: ops.RMSNorm) -> bool:
         """Do what `norm`, which makes this layer's input and nothing else's, did; False where that saves nothing.
 
-        Blocks that cross ranks are quantised from what was gathered, so the norm's output is needed as it is.
+        Blocks that cross ranks are quantized from what was gathered, so the norm's output is needed as it is.
         """
         if self.sequence_parallel and not self.fp8.run.recipe.tensorwise:
             return False
         self._norm = lambda: norm.weight  # no attribute: its weight would be a parameter of this layer, too
-        self._made = _Normalised(self.fp8.run, norm.eps)
+        self._made = _Normalized(self.fp8.run, norm.eps)
         norm.in_linear = True
         return True
 
@@ -236,11 +236,11 @@ def fuse(layer: Any) -> None:
     What selective recomputation would drop of such a layer is not there: the outputs of norms and of SwiGLU.
     """
     attention, mlp = layer.self_attention, layer.mlp
-    if isinstance(attention.linear_qkv, Fp8ColumnParallelLinear) and attention.linear_qkv.normalise_with(layer.input_layernorm):
+    if isinstance(attention.linear_qkv, Fp8ColumnParallelLinear) and attention.linear_qkv.normalize_with(layer.input_layernorm):
         layer.recompute_input_layernorm = False
     if not isinstance(mlp.linear_fc1, Fp8ColumnParallelLinear):
         return
-    if mlp.linear_fc1.normalise_with(layer.pre_mlp_layernorm):
+    if mlp.linear_fc1.normalize_with(layer.pre_mlp_layernorm):
         layer.recompute_pre_mlp_layernorm = False
     mlp.linear_fc2.activate_after(mlp.linear_fc1)
     mlp.in_linear = True

@@ -1,6 +1,6 @@
 """FP8 of a rank: the recipe, the layers' scales and their history.
 
-Three tensors of a linear layer are quantised: its input and its weight in e4m3, the gradient of its output in e5m2 or e4m3.
+Three tensors of a linear layer are quantized: its input and its weight in e4m3, the gradient of its output in e5m2 or e4m3.
 What tensor-parallel ranks hold in parts gets one scale from all parts, so that a layout does not change the numbers.
 
 delayed scaling: every rank notes the largest magnitude of each tensor over the micro-batches of an optimizer step. At the
@@ -24,19 +24,19 @@ from torch import Tensor
 from megatron_synth.config.schema import PrecisionConfig
 from megatron_synth.model import ops
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantised, Source
+from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantized, Source
 
 ROLES = INPUT, WEIGHT, GRAD = ("input", "weight", "grad")
 
 
 class Plain:
-    """A matrix that exists, to be quantised; see `fp8.Source` for those that do not."""
+    """A matrix that exists, to be quantized; see `fp8.Source` for those that do not."""
 
-    def __init__(self, quantiser: Any, x: Tensor):
-        self._quantiser, self._x = quantiser, x
-        self.amax = partial(quantiser.amax_of, x)
-        self.tensorwise = partial(quantiser.quantise_tensorwise, x)
-        self.blocks = partial(quantiser.quantise_1x128, x)
+    def __init__(self, quantizer: Any, x: Tensor):
+        self._quantizer, self._x = quantizer, x
+        self.amax = partial(quantizer.amax_of, x)
+        self.tensorwise = partial(quantizer.quantize_tensorwise, x)
+        self.blocks = partial(quantizer.quantize_1x128, x)
 
     def value(self) -> Tensor:
         """The matrix."""
@@ -85,12 +85,12 @@ class Fp8Run:
         self.recipe, self.device = recipe, device
         self.layers: list[Fp8Layer] = []
         self.version = 0
-        """Counts optimizer steps since the start of the process; quantised weights of another version are stale."""
+        """Counts optimizer steps since the start of the process; quantized weights of another version are stale."""
         self.updates = 0
         """Steps in the history since the run began."""
         self.statistics = Statistics()
-        self.quantiser = ops.quantiser()
-        self.swiglu, self.rms_norm = ops.quantising_swiglu(), ops.quantising_rms_norm()
+        self.quantizer = ops.quantizer()
+        self.swiglu, self.rms_norm = ops.quantizing_swiglu(), ops.quantizing_rms_norm()
 
     def add(self, name: str, sharded: frozenset[str], group: Any) -> Fp8Layer:
         """A new layer.
@@ -181,36 +181,36 @@ def _replicated(key: str, value: Tensor, replica: tuple[int, int, int]) -> Shard
 
 
 class Fp8Layer:
-    """The quantised tensors of one linear layer."""
+    """The quantized tensors of one linear layer."""
 
     def __init__(self, run: Fp8Run, index: int, name: str, sharded: frozenset[str], group: Any):
         self.run, self.index, self.name = run, index, name
         self._sharded, self._group = sharded if group.size() > 1 else frozenset(), group
-        self._weight: tuple[Any, Quantised, Quantised] | None = None
+        self._weight: tuple[Any, Quantized, Quantized] | None = None
         self._handed: tuple[Tensor, Pair] | None = None
 
-    def weight(self, weight: Tensor) -> tuple[Quantised, Quantised]:
-        """[N, K] -> it and its transpose, quantised once per optimizer step (or when the weight was otherwise changed)."""
+    def weight(self, weight: Tensor) -> tuple[Quantized, Quantized]:
+        """[N, K] -> it and its transpose, quantized once per optimizer step (or when the weight was otherwise changed)."""
         version = (self.run.version, weight._version, weight.data_ptr())
         if self._weight is None or self._weight[0] != version:
-            row, transposed = self.quantise(WEIGHT, weight.detach())
+            row, transposed = self.quantize(WEIGHT, weight.detach())
             assert row is not None and transposed is not None
             self._weight = version, row, transposed
         return self._weight[1:]
 
-    def quantise(
+    def quantize(
         self, role: str, x: Tensor | Source, *, row: bool = True, transposed: bool = True, recorded: bool = True
     ) -> Pair:
         """x [N, K] and its transpose [K, N], each None where not wanted.
 
-        `x`: a matrix, or what one is made from while it is quantised.
+        `x`: a matrix, or what one is made from while it is quantized.
         `recorded`: whether delayed scaling takes note of its magnitude; evaluations leave no trace.
         """
         recipe, run = self.run.recipe, self.run
-        source = Plain(run.quantiser, x) if isinstance(x, Tensor) else x
+        source = Plain(run.quantizer, x) if isinstance(x, Tensor) else x
         dtype = recipe.format(role)
         if not recipe.tensorwise:
-            blocks = partial(run.quantiser.quantise_128x128, x) if role == WEIGHT else source.blocks
+            blocks = partial(run.quantizer.quantize_128x128, x) if role == WEIGHT else source.blocks
             result: Pair = blocks(dtype, row=row, transposed=transposed)
         else:
             place = ROLES.index(role)
@@ -228,36 +228,36 @@ class Fp8Layer:
                 torch.maximum(noted, amax, out=noted)
             inverse = ops.fp8.inverse_scale(scale, amax)
             result = (
-                None if data is None else Quantised(data, inverse),
-                None if other is None else Quantised(other, inverse),
+                None if data is None else Quantized(data, inverse),
+                None if other is None else Quantized(other, inverse),
             )
         if run.statistics.observing and recorded:
             as_it_is, other = result
-            quantised = as_it_is if as_it_is is not None else other
-            assert quantised is not None
-            run.statistics.add(self.name, role, source.value() if as_it_is is not None else source.value().t(), quantised)
+            quantized = as_it_is if as_it_is is not None else other
+            assert quantized is not None
+            run.statistics.add(self.name, role, source.value() if as_it_is is not None else source.value().t(), quantized)
         return result
 
     def hand_gradient(self, source: Source, shape: torch.Size, like: Tensor) -> Tensor:
-        """Quantise the gradient of this layer's output where it is made, and keep it for the backward pass, which comes next.
+        """Quantize the gradient of this layer's output where it is made, and keep it for the backward pass, which comes next.
 
         Returns:
             What autograd is to carry from there to here: no number of it is ever read, and all are NaN.
         """
         assert self._handed is None, f"{self.name}: a gradient was handed over and not taken"
         placeholder = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
-        self._handed = placeholder, self.quantise(GRAD, source)
+        self._handed = placeholder, self.quantize(GRAD, source)
         return placeholder
 
     def gradient(self, grad: Tensor, *, transposed: bool) -> Pair:
-        """The quantised gradient of the output: the one that was handed over, or made from `grad` [.., N] itself."""
+        """The quantized gradient of the output: the one that was handed over, or made from `grad` [.., N] itself."""
         if self._handed is not None:
             (placeholder, pair), self._handed = self._handed, None
             assert grad.data_ptr() == placeholder.data_ptr(), (
                 f"{self.name}: its output is used elsewhere than in what handed a gradient over"
             )
             return pair
-        return self.quantise(GRAD, grad.reshape(-1, grad.shape[-1]).contiguous(), transposed=transposed)
+        return self.quantize(GRAD, grad.reshape(-1, grad.shape[-1]).contiguous(), transposed=transposed)
 
 
 def of(chunks: Sequence[Any]) -> Fp8Run | None:

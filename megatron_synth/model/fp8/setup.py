@@ -23,7 +23,7 @@ from megatron_synth.model.fp8 import te
 from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import Quantised
+from megatron_synth.model.ops import Quantized
 from megatron_synth.model.spec import Linears
 from megatron_synth.parallel.fp8_params import RECIPES as MCORE_RECIPES
 
@@ -49,7 +49,7 @@ class Fp8Plan:
 
     @property
     def fused(self) -> bool:
-        """Whether RMSNorm and SwiGLU are quantised while they are made."""
+        """Whether RMSNorm and SwiGLU are quantized while they are made."""
         return self.backend == "own" and self.config.precision.fp8_fused
 
     def start(self) -> Fp8Run | None:
@@ -103,13 +103,13 @@ class Fp8Plan:
         if self.backend == "te":
             kept = ", weights kept and gathered in FP8" if self.config.precision.fp8_param_gather else ""
             return f"TransformerEngine ({self.reason}){kept}"
-        if ops.fp8.is_emulated(self.device, self.config.precision.fp8 == "blockwise"):
-            how = "products EMULATED on the CPU: dequantised operands, summed in fp32"
+        if ops.fp8.is_emulated(self.device):
+            how = "products EMULATED on the CPU: dequantized operands, summed in fp32"
         else:
             how = "products by torch's scaled_mm"
         blocks_cross = self.config.precision.fp8 == "blockwise" and self.config.parallel.uses_sequence_parallel
-        made = "quantised in SwiGLU" if blocks_cross else "quantised in RMSNorm and SwiGLU"
-        return f"own layers ({self.reason}), {made if self.fused else 'quantised apart'}, {how}"
+        made = "quantized in SwiGLU" if blocks_cross else "quantized in RMSNorm and SwiGLU"
+        return f"own layers ({self.reason}), {made if self.fused else 'quantized apart'}, {how}"
 
     def mcore_options(self) -> dict[str, Any]:
         """What megatron-core's TransformerConfig is told: nothing for our layers, all for TransformerEngine's."""
@@ -232,10 +232,10 @@ def _sizes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def _disagreement(recipe: Recipe, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
-    """The three products of a layer, by the device's quantisers and units and by the definition on the CPU."""
-    quantiser = ops.quantiser()
-    device_pairs = {role: _quantised(recipe, role, x, quantiser) for role, x in tensors.items()}
-    host_pairs = {role: _quantised(recipe, role, x.cpu(), ops.fp8) for role, x in tensors.items()}
+    """The three products of a layer, by the device's quantizers and units and by the definition on the CPU."""
+    quantizer = ops.quantizer()
+    device_pairs = {role: _quantized(recipe, role, x, quantizer) for role, x in tensors.items()}
+    host_pairs = {role: _quantized(recipe, role, x.cpu(), ops.fp8) for role, x in tensors.items()}
     products = {
         "the forward product": (INPUT, 0, WEIGHT, 0, dtype, recipe.tensorwise),
         "the product of the input's gradient": (GRAD, 0, WEIGHT, 1, dtype, False),
@@ -243,21 +243,21 @@ def _disagreement(recipe: Recipe, tensors: dict[str, torch.Tensor], device: torc
     }
     for name, (left, i, right, j, out_dtype, fast) in products.items():
         found = ops.fp8.product(device_pairs[left][i], device_pairs[right][j], out_dtype, fast_accumulation=fast)
-        expected = host_pairs[left][i].dequantised().double() @ host_pairs[right][j].dequantised().double().t()
+        expected = host_pairs[left][i].dequantized().double() @ host_pairs[right][j].dequantized().double().t()
         error = ((found.double().cpu() - expected).norm() / expected.norm()).item()
         if not error <= _TOLERANCE:
             return f"{name} is off by {error:.1%} of the definition"
     return None
 
 
-def _quantised(recipe: Recipe, role: str, x: torch.Tensor, quantiser: Any) -> tuple[Quantised, Quantised]:
+def _quantized(recipe: Recipe, role: str, x: torch.Tensor, quantizer: Any) -> tuple[Quantized, Quantized]:
     dtype = recipe.format(role)
     if not recipe.tensorwise:
-        row, transposed = (quantiser.quantise_128x128 if role == WEIGHT else quantiser.quantise_1x128)(x, dtype)
+        row, transposed = (quantizer.quantize_128x128 if role == WEIGHT else quantizer.quantize_1x128)(x, dtype)
     else:
-        amax = quantiser.amax_of(x)
+        amax = quantizer.amax_of(x)
         scale = recipe.scale_for(amax, role)
-        data, other, _ = quantiser.quantise_tensorwise(x, scale, dtype)
+        data, other, _ = quantizer.quantize_tensorwise(x, scale, dtype)
         inverse = ops.fp8.inverse_scale(scale, amax)
-        row, transposed = Quantised(data, inverse), Quantised(other, inverse)
+        row, transposed = Quantized(data, inverse), Quantized(other, inverse)
     return row, transposed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_synth.model import ops
-from megatron_synth.model.ops import Quantised
+from megatron_synth.model.ops import Quantized
 
 
 class Statistics:
@@ -19,24 +19,24 @@ class Statistics:
         """Whether this step is watched."""
         self._seen: dict[tuple[str, str], Tensor] = {}
 
-    def add(self, layer: str, role: str, x: Tensor, quantised: Quantised) -> None:
-        """Take in a tensor x [N, K] of a layer, and what it was quantised to."""
-        largest = ops.fp8.LARGEST[quantised.data.dtype]
-        back = quantised.dequantised()
+    def add(self, layer: str, role: str, x: Tensor, quantized: Quantized) -> None:
+        """Take in a tensor x [N, K] of a layer, and what it was quantized to."""
+        largest = ops.fp8.LARGEST[quantized.data.dtype]
+        back = quantized.dequantized()
         numbers = x != 0
         # block scales fit their blocks; the tolerance is for the rounding of the scale and its inverse
-        scale = quantised.scale
-        reach = largest * scale * (1 + 2.0**-20) if quantised.block is None else torch.inf
-        if quantised.block is not None:  # blocks of zeros, and what pads the scales, have 1, which means nothing
-            rows, columns = quantised.block
+        scale = quantized.scale
+        reach = largest * scale * (1 + 2.0**-20) if quantized.block is None else torch.inf
+        if quantized.block is not None:  # blocks of zeros, and what pads the scales, have 1, which means nothing
+            rows, columns = quantized.block
             filled = numbers.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns).any(dim=3).any(dim=1)
             scale = torch.where(filled, scale[:, : filled.shape[1]], 0.0)
             scale = torch.where(filled.any(), scale, 1.0)
         counts = [numbers.sum(), ((back == 0) & numbers).sum(), (x.abs().float() > reach).sum()]
         self._merge(layer, role, [x.abs().max(), 1.0 / scale.max().double(), *counts])
 
-    def add_quantised(self, layer: str, role: str, amax: Tensor, scale: Tensor) -> None:
-        """Take in a tensor of which only the quantised numbers exist: what was lost is not known."""
+    def add_quantized(self, layer: str, role: str, amax: Tensor, scale: Tensor) -> None:
+        """Take in a tensor of which only the quantized numbers exist: what was lost is not known."""
         self._merge(layer, role, [amax, scale])
 
     def has(self, layer: str, role: str) -> bool:

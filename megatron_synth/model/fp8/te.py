@@ -1,14 +1,14 @@
 """FP8 by TransformerEngine's linear layers: whether they can be had, a trial by numbers, and what is watched of them.
 
-TransformerEngine quantises inside its own products and shows no tensor of it. `watch` puts hooks round its layers that see what
+TransformerEngine quantizes inside its own products and shows no tensor of it. `watch` puts hooks round its layers that see what
 goes in: the input and the weight after the forward pass, the gradient of the output before the backward one. With delayed
-scaling the scale is read from the layer's quantiser, which holds the one in use until its autocast ends; else it is what the
-recipe defines, from the tensor, its largest magnitude reduced over the ranks that the quantiser names. The numbers are then
-quantised once more, by definition, to count what is lost.
+scaling the scale is read from the layer's quantizer, which holds the one in use until its autocast ends; else it is what the
+recipe defines, from the tensor, its largest magnitude reduced over the ranks that the quantizer names. The numbers are then
+quantized once more, by definition, to count what is lost.
 
 This rests on TransformerEngine 2.11: pytorch/module/linear.py, `_get_quantizers` (`quantizers[...]` and the order of tensors in
 them) and `_customize_quantizers_float8_current_scaling` (`with_amax_reduction`), pytorch/distributed.py,
-`in_fp8_activation_recompute_phase`, and the attributes `_scale_inv` and `_rowwise_scale_inv` of its quantised tensors.
+`in_fp8_activation_recompute_phase`, and the attributes `_scale_inv` and `_rowwise_scale_inv` of its quantized tensors.
 TransformerEngine's own statistics (transformer_engine.debug) need one more package and refuse weights in FP8.
 """
 
@@ -27,12 +27,12 @@ from megatron_synth.config.schema import Config
 from megatron_synth.model import ops
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Recipe
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import Quantised
+from megatron_synth.model.ops import Quantized
 from megatron_synth.model.spec import Linears
 from megatron_synth.parallel import fp8_params
 
 _PLACES = {INPUT: ("scaling_fwd", 0), WEIGHT: ("scaling_fwd", 1), GRAD: ("scaling_bwd", 0)}
-"""Of a tensor's quantiser in a layer: GEMM1_INPUT and GEMM1_WEIGHT of FP8FwdTensors, GRAD_OUTPUT1 of FP8BwdTensors."""
+"""Of a tensor's quantizer in a layer: GEMM1_INPUT and GEMM1_WEIGHT of FP8FwdTensors, GRAD_OUTPUT1 of FP8BwdTensors."""
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -96,7 +96,7 @@ def check(config: Config, device: torch.device, device_name: str) -> None:
             with te.fp8_autocast(enabled=True, fp8_recipe=make(fp8_format=number_format)):
                 y = layer(x)
             y.backward(grad)
-        if fp8_params.is_quantised(layer.weight) is not precision.fp8_param_gather:
+        if fp8_params.is_quantized(layer.weight) is not precision.fp8_param_gather:
             raise RuntimeError(f"the weight is a {type(layer.weight).__name__}")
     except Exception as error:  # whatever it raises, the run cannot have what it asked for
         advice = "precision.fp8_param_gather: false" if precision.fp8_param_gather else "precision.fp8_backend: own"
@@ -142,7 +142,7 @@ class _Watched:
             return
         if not _recomputing():
             self._add(module, INPUT, args[0])
-            if not self._statistics.has(self._name, WEIGHT):  # quantised once for all micro-batches
+            if not self._statistics.has(self._name, WEIGHT):  # quantized once for all micro-batches
                 self._add_weight(module)
         if output[0].requires_grad:
             output[0].register_hook(partial(self._before_backward, module))
@@ -153,7 +153,7 @@ class _Watched:
     @torch.no_grad()
     def _add_weight(self, module: Any) -> None:
         weight = module.weight
-        if not fp8_params.is_quantised(weight):
+        if not fp8_params.is_quantized(weight):
             self._add(module, WEIGHT, weight)
             return
         if self._recipe.tensorwise:
@@ -162,36 +162,36 @@ class _Watched:
             rows, columns = (-(-size // ops.fp8.BLOCK) for size in weight.shape)
             inverse = weight._rowwise_scale_inv[:rows, :columns]
         amax = weight.dequantize().abs().max()
-        self._statistics.add_quantised(self._name, WEIGHT, amax, 1.0 / inverse.max().double())
+        self._statistics.add_quantized(self._name, WEIGHT, amax, 1.0 / inverse.max().double())
 
     @torch.no_grad()
     def _add(self, module: Any, role: str, x: Tensor) -> None:
         group, place = _PLACES[role]
-        quantiser = module.quantizers[group][place]
+        quantizer = module.quantizers[group][place]
         matrix = x.detach().reshape(-1, x.shape[-1]).contiguous()
         if self._recipe.tensorwise:
-            quantised = self._tensorwise(quantiser, role, matrix)
+            quantized = self._tensorwise(quantizer, role, matrix)
         else:
             block = ops.fp8.BLOCK
             # a rank's part of a sequence need not be of whole blocks; rows of zeros count for nothing
             matrix = F.pad(matrix, (0, 0, 0, -matrix.shape[0] % block))
-            blocks = ops.fp8.quantise_128x128 if role == WEIGHT else ops.fp8.quantise_1x128
+            blocks = ops.fp8.quantize_128x128 if role == WEIGHT else ops.fp8.quantize_1x128
             in_blocks, _ = blocks(matrix, self._recipe.format(role), transposed=False)
             assert in_blocks is not None
-            quantised = in_blocks
-        self._statistics.add(self._name, role, matrix, quantised)
+            quantized = in_blocks
+        self._statistics.add(self._name, role, matrix, quantized)
 
-    def _tensorwise(self, quantiser: Any, role: str, matrix: Tensor) -> Quantised:
+    def _tensorwise(self, quantizer: Any, role: str, matrix: Tensor) -> Quantized:
         amax = ops.fp8.amax_of(matrix)
         if self._recipe.scaling == "delayed":
-            scale = quantiser.scale.detach().reshape(()).clone()
+            scale = quantizer.scale.detach().reshape(()).clone()
         else:
-            if quantiser.with_amax_reduction:
-                torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantiser.amax_reduction_group)
+            if quantizer.with_amax_reduction:
+                torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
             scale = self._recipe.scale_for(amax, role)
-        data, _, _ = ops.fp8.quantise_tensorwise(matrix, scale, self._recipe.format(role), transposed=False)
+        data, _, _ = ops.fp8.quantize_tensorwise(matrix, scale, self._recipe.format(role), transposed=False)
         assert data is not None
-        return Quantised(data, ops.fp8.inverse_scale(scale, amax))
+        return Quantized(data, ops.fp8.inverse_scale(scale, amax))
 
 
 def _recomputing() -> bool:

@@ -63,7 +63,7 @@ class Slots:
 
 
 def visible_gpus() -> list[int]:
-    """Numbers of the GPUs that this process may use, found without initialising CUDA."""
+    """Numbers of the GPUs that this process may use, found without initializing CUDA."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 

@@ -26,7 +26,7 @@ EXIT_TAKEN = 76
 """Another process trains this run."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _cuda_is_used = False
-"""Whether an import has initialised CUDA, so that a forked process cannot use it."""
+"""Whether an import has initialized CUDA, so that a forked process cannot use it."""
 
 
 def import_once() -> None:
@@ -35,7 +35,7 @@ def import_once() -> None:
     Where an import uses one all the same, as that of an optional library may, runs get processes of their own.
     """
     global _cuda_is_used
-    # torch then counts devices through the driver's library, and does not initialise CUDA
+    # torch then counts devices through the driver's library, and does not initialize CUDA
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.pop("RANK", None)  # a launcher's environment would be taken for that of the runs
     import torch
@@ -108,7 +108,7 @@ def _train(folder: Folder, run: Run) -> int:
 
 
 def _torchrun(folder: Folder, run: Run) -> int:
-    """Train in processes started anew, through the launch script, which passes signals on."""
+    """Train in processes started again, through the launch script, which passes signals on."""
     config = folder.path / "state" / f"{run.id}.yaml"
     write_atomic(config, to_yaml(run.config))
     command = [str(shipped("launch") / "local.sh"), str(run.ranks), str(config), "--run-dir", str(folder.run(run))]

@@ -1,4 +1,4 @@
-"""Intervals of a fit by the Bayesian bootstrap: every point gets a random weight, and the law is fitted anew to each draw.
+"""Intervals of a fit by the Bayesian bootstrap: every point gets a random weight, and the law is fitted again to each draw.
 
 Weights are exponential (D. Rubin, Annals of Statistics 9 (1981) 130-134): what drawing points with replacement does, as in
 Besiroglu et al. 2024, without draws that miss a point altogether, which in a small design may be all that determines a

@@ -191,9 +191,9 @@ def fit(
     samples: Floats = np.zeros((0, len(theta)))
     if bootstraps:
         weights = bootstrap.draw_weights(len(kept), bootstraps, seed)
-        centres = np.vstack([theta, found.theta[optima[1:]]])
-        advance = _counter(progress, "bootstraps", len(weights) * len(centres))
-        samples = bootstrap.resample(design, log_loss, centres, delta, weights, advance)
+        centers = np.vstack([theta, found.theta[optima[1:]]])
+        advance = _counter(progress, "bootstraps", len(weights) * len(centers))
+        samples = bootstrap.resample(design, log_loss, centers, delta, weights, advance)
     errors, intervals = bootstrap.summary(chosen, samples) if bootstraps > 1 else ({}, {})
     at_best = int((found.objective <= objective * (1 + SAME_OBJECTIVE) + 1e-30).sum())
     result = Fit(
@@ -221,7 +221,7 @@ def fit(
 def start_grid(law: Law, design: Floats, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:
     """Starting values theta [S, P].
 
-    The law's grid gives exponents as they are, and each factor as the logarithm of its term's share in the loss at the centre
+    The law's grid gives exponents as they are, and each factor as the logarithm of its term's share in the loss at the center
     of the points. (A grid of the factors themselves, as published for the joint law, has most terms so small that they never
     recover: 3 % of its starts reach the optimum of the published data, and 82 % of these.)
 

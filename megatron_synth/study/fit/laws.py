@@ -195,7 +195,7 @@ def term_mean(shares: Floats, design: Floats) -> Floats:
     return gradient
 
 
-# starts: of a factor, the logarithm of its term's share in the loss at the centre of the points; of the others, themselves.
+# starts: of a factor, the logarithm of its term's share in the loss at the center of the points; of the others, themselves.
 # 6 x 6 x 5 x 5 x 5 = 4,500 starts for the joint law
 _SHARE = (-5.0, -4.0, -3.0, -2.0, -1.0, 0.0)
 _FLOOR = (-1.5, -0.8, -0.4, -0.2, -0.05)

@@ -75,7 +75,7 @@ def solve(
     tolerance: float = 1e-10,
     progress: Callable[[int], object] | None = None,
 ) -> Solutions:
-    """Minimise from every start.
+    """Minimize from every start.
 
     Args:
         design: features [K, M, P].

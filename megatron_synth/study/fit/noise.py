@@ -104,9 +104,9 @@ def trend(x: ArrayLike, loss: ArrayLike, *, last: int = 3, noise: Noise | None =
         raise UserError(f"trend: at least two different x are needed, got {len(used)}")
     inside = position >= used[0]
     position, logs = position[inside], np.log(losses[inside])
-    centred = position - position.mean()
-    spread = float(np.sum(centred**2))
-    slope = float(np.sum(centred * logs) / spread)
+    centered = position - position.mean()
+    spread = float(np.sum(centered**2))
+    slope = float(np.sum(centered * logs) / spread)
     scatter, freedom = _scatter(position, logs, slope, noise)
     error = scatter / np.sqrt(spread)
     score = slope / error if error > 0 else np.sign(slope) * np.inf

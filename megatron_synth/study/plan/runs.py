@@ -2,7 +2,7 @@
 
 The id is a digest of what decides the result: model, mixture, data, seed, batch, length, optimizer, precision and
 evaluation. The layout, the micro-batch size, logging, checkpoints and the caps on repetition are not part of it, since
-they do not change a run: a study may be continued on other machines, and its report may be made anew, with the same ids.
+they do not change a run: a study may be continued on other machines, and its report may be made again, with the same ids.
 Settings at their default do not count either, so that a later version with more settings knows the runs of an earlier one.
 """
 

@@ -122,7 +122,7 @@ class Analysis:
         return [*self.data.values(), *self.model.values(), *self.joint.values(), *self.mixture.values()]
 
 
-def analyse(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
+def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
     """Fit and answer what the runs allow.
 
     tell: is told what is being done.

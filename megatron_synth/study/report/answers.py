@@ -227,7 +227,7 @@ def compare_at_tokens(
 def compare_at_compute(arms: Mapping[str, Fit], baseline: str, flops: float, *, level: float = 90) -> list[Comparison]:
     """All arms at the same compute C = 6 N D, each at its own best N and D.
 
-    These minimise E + A / N^alpha + B / D^beta: N = G (C / 6)^(beta / (alpha + beta)) with
+    These minimize E + A / N^alpha + B / D^beta: N = G (C / 6)^(beta / (alpha + beta)) with
     G = (alpha A / (beta B))^(1 / (alpha + beta)) (Hoffmann et al. 2022, equation 4). Every bootstrap has its own.
 
     Args:

@@ -94,7 +94,7 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
         if digest != result["data_digest"]:
             raise UserError(
                 f"{folder.run(run)}: was trained on other text than {other}, though both are of arm {run.arm}: a source was "
-                "prepared anew between them; delete the run directories of one of the two, and submit again"
+                "prepared again between them; delete the run directories of one of the two, and submit again"
             )
     if not rows:
         raise UserError(f"{folder.path}: no run is finished yet; `megatron-synth study status` shows how far they are")

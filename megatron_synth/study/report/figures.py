@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that takes its colours from the page: it is readable on light and on dark.
+"""The figures of a report, as SVG that takes its colors from the page: it is readable on light and on dark.
 
 In the order of the study that they follow: loss against data, loss against model size, best ratios, speed-up, domains. What is
 measured is drawn with points, what a law says inside the measured range with a line, and what it extrapolates with dashes.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER = "#fffffe"  # stands for the page's background
-_VARIABLES = {INK: "--ink", GREY: "--grey", FAINT: "--faint", PAPER: "--paper"}
+_VARIABLES = {INK: "--ink", GREY: "--gray", FAINT: "--faint", PAPER: "--paper"}
 _HUES = ("#3d7cc9", "#d9822b", "#2f9e6e", "#a35bb5", "#c2503f", "#3fa3b5")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _BEYOND = 4.0
@@ -50,12 +50,12 @@ class Drawn:
 class Look:
     """How an arm is drawn, in every figure alike."""
 
-    colour: str
+    color: str
     marker: str
 
 
 def looks(analysis: Analysis) -> dict[str, Look]:
-    """The baseline in the colour of the text, a hue per family, lighter for the smaller shares."""
+    """The baseline in the color of the text, a hue per family, lighter for the smaller shares."""
     study = analysis.study
     families = list(dict.fromkeys(study.family(arm) for arm in study.arms if study.family(arm)))
     result: dict[str, Look] = {}
@@ -69,10 +69,10 @@ def looks(analysis: Analysis) -> dict[str, Look]:
     return result
 
 
-def _tinted(colour: str, tint: float) -> str:
+def _tinted(color: str, tint: float) -> str:
     """Towards white for a positive tint, towards black for a negative one."""
     target, weight = (255, tint) if tint > 0 else (0, -tint)
-    parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    parts = (int(color[place : place + 2], 16) for place in (1, 3, 5))
     return "#" + "".join(f"{round(part + (target - part) * weight):02x}" for part in parts)
 
 
@@ -124,14 +124,14 @@ def _render(name: str, title: str, caption: str, size: tuple[float, float], draw
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """SVG to stand inside a page: its own ids, the page's colours, scaled to the column."""
+    """SVG to stand inside a page: its own ids, the page's colors, scaled to the column."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
     head = re.sub(r' (?:width|height)="[^"]*"', "", svg[: svg.index(">")])
     return f'{head} role="img" aria-label="{title}"' + svg[svg.index(">") :]
 
@@ -188,22 +188,22 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     column = "tokens" if law == "data" else "n_params"
     x = np.array([getattr(row, column) for row in fitted.rows], dtype=np.float64)
     y = np.array([row.loss for row in fitted.rows])
-    ax.plot(x, y, look.marker, color=look.colour, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
+    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
     if fitted.fit is None:
-        return float(y[np.argmax(x)]), arm, look.colour
+        return float(y[np.argmax(x)]), arm, look.color
     inside = np.geomspace(x.min(), x.max(), 60)
     outside = np.geomspace(x.max(), x.max() * _BEYOND, 40)
-    ax.plot(inside, fitted.fit.predict({column: inside}), color=look.colour, linewidth=1.6)
+    ax.plot(inside, fitted.fit.predict({column: inside}), color=look.color, linewidth=1.6)
     beyond = fitted.fit.predict({column: outside})
     if beyond[-1] <= beyond[0]:
-        ax.plot(outside, beyond, color=look.colour, linewidth=1.4, linestyle=(0, (4, 2.5)))
+        ax.plot(outside, beyond, color=look.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
         whole = np.concatenate([inside, outside])
     else:  # a law that rises with size or budget tells of noise: it is not carried on
         beyond, whole = beyond[:1], inside
     if len(fitted.fit.theta_samples) > 1:
         low, high = fitted.fit.predict_interval({column: whole}, LEVEL)
-        ax.fill_between(whole, low, high, color=look.colour, alpha=0.13, linewidth=0)
-    return float(beyond[-1]), arm, look.colour
+        ax.fill_between(whole, low, high, color=look.color, alpha=0.13, linewidth=0)
+    return float(beyond[-1]), arm, look.color
 
 
 def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
@@ -247,7 +247,7 @@ def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
     return _render("best-ratio", "Which ratio is best", text, size, draw)
 
 
-def _ratio_panel(ax: Axes, best: BestAt, colour: str) -> None:
+def _ratio_panel(ax: Axes, best: BestAt, color: str) -> None:
     _panel_title(ax, f"{best.size}, {compact(best.tokens)} tokens")
     ratios = np.array([row.ratio for row in best.rows])
     losses = np.array([row.loss for row in best.rows])
@@ -255,13 +255,13 @@ def _ratio_panel(ax: Axes, best: BestAt, colour: str) -> None:
     means = np.array([losses[ratios == level].mean() for level in levels])
     if best.measured is not None:
         low, high = min(best.measured.band), max(best.measured.band)
-        ax.axvspan(low - 0.02, high + 0.02, color=colour, alpha=0.12, linewidth=0)
+        ax.axvspan(low - 0.02, high + 0.02, color=color, alpha=0.12, linewidth=0)
         bottom = best.measured.loss
-        ax.plot([best.measured.ratio], [bottom], "^", color=colour, markersize=9, markeredgecolor=PAPER, zorder=5)
+        ax.plot([best.measured.ratio], [bottom], "^", color=color, markersize=9, markeredgecolor=PAPER, zorder=5)
     span = np.ptp(losses)
     if best.fitted is not None and np.ptp(np.clip(best.fitted.losses, losses.min(), losses.max()) - best.fitted.losses) <= span:
-        ax.plot(best.fitted.ratios, best.fitted.losses, color=colour, linewidth=1.6)
-    ax.plot(ratios, losses, "o", color=colour, markersize=3.5, alpha=0.65, markeredgewidth=0, zorder=3)
+        ax.plot(best.fitted.ratios, best.fitted.losses, color=color, linewidth=1.6)
+    ax.plot(ratios, losses, "o", color=color, markersize=3.5, alpha=0.65, markeredgewidth=0, zorder=3)
     ax.plot(levels, means, "_", color=INK, markersize=12, markeredgewidth=1.4, zorder=4)
     ax.set_xlabel(f"share of {best.family}", color=GREY)
     ax.set_xlim(-0.06, 1.06)
@@ -304,14 +304,14 @@ def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
     shown = usable & (curve.fitted < 100) & (curve.fitted > 0.01)
     for part, line in ((curve.inside, "-"), (~curve.inside, (0, (4, 2.5)))):
         values = np.where(shown & part, curve.fitted, np.nan)
-        ax.plot(curve.loss, values, color=look.colour, linestyle=line, linewidth=1.6)
+        ax.plot(curve.loss, values, color=look.color, linestyle=line, linewidth=1.6)
     band = shown & np.isfinite(curve.low) & np.isfinite(curve.high) & (curve.low > 0)
     if band.any():
         low, high = np.clip(curve.low, 0.05, 20), np.clip(curve.high, 0.05, 20)
-        ax.fill_between(curve.loss, low, high, where=list(band), color=look.colour, alpha=0.13, linewidth=0)
+        ax.fill_between(curve.loss, low, high, where=list(band), color=look.color, alpha=0.13, linewidth=0)
     places = np.flatnonzero(np.isfinite(curve.measured))[::4]
     x, y = curve.loss[places], curve.measured[places]
-    ax.plot(x, y, look.marker, color=look.colour, markersize=5, markeredgecolor=PAPER, label=arm)
+    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, label=arm)
 
 
 def _factor_ticks(ax: Axes) -> None:
@@ -356,7 +356,7 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
             changes = [_change(rows, arm, baseline, domain) for domain in domains]
             values = [100 * change for change, _ in changes]
             errors = [100 * error for _, error in changes]
-            ax.barh(at, values, height=0.88 * height, color=style[arm].colour, label=arm)
+            ax.barh(at, values, height=0.88 * height, color=style[arm].color, label=arm)
             ax.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
         ax.axvline(0, color=GREY, linewidth=0.9)
         ax.set_yticks(range(len(domains)), domains)

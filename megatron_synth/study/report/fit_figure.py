@@ -49,12 +49,12 @@ def draw_curve(axes: Axes, fit: Fit) -> None:
     inside = np.geomspace(points.min(), points.max(), LINES)
     far = points.max() * 4 if fit.holdout is None else max(points.max() * 4, fit.holdout.columns[column].max() * 1.5)
     beyond = np.geomspace(points.max(), far, LINES)
-    colour = PALETTE[0]
+    color = PALETTE[0]
     for x, dashes in ((inside, "-"), (beyond, "--")):
-        axes.plot(x, fit.predict({column: x}), dashes, color=colour, linewidth=1.8)
+        axes.plot(x, fit.predict({column: x}), dashes, color=color, linewidth=1.8)
         if len(fit.theta_samples):
             low, high = fit.predict_interval({column: x}, 90)
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     axes.axhline(fit.params["E"], color=GREY, linewidth=1, linestyle=":")
     axes.annotate("floor E", (points.min(), fit.params["E"]), color=GREY, fontsize=9, va="bottom")
     axes.plot(points, fit.loss, "o", color=INK, markersize=4.5, zorder=3)
@@ -66,7 +66,7 @@ def draw_curve(axes: Axes, fit: Fit) -> None:
 
 
 def draw_compute(axes: Axes, fit: Fit) -> None:
-    """A joint law: loss against compute 6 N D, coloured by N, with the best loss at each compute."""
+    """A joint law: loss against compute 6 N D, colored by N, with the best loss at each compute."""
     n, d = fit.columns[N_PARAMS], fit.columns[TOKENS]
     compute = 6 * n * d
     marks = axes.scatter(compute, fit.loss, c=np.log10(n), cmap="viridis", s=18, zorder=3)
@@ -94,16 +94,16 @@ def draw_ratio(axes: Axes, fit: Fit) -> None:
     points: Floats = np.stack([fit.columns[name] for name in others], axis=1) if others else np.zeros((len(fit.loss), 0))
     settings = np.unique(points, axis=0)
     chosen = settings[np.unique(np.linspace(0, len(settings) - 1, CURVES).round().astype(int))]
-    for setting, colour in zip(chosen, PALETTE, strict=False):
+    for setting, color in zip(chosen, PALETTE, strict=False):
         here = (points == setting).all(axis=1)
         label = ", ".join(
             f"{name[0].upper() if name == N_PARAMS else 'D'} {human(value)}"
             for name, value in zip(others, setting, strict=True)
         )
         losses = fit.predict({RATIO: ratios, **dict(zip(others, setting, strict=True))})
-        axes.plot(ratios, losses, color=colour, linewidth=1.8, label=label or None)
-        axes.plot(ratios[losses.argmin()], losses.min(), "v", color=colour, markersize=7)
-        axes.plot(fit.columns[RATIO][here], fit.loss[here], "o", color=colour, markersize=4.5)
+        axes.plot(ratios, losses, color=color, linewidth=1.8, label=label or None)
+        axes.plot(ratios[losses.argmin()], losses.min(), "v", color=color, markersize=7)
+        axes.plot(fit.columns[RATIO][here], fit.loss[here], "o", color=color, markersize=4.5)
     if others:
         axes.legend(frameon=False, fontsize=8)
     axes.set(xlabel=LABELS[RATIO], ylabel="loss", title="Loss and ratio (triangle: best)")

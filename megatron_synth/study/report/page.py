@@ -15,9 +15,9 @@ from megatron_synth.study.report.figures import Drawn, Look, describe_fit
 from megatron_synth.study.report.findings import findings, percent
 
 STYLE = """
-:root { --ink:#22262b; --grey:#6b737c; --faint:#e3e6e9; --paper:#ffffff; --panel:#f6f7f8; --accent:#2f6fb0; --warn:#a8560f;
+:root { --ink:#22262b; --gray:#6b737c; --faint:#e3e6e9; --paper:#ffffff; --panel:#f6f7f8; --accent:#2f6fb0; --warn:#a8560f;
   color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e4e7ea; --grey:#98a1ab; --faint:#343a41; --paper:#16191d; --panel:#1e2227;
+@media (prefers-color-scheme: dark) { :root { --ink:#e4e7ea; --gray:#98a1ab; --faint:#343a41; --paper:#16191d; --panel:#1e2227;
   --accent:#79b0e8; --warn:#e0a05a; } }
 * { box-sizing: border-box; }
 body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif; }
@@ -25,20 +25,20 @@ main { max-width:1120px; margin:0 auto; padding:40px 28px 80px; }
 h1 { font-size:34px; line-height:1.15; margin:0 0 6px; letter-spacing:-.01em; }
 h2 { font-size:22px; margin:52px 0 10px; padding-top:14px; border-top:1px solid var(--faint); }
 h3 { font-size:16px; margin:26px 0 6px; }
-p { max-width:76ch; margin:6px 0 12px; } .muted, figcaption { color:var(--grey); font-size:14px; }
+p { max-width:76ch; margin:6px 0 12px; } .muted, figcaption { color:var(--gray); font-size:14px; }
 nav { font-size:14px; margin:14px 0 0; } nav a { margin-right:16px; }
 a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:24px 0 8px; }
 .tile { background:var(--panel); border-radius:8px; padding:12px 14px; }
 .tile b { display:block; font-size:24px; line-height:1.25; font-variant-numeric:tabular-nums; }
-.tile span { color:var(--grey); font-size:13px; }
+.tile span { color:var(--gray); font-size:13px; }
 .findings { padding-left:20px; max-width:82ch; } .findings li { margin:7px 0; }
 figure { margin:18px 0 8px; } figure svg { display:block; width:100%; height:auto; }
 figcaption { max-width:90ch; margin-top:6px; } .scroll { overflow-x:auto; margin:10px 0; }
 table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums; }
 th, td { text-align:right; padding:5px 12px 5px 0; border-bottom:1px solid var(--faint); }
 th, td { white-space:nowrap; vertical-align:top; }
-th:first-child, td:first-child { text-align:left; } th { color:var(--grey); font-weight:600; }
+th:first-child, td:first-child { text-align:left; } th { color:var(--gray); font-weight:600; }
 .wide { white-space:normal; text-align:left; width:46ch; }
 tr:target td { background:color-mix(in srgb,var(--accent) 18%,transparent); }
 details { margin:8px 0; } summary { cursor:pointer; color:var(--accent); font-size:14px; } td details { margin:0; }
@@ -56,7 +56,7 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
         analysis: fits and answers.
         collected: the runs, and those that are missing.
         figures: in the order of the page.
-        style: colour of each arm.
+        style: color of each arm.
         git: the commit that made the page, for its foot.
     """
     page = _Page(analysis, collected, style)
@@ -316,8 +316,8 @@ class _Page:
         return f'<h2 id="runs">Runs</h2><p class="muted">{note}</p>{table}'
 
     def _arm(self, arm: str) -> str:
-        colour = self.style[arm].colour
-        shown = "var(--ink)" if arm == self.study.baseline_arm else colour
+        color = self.style[arm].color
+        shown = "var(--ink)" if arm == self.study.baseline_arm else color
         return f'<span class="dot" style="background:{shown}"></span>{_text(arm)}'
 
     def _sources(self, rows: Sequence[Row]) -> str:

@@ -36,7 +36,7 @@ def write_report(
     Raises:
         UserError: no run is finished, a result is damaged, or the folder cannot be written.
     """
-    from megatron_synth.study.report.analysis import analyse
+    from megatron_synth.study.report.analysis import analyze
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
     from megatron_synth.study.report.figures import draw_all, looks
     from megatron_synth.study.report.findings import findings
@@ -59,7 +59,7 @@ def write_report(
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
-    analysis = analyse(study, collected.rows, say)
+    analysis = analyze(study, collected.rows, say)
     say("figures")
     figures = draw_all(analysis)
     write_tables(study, collected.rows, out)

@@ -206,7 +206,7 @@ def first_sound(
     if passed:
         faulty = "\n  ".join(passed)
         raise UserError(
-            f"{path}: no checkpoint of it can be used:\n  {faulty}\nRestore one from a copy, or remove them to begin anew"
+            f"{path}: no checkpoint of it can be used:\n  {faulty}\nRestore one from a copy, or remove them to begin again"
         )
     return None
 

@@ -255,9 +255,9 @@ def _is_extra(key: str) -> bool:
 def load_weights(checkpoint: Path, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
     """Read weights alone, and let the optimizer's master weights follow them."""
     saved = load(checkpoint, chunks, None, what="take weights", fp8_scales=False)
-    quantised = any(map(fp8_params.is_quantised, (parameter for chunk in chunks for parameter in chunk.parameters())))
+    quantized = any(map(fp8_params.is_quantized, (parameter for chunk in chunks for parameter in chunk.parameters())))
     # from weights in FP8 it would take what that left of them
-    optimizer.reload_model_params(saved if quantised else None)
+    optimizer.reload_model_params(saved if quantized else None)
 
 
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

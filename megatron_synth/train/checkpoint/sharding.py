@@ -59,7 +59,7 @@ class Piece:
 class LocalState:
     """What this rank writes.
 
-    objects: what is neither tensor nor equal on all ranks, serialised, by name.
+    objects: what is neither tensor nor equal on all ranks, serialized, by name.
     common: what is equal on all ranks; rank 0 writes it.
     """
 
@@ -161,8 +161,8 @@ def _owned(optimizer: DistributedOptimizer, model: dict[str, Any]) -> Iterator[P
                         continue
                     begin, end = place["param"].start, place["param"].end
                     states = optimizer._get_main_param_and_optimizer_states(parameter)
-                    if fp8_params.is_quantised(parameter):
-                        # What a run with bf16 weights has there, and what these were quantised from.
+                    if fp8_params.is_quantized(parameter):
+                        # What a run with bf16 weights has there, and what these were quantized from.
                         weights = states["param"].detach().to(parameter.dtype).reshape(-1)
                         entry = replace(entry, data=fp8_params.shape_of(parameter))
                     else:

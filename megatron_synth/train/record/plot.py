@@ -1,7 +1,7 @@
 """report.png: one picture of a run, made from its directory alone.
 
 Losses in training and validation, loss by source, the mixture that was asked for against the one that was delivered,
-and the throughput. Sources keep one colour in all panels; a validation domain named like a source shares it.
+and the throughput. Sources keep one color in all panels; a validation domain named like a source shares it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Report:
         domains = [name for record in self.evals for name in parts(record, metrics.EVAL_DOMAIN_LOSS)]
         self.sources, self.domains = sources, list(dict.fromkeys(domains))
         names = dict.fromkeys([*sources, *domains])
-        self.colours = {name: PALETTE[position % len(PALETTE)] for position, name in enumerate(names)}
+        self.colors = {name: PALETTE[position % len(PALETTE)] for position, name in enumerate(names)}
         self.by_tokens = all(metrics.TOKENS in record for record in records)
 
     def draw(self, figure: Figure) -> None:
@@ -116,8 +116,8 @@ class _Report:
         figure.text(0.045, 0.955, self.run.name, fontsize=22, fontweight="bold", va="center")
         first = [model["name"], shape, tokens, steps]
         second = [where, seed, f"run {self.run.id}, config {info['digest']}", commit, started, info["created"][:10]]
-        for y, line, colour in ((0.921, first, INK), (0.897, second, GREY)):
-            figure.text(0.045, y, "  ·  ".join(part for part in line if part), fontsize=11, color=colour, va="center")
+        for y, line, color in ((0.921, first, INK), (0.897, second, GREY)):
+            figure.text(0.045, y, "  ·  ".join(part for part in line if part), fontsize=11, color=color, va="center")
 
     # ---- panels
 
@@ -146,8 +146,8 @@ class _Report:
             x, y = self._series(metrics.SOURCE_LOSS + name)
             if len(x):
                 curves.append(_smooth(y))
-                _line(ax, x, curves[-1], self.colours[name])
-                labels.append((curves[-1][-1], f"{_short(name)} {curves[-1][-1]:.3f}", self.colours[name]))
+                _line(ax, x, curves[-1], self.colors[name])
+                labels.append((curves[-1][-1], f"{_short(name)} {curves[-1][-1]:.3f}", self.colors[name]))
         if not curves:
             return _say(ax, "no loss by source was recorded")
         _limit_loss(ax, curves, [])
@@ -163,19 +163,19 @@ class _Report:
             for name in self.domains:
                 x, y = self._series(metrics.EVAL_DOMAIN_LOSS + name)
                 if len(x):
-                    ax.plot(x, y, color=self.colours[name], marker="o", markersize=4.5, markeredgecolor="white")
-                    labels.append((y[-1], f"{_short(name)} {y[-1]:.3f}", self.colours[name]))
+                    ax.plot(x, y, color=self.colors[name], marker="o", markersize=4.5, markeredgecolor="white")
+                    labels.append((y[-1], f"{_short(name)} {y[-1]:.3f}", self.colors[name]))
             return label_ends(ax, labels)
         record = self.evals[0]
         _title(ax, "Validation loss by domain", f"nats per token, after step {record[metrics.STEP]:,}")
         losses = {name: value for name, value in parts(record, metrics.EVAL_DOMAIN_LOSS).items() if _finite(value)}
         names = sorted(losses, key=losses.__getitem__, reverse=True)  # the lowest loss on top
-        colours = [self.colours[name] for name in names]
-        ax.barh([_short(name) for name in names], [losses[name] for name in names], color=colours, height=0.6)
+        colors = [self.colors[name] for name in names]
+        ax.barh([_short(name) for name in names], [losses[name] for name in names], color=colors, height=0.6)
         for position, name in enumerate(names):
             bpb = record.get(metrics.EVAL_DOMAIN_BPB + name)
             text = f" {losses[name]:.3f}" + (f"\n {bpb:.3f} bits/byte" if bpb is not None else "")
-            ax.text(losses[name], position, text, va="center", fontsize=9.5, fontweight="bold", color=colours[position])
+            ax.text(losses[name], position, text, va="center", fontsize=9.5, fontweight="bold", color=colors[position])
         ax.set_ylim(-0.6, max(len(names), 3) - 0.4)
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0, labelcolor=INK, labelrotation=90)
@@ -198,8 +198,8 @@ class _Report:
                 top = max(top, requested)
             top = max(top, *y, 0.0)
             if len(x):
-                _line(ax, x, y, self.colours[name], linewidth=3.0, alpha=0.85)
-                labels.append((y[-1], f"{_short(name)} {y[-1]:.2%}", self.colours[name]))
+                _line(ax, x, y, self.colors[name], linewidth=3.0, alpha=0.85)
+                labels.append((y[-1], f"{_short(name)} {y[-1]:.2%}", self.colors[name]))
         if len(self.records) > 20:
             _log_axis(ax)  # what there is to see happens in the first steps
         ax.set_ylim(0, min(1.0, 1.15 * top) + 0.002)
@@ -225,12 +225,12 @@ class _Report:
         size = 10 if pitch > 0.06 else 8
         for line, row in enumerate([heads, *rows]):
             y = 0.96 - line * pitch
-            weight, colour = "bold" if line == len(rows) else "normal", GREY if line == 0 else INK
+            weight, color = "bold" if line == len(rows) else "normal", GREY if line == 0 else INK
             for x, text in zip(right, row, strict=True):
                 place: dict[str, Any] = {"x": 0.045, "ha": "left"} if x is None else {"x": x, "ha": "right"}
-                ax.text(y=y, s=_short(text), color=colour, fontsize=size, va="center", fontweight=weight, **place)
+                ax.text(y=y, s=_short(text), color=color, fontsize=size, va="center", fontweight=weight, **place)
             if 0 < line < len(rows):
-                dot = self.colours.get(row[0], GREY)
+                dot = self.colors.get(row[0], GREY)
                 ax.plot(0.012, y, "o", color=dot, markersize=8, markeredgewidth=0, clip_on=False)
         for below in (0.5, len(rows) - 0.5):
             ax.plot([0, right[-1]], [0.96 - below * pitch] * 2, color=GREY, linewidth=0.8, clip_on=False)
@@ -298,9 +298,9 @@ def _title(ax: Axes, title: str, unit: str = "") -> None:
     ax.text(0, 1.03, unit, transform=ax.transAxes, fontsize=9.5, color=GREY)
 
 
-def _line(ax: Axes, x: Floats, y: Floats, colour: str, **style: Any) -> None:
+def _line(ax: Axes, x: Floats, y: Floats, color: str, **style: Any) -> None:
     """A line, or a dot where there is only one point."""
-    ax.plot(x, y, color=colour, marker="o" if len(x) == 1 else "", **{"linewidth": 1.8, **style})
+    ax.plot(x, y, color=color, marker="o" if len(x) == 1 else "", **{"linewidth": 1.8, **style})
 
 
 def _log_axis(ax: Axes) -> None:
@@ -345,10 +345,10 @@ def _limit_loss(ax: Axes, curves: Sequence[Floats], points: Sequence[Floats]) ->
 def label_ends(ax: Axes, labels: Iterable[tuple[float, str, str]]) -> None:
     """Name lines at the right edge, at the height of their last value, moved apart where they would overlap."""
     low, high = ax.get_ylim()
-    placed = sorted(((value - low) / (high - low), text, colour) for value, text, colour in labels)
+    placed = sorted(((value - low) / (high - low), text, color) for value, text, color in labels)
     heights = _apart([height for height, _, _ in placed], [0.055 * (text.count("\n") + 1) for _, text, _ in placed])
-    for height, (_, text, colour) in zip(heights, placed, strict=True):
-        ax.text(1.015, height, text, transform=ax.transAxes, color=colour, va="center", fontsize=9.5, fontweight="bold")
+    for height, (_, text, color) in zip(heights, placed, strict=True):
+        ax.text(1.015, height, text, transform=ax.transAxes, color=color, va="center", fontsize=9.5, fontweight="bold")
 
 
 def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:

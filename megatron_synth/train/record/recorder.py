@@ -145,7 +145,7 @@ class Recorder:
             first, last = (self._held[place][metrics.STEP] for place in (0, -1))
             raise RankError(
                 f"{self._file.path}: the records of steps {first} to {last} could not be written; the checkpoint is complete. "
-                "Make room; remove the last checkpoint and start the same command again to make them anew"
+                "Make room; remove the last checkpoint and start the same command again to make them again"
             )
 
     def include(self, result: Mapping[str, Any]) -> None:

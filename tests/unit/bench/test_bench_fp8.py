@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.fp8_cli import RECIPES, main
-from benchmarks.fp8_convergence import Trial, summarise, table, variant
+from benchmarks.fp8_convergence import Trial, summarize, table, variant
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.rules import check
@@ -38,7 +38,7 @@ def test_each_seed_is_held_against_its_own_baseline() -> None:
         trial("current", 2, 1.99, 3.0),
     ]
     trials += [trial("delayed", 1, 4.0, 5.0), trial("delayed", 2, 2.0, 3.06)]
-    baseline, current, delayed = summarise(trials)
+    baseline, current, delayed = summarize(trials)
     assert baseline.within and current.within and not delayed.within
     assert current.train_apart == pytest.approx((0.005, -0.005)) and delayed.eval_apart == pytest.approx((0.0, 0.02))
     assert [row[0] for row in table([baseline, current, delayed])[1:]] == ["bf16", "current", "delayed"]

@@ -19,7 +19,7 @@ from tests.support import ROOT
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(bench, "VOCABULARY", 300)
-    monkeypatch.setattr(bench.pydocs, "documents", lambda builtin: [("k", f"{builtin} {n} text") for n in range(9)])
+    monkeypatch.setattr(bench.builtin_corpus, "documents", lambda builtin: [("k", f"{builtin} {n} text") for n in range(9)])
 
 
 def test_contenders_take_turns_and_all_read_the_same_text(quick, monkeypatch):

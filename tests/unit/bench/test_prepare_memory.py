@@ -19,9 +19,10 @@ from benchmarks.prepare.memory import Found, MemoryBench, Step, render
 from benchmarks.prepare.proc_sampler import watch
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.data import bpe_cache
 from megatron_synth.data.overlap import minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
-from megatron_synth.data.preparing import bpe_cache, pipeline, readers, shuffle, splits
+from megatron_synth.data.preparing import pipeline, readers, shuffle, splits
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.tokenizer import train_tokenizer
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.test_store import make
 
 from megatron_synth.data.loading.boundaries import BoundaryTable
 from megatron_synth.data.loading.loader import Loader, validation_batches
@@ -17,6 +16,7 @@ from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards import document_index
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.source import open_source
+from tests.unit.data.test_source import make
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
 

@@ -1,4 +1,4 @@
-"""Tokenising by words gives the tokens of the tokenizer itself, whatever the text."""
+"""Tokenizing by words gives the tokens of the tokenizer itself, whatever the text."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.data.preparing import bpe_cache, builtin_corpus
-from megatron_synth.data.preparing.bpe_cache import WordEncoder, is_applicable
+from megatron_synth.data import bpe_cache
+from megatron_synth.data.bpe_cache import WordEncoder, is_applicable
+from megatron_synth.data.preparing import builtin_corpus
 from megatron_synth.data.tokenizer import Tokenizer, train_tokenizer
 
 EOD = "<|endoftext|>"

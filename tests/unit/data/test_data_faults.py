@@ -12,7 +12,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tests.unit.test_integrity import BLOCK, VOCABULARY, flip, make
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.loader import Loader
@@ -23,6 +22,7 @@ from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
+from tests.unit.data.test_checksums import BLOCK, VOCABULARY, flip, make
 
 S = 50
 BAD = 3

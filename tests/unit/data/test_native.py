@@ -127,7 +127,7 @@ def test_a_bus_error_elsewhere_still_ends_the_process(tmp_path: Path) -> None:
     program = """
 import mmap, os, sys
 import numpy as np
-from megatron_synth.data.indexed import Shard
+from megatron_synth.data.shards.indexed import Shard
 from pathlib import Path
 shard = Shard(Path(sys.argv[1]))
 shard.read(0, np.empty(8, np.int64))

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.test_loader import MemorySource, loader_of, two_sources
-from tests.unit.test_store import make
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.loader import Loader
@@ -20,6 +18,8 @@ from megatron_synth.data.loading.prefetch import STEPS_AHEAD, Prefetcher
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.mixing.schedule import Phase
 from megatron_synth.data.shards.source import Source, open_source
+from tests.unit.data.test_loader import MemorySource, loader_of, two_sources
+from tests.unit.data.test_source import make
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
 

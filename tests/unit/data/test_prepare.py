@@ -338,7 +338,7 @@ def test_killed_in_the_middle_leaves_nothing_that_opens_and_no_worker(tmp_path, 
     assert open_source(tmp_path / "out" / "web", "web").num_documents == len(TEXTS)
 
 
-STEPS = ["_tokenise_task", "write_shard", "to_json", "plan_shards", "_count"]
+STEPS = ["_tokenize_task", "write_shard", "to_json", "plan_shards", "_count"]
 
 
 class Killed(KeyboardInterrupt):
@@ -389,14 +389,14 @@ def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, m
 def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
     monkeypatch.setattr(splits, "SMALL_PORTION", 900)
     monkeypatch.setattr(splits, "PORTION_BYTES", 900)
-    done = {"tokenise": [], "shard": []}
-    real_tokenise, real_shard = pipeline._tokenise_task, pipeline.write_shard
+    done = {"tokenize": [], "shard": []}
+    real_tokenize, real_shard = pipeline._tokenize_task, pipeline.write_shard
 
-    def tokenise(tokenizer, task):
-        done["tokenise"].append(task[1])
-        if task[1] == 3 and done["tokenise"].count(3) == 1:
+    def tokenize(tokenizer, task):
+        done["tokenize"].append(task[1])
+        if task[1] == 3 and done["tokenize"].count(3) == 1:
             raise Killed
-        return real_tokenise(tokenizer, task)
+        return real_tokenize(tokenizer, task)
 
     def shard(tokenizer, task):
         done["shard"].append(task.prefix.name)
@@ -404,13 +404,13 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
             raise Killed
         return real_shard(tokenizer, task)
 
-    monkeypatch.setattr(pipeline, "_tokenise_task", tokenise)
+    monkeypatch.setattr(pipeline, "_tokenize_task", tokenize)
     monkeypatch.setattr(pipeline, "write_shard", shard)
     for _ in range(2):
         with pytest.raises(Killed):
             prepare(make(shard_tokens=300))
     assert prepare(make(shard_tokens=300)) is not None
-    assert done["tokenise"][:5] == [0, 1, 2, 3, 3] and sorted(set(done["tokenise"][4:])) == done["tokenise"][4:]
+    assert done["tokenize"][:5] == [0, 1, 2, 3, 3] and sorted(set(done["tokenize"][4:])) == done["tokenize"][4:]
     assert done["shard"][:4] == ["shard-00000", "shard-00001", "shard-00002", "shard-00002"]
     assert len(set(done["shard"])) == len(done["shard"]) - 1
 

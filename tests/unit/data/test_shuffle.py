@@ -82,7 +82,7 @@ def test_keys_are_uniform_and_differ_by_seed_target_portion_and_place():
     assert np.abs(counts - 6250).max() < 5 * (100_000 / 16 * 15 / 16) ** 0.5
     order = np.argsort(keys)
     correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
-    assert abs(correlation) < 5 / 100_000**0.5, "neighbours stay neighbours"
+    assert abs(correlation) < 5 / 100_000**0.5, "neighbors stay neighbors"
     for other in (document_keys(2, "web", 0, np.arange(10)), document_keys(1, "web", 1, np.arange(10))):
         assert not np.isin(other, keys).any()
     assert not np.isin(document_keys(1, "web-valid", 0, np.arange(10)), keys).any()

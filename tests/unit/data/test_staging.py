@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.unit.test_store import make
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
@@ -22,6 +21,7 @@ from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.shards.staging import stage
 from tests.support import snapshot, write_config, write_corpus
+from tests.unit.data.test_source import make
 
 
 def test_a_copy_reads_like_its_source_and_is_made_once(tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
 def test_a_copy_of_thousands_of_shards_survives_its_process(tmp_path, capsys) -> None:
     stream, _ = make(tmp_path / "s", [[30]] * 1000)
     code = (
-        "import sys, pathlib, time; from megatron_synth.data import staging; "
+        "import sys, pathlib, time; from megatron_synth.data.shards import staging; "
         "staging.LOG_INTERVAL_S = 0; "
         "staging.stage(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )

@@ -1,4 +1,4 @@
-"""Bytes that quantising moves, against counts by hand."""
+"""Bytes that quantizing moves, against counts by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODEL = ModelConfig(
 WEIGHTS = 256 * (256 + 2 * 128 + 256) + 3 * 256 * 640
 
 
-def test_a_layer_whose_tensors_are_quantised_apart() -> None:
+def test_a_layer_whose_tensors_are_quantized_apart() -> None:
     inputs = 2 * 256 + 256 + 640
     gradients = (256 + 2 * 128) + 256 + 2 * 640 + 256
     # made in bf16: two norms, SwiGLU, its gradient

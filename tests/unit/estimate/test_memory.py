@@ -64,11 +64,11 @@ def test_memory_of_states_per_parameter() -> None:
     assert fp32.weights + fp32.gradients + fp32.optimizer == 16 * total
 
 
-def test_fp8_keeps_quantised_copies_of_the_matrices_of_layers() -> None:
-    [plain], [quantised] = memory_per_rank(run(), 1), memory_per_rank(run(), 1, fp8=True)
+def test_fp8_keeps_quantized_copies_of_the_matrices_of_layers() -> None:
+    [plain], [quantized] = memory_per_rank(run(), 1), memory_per_rank(run(), 1, fp8=True)
     parameters = count_parameters(LLAMA3_8B)
-    assert quantised.weights - plain.weights == 2 * (parameters.attention + parameters.mlp)
-    assert memory_per_rank(run(fp8="current"), 1) == [quantised]
+    assert quantized.weights - plain.weights == 2 * (parameters.attention + parameters.mlp)
+    assert memory_per_rank(run(fp8="current"), 1) == [quantized]
 
 
 def test_memory_over_stages_holds_every_parameter_once() -> None:
@@ -101,7 +101,7 @@ def test_activations_follow_the_schedule_and_the_layout() -> None:
     # interleaved, first stage: 1 + (p - 1) / (p v) of it (Korthikanti et al. 2022, section 4.2)
     chunked = run(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
     assert memory_per_rank(chunked, 1)[0].activations == 32 * 4096 * layer * 11 // 8
-    # sequence parallelism divides everything by the tensor-parallel size; without it norms and inputs stay whole
+    # sequence parallelizm divides everything by the tensor-parallel size; without it norms and inputs stay whole
     [parallel] = memory_per_rank(run(tensor_model_parallel_size=8), 1)
     assert parallel.activations * 8 == whole.activations
     [unsplit] = memory_per_rank(run(tensor_model_parallel_size=8, sequence_parallel=False), 1)
@@ -142,7 +142,7 @@ def test_estimates_are_what_tensors_take() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for case, rank in zip(MEASURED, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        # quantised copies of weights are predicted with the weights, and measured with the rest
+        # quantized copies of weights are predicted with the weights, and measured with the rest
         for kind in ("weights", "gradients", "optimizer")[case == "fp8" :]:
             assert rank["predicted"][kind] == pytest.approx(rank["measured"][kind], rel=0.01), (case, kind)
         assert rank["predicted_total"] == pytest.approx(rank["measured"]["peak"], rel=0.1), (case, rank)

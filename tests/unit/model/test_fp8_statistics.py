@@ -1,4 +1,4 @@
-"""What is watched of layers that quantise inside: hooks round a stand-in for a layer of TransformerEngine."""
+"""What is watched of layers that quantize inside: hooks round a stand-in for a layer of TransformerEngine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def te() -> Any:
 
 
 def make_layer(scales: tuple[float, float, float] | None = None) -> Any:
-    """A transformer layer of linear layers 128 -> 256, with quantisers as TransformerEngine keeps them."""
+    """A transformer layer of linear layers 128 -> 256, with quantizers as TransformerEngine keeps them."""
     import torch
 
     class Linear(torch.nn.Module):
@@ -30,11 +30,11 @@ def make_layer(scales: tuple[float, float, float] | None = None) -> Any:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.randn(256, 128))
 
-            def quantiser(place: int) -> Any:
+            def quantizer(place: int) -> Any:
                 scale = None if scales is None else torch.tensor([scales[place]])
                 return SimpleNamespace(scale=scale, with_amax_reduction=False, amax_reduction_group=None)
 
-            self.quantizers = {"scaling_fwd": [quantiser(0), quantiser(1)], "scaling_bwd": [quantiser(2)]}
+            self.quantizers = {"scaling_fwd": [quantizer(0), quantizer(1)], "scaling_bwd": [quantizer(2)]}
 
         def forward(self, x: Any) -> Any:
             return x @ self.weight.t(), None
@@ -63,7 +63,7 @@ def watched(te: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
 
     def watch(layer: Any, **precision: Any) -> Any:
-        from tests.unit.test_fp8_settings import build
+        from tests.unit.model.test_fp8_settings import build
 
         statistics = Statistics()
         te.watch([(3, layer)], te.Recipe.of(build(**precision).precision), statistics)
@@ -156,7 +156,7 @@ def test_what_is_computed_a_second_time_is_counted_once(te: Any, watched: Any, m
 def test_of_weights_in_fp8_only_what_is_known_is_told(te: Any, watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(te.fp8_params, "is_quantised", lambda x: isinstance(x, SimpleNamespace))
+    monkeypatch.setattr(te.fp8_params, "is_quantized", lambda x: isinstance(x, SimpleNamespace))
     scales = torch.tensor([[0.25, 99.0, 99.0, 99.0], [0.5, 99.0, 99.0, 99.0]])  # rows are padded to multiples of 4
     for fp8, inverse in (("current", {"_scale_inv": torch.tensor([0.5])}), ("blockwise", {"_rowwise_scale_inv": scales})):
         layer = make_layer()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.test_study_design import TINY, write_study
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.execute.folder import Folder
@@ -23,6 +22,7 @@ from megatron_synth.study.plan.study_file import Study, load_study
 from megatron_synth.study.report.collect import Row, read_runs_csv, runs_csv
 from megatron_synth.study.report.report import write_report
 from tests.support import ROOT
+from tests.unit.study.test_study_file import TINY, write_study
 
 NOISE = 0.003
 BEST = 1 / 3
@@ -112,7 +112,7 @@ def test_the_page_is_whole_and_alone(reported: tuple[Study, list[Row], Path]) ->
     targets = set(page.ids)
     assert all(link.startswith("#") and link[1:] in targets for link in page.links)
     assert {f"run-{row.id}" for row in rows} <= targets
-    # every figure in the figure's order, drawn, and in the colours of the page
+    # every figure in the figure's order, drawn, and in the colors of the page
     places = [text.index(f'id="figure-{name}"') for name in FIGURES]
     assert places == sorted(places) and page.count["svg"] == len(FIGURES)
     assert "var(--ink)" in text and "prefers-color-scheme: dark" in text

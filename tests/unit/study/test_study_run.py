@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit.test_study_design import study_of
 
 from megatron_synth.cli.study import main
 from megatron_synth.config.errors import UserError
@@ -22,6 +21,7 @@ from megatron_synth.study.execute.local import Progress, Slots
 from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import load_study
 from tests.support import ROOT, read_metrics, write_source
+from tests.unit.study.test_study_file import study_of
 
 STEPS = 60
 TOKENS = STEPS * 4 * 32

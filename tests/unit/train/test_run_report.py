@@ -105,8 +105,8 @@ def size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def has_colour(image: np.ndarray, colour: str) -> bool:
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+def has_color(image: np.ndarray, color: str) -> bool:
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return bool((np.abs(image[..., :3] - wanted).max(axis=-1) < 0.01).sum() > 20)
 
 
@@ -118,8 +118,8 @@ def test_a_long_run_with_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.strip() == str(path / "report.png")
     assert size(path / "report.png") == (1600, 1000)
     image = pixels(path / "report.png")
-    assert all(has_colour(image, colour) for colour in (*plot.PALETTE[:5], plot.ACCENT))
-    assert not has_colour(image, plot.PALETTE[5])  # four sources, and one more domain
+    assert all(has_color(image, color) for color in (*plot.PALETTE[:5], plot.ACCENT))
+    assert not has_color(image, plot.PALETTE[5])  # four sources, and one more domain
     assert sorted(entry.name for entry in path.iterdir() if entry.name.startswith(".")) == []
 
 

@@ -1,4 +1,4 @@
-"""The Triton quantisers against their definition, in Triton's interpreter; run by test_quantise.py."""
+"""The Triton quantizers against their definition, in Triton's interpreter; run by test_quantize.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 from megatron_synth_kernels.torch import fp8  # noqa: E402
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantised  # noqa: E402
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized  # noqa: E402
 from megatron_synth_kernels.triton import quantize as triton_quantize
-from tests.kernels.test_quantise import FORMATS, bits, matrix  # noqa: E402
+from tests.kernels.test_quantize import FORMATS, bits, matrix  # noqa: E402
 
 
-def same(found: Quantised | None, expected: Quantised | None) -> None:
+def same(found: Quantized | None, expected: Quantized | None) -> None:
     assert found is not None and expected is not None and found.block == expected.block
     assert torch.equal(bits(found.data), bits(expected.data))
     assert found.scale.shape == expected.scale.shape and found.scale.stride() == expected.scale.stride()
@@ -26,20 +26,20 @@ def test_tensorwise_kernel(shape: tuple[int, int], source: torch.dtype, dtype: t
     wide = matrix(shape[0], shape[1] + 16, source)
     for x in (wide[:, : shape[1]].contiguous(), wide[:, 16:]):  # the second with rows apart
         scale = fp8.scale_for(fp8.amax_of(x), dtype) * 3
-        expected = fp8.quantise_tensorwise(x, scale, dtype)
-        found = triton_quantize.quantise_tensorwise(x, scale, dtype)
+        expected = fp8.quantize_tensorwise(x, scale, dtype)
+        found = triton_quantize.quantize_tensorwise(x, scale, dtype)
         for ours, theirs in zip(found[:2], expected[:2], strict=True):
             assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
         assert torch.equal(found[2], expected[2]) and torch.equal(triton_quantize.amax_of(x), expected[2])
         assert torch.equal(bits(triton_quantize.transpose(found[0])), bits(found[1]))
-    only_row = triton_quantize.quantise_tensorwise(x, scale, dtype, transposed=False)
+    only_row = triton_quantize.quantize_tensorwise(x, scale, dtype, transposed=False)
     assert only_row[1] is None and torch.equal(bits(only_row[0]), bits(found[0]))
-    only_transposed = triton_quantize.quantise_tensorwise(x, scale, dtype, row=False)
+    only_transposed = triton_quantize.quantize_tensorwise(x, scale, dtype, row=False)
     assert only_transposed[0] is None and torch.equal(bits(only_transposed[1]), bits(found[1]))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("name", ["quantise_1x128", "quantise_128x128"])
+@pytest.mark.parametrize("name", ["quantize_1x128", "quantize_128x128"])
 def test_block_kernels(name: str, dtype: torch.dtype) -> None:
     wide = matrix(2 * BLOCK, 4 * BLOCK, torch.bfloat16)
     x = wide[:, BLOCK:]
@@ -65,4 +65,4 @@ def test_kernels_report_what_is_not_finite(bad: float) -> None:
     x = matrix(32, 32)
     x[7, 7] = bad
     assert triton_quantize.amax_of(x) == torch.inf
-    assert triton_quantize.quantise_tensorwise(x, torch.tensor(1.0), E4M3)[2] == torch.inf
+    assert triton_quantize.quantize_tensorwise(x, torch.tensor(1.0), E4M3)[2] == torch.inf

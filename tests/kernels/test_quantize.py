@@ -1,4 +1,4 @@
-"""FP8 quantisers and products: the definition, and the Triton kernels against it."""
+"""FP8 quantizers and products: the definition, and the Triton kernels against it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_synth_kernels.torch import fp8
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantised
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantized
 from tests.support import ROOT
 
 FORMATS = [E4M3, E5M2]
@@ -51,7 +51,7 @@ def test_scales_bring_the_largest_number_to_the_end_of_the_format(dtype: torch.d
 def test_tensorwise_saturates_and_rounds_to_nearest(dtype: torch.dtype) -> None:
     x = matrix(48, 80)
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 8  # the largest numbers do not fit
-    row, transposed, amax = fp8.quantise_tensorwise(x, scale, dtype)
+    row, transposed, amax = fp8.quantize_tensorwise(x, scale, dtype)
     assert row is not None and transposed is not None
     assert torch.equal(amax, x.abs().max())
     assert torch.equal(bits(transposed), bits(row).t())
@@ -67,11 +67,11 @@ def test_tensorwise_saturates_and_rounds_to_nearest(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_block_scales_are_those_of_their_blocks_alone(dtype: torch.dtype) -> None:
     x = matrix(2 * BLOCK, 3 * BLOCK)
-    for quantise, tiles in ((fp8.quantise_1x128, (1, BLOCK)), (fp8.quantise_128x128, (BLOCK, BLOCK))):
-        row, transposed = quantise(x, dtype)
+    for quantize, tiles in ((fp8.quantize_1x128, (1, BLOCK)), (fp8.quantize_128x128, (BLOCK, BLOCK))):
+        row, transposed = quantize(x, dtype)
         assert row is not None and transposed is not None and row.block == transposed.block == tiles
         for result, source in ((row, x), (transposed, x.t())):
-            back = result.dequantised()
+            back = result.dequantized()
             assert back.shape == source.shape and result.data.is_contiguous()
             # every block reaches the upper half of the format's range, and its error is half a unit in the last place
             blocks = lambda t: t.unfold(0, tiles[0], tiles[0]).unfold(1, tiles[1], tiles[1]).flatten(2)  # noqa: B023, E731
@@ -80,16 +80,16 @@ def test_block_scales_are_those_of_their_blocks_alone(dtype: torch.dtype) -> Non
             mantissa = 3 if dtype is E4M3 else 2
             ulp = torch.maximum(blocks(source).abs() * 2.0**-mantissa, blocks(source).abs().amax(2, keepdim=True) * 2.0**-13)
             assert ((blocks(back) - blocks(source)).abs() <= ulp / 2 + 1e-30).all()
-    square, transposed = fp8.quantise_128x128(x, dtype)
+    square, transposed = fp8.quantize_128x128(x, dtype)
     assert square is not None and transposed is not None
-    assert torch.equal(square.dequantised().t(), transposed.dequantised())
+    assert torch.equal(square.dequantized().t(), transposed.dequantized())
 
 
 def test_a_scale_is_padded_as_cublas_reads_it() -> None:
-    row, transposed = fp8.quantise_128x128(matrix(5 * BLOCK, 3 * BLOCK), E4M3)
+    row, transposed = fp8.quantize_128x128(matrix(5 * BLOCK, 3 * BLOCK), E4M3)
     assert row is not None and transposed is not None
     assert row.scale.shape == (5, 4) and transposed.scale.shape == (3, 8)
-    row, transposed = fp8.quantise_1x128(matrix(2 * BLOCK, 3 * BLOCK), E4M3)
+    row, transposed = fp8.quantize_1x128(matrix(2 * BLOCK, 3 * BLOCK), E4M3)
     assert row is not None and transposed is not None
     assert row.scale.shape == (2 * BLOCK, 3) and row.scale.stride() == (1, 2 * BLOCK)
     assert transposed.scale.shape == (3 * BLOCK, 2) and transposed.scale.stride() == (1, 3 * BLOCK)
@@ -100,44 +100,44 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
     x = matrix(BLOCK, BLOCK)
     x[3, 5] = bad
     amax = fp8.amax_of(x)
-    row, _, seen = fp8.quantise_tensorwise(x, torch.tensor(1.0), E4M3)
+    row, _, seen = fp8.quantize_tensorwise(x, torch.tensor(1.0), E4M3)
     assert row is not None and not torch.isfinite(amax) and not torch.isfinite(seen)
-    good, _ = fp8.quantise_128x128(matrix(BLOCK, BLOCK), E4M3)
+    good, _ = fp8.quantize_128x128(matrix(BLOCK, BLOCK), E4M3)
     assert good is not None
-    unit = Quantised(good.data, torch.tensor(1.0))
-    assert torch.isnan(fp8.product(Quantised(row, fp8.inverse_scale(torch.tensor(1.0), seen)), unit, torch.float32)).all()
-    for result in (*fp8.quantise_1x128(x, E4M3), *fp8.quantise_128x128(x, E4M3)):
+    unit = Quantized(good.data, torch.tensor(1.0))
+    assert torch.isnan(fp8.product(Quantized(row, fp8.inverse_scale(torch.tensor(1.0), seen)), unit, torch.float32)).all()
+    for result in (*fp8.quantize_1x128(x, E4M3), *fp8.quantize_128x128(x, E4M3)):
         assert result is not None and torch.isnan(fp8.product(result, good, torch.float32)).any()
 
 
 @pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
 @pytest.mark.parametrize("scaling", ["tensorwise", "blocks"])
-def test_product_is_that_of_the_dequantised_numbers(formats: tuple[torch.dtype, torch.dtype], scaling: str) -> None:
+def test_product_is_that_of_the_dequantized_numbers(formats: tuple[torch.dtype, torch.dtype], scaling: str) -> None:
     x, w = torch.randn(BLOCK, 2 * BLOCK), torch.randn(3 * BLOCK, 2 * BLOCK)
-    operands: list[Quantised] = []
-    for tensor, dtype, blocks in ((x, formats[0], fp8.quantise_1x128), (w, formats[1], fp8.quantise_128x128)):
+    operands: list[Quantized] = []
+    for tensor, dtype, blocks in ((x, formats[0], fp8.quantize_1x128), (w, formats[1], fp8.quantize_128x128)):
         if scaling == "blocks":
             result, _ = blocks(tensor, dtype)
         else:
             amax = fp8.amax_of(tensor)
             scale = fp8.scale_for(amax, dtype)
-            data, _, _ = fp8.quantise_tensorwise(tensor, scale, dtype)
-            result = None if data is None else Quantised(data, fp8.inverse_scale(scale, amax))
+            data, _, _ = fp8.quantize_tensorwise(tensor, scale, dtype)
+            result = None if data is None else Quantized(data, fp8.inverse_scale(scale, amax))
         assert result is not None
         operands.append(result)
     a, b = operands
-    exact = a.dequantised().double() @ b.dequantised().double().t()
+    exact = a.dequantized().double() @ b.dequantized().double().t()
     found = fp8.product(a, b, torch.float32)
     assert torch.allclose(found.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
     assert torch.equal(fp8.product(a, b, torch.bfloat16), found.bfloat16()) or torch.allclose(
         fp8.product(a, b, torch.bfloat16).double(), exact, rtol=2**-8, atol=1e-4
     )
-    # and close to the product of what was quantised
+    # and close to the product of what was quantized
     assert (found - x @ w.t()).norm() / (x @ w.t()).norm() < 0.1
 
 
 def test_e5m2_by_e5m2_is_refused() -> None:
-    a = Quantised(torch.zeros(16, 16, dtype=E5M2), torch.tensor(1.0))
+    a = Quantized(torch.zeros(16, 16, dtype=E5M2), torch.tensor(1.0))
     with pytest.raises(AssertionError, match="e5m2"):
         fp8.product(a, a, torch.float32)
 
@@ -147,7 +147,7 @@ def test_e5m2_by_e5m2_is_refused() -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     """A process of their own: Triton decides at its import whether it interprets."""
-    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("quantise", "sources")]
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in ("quantize", "sources")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

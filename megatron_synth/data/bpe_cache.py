@@ -1,4 +1,4 @@
-r"""Tokenising by looking up words: several times the speed of the tokenizer itself, and the same tokens.
+r"""Tokenizing by looking up words: several times the speed of the tokenizer itself, and the same tokens.
 
 Byte-level BPE as GPT-2 has it first cuts text by the pattern
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-WORDS = 2**17  # in the table, about 40 MB; when it is full it begins anew
+WORDS = 2**17  # in the table, about 40 MB; when it is full it begins again
 LONGEST_WORD = 48  # longer ones hardly occur again
 
 _SPACE = r"\t-\r "
