@@ -1,4 +1,4 @@
-"""`megatron-synth bench checkpoint`."""
+"""`python -m benchmarks checkpoint`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_synth.core.argparse_types import count, file_and_overrides
 def main(argv: list[str]) -> int:
     """How long a save keeps training waiting."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth bench checkpoint",
+        prog="python -m benchmarks checkpoint",
         description="How long a save keeps training waiting, when files are waited for and when they are written meanwhile.",
-        epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench checkpoint ...",
+        epilog="On several processes: torchrun --nproc-per-node N -m benchmarks checkpoint ...",
     )
     parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help="default CONFIG: bench/checkpoint-100m.yaml")
     parser.add_argument("--saves", type=count, default=3, help="of each kind; default 3")

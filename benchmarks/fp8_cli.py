@@ -1,4 +1,4 @@
-"""`megatron-synth bench fp8`."""
+"""`python -m benchmarks fp8`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPES = (CONTROL, *_SCALINGS, *(f"{name}-{number_format}" for name in _SCALING
 def main(argv: list[str]) -> int:
     """Train, print the table; exit code 1 where a recipe ends further than 1 % from BF16."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth bench fp8",
+        prog="python -m benchmarks fp8",
         description="Losses at the end of training in each FP8 recipe, beside BF16's, over several seeds; not speed.",
     )
     parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if int(os.environ.get("WORLD_SIZE", 1)) != 1:
-        raise UserError(f"bench fp8 runs on a single process, this launch has {os.environ['WORLD_SIZE']}")
+        raise UserError(f"benchmarks fp8 runs on a single process, this launch has {os.environ['WORLD_SIZE']}")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     config = load_file(Config, path, overrides)

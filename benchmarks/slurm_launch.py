@@ -50,7 +50,7 @@ def measure(nodes: int, ranks_per_node: int, folder: Path, cluster: str | None) 
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         cluster=sbatch.load_cluster(cluster),
-        command=(sys.executable, "-m", "benchmarks.slurm_launch_node"),
+        command=(sys.executable, str(Path(__file__).with_name("slurm_launch_node.py"))),
     )
     began = time.time()
     job = sbatch.submit(spec)
@@ -98,11 +98,11 @@ def rows(launches: Sequence[Launch]) -> list[list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    """`megatron-synth bench launch`."""
+    """`python -m benchmarks launch`."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth bench launch",
+        prog="python -m benchmarks launch",
         description="Time from sbatch to ranks that have met, on SLURM nodes and without GPUs.",
-        epilog="On a machine without SLURM: python -m tests.slurm.lab --nodes 16 -- megatron-synth bench launch",
+        epilog="On a machine without SLURM: python -m tests.slurm.lab --nodes 16 -- python -m benchmarks launch",
     )
     parser.add_argument("--nodes", default="1,2,4,8,16", metavar="N,N,...", help="default 1,2,4,8,16")
     parser.add_argument("--ranks-per-node", type=int, default=8, metavar="R", help="default 8")

@@ -1,4 +1,4 @@
-"""One node of `bench launch`: ranks that do nothing but find each other.
+"""One node of `python -m benchmarks launch`: ranks that do nothing but find each other.
 
 The process imports torch once and forks the node's ranks, so that many of them fit on a small machine. They meet as ranks of
 torchrun do, in a TCPStore on the first node: all connect, all wait until the last one has.

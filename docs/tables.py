@@ -17,6 +17,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = (sys.executable, "-m", "benchmarks")
 DOCUMENTS = [
     ROOT / name
     for name in ("README.md", "docs/benchmarks.md", "docs/cluster.md", "docs/fp8.md", "docs/kernels.md", "docs/throughput.md")
@@ -73,20 +74,20 @@ def cpu_speed() -> str:
 
 
 def loader_ours() -> str:
-    """Our loader in all its ways, as `bench loader` prints it."""
-    return printed("bench", "loader", "--only", "ours")
+    """Our loader in all its ways, as `python -m benchmarks loader` prints it."""
+    return printed("loader", "--only", "ours", start=BENCHMARKS)
 
 
 def loader_peers() -> str | None:
     """Others' loaders. PEERS: the Pythons of the environments that they are in, joined by colons; None without."""
     others = [part for python in os.environ.get("PEERS", "").split(":") if python for part in ("--peers", python)]
-    return printed("bench", "loader", "--only", "peers", *others) if others else None
+    return printed("loader", "--only", "peers", *others, start=BENCHMARKS) if others else None
 
 
 def prepare() -> str | None:
     """Speed of `prepare` beside others. DATATROVE: the Python of an environment with datatrove; None without."""
     python = os.environ.get("DATATROVE")
-    return printed("bench", "prepare", "--megabytes", "12", "--datatrove", python) if python else None
+    return printed("prepare", "--megabytes", "12", "--datatrove", python, start=BENCHMARKS) if python else None
 
 
 def levers() -> str:
@@ -126,7 +127,7 @@ def levers() -> str:
 
 def launch() -> str:
     """The cost of a launch on SLURM nodes that are all on this machine (as root, with tests/slurm/install.sh done)."""
-    bench = ["megatron-synth", "bench", "launch", "--shared", "/tmp"]
+    bench = [*BENCHMARKS, "launch", "--shared", "/tmp"]
     return printed("--nodes", "16", "--", *bench, start=(sys.executable, "-m", "tests.slurm.lab"))
 
 

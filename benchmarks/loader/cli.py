@@ -1,4 +1,4 @@
-"""`megatron-synth bench loader`."""
+"""`python -m benchmarks loader`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_synth.core.argparse_types import count
 def main(argv: list[str]) -> int:
     """The data loader beside others."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth bench loader",
+        prog="python -m benchmarks loader",
         description="Speed, start-up, memory, exactness and resuming of the data loader, beside others that are installed.",
     )
     parser.add_argument("--tokens", type=count, default=64_000_000, help="of each of four sources; default 64000000")

@@ -1,4 +1,4 @@
-"""One table of what several runs of `bench loader --json` have measured, such as one run per loader."""
+"""One table of what several runs of `python -m benchmarks loader --json` have measured, such as one run per loader."""
 
 from __future__ import annotations
 

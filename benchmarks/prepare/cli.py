@@ -1,4 +1,4 @@
-"""`megatron-synth bench prepare`."""
+"""`python -m benchmarks prepare`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_synth.data.preparing.workers import core_count
 def main(argv: list[str]) -> int:
     """Run the comparison and print its table."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth bench prepare",
+        prog="python -m benchmarks prepare",
         description="Tokens per second and worker of `prepare`, beside Megatron-LM's preprocessing loop and datatrove; or, "
         "with --memory, how much memory it takes.",
     )

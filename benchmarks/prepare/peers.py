@@ -1,4 +1,4 @@
-"""The contenders of `bench prepare`, each run as a script: NAME CORPUS TOKENIZER OUTPUT WORKERS.
+"""The contenders of `python -m benchmarks prepare`, each run as a script: NAME CORPUS TOKENIZER OUTPUT WORKERS.
 
 It prints a line of JSON, whose cpu_s is of this process alone. datatrove may live in another environment, so nothing of
 this project is imported up here.

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         prog="megatron-synth bench report", description="Tables of `bench train --json` files, and a check against a baseline."
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu; or bench loader"
+        "files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu; or benchmarks loader"
     )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
     parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     if loaders:
         if len(loaders) < len(options.files) or options.baseline or options.csv or options.png:
             raise UserError(
-                "files of `bench loader` make a table of their own: without other files, --baseline, --csv and --png"
+                "files of `python -m benchmarks loader` make a table of their own: without other files, --baseline, --csv and --png"
             )
         from benchmarks.loader.report import render
 

@@ -191,8 +191,8 @@ def test_a_read_only_run_directory_is_refused(
 
 def test_the_benchmark_saves_in_both_ways_on_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
     small = ["model.num_layers=2", "model.hidden_size=48", "model.ffn_hidden_size=128", "train.global_batch_size=2"]
-    arguments = ["bench", "checkpoint", *small, "--saves", "1", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]
-    results = ranks.run(2, "megatron_synth.cli.main.main", arguments)
+    arguments = ["checkpoint", *small, "--saves", "1", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    results = ranks.run(2, "benchmarks.__main__.main", arguments)
     assert [result.value for result in results] == [0, 0], results[0].stderr
     table = [line for line in results[0].stdout.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table] == ["save", "waited for", "meanwhile", "meanwhile, the first"]

@@ -1,4 +1,4 @@
-"""`bench prepare`: rates come from the runs, contenders take turns, and other tokens void the comparison."""
+"""`python -m benchmarks prepare`: rates come from the runs, contenders take turns, and other tokens void the comparison."""
 
 import json
 import os
