@@ -57,7 +57,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
         "study": ["matplotlib", "scipy"],
-        # loaders for `python -m benchmarks loader --peers`, in an environment of their own: OLMo-core needs an older huggingface_hub
+        # for `python -m benchmarks loader --peers`, in an environment of its own: OLMo-core needs an older huggingface_hub
         "bench-peers": ["ai2-olmo-core==3.0.0", "grain==0.2.18"],
         "test": [
             "hypothesis",

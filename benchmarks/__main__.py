@@ -11,6 +11,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "loader": ("benchmarks.loader.cli:main", "speed, start-up, memory and exactness of data loaders"),
+    "loader-report": ("benchmarks.loader.report:main", "one table of several files of `loader --json`"),
     "prepare": ("benchmarks.prepare.cli:main", "tokens/s of turning text into shards, beside Megatron-LM's way"),
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
     "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),

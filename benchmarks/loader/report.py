@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.loader.measure import package_lines, table_rows
 from megatron_synth.bench.tables import header_lines, markdown_table
-from megatron_synth.config.errors import UserError
+from megatron_synth.config.errors import EXIT_OK, UserError
 
 
 def render(contents: Sequence[dict[str, Any]]) -> str:
@@ -36,3 +39,22 @@ def render(contents: Sequence[dict[str, Any]]) -> str:
     lines = [f"- command: `{commands}`", f"- date: {when}, commit: {', '.join(commits)}", *head]
     lines += package_lines(results, first["versions"])
     return "\n".join([*lines, "", *markdown_table(table_rows(results))])
+
+
+def main(argv: list[str]) -> int:
+    """`python -m benchmarks loader-report FILE...`: one table of several files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks loader-report", description="One table of several measurements."
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="what `python -m benchmarks loader --json` wrote")
+    options = parser.parse_args(argv)
+    contents = []
+    for file in options.files:
+        try:
+            contents.append(json.loads(file.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {error}") from None
+        if not isinstance(contents[-1], dict) or "loaders" not in contents[-1]:
+            raise UserError(f"{file}: not written by `python -m benchmarks loader --json`")
+    print(render(contents))
+    return EXIT_OK

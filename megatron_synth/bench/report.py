@@ -63,9 +63,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench report", description="Tables of `bench train --json` files, and a check against a baseline."
     )
-    parser.add_argument(
-        "files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu; or benchmarks loader"
-    )
+    parser.add_argument("files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
     parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
@@ -74,16 +72,8 @@ def main(argv: list[str]) -> int:
     for what, file in (("--csv", options.csv), ("--png", options.png)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{what}: {file.parent} is not a folder")
-    loaders = [content for file in options.files if "loaders" in (content := _content(file))]
-    if loaders:
-        if len(loaders) < len(options.files) or options.baseline or options.csv or options.png:
-            raise UserError(
-                "files of `python -m benchmarks loader` make a table of their own: without other files, --baseline, --csv and --png"
-            )
-        from benchmarks.loader.report import render
-
-        say(render(loaders))
-        return EXIT_OK
+    if any("loaders" in _content(file) for file in options.files):
+        raise UserError("files of `python -m benchmarks loader` are read by `python -m benchmarks loader-report`")
     levers = _content(options.files[0])
     if "levers" in levers:
         if len(options.files) > 1 or options.baseline or options.csv or options.png:

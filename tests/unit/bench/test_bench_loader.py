@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.loader import measure as bench
-from benchmarks.loader import peers, startup
-from megatron_synth.bench import report
+from benchmarks.loader import peers, report, startup
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.shards.source import open_source
 
