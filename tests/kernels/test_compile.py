@@ -46,7 +46,8 @@ def test_every_kernel_of_every_operation_is_there_for_every_model(compiled: tupl
     modules = {b.target.partition(":")[0].lstrip(".") for o in OPERATIONS.values() for b in o.backends if b.name == TRITON}
     launched = set()
     for module in modules:
-        source = (ROOT / "kernels" / "megatron_synth_kernels" / f"{module}.py").read_text()
+        file = ROOT.joinpath("kernels", "megatron_synth_kernels", *module.split(".")).with_suffix(".py")
+        source = file.read_text()
         launched |= {line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def ")}
     expected = {name.removesuffix("_kernel") for name in launched if name.endswith("_kernel")}
     assert {kernel["kernel"] for kernel in compiled[0]} == expected
