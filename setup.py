@@ -41,6 +41,7 @@ setup(
         )
     ],
     install_requires=[
+        "argcomplete",
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
         "numpy",

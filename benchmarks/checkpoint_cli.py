@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count, file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.argparse_types import count, file_and_overrides
 
 
 def main(argv: list[str]) -> int:

@@ -91,12 +91,12 @@ def prepare() -> str | None:
 
 
 def levers() -> str:
-    """What each lever does on this machine, by the layouts that have it, as `bench train --levers` measures it."""
+    """What each lever does on this machine, by the layouts that have it, as `bench train --ablations` measures it."""
     from megatron_synth.bench.gpu import random_source
     from megatron_synth.bench.tables import header_lines
-    from megatron_synth.cli.bench_ablations import spread
+    from megatron_synth.bench.train.ablations_table import spread
 
-    base = ["bench", "train", "--model", "tiny-1m", "train.sequence_length=128", "--warmup", "2", "--steps", "4", "--levers"]
+    base = ["bench", "train", "--model", "tiny-1m", "train.sequence_length=128", "--warmup", "2", "--steps", "4", "--ablations"]
     layouts = {
         "": "fused loss,recomputation,garbage collection between steps,torch.compile",
         "--ranks 2": "gradients reduced in the backward pass,weights gathered in the forward pass,distributed optimizer",

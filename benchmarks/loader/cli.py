@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.argparse_types import count
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,6 @@ hangs loses only itself. `--smoke` runs the same parts with tiny models on whate
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say
 
-EXIT_FAILED = 1
 SMOKE_PATIENCE = 6
 """A smoke run may stand on a busy CPU: its budgets are there to end what hangs."""
 LEVERS = (
@@ -50,38 +48,32 @@ class Part:
     """Why it cannot run here; empty when it can."""
 
 
-def main(argv: list[str]) -> int:
-    """Run all parts; exit code 1 when one failed."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-synth bench gpu",
-        description="Numerics tests, kernels, and training of 1.3B and 3B models in BF16 and FP8, within 8 minutes on one GPU.",
-    )
-    parser.add_argument("--smoke", action="store_true", help="the same with tiny models, on a CPU too, in under a minute")
-    parser.add_argument("--json", type=Path, default=Path("bench-gpu.json"), metavar="FILE", help="default bench-gpu.json")
-    parser.add_argument("--only", metavar="TEXT", help="parts whose name holds TEXT")
-    options = parser.parse_args(argv)
-    if not options.json.resolve().parent.is_dir():
-        raise UserError(f"--json: {options.json.parent} is not a folder")
-    selected = [part for part in parts(options.smoke) if options.only is None or options.only in part.name]
-    if not selected:
-        raise UserError(f"--only {options.only}: no such part; there are: {', '.join(p.name for p in parts(options.smoke))}")
-    if not options.smoke and _gpus() == 0:
+def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str]) -> bool:
+    """Run parts and write `file` after each; whether none failed.
+
+    Args:
+        selected: of `parts`.
+        smoke: whether they are those of a smoke run.
+        file: JSON to write.
+        command: how this was called, for the head of the table.
+
+    Raises:
+        UserError: there is no GPU, and this is no smoke run.
+    """
+    if not smoke and _gpus() == 0:
         raise UserError("no GPU is visible; `bench gpu --smoke` runs the same on a CPU with tiny models")
 
     from megatron_synth.bench.tables import header, header_lines
 
-    document: dict[str, Any] = {**header("bench", ["gpu", *argv]), "parts": {}}
+    document: dict[str, Any] = {**header("bench", ["gpu", *command]), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
-        data = random_source(Path(folder) / "data", 400_000 if options.smoke else 40_000_000)
+        data = random_source(Path(folder) / "data", 400_000 if smoke else 40_000_000)
         for part in selected:
-            document["parts"][part.name] = _run(
-                part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if options.smoke else 1)
-            )
-            write_json(options.json, document)
+            document["parts"][part.name] = _run(part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if smoke else 1))
+            write_json(file, document)
     say("\n" + "\n".join([*header_lines(document), "", *_table(document)]))
-    say(f"\nwritten to {options.json}; `megatron-synth bench report {options.json}` draws and compares")
-    failed = [name for name, part in document["parts"].items() if part["status"] in ("failed", "over its budget")]
-    return EXIT_FAILED if failed else EXIT_OK
+    say(f"\nwritten to {file}; `megatron-synth bench report {file}` draws and compares")
+    return not any(part["status"] in ("failed", "over its budget") for part in document["parts"].values())
 
 
 def parts(smoke: bool) -> list[Part]:
@@ -112,7 +104,7 @@ def parts(smoke: bool) -> list[Part]:
     few = () if smoke else ("train.global_batch_size=4", "--warmup", "2", "--pairs", "3", "--steps", "3")
     # a CPU compiles longer than all the rest takes
     names = [name for name in LEVERS if not (smoke and name == "torch.compile")]
-    levers = ("--levers", ",".join(names), "--budget", "65", *few)
+    levers = ("--ablations", ",".join(names), "--budget", "65", *few)
     train(f"{sizes[0]} bf16, levers", sizes[0], "precision.dtype=bf16", *real, *levers, budget_s=80)
     found.append(_kernels(smoke))
     return found

@@ -7,8 +7,6 @@ would call a noisy machine a regression, the second alone a difference that nobo
 
 from __future__ import annotations
 
-import argparse
-import csv
 import io
 import json
 import statistics
@@ -17,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
-from megatron_synth.core.log import gib, say
+from megatron_synth.core.log import gib
 
-EXIT_SLOWER = 1
 SIGNIFICANCE = 0.01
 
 
@@ -58,50 +55,6 @@ class Verdict:
     slower: bool
 
 
-def main(argv: list[str]) -> int:
-    """Tables on the console or in files; exit code 1 when something became slower."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-synth bench report", description="Tables of `bench train --json` files, and a check against a baseline."
-    )
-    parser.add_argument("files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw tokens/s per point")
-    options = parser.parse_args(argv)
-    for what, file in (("--csv", options.csv), ("--png", options.png)):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{what}: {file.parent} is not a folder")
-    if any("loaders" in _content(file) for file in options.files):
-        raise UserError("files of `python -m benchmarks loader` are read by `python -m benchmarks loader-report`")
-    levers = _content(options.files[0])
-    if "levers" in levers:
-        if len(options.files) > 1 or options.baseline or options.csv or options.png:
-            raise UserError("a file of --levers is a table of its own: without other files, --baseline, --csv and --png")
-        from megatron_synth.bench.train.ablations_table import render as render_levers
-
-        say(render_levers(levers))
-        return EXIT_OK
-    records = [record for file in options.files for record in read(file)]
-    verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []
-    rows = table_rows(records)
-    from megatron_synth.bench.tables import markdown_table
-
-    say("\n".join(markdown_table(rows)))
-    if options.csv is not None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_atomic(options.csv, text.getvalue())
-    if options.png is not None:
-        draw(records, options.png)
-    if options.baseline is None:
-        return EXIT_OK
-    if not verdicts:
-        raise UserError(f"--baseline {options.baseline}: no point of it has the model, settings and device of one here")
-    say("\n" + "\n".join(markdown_table(_verdict_rows(verdicts))))
-    return EXIT_SLOWER if any(verdict.slower for verdict in verdicts) else EXIT_OK
-
-
 def read(path: Path) -> list[Record]:
     """The measurements in a file; points of a sweep without one are left out.
 
@@ -117,12 +70,13 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def _content(path: Path) -> dict[str, Any]:
+def content(path: Path) -> dict[str, Any]:
+    """What `--json` wrote; empty where the file cannot be read, which `read` explains."""
     try:
-        content = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}  # reading it again says what is wrong
-    return content if isinstance(content, dict) else {}
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _records(content: dict[str, Any]) -> Iterator[Record]:
@@ -194,7 +148,8 @@ def compare(records: Sequence[Record], baseline: Sequence[Record], tolerance: fl
     return verdicts
 
 
-def _verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
+def verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """The table of verdicts, its head first."""
     rows = [["model", "settings", "step time", "p", "verdict"]]
     for one in verdicts:
         verdict = "SLOWER" if one.slower else "as fast"

@@ -7,28 +7,21 @@ from collections.abc import Callable
 
 from megatron_synth.config.errors import EXIT_OK, UserError
 
-# imported when they are called, as verbs are
-BENCHMARKS: dict[str, tuple[str, str]] = {
-    "train": (
-        "megatron_synth.cli.bench_train:main",
-        "tokens/s, TFLOP/s, MFU of training, beside other loops; sweeps",
-    ),
-    "kernels": (
-        "megatron_synth.cli.bench_kernels:main",
-        "every operation by every backend, beside torch.compile and others",
-    ),
-    "memory": ("megatron_synth.cli.bench_memory:main", "the estimate of memory per rank beside what is allocated"),
-    "gpu": ("megatron_synth.bench.gpu:main", "everything that a GPU has to show, in one command"),
-    "report": ("megatron_synth.bench.report:main", "tables and figures of what the others have written; regressions"),
+BENCHMARKS = {
+    "train": "tokens/s, TFLOP/s, MFU of training, beside other loops; sweeps",
+    "kernels": "every operation by every backend, beside torch.compile and others",
+    "memory": "the estimate of memory per rank beside what is allocated",
+    "gpu": "everything that a GPU has to show, in one command",
+    "report": "tables and figures of what the others have written; regressions",
 }
-
+"""Name -> what it measures. `cli/bench_NAME.py` has its `parser()` and its `main(argv)`, imported when it is called."""
 MOVED = ("checkpoint", "fp8", "launch", "loader", "prepare")
 
 
 def usage() -> str:
     """The text of --help."""
     width = max(map(len, BENCHMARKS))
-    lines = (f"  {name:<{width}}  {text}" for name, (_, text) in BENCHMARKS.items())
+    lines = (f"  {name:<{width}}  {text}" for name, text in BENCHMARKS.items())
     return "\n".join(["usage: megatron-synth bench NAME [ARGUMENT ...]; each tells more with --help", "", *lines])
 
 
@@ -41,6 +34,5 @@ def main(argv: list[str]) -> int:
         raise UserError(f"bench {argv[0]} compares with other projects and is run from a clone: python -m benchmarks {argv[0]}")
     if argv[0] not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{argv[0]}'; one of: {', '.join(BENCHMARKS)}")
-    module, _, function = BENCHMARKS[argv[0]][0].partition(":")
-    run: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    run: Callable[[list[str]], int] = importlib.import_module(f"megatron_synth.cli.bench_{argv[0]}").main
     return run(argv[1:])

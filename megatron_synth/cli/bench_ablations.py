@@ -1,4 +1,4 @@
-"""`megatron-synth bench train --levers`: the base and each variant in turn, and the table of what a lever does."""
+"""`megatron-synth bench train --ablations`: the base and each variant in turn, and the table of what a lever does."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def losses_apart(found: Sequence[float], expected: Sequence[float]) -> float:
 def run(path: str, overrides: list[str], models: list[str], options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measure every lever that can be turned; exit code 0 when the base could be measured."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--levers starts its ranks itself: run it once, without torchrun, with --ranks")
+        raise UserError("--ablations starts its ranks itself: run it once, without torchrun, with --ranks")
     if options.vs not in (None, "none") or options.sweep or options.vary or len(models) > 1:
-        raise UserError("--levers stands alone: leave out --vs, --sweep, --vary and all but one model")
+        raise UserError("--ablations stands alone: leave out --vs, --sweep, --vary and all but one model")
     if options.profile or options.trace:
-        raise UserError("--levers has no profile: profile one setting without it")
+        raise UserError("--ablations has no profile: profile one setting without it")
     gpus, _ = memory_of_a_rank()
     ranks = options.ranks or max(1, gpus)
     if gpus and ranks > gpus:
         raise UserError(f"--ranks {ranks}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
     settings = [*(setting for model in models for setting in model_settings(model)), *overrides]
-    levers, real_data = chosen(options.levers), options.data == "real"
+    levers, real_data = chosen(options.ablations), options.data == "real"
     possible, refused = variants(path, settings, ranks, levers, "gpu" if gpus else "cpu", real_data)
     config = load_file(Config, path, settings)
     if not real_data:

@@ -18,8 +18,8 @@ MODELS = {"llama-1.3b": 50_304, "llama-3b": 131_072}
 """Shipped models, and the size of the vocabulary of their cross-entropy."""
 
 
-def main(argv: list[str]) -> int:
-    """Measure every operation and print a table."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench kernels",
         description="Each operation by every backend that this machine has, beside rivals, against a copy and a product.",
@@ -30,7 +30,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vs", help=f"rivals: any of {', '.join(RIVALS)} with commas, or none; default all, on a CPU eager")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that everything runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Measure every operation and print a table."""
+    options = parser().parse_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     if options.tokens is not None and options.tokens < 1:

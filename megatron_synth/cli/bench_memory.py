@@ -16,8 +16,8 @@ from megatron_synth.core.files import write_json
 from megatron_synth.core.log import is_first_rank, say
 
 
-def main(argv: list[str]) -> int:
-    """One configuration on this launch's ranks, or a table of many."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench memory",
         description="Memory per rank as estimated and as allocated. Without a configuration: a table of sizes and layouts.",
@@ -26,7 +26,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", nargs="?", help="default: bench/tiny-7m.yaml in several sizes and layouts")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every rank's figures")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """One configuration on this launch's ranks, or a table of many."""
+    options = parser().parse_intermixed_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     if options.config is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_synth.cli.argparse_types import count, file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.argparse_types import count, file_and_overrides
 
 if TYPE_CHECKING:
     from megatron_synth.bench.train.compare import Comparison
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "bench/tiny-7m.yaml"
 
 
-def main(argv: list[str]) -> int:
-    """Throughput of training, the engine alone or beside plain training loops."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench train",
         description="Tokens per second of the training engine on random tokens, beside plain loops of the same model.",
@@ -36,11 +36,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", choices=("random", "real"), default="random", help="real: the file's sources, by the loader")
     parser.add_argument("--profile", action="store_true", help="also tell what a step's time goes to")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profile as a Chrome trace; implies --profile")
-    sweeping = parser.add_argument_group("levers and sweep, every point in processes of its own")
+    sweeping = parser.add_argument_group("ablations and sweep, every point in processes of its own")
     sweeping.add_argument(
-        "--levers", nargs="?", const="", metavar="L1,L2", help="turn what makes a step faster, one at a time, beside the rest"
+        "--ablations",
+        nargs="?",
+        const="",
+        metavar="L1,L2",
+        help="turn what makes a step faster, one at a time",
     )
-    sweeping.add_argument("--budget", type=count, metavar="S", help="start no lever that would end later than after S seconds")
+    sweeping.add_argument("--levers", nargs="?", const="", help=argparse.SUPPRESS)
+    sweeping.add_argument("--budget", type=count, metavar="S", help="start no variant that would end after S seconds")
     sweeping.add_argument("--sweep", action="store_true", help="walk micro-batch sizes, recomputation and, on ranks, layouts")
     sweeping.add_argument("--ranks", type=count, help="processes of a point; default: as many as there are GPUs, or 1")
     sweeping.add_argument(
@@ -48,16 +53,23 @@ def main(argv: list[str]) -> int:
     )
     sweeping.add_argument("--limit", type=count, help="points to measure at most")
     sweeping.add_argument("--timeout", type=count, default=600, metavar="S", help="longest time of a point; default 600")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Throughput of training, the engine alone or beside plain training loops."""
+    options = parser().parse_intermixed_args(argv)
+    if options.levers is not None:
+        raise UserError("--levers is --ablations now")
     path, overrides = file_and_overrides(options.arguments, DEFAULT_CONFIG)
     for what, file in (("--json", options.json), ("--trace", options.trace)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{what}: {file.parent} is not a folder")
     models = options.model.split(",") if options.model else []
-    if options.levers is not None:
-        from megatron_synth.cli.bench_ablations import run as run_levers
+    if options.ablations is not None:
+        from megatron_synth.cli.bench_ablations import run as run_ablations
 
-        return run_levers(path, overrides, models, options, argv)
+        return run_ablations(path, overrides, models, options, argv)
     if options.sweep or options.vary or len(models) > 1:
         from megatron_synth.cli.bench_sweep import run
 

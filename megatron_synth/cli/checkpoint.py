@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.log import gib, table
 from megatron_synth.train.checkpoint import files
@@ -17,8 +18,8 @@ EXIT_DAMAGED = 1
 _READERS = 4
 
 
-def main(argv: list[str]) -> int:
-    """Run `checkpoint ls`, `verify` or `prune` and return the exit code; 1: `verify` found damage."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(prog="megatron-synth checkpoint", description="Look after the checkpoints of a run.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     ls = verbs.add_parser("ls", help="step, size, samples and state of each; sizes are compared, content is not read")
@@ -27,10 +28,15 @@ def main(argv: list[str]) -> int:
     for verb in (ls, verify, prune):
         verb.add_argument("run", type=Path, help="run directory, or its checkpoints folder")
     verify.add_argument("step", type=int, nargs="?", help="this one alone; default: all")
-    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="keep the N newest sound ones")
-    prune.add_argument("--every", type=_positive, metavar="K", help="keep also those whose step is a multiple of K")
+    prune.add_argument("--keep", type=count, required=True, metavar="N", help="keep the N newest sound ones")
+    prune.add_argument("--every", type=count, metavar="K", help="keep also those whose step is a multiple of K")
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `checkpoint ls`, `verify` or `prune` and return the exit code; 1: `verify` found damage."""
+    arguments = parser().parse_args(argv)
     root = files.root_of(arguments.run)
     found = files.all_of(root)
     if not found:
@@ -42,12 +48,6 @@ def main(argv: list[str]) -> int:
         return _verify(root, found, arguments.step)
     _prune(root, found, arguments.keep, arguments.every, dry_run=arguments.dry_run)
     return EXIT_OK
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
-    return int(text)
 
 
 def _size(checkpoint: Path) -> int:

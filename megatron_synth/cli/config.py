@@ -13,8 +13,8 @@ from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config
 
 
-def main(argv: list[str]) -> int:
-    """Run `config show` or `config check` and return the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth config",
         description="Both verbs take training configurations and, told by their `output` key, preparation ones.",
@@ -25,7 +25,12 @@ def main(argv: list[str]) -> int:
     for verb in (show, check):
         verb.add_argument("file", type=Path, help="a YAML file; also looked for in the shipped configs/ folder")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `config show` or `config check` and return the exit code."""
+    arguments = parser().parse_args(argv)
 
     config = _load(arguments.file, arguments.overrides)
     if arguments.verb == "show":

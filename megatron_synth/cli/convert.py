@@ -11,8 +11,8 @@ from megatron_synth.config.schema import ModelConfig, ParallelConfig, PrecisionC
 from megatron_synth.core.log import human, say
 
 
-def main(argv: list[str]) -> int:
-    """Exchange weights with Hugging Face's Llama. Returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth convert", description="Exchange weights with Hugging Face's Llama, in safetensors."
     )
@@ -23,7 +23,12 @@ def main(argv: list[str]) -> int:
     from_hf = verbs.add_parser("from-hf", help="folder of a Llama -> weights for checkpoint.init_from, in any layout")
     from_hf.add_argument("folder", type=Path, help="folder with config.json and safetensors")
     from_hf.add_argument("out", type=Path, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Exchange weights with Hugging Face's Llama. Returns the exit code."""
+    arguments = parser().parse_args(argv)
     if arguments.verb == "to-hf":
         return _to_hf(arguments.run, arguments.folder)
     return _from_hf(arguments.folder, arguments.out)

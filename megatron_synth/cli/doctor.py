@@ -27,7 +27,7 @@ _MODULE = ("-m", "megatron_synth.cluster.probe")
 
 def main(argv: list[str]) -> int:
     """Measure, print a table and what is wrong. Returns 0 when nothing is, 1 otherwise."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     cluster = sbatch.changed(
         sbatch.load_cluster(options.cluster), partition=options.partition, account=options.account, qos=options.qos
     )
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(shared, ignore_errors=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth doctor",
         description="Versions, devices and their rates, disks, clocks and the network: of this machine, or of SLURM nodes. "

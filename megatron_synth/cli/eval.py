@@ -27,8 +27,8 @@ _ONE_RANK_PER_COPY = (
 )
 
 
-def main(argv: list[str]) -> int:
-    """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth eval",
         description="Loss per token (nats) and bits per byte of a run's newest checkpoint on each validation domain.",
@@ -36,7 +36,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the run")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
+    arguments = parser().parse_intermixed_args(argv)
     file = arguments.run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")

@@ -18,8 +18,8 @@ COMPILED_FOR = {"llama-1.3b": 50_304, "llama-3b": 128_256, "llama-8b": 128_256}
 TOKENS = 8192  # of a micro-batch; launches do not depend on it but for their number
 
 
-def main(argv: list[str]) -> int:
-    """Print a table and return the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth kernels",
         description="The implementation of each operation on this machine, the reason, and why not the others.",
@@ -32,7 +32,12 @@ def main(argv: list[str]) -> int:
         "--compile", action="store_true", help="instead, compile every Triton kernel for Hopper; needs Triton and no GPU"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="with --compile: write the table to FILE, too")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print a table and return the exit code."""
+    options = parser().parse_intermixed_args(argv)
     if not options.compile:
         if options.json is not None:
             raise UserError("--json goes with --compile")

@@ -18,25 +18,27 @@ from megatron_synth.core.exit_record import report
 EXIT_FAILURE = 1  # Python's own, after a traceback
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
-VERBS: dict[str, tuple[str, str]] = {
-    "prepare": ("megatron_synth.cli.prepare:main", "turn text into token shards"),
-    "plan": ("megatron_synth.cli.plan:main", "layouts of a model on GPUs: memory and predicted speed, on paper"),
-    "train": ("megatron_synth.cli.train:main", "train a model, alone or under torchrun; resumes by itself"),
-    "submit": ("megatron_synth.cli.submit:main", "train on SLURM nodes: check, write the job, put it into the queue"),
-    "status": ("megatron_synth.cli.status:main", "where runs stand: step, loss, speed, time left, restarts"),
-    "logs": ("megatron_synth.cli.status:logs", "what the job of a run has printed, by rank, live"),
-    "doctor": ("megatron_synth.cli.doctor:main", "check this machine, or SLURM nodes, before a long run"),
-    "eval": ("megatron_synth.cli.eval:main", "loss and bits per byte of a checkpoint on each domain"),
-    "mix": ("megatron_synth.cli.mix:main", "plan | show N | audit RUN: look into the mixture of a run"),
-    "checkpoint": ("megatron_synth.cli.checkpoint:main", "ls RUN | verify RUN | prune RUN: look after checkpoints"),
-    "config": ("megatron_synth.cli.config:main", "show FILE | check FILE: resolve or check a configuration"),
-    "convert": ("megatron_synth.cli.convert:main", "to-hf | from-hf: exchange weights with Hugging Face"),
-    "study": ("megatron_synth.cli.study:main", "plan | prepare | submit | status | report: from one file to fitted laws"),
-    "bench": ("megatron_synth.cli.bench:main", "measure training, kernels, loader, checkpoints ...: bench alone lists them"),
-    "kernels": ("megatron_synth.cli.kernels:main", "which implementation of each operation this machine uses, and why"),
-    "fit": ("megatron_synth.cli.fit:main", "fit a scaling law to a table of runs"),
-    "report": ("megatron_synth.train.record.plot:main", "summarize a run directory in text and figures"),
+VERBS = {
+    "prepare": "turn text into token shards",
+    "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
+    "train": "train a model, alone or under torchrun; resumes by itself",
+    "submit": "train on SLURM nodes: check, write the job, put it into the queue",
+    "status": "where runs stand: step, loss, speed, time left, restarts",
+    "logs": "what the job of a run has printed, by rank, live",
+    "doctor": "check this machine, or SLURM nodes, before a long run",
+    "eval": "loss and bits per byte of a checkpoint on each domain",
+    "mix": "plan | show N | audit RUN: look into the mixture of a run",
+    "checkpoint": "ls RUN | verify RUN | prune RUN: look after checkpoints",
+    "config": "show FILE | check FILE: resolve or check a configuration",
+    "convert": "to-hf | from-hf: exchange weights with Hugging Face",
+    "study": "plan | prepare | submit | status | report: from one file to fitted laws",
+    "bench": "measure training, kernels, loader, checkpoints ...: bench alone lists them",
+    "kernels": "which implementation of each operation this machine uses, and why",
+    "fit": "fit a scaling law to a table of runs",
+    "report": "summarize a run directory in text and figures",
+    "completion": "bash | zsh | fish: the script that completes verbs, options and settings in a shell",
 }
+"""Verb -> what it does. `cli/VERB.py` has its `parser()` and its `main(argv)`."""
 
 
 def usage() -> str:
@@ -47,7 +49,7 @@ def usage() -> str:
         "",
         "Pre-training of language models on exact mixtures of natural and synthetic text.",
         "",
-        *(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()),
+        *(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()),
         "",
         "megatron-synth VERB --help tells more; --version prints the version.",
     ]
@@ -66,14 +68,15 @@ def load(verb: str) -> Callable[[list[str]], int]:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(VERBS)}"
         raise UserError(f"unknown verb '{verb}'; {hint}")
-    module, _, function = VERBS[verb][0].partition(":")
-    loaded: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    loaded: Callable[[list[str]], int] = importlib.import_module(f"megatron_synth.cli.{verb}").main
     return loaded
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:
+        importlib.import_module("megatron_synth.cli.completion").complete()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_OK if arguments else EXIT_USER_ERROR

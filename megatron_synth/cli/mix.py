@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from megatron_synth.cli.argparse_types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
@@ -36,8 +37,8 @@ Difference = tuple[str, str, str, str, str]
 """File, place in it, name, planned, recorded."""
 
 
-def main(argv: list[str]) -> int:
-    """Run `mix plan`, `mix show` or `mix audit` and return the exit code; 1: the audit found differences."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth mix", description="Look into the mixture of a run. Nothing is trained."
     )
@@ -52,11 +53,13 @@ def main(argv: list[str]) -> int:
         one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
     audit = verbs.add_parser("audit", help="recompute what a run should have consumed and compare it with its records")
     audit.add_argument("run", type=Path, help="run directory")
-    if not argv or argv[0] not in verbs.choices:
-        parser.parse_args(argv)  # tells the verbs, and exits
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run `mix plan`, `mix show` or `mix audit` and return the exit code; 1: the audit found differences."""
+    arguments = parse_verb(parser(), argv)
     verb = argv[0]
-    # settings may stand before and after --text, which parsers with verbs cannot do
-    arguments = verbs.choices[verb].parse_intermixed_args(argv[1:])
     if verb == "audit":
         return _audit(arguments.run)
     file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config

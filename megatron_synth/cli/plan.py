@@ -8,11 +8,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import apply_overrides, load_yaml, resolve
 from megatron_synth.config.schema import Config
 from megatron_synth.config.validation import validate
-from megatron_synth.core.argparse_types import count
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import gib, human, say, table
 from megatron_synth.estimate.flops import count_parameters
@@ -24,8 +24,8 @@ TOKENS_PER_STEP = 4 * 2**20
 VOCABULARY = 50_304
 
 
-def main(argv: list[str]) -> int:
-    """Print the layouts of a model, best first."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth plan",
         description="Every legal layout of a model on GPUs: memory, predicted speed and what bounds it. No GPU needed.",
@@ -45,7 +45,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--assumptions", action="store_true", help="print every constant with its source")
     parser.add_argument("--check", action="store_true", help="hold the model of time against published runs instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every layout with its parts")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the layouts of a model, best first."""
+    options = parser().parse_intermixed_args(argv)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     if options.check:

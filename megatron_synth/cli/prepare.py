@@ -53,10 +53,8 @@ def _check_verb(verb: str) -> Callable[[list[str]], int]:
     return count_duplicates
 
 
-def main(argv: list[str]) -> int:
-    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`, `prepare verify` and `prepare duplicates`."""
-    if argv and argv[0] in ("verify", "duplicates"):
-        return _check_verb(argv[0])(argv[1:])
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth prepare",
         description="Turn text into token shards.",
@@ -69,7 +67,14 @@ def main(argv: list[str]) -> int:
         "--workers", type=int, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace a finished output")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare FILE [a.b=c ...] [--workers N] [--force]`, `prepare verify` and `prepare duplicates`."""
+    if argv and argv[0] in ("verify", "duplicates"):
+        return _check_verb(argv[0])(argv[1:])
+    arguments = parser().parse_intermixed_args(argv)
     if arguments.workers < 1:
         raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
 

@@ -14,8 +14,8 @@ from megatron_synth.core.files import write_json
 from megatron_synth.data.overlap.minhash import Duplicates, find_duplicates
 
 
-def main(argv: list[str]) -> int:
-    """`megatron-synth prepare duplicates FOLDER... [--shingle N] [--threshold X] [--ngram N] [--json FILE]`."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth prepare duplicates",
         description="Count equal and nearly equal documents of prepared sources, and validation text seen in training.",
@@ -25,7 +25,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threshold", type=float, default=0.8, help="least Jaccard similarity of these (%(default)s)")
     parser.add_argument("--ngram", type=int, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare duplicates FOLDER... [--shingle N] [--threshold X] [--ngram N] [--json FILE]`."""
+    options = parser().parse_args(argv)
     for name in ("shingle", "ngram"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")

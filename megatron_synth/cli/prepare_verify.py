@@ -32,8 +32,8 @@ def source_folders(given: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def main(argv: list[str]) -> int:
-    """`megatron-synth prepare verify FOLDER... [--workers N] [--sha256] [--json FILE]`."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth prepare verify", description="Compare prepared sources with the checksums of their manifests."
     )
@@ -41,7 +41,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=core_count(), help="threads (default: all cores, %(default)s)")
     parser.add_argument("--sha256", action="store_true", help="check the SHA-256 of whole files, too (slower)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`megatron-synth prepare verify FOLDER... [--workers N] [--sha256] [--json FILE]`."""
+    options = parser().parse_args(argv)
     if options.workers < 1:
         raise UserError(f"--workers: expected at least 1, got {options.workers}")
     folders = source_folders(options.folders)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
@@ -27,8 +28,8 @@ class Opened(NamedTuple):
     folder: Folder
 
 
-def main(argv: list[str]) -> int:
-    """Run a verb of `study` and return the exit code: 1 when runs failed or are missing."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth study",
         description="Arms x sizes x budgets x seeds under one protocol: planned, trained, fitted, answered.",
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     where = submit.add_mutually_exclusive_group(required=True)
     where.add_argument("--local", action="store_true", help="on this machine, one process per run")
     where.add_argument("--slurm", action="store_true", help="as job arrays")
-    submit.add_argument("--jobs", type=int, help="runs at a time. Default: one per GPU, or one on a CPU; SLURM: per node")
+    submit.add_argument("--jobs", type=count, help="runs at a time. Default: one per GPU, or one on a CPU; SLURM: per node")
     submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs whose names or ids stand in FILE, a line each")
     _slurm_options(submit)
     status = verbs.add_parser("status", help="done, running, failed, to do, and the time left")
@@ -49,21 +50,23 @@ def main(argv: list[str]) -> int:
     report = verbs.add_parser("report", help="tables, fits, figures and one HTML page, from what is finished")
     report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")
     report.add_argument("--from", dest="table", metavar="RUNS.csv", type=Path, help="take the runs from such a table instead")
-    prepare = verbs.add_parser("prepare", help="prepare the text that the study names")
+    verbs.add_parser("prepare", help="prepare the text that the study names")
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
-    del prepare
-    if not argv or argv[0] not in verbs.choices:
-        parser.parse_args(argv)  # tells the verbs, and exits
-    arguments = verbs.choices[argv[0]].parse_intermixed_args(argv[1:])
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run a verb of `study` and return the exit code: 1 when runs failed or are missing."""
+    arguments = parse_verb(parser(), argv)
     return int(_VERBS[argv[0]](arguments))
 
 
 def _slurm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --slurm")
-    group.add_argument("--nodes", type=int, default=1, help="nodes that the array uses at a time")
-    group.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of a node; 0: CPUs only")
+    group.add_argument("--nodes", type=count, default=1, help="nodes that the array uses at a time")
+    group.add_argument("--gpus-per-node", type=count_or_zero, default=0, help="GPUs of a node; 0: CPUs only")
     group.add_argument("--cluster", help="file of configs/cluster/ with partition, account and limits")
     group.add_argument("--dry-run", action="store_true", help="write the scripts, submit nothing")
 
@@ -106,16 +109,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _submit(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UserError(f"--jobs {arguments.jobs}: at least one run at a time")
     sources = _checked(opened)
     chosen = _only(runs, arguments.only) if arguments.only else runs
     folder.prepare()
     write_atomic(folder.study, to_yaml(study))
     if arguments.slurm:
-        from megatron_synth.study.execute.slurm import submit_array
+        from megatron_synth.study.execute.slurm import ArrayOptions, submit_array
 
-        return submit_array(study, chosen, folder, arguments)
+        where = {name: getattr(arguments, name) for name in ("nodes", "gpus_per_node", "jobs", "cluster", "dry_run")}
+        return submit_array(study, chosen, folder, ArrayOptions(**where))
     from megatron_synth.study.execute.local import Execution, Slots
 
     slots = Slots.of_machine(arguments.jobs)

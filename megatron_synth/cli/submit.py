@@ -8,6 +8,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.cli.train import default_run_dir
 from megatron_synth.cluster import sbatch, slurm, snapshot
 from megatron_synth.cluster.progress import jobs_of
@@ -25,7 +26,7 @@ from megatron_synth.train.record.run_dir import JOBS, RunDir, versions
 
 def main(argv: list[str]) -> int:
     """Check a run, write its job and put it into SLURM's queue. Returns the exit code."""
-    options = _parser().parse_intermixed_args(argv)
+    options = parser().parse_intermixed_args(argv)
     config = load_file(Config, options.config, options.overrides)
     cluster = _cluster(options)
     gpus = options.gpus_per_node if options.gpus_per_node is not None else cluster.gpus_per_node
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth submit",
         description="Train on SLURM nodes. The run saves and goes back to the queue at its time limit, when it is preempted "
@@ -81,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
-    parser.add_argument("--nodes", type=_positive, required=True, metavar="N")
+    parser.add_argument("--nodes", type=count, required=True, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="0 for nodes without GPUs; default: the cluster's")
-    parser.add_argument("--ranks-per-node", type=_positive, metavar="R", help="on nodes without GPUs: processes on each")
+    parser.add_argument("--ranks-per-node", type=count, metavar="R", help="on nodes without GPUs: processes on each")
     parser.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
     for option in ("partition", "account", "qos", "time"):
         parser.add_argument(f"--{option}", help=f"the cluster's `{option}`, for this job")
@@ -162,9 +164,3 @@ def _announce(job: str, code: str, spec: sbatch.JobSpec, run_dir: Path, config: 
     say(f"  megatron-synth status {shown} --watch")
     say(f"  megatron-synth logs {shown} --follow")
     say(f"  scancel --signal=USR1 {job}    saves and requeues it;  scancel {job}    ends it")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
-    return int(text)

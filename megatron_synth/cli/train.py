@@ -10,8 +10,8 @@ from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
 
 
-def main(argv: list[str]) -> int:
-    """Train, or say what would be trained. Returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth train",
         description="Train a model on an exact mixture. A run directory that holds a checkpoint is resumed.",
@@ -25,7 +25,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--allow-tp-across-nodes", action="store_true", help="train even if tensor-parallel groups span nodes, which is slow"
     )
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Train, or say what would be trained. Returns the exit code."""
+    arguments = parser().parse_intermixed_args(argv)
     config = load_file(Config, arguments.config, arguments.overrides)
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     if arguments.dry_run:

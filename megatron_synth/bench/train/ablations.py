@@ -186,7 +186,7 @@ def chosen(text: str) -> list[Lever]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise UserError(f"--levers: no lever '{unknown[0]}'; any of these, with commas: {', '.join(by_name)}")
+        raise UserError(f"--ablations: no lever '{unknown[0]}'; any of these, with commas: {', '.join(by_name)}")
     return [by_name[name] for name in names] if names else list(LEVERS)
 
 

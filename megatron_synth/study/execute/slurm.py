@@ -7,10 +7,10 @@ finished is skipped. What still fails then is tried again by the next submit.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +27,25 @@ from megatron_synth.study.plan.study_file import Study
 JOB_FILE = "job.id"
 
 
-def submit_array(study: Study, runs: Sequence[Run], folder: Folder, arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class ArrayOptions:
+    """Where the jobs of a study run.
+
+    nodes: that the array uses at a time.
+    gpus_per_node: 0 for CPUs.
+    jobs: runs at a time on a node of CPUs; None for one.
+    cluster: file of configs/cluster/, or None.
+    dry_run: write the scripts, submit nothing.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    jobs: int | None
+    cluster: str | None
+    dry_run: bool
+
+
+def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: ArrayOptions) -> int:
     """Submit what is neither finished nor queued; says the job's id and how to watch it.
 
     Raises:
@@ -38,7 +56,7 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, arguments: a
     say(f"{len(waiting)} of {len(runs)} runs to submit; the others are finished, running or queued")
     if not waiting:
         return EXIT_OK
-    places = arguments.gpus_per_node or arguments.jobs or 1
+    places = options.gpus_per_node or options.jobs or 1
     too_large = [run for run in waiting if run.ranks > places]
     if too_large:
         raise UserError(
@@ -47,7 +65,7 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, arguments: a
         )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     job_folder = (folder.slurm / stamp).resolve()
-    packs = packed(waiting, places, arguments.nodes)
+    packs = packed(waiting, places, options.nodes)
     (job_folder / "packs").mkdir(parents=True)
     commands = []
     for number, pack in enumerate(packs):
@@ -55,23 +73,23 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, arguments: a
         write_atomic(names, "".join(f"{run.name}\n" for run in pack))
         commands.append(_command(folder, names, places))
     # a pack is made to fill its node: two on one node would halve the speed of both
-    cluster = changed(load_cluster(arguments.cluster), exclusive=True)
+    cluster = changed(load_cluster(options.cluster), exclusive=True)
     spec = JobSpec(
         name=f"study-{study.name}",
         folder=job_folder,
         chdir=Path.cwd(),
         ranks_per_node=places,
-        gpus_per_node=arguments.gpus_per_node,
+        gpus_per_node=options.gpus_per_node,
         cluster=cluster,
     )
-    if arguments.dry_run:
+    if options.dry_run:
         # the folder then holds no job: submitting for good makes one of its own
         write_atomic(job_folder / "commands.txt", "".join(f"{command}\n" for command in commands))
-        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), arguments.nodes))
+        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes))
         say(f"{len(packs)} tasks written to {job_folder}; nothing was submitted")
         return EXIT_OK
-    job = submit_to_queue(spec, commands, limit=arguments.nodes)
-    say(f"submitted job {job}: {len(waiting)} runs in {len(packs)} tasks, {arguments.nodes} at a time; logs in {job_folder}")
+    job = submit_to_queue(spec, commands, limit=options.nodes)
+    say(f"submitted job {job}: {len(waiting)} runs in {len(packs)} tasks, {options.nodes} at a time; logs in {job_folder}")
     say("watch it with: megatron-synth study status FILE --watch; submit again to retry what failed")
     return EXIT_OK
 

@@ -6,7 +6,6 @@ and the throughput. Sources keep one color in all panels; a validation domain na
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -373,12 +372,3 @@ def _say(ax: Axes, text: str) -> None:
 def _short(name: str) -> str:
     """A name that fits beside a panel: the middle of a long one left out."""
     return name if len(name) <= 11 else f"{name[:6]}…{name[-4:]}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`megatron-synth report RUN...`: draw report.png of each run, print where it is."""
-    parser = argparse.ArgumentParser(prog="megatron-synth report", description="Draw report.png of a run.")
-    parser.add_argument("run", nargs="+", type=Path, help="run directory")
-    for run in parser.parse_args(argv).run:
-        print(write_report(run))
-    return 0

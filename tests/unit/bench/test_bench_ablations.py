@@ -59,9 +59,9 @@ def test_overlaps_are_turned_away_from_what_the_device_has() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--levers", "warp"], "no lever 'warp'; any of these, with commas: fused loss, recomputation"),
-        (["--levers", "--sweep"], "--levers stands alone"),
-        (["--levers", "--profile"], "--levers has no profile"),
+        (["--ablations", "warp"], "no lever 'warp'; any of these, with commas: fused loss, recomputation"),
+        (["--ablations", "--sweep"], "--ablations stands alone"),
+        (["--ablations", "--profile"], "--ablations has no profile"),
     ],
 )
 def test_mistakes_are_told_at_once(argv: list[str], message: str) -> None:
@@ -77,7 +77,7 @@ def test_names_are_of_levers_and_differences_are_relative() -> None:
 def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "distributed optimizer,sequence parallelizm,torch.compile"
     counts = "--ranks 2 --warmup 2 --pairs 2 --steps 2".split()
-    more = [*counts, "--levers", names, "--json", str(tmp_path / "l.json")]
+    more = [*counts, "--ablations", names, "--json", str(tmp_path / "l.json")]
     command = [sys.executable, "-m", "megatron_synth", "bench", "train", CONFIG, *TINY, *more]
     # no compiler: the variant that needs one fails alone, and says why
     environment = {**os.environ, "CXX": "no-such-compiler", "OMP_NUM_THREADS": "1"}

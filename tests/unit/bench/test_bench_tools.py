@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_synth.bench import gpu, report
+from megatron_synth.bench import gpu
 from megatron_synth.bench.train import sweep
 from megatron_synth.bench.train.profile import NAMES, category, shares
-from megatron_synth.cli import bench
+from megatron_synth.cli import bench, bench_gpu, bench_report
 from megatron_synth.config.errors import UserError
 
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.vocab_size=250"]
@@ -81,11 +81,11 @@ def test_a_slowdown_beyond_noise_fails_and_noise_does_not(tmp_path: Path, capsys
     }
     for name, (steps, code) in cases.items():
         after = write(tmp_path / "after.json", record(steps))
-        assert report.main([str(after), "--baseline", str(before)]) == code, name
+        assert bench_report.main([str(after), "--baseline", str(before)]) == code, name
     assert "SLOWER" in capsys.readouterr().out
     other = write(tmp_path / "other.json", record([1.0], model="n"))
     with pytest.raises(UserError, match="no point of it has the model, settings and device"):
-        report.main([str(other), "--baseline", str(before)])
+        bench_report.main([str(other), "--baseline", str(before)])
 
 
 def test_tables_as_markdown_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,13 +93,13 @@ def test_tables_as_markdown_csv_and_picture(tmp_path: Path, capsys: pytest.Captu
     parts = {"parts": {"a": {"result": record([0.5], "n")}, "b": {"status": "failed", "result": None}}}
     files = [str(write(tmp_path / "sweep.json", points)), str(write(tmp_path / "gpu.json", parts))]
     csv, png = tmp_path / "t.csv", tmp_path / "t.png"
-    assert report.main([*files, "--csv", str(csv), "--png", str(png)]) == 0
+    assert bench_report.main([*files, "--csv", str(csv), "--png", str(png)]) == 0
     assert "2000.0 | 1000.0 to 3000.0 |" in capsys.readouterr().out
     assert [line.split(",")[0] for line in csv.read_text().splitlines()] == ["model", "m", "n"]
     assert png.read_bytes().startswith(b"\x89PNG")
     for content, message in (({"x": 1}, "holds no measurement"), ([1], "expected what `bench train --json` writes")):
         with pytest.raises(UserError, match=message):
-            report.main([str(write(tmp_path / "bad.json", content))])
+            bench_report.main([str(write(tmp_path / "bad.json", content))])
 
 
 def test_points_are_pruned_by_rules_and_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,15 +168,15 @@ def test_the_gpu_script_runs_on_a_cpu_and_loses_nothing(tmp_path: Path, monkeypa
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {part["status"] for part in parts.values()} <= {"done", "skipped"}
     assert parts["tiny-1m bf16, real loader"]["result"]["data"] == "real"
-    assert report.main([str(tmp_path / "gpu.json")]) == 0
+    assert bench_report.main([str(tmp_path / "gpu.json")]) == 0
 
     # a part that hangs and one that crashes are told as such, and the file has both
     made = [
         gpu.Part("hangs", ("-c", "import time; time.sleep(60)"), 0.1),
         gpu.Part("crashes", ("-c", "raise SystemExit('broken')"), 9),
     ]
-    monkeypatch.setattr(gpu, "parts", lambda smoke: made)
-    assert gpu.main(["--smoke", "--json", str(tmp_path / "bad.json")]) == 1
+    monkeypatch.setattr(bench_gpu, "parts", lambda smoke: made)
+    assert bench_gpu.main(["--smoke", "--json", str(tmp_path / "bad.json")]) == 1
     bad = json.loads((tmp_path / "bad.json").read_text())["parts"]
     assert [part["status"] for part in bad.values()] == ["over its budget", "failed"]
     assert "broken" in bad["crashes"]["printed"]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_synth.cli.report import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.train.record import plot, run_dir
 from megatron_synth.train.record.metrics import MetricsFile
-from megatron_synth.train.record.plot import main, write_report
+from megatron_synth.train.record.plot import write_report
 from megatron_synth.train.record.run_dir import RunDir
 
 RATIOS = {"web": "67/100", "rephrased": "1/5", "qa": "1/10", "textbook": "3/100"}

@@ -1,0 +1,34 @@
+"""Arguments that several verbs have."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
+    return int(text)
+
+
+def count_or_zero(text: str) -> int:
+    """A whole number of 0 or more, for argparse."""
+    return 0 if text == "0" else count(text)
+
+
+def file_and_overrides(arguments: list[str], default: str) -> tuple[str, list[str]]:
+    """`[CONFIG] a.b=c ...` as the file, `default` where none is named, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return default, arguments
+
+
+def parse_verb(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse `VERB ...` where overrides may stand before and after options, which parsers with verbs cannot do."""
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    if not argv or argv[0] not in verbs.choices:
+        parser.parse_args(argv)  # prints the verbs, and exits
+    found: argparse.Namespace = verbs.choices[argv[0]].parse_intermixed_args(argv[1:])
+    found.verb = argv[0]
+    return found

@@ -1,0 +1,34 @@
+"""`megatron-synth bench gpu`: everything that one GPU has to show."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_synth.bench.gpu import measure, parts
+from megatron_synth.config.errors import EXIT_OK, UserError
+
+EXIT_FAILED = 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-synth bench gpu",
+        description="Numerics tests, kernels, and training of 1.3B and 3B models in BF16 and FP8, within 8 minutes on one GPU.",
+    )
+    parser.add_argument("--smoke", action="store_true", help="the same with tiny models, on a CPU too, in under a minute")
+    parser.add_argument("--json", type=Path, default=Path("bench-gpu.json"), metavar="FILE", help="default bench-gpu.json")
+    parser.add_argument("--only", metavar="TEXT", help="parts whose name holds TEXT")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run all parts; exit code 1 when one failed."""
+    options = parser().parse_args(argv)
+    if not options.json.resolve().parent.is_dir():
+        raise UserError(f"--json: {options.json.parent} is not a folder")
+    selected = [part for part in parts(options.smoke) if options.only is None or options.only in part.name]
+    if not selected:
+        raise UserError(f"--only {options.only}: no such part; there are: {', '.join(p.name for p in parts(options.smoke))}")
+    return EXIT_OK if measure(selected, options.smoke, options.json, argv) else EXIT_FAILED
