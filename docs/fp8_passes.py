@@ -1,6 +1,6 @@
 """Bytes that our FP8 layers move besides their products: what quantizing costs, apart from and inside what makes the tensors.
 
-Counted per token and layer of one rank, in bf16, without tensor parallelizm; a tensor is assumed not to stay in the cache. Only
+Counted per token and layer of one rank, in bf16, without tensor parallelism; a tensor is assumed not to stay in the cache. Only
 what FP8 adds or changes is in it: attention, rotation, residual sums and the norms' gradients are the same in any precision.
 
 A quantizer reads 2 bytes of a number and writes it twice, as it is and transposed: 4 (the scales of blocks, 3 % of what is

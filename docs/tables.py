@@ -102,7 +102,7 @@ def levers() -> str:
         "--ranks 2": "gradients reduced in the backward pass,weights gathered in the forward pass,distributed optimizer",
         "--ranks 2 parallel.overlap_grad_reduce=true parallel.ddp_bucket_size=200000": "gradient buckets",
         "--data real data.sources.random.path={data} data.sources.random.max_epochs=.inf": "read-ahead",
-        "--ranks 2 parallel.tensor_model_parallel_size=2": "sequence parallelizm",
+        "--ranks 2 parallel.tensor_model_parallel_size=2": "sequence parallelism",
         "--ranks 2 parallel.pipeline_model_parallel_size=2": "interleaved pipeline",
     }
     lines: list[str] = []

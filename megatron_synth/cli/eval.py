@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_synth.data.loading.run_data import RunData
     from megatron_synth.parallel.plan import Layout
 
-# A checkpoint can be read in any layout: by default ranks are spent on data parallelizm alone.
+# A checkpoint can be read in any layout: by default ranks are spent on data parallelism alone.
 _ONE_RANK_PER_COPY = (
     "parallel.tensor_model_parallel_size=1",
     "parallel.pipeline_model_parallel_size=1",

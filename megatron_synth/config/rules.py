@@ -61,7 +61,7 @@ def _parallel(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.sequence_parallel", message)
     length = config.train.sequence_length
     if parallel.uses_sequence_parallel and length % tensor:
-        message = f"{length} is not divisible by the {tensor} ranks that sequence parallelizm splits it over"
+        message = f"{length} is not divisible by the {tensor} ranks that sequence parallelism splits it over"
         yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, tensor)}")
 
     chunks = parallel.virtual_stages

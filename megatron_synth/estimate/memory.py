@@ -1,7 +1,7 @@
 """Bytes that a rank holds, by kind, counted from the configuration without building the model.
 
 Letters: T tokens of a micro-batch, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head, V padded
-vocabulary, t tensor-parallel size, s its size under sequence parallelizm and 1 without, e bytes of an element.
+vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
 
 Activations are counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for the operations that
 run on the device: those of a GPU keep the inputs of norms, those of a CPU their fp32 normalized form. `bench memory` holds the

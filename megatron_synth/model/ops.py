@@ -1,7 +1,7 @@
 """The only door to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
 
 Shapes: S tokens, B sequences, H hidden size, A query heads, G key/value heads, D channels of a head, V vocabulary, F MLP width.
-Under tensor parallelizm A, G, V and F are a rank's own part; under sequence parallelizm S is too, outside attention and MLP.
+Under tensor parallelism A, G, V and F are a rank's own part; under sequence parallelism S is too, outside attention and MLP.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ stopped forward pass leaves it unused.
 class RMSNorm(torch.nn.Module):
     """RMSNorm over the hidden axis, [S, B, H] -> [S, B, H].
 
-    megatron-core's own wrapper of torch's norm refuses sequence parallelizm. This one marks its weight instead, so that
+    megatron-core's own wrapper of torch's norm refuses sequence parallelism. This one marks its weight instead, so that
     finalize_model_grads sums its gradient over the tensor-parallel ranks.
     """
 
@@ -246,7 +246,7 @@ def output_and_loss(
     """Output layer and loss in one, in the place of `_forward_impl` of megatron-core's ColumnParallelLinear.
 
     Args:
-        input: [S, B, H], the whole sequence or, under sequence parallelizm, this rank's part of it.
+        input: [S, B, H], the whole sequence or, under sequence parallelism, this rank's part of it.
         weight: [V / tensor-parallel size, H].
         bias: none.
         labels: [B, S] of the whole sequence.

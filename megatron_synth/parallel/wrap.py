@@ -1,4 +1,4 @@
-"""megatron-core's data parallelizm, optimizer and schedule round the model chunks."""
+"""megatron-core's data parallelism, optimizer and schedule round the model chunks."""
 
 from __future__ import annotations
 

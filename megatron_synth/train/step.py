@@ -109,7 +109,7 @@ class Pipeline:
     def _objectives(self, batches: Sequence[TensorBatch]) -> Callable[[TensorBatch], Objective]:
         """What each of a step's micro-batches is trained on: the mean over the labels of the global batch.
 
-        The schedule takes the mean over micro-batches, data parallelizm that over ranks. Where labels are masked these have
+        The schedule takes the mean over micro-batches, data parallelism that over ranks. Where labels are masked these have
         unequal numbers of them; of n in M micro-batches of each of D ranks each then weighs M D / n in its micro-batch.
         """
         train, micro_batches = self.config.train, len(batches)

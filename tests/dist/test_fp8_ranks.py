@@ -1,8 +1,8 @@
 """FP8 on several ranks: one layer against the whole of it, whole runs against each other, and after a resume.
 
 A layer's numbers agree to fp32 rounding. Whole runs agree so as long as no number falls on the other side of a rounding boundary of
-FP8, where a difference of 1e-7 becomes one of 6 to 25 %; with tensor parallelizm, whose sums have another order, that happens in the
-first step, with data parallelizm, where gradients alone are summed in another order, some steps later, with pipelines never.
+FP8, where a difference of 1e-7 becomes one of 6 to 25 %; with tensor parallelism, whose sums have another order, that happens in the
+first step, with data parallelism, where gradients alone are summed in another order, some steps later, with pipelines never.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def linear_cross_entropy(
     forward passes then count twice, whether or not a backward pass follows.
 
     Args:
-        hidden: [N, H]. Under tensor parallelizm every rank gets the same, and its own part of the gradient: sum them up.
+        hidden: [N, H]. Under tensor parallelism every rank gets the same, and its own part of the gradient: sum them up.
         weight: [V, H].
         labels: [N] int64, ids of the whole vocabulary.
         token_weights: [N] fp32; None: no gradients are made, `total` is 0.

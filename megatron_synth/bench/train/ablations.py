@@ -162,7 +162,7 @@ LEVERS = (
     Lever("gradient buckets", _others("parallel.ddp_bucket_size", ("null", "10000000")), _needs_overlap),
     Lever("distributed optimizer", _toggled("parallel.use_distributed_optimizer"), _needs_copies),
     Lever(
-        "sequence parallelizm",
+        "sequence parallelism",
         lambda place: [(f"parallel.sequence_parallel={_word(not place.layout.sequence_parallel)}",)],
         _needs_tensor,
     ),

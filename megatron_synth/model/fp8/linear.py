@@ -6,9 +6,9 @@ A layer has three products, all of them A B^T of operands whose summed axis is c
     input's      dx [T, K] = dy   [T, N] (w^T [K, N])^T
     weight's     dw [N, K] = dy^T [N, T] (x^T [K, T])^T      in fp32, added to main_grad
 
-T tokens of the whole sequence (S x B), K channels in, N out; under tensor parallelizm K or N is a rank's part.
+T tokens of the whole sequence (S x B), K channels in, N out; under tensor parallelism K or N is a rank's part.
 
-Kept for the backward pass is the quantized x^T: one byte per number. Under sequence parallelizm it is this rank's part of x, as
+Kept for the backward pass is the quantized x^T: one byte per number. Under sequence parallelism it is this rank's part of x, as
 in megatron-core. With one scale per tensor the parts are quantized first and gathered in FP8, forward and backward, at half the
 traffic of bf16. Blocks of 128 tokens may cross ranks, so with block scales the parts are gathered as they are.
 
@@ -169,7 +169,7 @@ def _gather(part: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any
 
 
 def _accumulate(weight: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Add to main_grad, where megatron-core's data parallelizm has put one, and return what autograd is to be given."""
+    """Add to main_grad, where megatron-core's data parallelism has put one, and return what autograd is to be given."""
     if not hasattr(weight, "main_grad"):
         return gradient.to(dtype)
     weight.main_grad.add_(gradient)

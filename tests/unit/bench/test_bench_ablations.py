@@ -75,7 +75,7 @@ def test_names_are_of_levers_and_differences_are_relative() -> None:
 
 
 def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = "distributed optimizer,sequence parallelizm,torch.compile"
+    names = "distributed optimizer,sequence parallelism,torch.compile"
     counts = "--ranks 2 --warmup 2 --pairs 2 --steps 2".split()
     more = [*counts, "--ablations", names, "--json", str(tmp_path / "l.json")]
     command = [sys.executable, "-m", "megatron_synth", "bench", "train", CONFIG, *TINY, *more]
@@ -89,7 +89,7 @@ def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys
     assert len(plain["step_time_ratios"]) == len(plain["cpu_time_ratios"]) == 2 and len(plain["warmup_losses"]) == 2
     assert plain["losses_apart"] < 1e-5 and plain["peak_bytes"] > found["base"]["peak_bytes"] > 0
     assert compiled["status"] == "failed" and "no-such-compiler is not installed" in compiled["error"]
-    assert [one["lever"] for one in found["refused"]] == ["sequence parallelizm"]
+    assert [one["lever"] for one in found["refused"]] == ["sequence parallelism"]
     # both take their turns at the same steps
     assert len(found["base"]["step_s"]) == 2 == len(plain["step_s"])
     assert bench.main(["report", str(tmp_path / "l.json")]) == 0

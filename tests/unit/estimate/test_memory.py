@@ -101,7 +101,7 @@ def test_activations_follow_the_schedule_and_the_layout() -> None:
     # interleaved, first stage: 1 + (p - 1) / (p v) of it (Korthikanti et al. 2022, section 4.2)
     chunked = run(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
     assert memory_per_rank(chunked, 1)[0].activations == 32 * 4096 * layer * 11 // 8
-    # sequence parallelizm divides everything by the tensor-parallel size; without it norms and inputs stay whole
+    # sequence parallelism divides everything by the tensor-parallel size; without it norms and inputs stay whole
     [parallel] = memory_per_rank(run(tensor_model_parallel_size=8), 1)
     assert parallel.activations * 8 == whole.activations
     [unsplit] = memory_per_rank(run(tensor_model_parallel_size=8, sequence_parallel=False), 1)
