@@ -80,7 +80,7 @@ def changed(cluster: ClusterConfig, **settings: object) -> ClusterConfig:
 
 def render(spec: JobSpec) -> str:
     """The batch script of a training job on all nodes of `spec`."""
-    options = [f"--nodes={spec.nodes}", f"--output={spec.log}"]
+    options = [f"--nodes={spec.nodes}", f"--output={_literal(spec.log)}"]
     script = _render("train.sbatch", spec, options, spec.arguments)
     if spec.command:
         script = script[: script.rindex("run_step ")] + f"run_step {shlex.join(spec.command)}\n"
@@ -91,7 +91,7 @@ def render_array(spec: JobSpec, tasks: int, limit: int | None = None) -> str:
     """The batch script of an array that runs the lines of `spec.folder`/commands.txt, at most `limit` at a time."""
     assert tasks >= 1 and (limit is None or limit >= 1)
     array = f"--array=0-{tasks - 1}" + (f"%{limit}" if limit else "")
-    options = ["--nodes=1", array, f"--output={spec.folder / 'task-%a.log'}"]
+    options = ["--nodes=1", array, f"--output={_literal(spec.folder)}/task-%a.log"]
     return _render("array.sbatch", spec, options, [str(spec.folder / "commands.txt")])
 
 
@@ -130,7 +130,8 @@ def _submit(spec: JobSpec, script: str, name: str, content: dict[str, str]) -> s
     spec.folder.mkdir(parents=True, exist_ok=True)
     try:
         for file, text in texts.items():
-            write_atomic(spec.folder / file, text)
+            # what `env:` of the cluster's settings holds, such as keys, stands in the script
+            write_atomic(spec.folder / file, text, private=bool(file == name and spec.cluster.env))
         job = slurm.client(["sbatch", "--parsable", str(path)]).strip().partition(";")[0]
     except BaseException:
         for file in texts:
@@ -147,8 +148,7 @@ def _render(template: str, spec: JobSpec, options: list[str], arguments: Sequenc
     head, _, body = text.partition(_MARK)
     comments = [line for line in head.splitlines() if line.startswith("# ") and not line.startswith("#SBATCH")]
     lines = ["#!/usr/bin/env bash"]
-    for option in [*_options(spec), *options, *spec.cluster.sbatch]:
-        lines.append(f"#SBATCH {_quoted(option)}")
+    lines += [directive(option) for option in [*_options(spec), *options, *spec.cluster.sbatch]]
     lines += [*comments[:1], "set -uo pipefail", *_settings(spec), f"set -- {shlex.join(arguments)}"]
     return "\n".join(lines) + "\n" + body
 
@@ -224,6 +224,26 @@ def container_command(cluster: ClusterConfig, chdir: Path, folders: Sequence[Pat
     return [], [*command, *container.options, container.image]
 
 
-def _quoted(option: str) -> str:
-    # sbatch reads its directives with quotes of its own
-    return f'"{option}"' if any(character.isspace() for character in option) else option
+def directive(option: str) -> str:
+    """The `#SBATCH` line of one option, such as `--job-name=a b`.
+
+    sbatch reads these lines with rules of its own: a quote or a backslash changes what follows, a line break ends the
+    option, and what comes after it may be another option or a shell command. None of them can be written so that every
+    version reads it back, so they are refused.
+
+    Raises:
+        UserError: the value holds one of them, or another character that cannot be shown.
+    """
+    for character in option:
+        if character in "\"'\\" or not (character.isprintable() or character == " "):
+            name, _, value = option.partition("=")
+            raise UserError(
+                f"{name}: {value!a} cannot be passed to Slurm, the character {character!a} has a meaning of its own there; "
+                "choose another name"
+            )
+    return f'#SBATCH "{option}"' if " " in option or "#" in option else f"#SBATCH {option}"
+
+
+def _literal(path: Path) -> str:
+    """A path for `--output`, where Slurm replaces `%x` and the like."""
+    return str(path).replace("%", "%%")

@@ -123,7 +123,7 @@ def _squeue(jobs: list[str]) -> dict[str, JobState]:
         result[job] = JobState(
             state=state,
             # squeue shows the nodes themselves as the reason of a job that has some
-            reason=reason.strip("()") if state == "PENDING" else "",
+            reason=reason.strip("()") if state == "PENDING" or reason.startswith("(") else "",
             restarts=int(restarts) if restarts.isdecimal() else None,
             nodes=nodes,
             exit_code=None if running or not code.isdecimal() else _exit_code(int(code)),

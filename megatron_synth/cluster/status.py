@@ -122,8 +122,11 @@ def _state(
             return slurm.state.lower().replace("_", " "), False
         if end is not None:
             return ("stopped" if end["end"]["kind"] == "stopped" else "failed"), False
-        if attempts[-1]["event"] == "ended":
+        if attempts and attempts[-1]["event"] == "ended":
             return "ended by SLURM", False
+        if slurm is not None:  # it died before its script began: a prolog, a log that could not be opened
+            known = slurm.reason not in ("", "None")
+            return slurm.state.lower() + (f" ({slurm.reason})" if known else " before its script began"), False
         return "lost", False  # SLURM has forgotten the job, and it never said how it ended
     if now - _written(run) < max(_SILENT_S, _SILENT_STEPS * (step_s or 0)):
         return ("stopped" if events and events[-1] == ended else "running"), not (events and events[-1] == ended)

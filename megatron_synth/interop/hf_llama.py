@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -312,15 +314,15 @@ def write_hf(
     if tokenizer_path is not None and not tokenizer_path.is_file():
         raise UserError(f"{tokenizer_path}: no such tokenizer file")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    partial.mkdir()
     try:
-        partial.chmod(0o755)  # mkdtemp makes folders private
         shards = _shards(hf_state, max_shard_bytes)
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             save_file({name: hf_state[name] for name in names}, partial / file, metadata={"format": "pt"})
-            (partial / file).chmod(0o644)
+            os.chmod(partial / file, stat.S_IMODE(partial.stat().st_mode) & 0o666)  # safetensors makes files private
             weight_map.update(dict.fromkeys(names, file))
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in hf_state.values())

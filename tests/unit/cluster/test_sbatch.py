@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_synth.cli import main as cli
 from megatron_synth.cluster import sbatch, slurm, snapshot
-from megatron_synth.cluster.sbatch import JobSpec, changed, load_cluster, render, render_array
+from megatron_synth.cluster.sbatch import JobSpec, changed, directive, load_cluster, render, render_array
 from megatron_synth.config.cluster import ClusterConfig, ContainerConfig, time_limit_s
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import shipped
@@ -41,6 +43,40 @@ def test_a_script_asks_for_what_was_asked(tmp_path: Path) -> None:
     assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append"} <= set(found)
     first_command = next(number for number, line in enumerate(script.splitlines()) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in script.splitlines()[first_command:])  # sbatch stops reading there
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=30))
+def test_an_option_is_passed_as_it_is_or_refused(value: str) -> None:
+    option = f"--job-name={value}"
+    try:
+        line = directive(option)
+    except UserError as error:
+        assert "--job-name" in str(error) and str(error).isprintable()
+        assert any(character in "\"'\\" or not character.isprintable() for character in value)
+        return
+    assert len(line.splitlines()) == 1
+    quoted = line.removeprefix("#SBATCH ")
+    assert quoted == option or (quoted == f'"{option}"' and (" " in option or "#" in option))
+
+
+@pytest.mark.parametrize("name", ['y"\n#SBATCH "--comment=INJECTED', "x\ntouch here #", "a\\q", "b\x1b[2J", "c\u202ed", "it's"])
+def test_names_that_slurm_would_read_otherwise_are_refused(name: str, tmp_path: Path) -> None:
+    for made in (
+        JobSpec(name, tmp_path / "job", tmp_path),
+        JobSpec("name", tmp_path / name / "job", tmp_path),
+        spec(tmp_path, partition=name),
+        spec(tmp_path, sbatch=[f"--comment={name}".replace("\n", "\x0b")]),
+    ):
+        for make in (render, lambda one: render_array(one, 2)):
+            with pytest.raises(UserError, match="cannot be passed to Slurm"):
+                make(made)
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern(tmp_path: Path) -> None:
+    made = JobSpec("half%natural", tmp_path / "half%natural" / "job", tmp_path)
+    assert f"--output={tmp_path}/half%%natural/job/job.log" in directives(render(made))
+    assert f"--output={tmp_path}/half%%natural/job/task-%a.log" in directives(render_array(made, 2))
 
 
 def test_nothing_is_asked_for_that_was_not_wished(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_a_run_whose_job_has_ended(tmp_path: Path) -> None:
     assert state(add_job(make_run(tmp_path / "e"), "7", BEGIN, {**BEGIN, "event": "ended"})) == "ended by SLURM"
 
 
+def test_a_job_that_died_before_its_script_is_shown_with_slurms_reason(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    add_job(run, "7")
+    assert status(run, {"7": JobState("FAILED", "JobLaunchFailure")}, NOW).state == "failed (JobLaunchFailure)"
+    assert status(run, {"7": JobState("FAILED")}, NOW).state == "failed before its script began"
+
+
 def test_tables_fit_the_terminal(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", events=("x" * 300,))
     table = rows([status(run, {}, NOW)], 120)
