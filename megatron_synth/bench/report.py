@@ -164,6 +164,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(records)), layout="constrained")
     names = [f"{record.model}, {record.settings}" for record in records]
     rates = [record.tokens_per_s for record in records]

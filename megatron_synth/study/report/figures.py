@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import escape
 
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.fit.fit import Fit
@@ -133,7 +134,7 @@ def _inline(svg: str, name: str, title: str) -> str:
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     head = re.sub(r' (?:width|height)="[^"]*"', "", svg[: svg.index(">")])
-    return f'{head} role="img" aria-label="{title}"' + svg[svg.index(">") :]
+    return f'{head} role="img" aria-label="{escape(title)}"' + svg[svg.index(">") :]
 
 
 def _grid(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:

@@ -1,12 +1,17 @@
-"""The report as one HTML file: no network, light and dark, every number beside the runs that it comes from."""
+"""The report as one HTML file: no network, no script, light and dark, every number beside the runs that it comes from.
+
+Names come from tables that others may have written. Everything that is put into the page is escaped by markupsafe unless
+it is `Markup` already, and only `_html` and the drawn figures make that.
+"""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from megatron_synth.core.log import compact, duration, human, scientific
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
@@ -26,7 +31,7 @@ h1 { font-size:34px; line-height:1.15; margin:0 0 6px; letter-spacing:-.01em; }
 h2 { font-size:22px; margin:52px 0 10px; padding-top:14px; border-top:1px solid var(--faint); }
 h3 { font-size:16px; margin:26px 0 6px; }
 p { max-width:76ch; margin:6px 0 12px; } .muted, figcaption { color:var(--gray); font-size:14px; }
-nav { font-size:14px; margin:14px 0 0; } nav a { margin-right:16px; }
+nav { font-size:14px; margin:14px 0 0; display:flex; flex-wrap:wrap; gap:4px 16px; }
 a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:24px 0 8px; }
 .tile { background:var(--panel); border-radius:8px; padding:12px 14px; }
@@ -48,6 +53,9 @@ code { font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace; }
 @media print { details { display:none; } h2 { break-after:avoid; } figure { break-inside:avoid; } }
 """
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+"""No script runs and nothing is loaded, whatever stands in the page."""
+
 
 def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], style: dict[str, Look], git: str) -> str:
     """The page.
@@ -62,29 +70,40 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
     page = _Page(analysis, collected, style)
     title = f"Study {analysis.study.name}"
     parts = [
-        "<header>",
-        f"<h1>{_text(title)}</h1>",
-        f"<p>{_text(analysis.study.description)}</p>" if analysis.study.description else "",
+        Markup("<header>"),
+        _html("<h1>{}</h1>", title),
+        _html("<p>{}</p>", analysis.study.description) if analysis.study.description else "",
         page.tiles(),
-        '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
-        '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>',
-        "</header>",
+        Markup(
+            '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
+            '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>'
+        ),
+        Markup("</header>"),
         page.missing(),
-        '<h2 id="findings">Findings</h2>',
+        Markup('<h2 id="findings">Findings</h2>'),
         _list(findings(analysis)),
-        '<h2 id="figures">Figures</h2>',
+        Markup('<h2 id="figures">Figures</h2>'),
         *(_figure(figure) for figure in figures),
         page.answers(),
         page.laws(),
         page.design(),
         page.runs(),
-        f'<p class="muted">Made {datetime.now(UTC).date().isoformat()} with {_text(git)} from {len(collected.rows)} runs.</p>',
+        _html(
+            '<p class="muted">Made {} with {} from {} runs.</p>', datetime.now(UTC).date().isoformat(), git, len(collected.rows)
+        ),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    body = Markup("\n").join(part for part in parts if part)
+    return str(
+        _html(
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta http-equiv="Content-Security-Policy" content="{}">\n<title>{}</title>\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{}</style>\n</head>\n'
+            "<body>\n<main>\n{}\n</main>\n</body>\n</html>\n",
+            POLICY,
+            title,
+            Markup(STYLE),
+            body,
+        )
     )
 
 
@@ -93,7 +112,7 @@ class _Page:
         self.analysis, self.study, self.collected, self.style = analysis, analysis.study, collected, style
         self.rows = collected.rows
 
-    def tiles(self) -> str:
+    def tiles(self) -> Markup:
         """What there is, in figures."""
         rows, noise = self.rows, self.analysis.noise
         total = len(rows) + len(self.collected.missing)
@@ -110,28 +129,29 @@ class _Page:
         if held:
             error = sum(one.mean_absolute_relative_error * one.points for one in held) / sum(one.points for one in held)
             tiles.append((percent(error), "mean absolute relative error of the laws on held-out runs"))
-        inner = "".join(f'<div class="tile"><b>{_text(value)}</b><span>{_text(what)}</span></div>' for value, what in tiles)
-        return f'<div class="tiles">{inner}</div>'
+        inner = (_html('<div class="tile"><b>{}</b><span>{}</span></div>', value, what) for value, what in tiles)
+        return _html('<div class="tiles">{}</div>', Markup("").join(inner))
 
-    def missing(self) -> str:
+    def missing(self) -> Markup:
         """Names of the runs without a result."""
         missing = self.collected.missing
         if not missing:
-            return ""
-        names = "".join(f"<li><code>{_text(run.name)}</code></li>" for run in missing)
-        return (
-            f'<p class="warn" id="missing">{len(missing)} runs of the study are missing; '
-            "everything below is from the others.</p>"
-            f"<details><summary>Which</summary><ul>{names}</ul></details>"
+            return Markup("")
+        return _html(
+            '<p class="warn" id="missing">{} runs of the study are missing; everything below is from the others.</p>'
+            "<details><summary>Which</summary><ul>{}</ul></details>",
+            len(missing),
+            Markup("").join(_html("<li><code>{}</code></li>", run.name) for run in missing),
         )
 
     # ---- answers
 
-    def answers(self) -> str:
+    def answers(self) -> Markup:
         """Tables behind the findings."""
-        return "\n".join(['<h2 id="answers">Answers</h2>', self._best(), self._equal(), self._speed(), self._collapse()])
+        head = Markup('<h2 id="answers">Answers</h2>')
+        return Markup("\n").join([head, self._best(), self._equal(), self._speed(), self._collapse()])
 
-    def _best(self) -> str:
+    def _best(self) -> Markup:
         rows = []
         for best in self.analysis.best:
             measured, fitted = best.measured, best.fitted
@@ -140,7 +160,7 @@ class _Page:
             if fitted is not None:
                 law, interval = f"{fitted.ratio:.2f}", _bounds(fitted.interval, ".2f")
                 flat = "n/a" if fitted.flat is None else _bounds(fitted.flat, ".2f")
-            head = (_text(best.family), _text(best.size), compact(best.tokens))
+            head = (best.family, best.size, compact(best.tokens))
             tested = ("n/a", "n/a") if measured is None else (_ratio(measured.ratio), f"{measured.loss:.4f}")
             rows.append((*head, *tested, band, f"{law} {interval}".strip(), flat, self._sources(best.rows)))
         heads = (
@@ -154,25 +174,25 @@ class _Page:
             "flat within noise",
             "runs",
         )
-        note = (
+        note = Markup(
             "<p class='muted'>“Not worse”: ratios whose mean loss the noise between seeds can explain (t-tests, corrected for "
             "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
             "the lowest.</p>"
         )
-        return f"<h3>Best ratio by size and budget</h3>{note}{_table(heads, rows)}" if rows else ""
+        return _section("Best ratio by size and budget", note, _table(heads, rows)) if rows else Markup("")
 
-    def _equal(self) -> str:
+    def _equal(self) -> Markup:
         rows: list[tuple[str, ...]] = []
         for size, comparisons in self.analysis.equal_tokens.items():
             for one in comparisons:
                 sources = self.analysis.data[one.arm, size].rows
-                where = f"{_text(size)}, {compact(one.tokens or math.nan)} tokens"
+                where = f"{size}, {compact(one.tokens or math.nan)} tokens"
                 rows.append((self._arm(one.arm), "tokens", where, *_comparison(one), self._sources(sources)))
         for one in self.analysis.equal_compute:
             where = f"{human(one.n_params or math.nan)} at {human(one.tokens or math.nan)} tokens"
-            outside = "" if one.inside else ' <span class="warn">(extrapolated)</span>'
+            outside = Markup("" if one.inside else ' <span class="warn">(extrapolated)</span>')
             sources = self.analysis.joint[one.arm].rows
-            rows.append((self._arm(one.arm), "compute", where + outside, *_comparison(one), self._sources(sources)))
+            rows.append((self._arm(one.arm), "compute", escape(where) + outside, *_comparison(one), self._sources(sources)))
         heads = ("arm", "equal", "at", f"loss by the law [{LEVEL:.0f} %]", f"against the baseline [{LEVEL:.0f} %]", "", "runs")
         compute = ""
         if self.analysis.no_best_size:
@@ -183,10 +203,9 @@ class _Page:
         elif self.analysis.compute:
             compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
         text = f"Equal tokens at one size is equal compute, too.{compute} Generating the text is not counted."
-        note = f"<p class='muted'>{text}</p>"
-        return f"<h3>At equal cost</h3>{note}{_table(heads, rows)}" if rows else ""
+        return _section("At equal cost", _html("<p class='muted'>{}</p>", text), _table(heads, rows)) if rows else Markup("")
 
-    def _speed(self) -> str:
+    def _speed(self) -> Markup:
         rows = []
         for (arm, size), curve in self.analysis.speed.items():
             sources = self.analysis.data[arm, size].rows
@@ -196,58 +215,62 @@ class _Page:
                 measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
                 kind = "measured" if curve.inside[position] else "extrapolated"
                 law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
-                rows.append(
-                    (self._arm(arm), _text(size), f"{curve.loss[position]:.3f}", measured, law, kind, self._sources(sources))
-                )
+                rows.append((self._arm(arm), size, f"{curve.loss[position]:.3f}", measured, law, kind, self._sources(sources)))
         heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
         if not rows:
-            return ""
-        return f"<h3>Speed-up</h3><details><summary>Table</summary>{_table(heads, rows)}</details>"
+            return Markup("")
+        return _html("<h3>Speed-up</h3><details><summary>Table</summary>{}</details>", _table(heads, rows))
 
-    def _collapse(self) -> str:
+    def _collapse(self) -> Markup:
         rows = []
         for one in self.analysis.collapse:
             unit = "per doubling of the budget" if one.what == "budget" else "per unit of the share"
             slope = f"{percent(one.trend.slope)} {_bounds(tuple(100 * bound for bound in one.trend.interval), '.2f')}"
             at = one.at if one.what == "budget" else _at_cell(one.at)
             last = " to ".join(compact(2**value) if one.what == "budget" else _ratio(value) for value in one.trend.values)
-            head = (_text(one.of), _text(one.what), f"{_text(at)}: {last}", f"{slope} {unit}")
+            head = (one.of, one.what, f"{at}: {last}", f"{slope} {unit}")
             rows.append((*head, _p(one.p_falls), _p(one.p_rises), self._verdict(one), self._sources(one.rows)))
         heads = ("of", "along", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "", "runs")
-        note = (
+        note = Markup(
             "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
             "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "
             "between seeds, corrected for the number of tests (Holm).</p>"
         )
-        return f"<h3>Does anything collapse?</h3>{note}{_table(heads, rows)}" if rows else ""
+        return _section("Does anything collapse?", note, _table(heads, rows)) if rows else Markup("")
 
     def _verdict(self, one: Any) -> str:
         limit = (100 - LEVEL) / 200
         if one.p_rises < limit:
-            return '<span class="warn">rises</span>'
+            return Markup('<span class="warn">rises</span>')
         return "falls" if one.p_falls < limit else "undecided"
 
     # ---- laws
 
-    def laws(self) -> str:
+    def laws(self) -> Markup:
         """Every fit, with what speaks against it."""
         rows = [self._law_row(fitted) for fitted in self.analysis.fits]
         heads = ("law", "of", f"parameters [{LEVEL:.0f} %]", "error", "held-out error", "doubts", "runs")
-        parts = ['<h2 id="laws">Laws</h2>']
+        parts = [Markup('<h2 id="laws">Laws</h2>')]
         parts.append(
-            "<p>Huber's loss (delta 1e-3) on the logarithm of the loss, the best of a grid of starts. Intervals are those of "
-            f"the bootstrap ({self.study.report.bootstraps:,} draws). A law that is not to be believed says so in “doubts”. "
-            "Error: mean absolute relative error, on the runs fitted to and on those held out.</p>"
+            _html(
+                "<p>Huber's loss (delta 1e-3) on the logarithm of the loss, the best of a grid of starts. Intervals are those "
+                "of the bootstrap ({:,} draws). A law that is not to be believed says so in “doubts”. "
+                "Error: mean absolute relative error, on the runs fitted to and on those held out.</p>",
+                self.study.report.bootstraps,
+            )
         )
-        parts.append(
-            _table(heads, rows) if rows else "<p>No law could be tried: three budgets, sizes or ratios are needed.</p>"
-        )
+        none = Markup("<p>No law could be tried: three budgets, sizes or ratios are needed.</p>")
+        parts.append(_table(heads, rows) if rows else none)
         if self.analysis.domains:
             table = _table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
             parts.append(
-                f"<details><summary>Laws of single validation domains ({len(self.analysis.domains)})</summary>{table}</details>"
+                _html(
+                    "<details><summary>Laws of single validation domains ({})</summary>{}</details>",
+                    len(self.analysis.domains),
+                    table,
+                )
             )
-        return "\n".join(parts)
+        return Markup("\n").join(parts)
 
     def _law_row(self, fitted: Fitted) -> tuple[str, ...]:
         law, *of = fitted.key
@@ -255,26 +278,26 @@ class _Page:
         if fitted.fit is None:
             return (
                 law,
-                _text(label),
-                f'<div class="wide warn">{_text(fitted.problem)}</div>',
+                label,
+                _html('<div class="wide warn">{}</div>', fitted.problem),
                 "",
                 "",
                 "",
                 self._sources(fitted.rows),
             )
-        warnings = "".join(f"<p>{_text(str(warning))}</p>" for warning in fitted.fit.warnings)
+        warnings = Markup("").join(_html("<p>{}</p>", str(warning)) for warning in fitted.fit.warnings)
         codes = ", ".join(warning.code for warning in fitted.fit.warnings)
-        doubts = f'<details><summary class="warn">{_text(codes)}</summary>{warnings}</details>' if warnings else "none"
+        doubts = _html('<details><summary class="warn">{}</summary>{}</details>', codes, warnings) if warnings else "none"
         held = "n/a"
         if fitted.holdout is not None:
             held = f"{percent(fitted.holdout.mean_absolute_relative_error)} of {fitted.holdout.points}"
         error = percent(fitted.fit.mean_absolute_relative_error)
-        wide = f'<div class="wide">{_text(describe_fit(fitted.fit))}</div>'
-        return law, _text(label), wide, error, held, doubts, self._sources(fitted.rows)
+        wide = _html('<div class="wide">{}</div>', describe_fit(fitted.fit))
+        return law, label, wide, error, held, doubts, self._sources(fitted.rows)
 
     # ---- design and runs
 
-    def design(self) -> str:
+    def design(self) -> Markup:
         """Arms with what they consumed, and the protocol with its own choices marked."""
         study, rows = self.study, []
         for arm in study.arms:
@@ -285,20 +308,21 @@ class _Page:
             tokens = (
                 "" if largest is None else ", ".join(f"{name} {human(value)}" for name, value in _parts(largest, "tokens/"))
             )
-            rows.append((self._arm(arm), _text(mixture), str(len(members)), _text(tokens), _text(epochs)))
+            rows.append((self._arm(arm), mixture, str(len(members)), tokens, epochs))
         heads = ("arm", "mixture", "runs", "tokens by source, longest run", "epochs by source, longest run")
-        ours = "".join(f"<li><code>{_text(key)}</code>: {_text(why)}</li>" for key, why in study.ours.items())
-        marked = f"<h3>Choices of this study's own</h3><ul class='findings'>{ours}</ul>" if ours else ""
-        protocol = _text(
-            _yaml(study.model_dump(mode="json", include={"protocol", "rates", "seeds", "grid", "sources", "validation"}))
-        )
-        return (
-            f'<h2 id="design">Design</h2>{_table(heads, rows)}<p class="muted">Runs that differ in the mixture alone share '
+        ours = Markup("").join(_html("<li><code>{}</code>: {}</li>", key, why) for key, why in study.ours.items())
+        marked = _html("<h3>Choices of this study's own</h3><ul class='findings'>{}</ul>", ours) if ours else ""
+        shown = study.model_dump(mode="json", include={"protocol", "rates", "seeds", "grid", "sources", "validation"})
+        return _html(
+            '<h2 id="design">Design</h2>{}<p class="muted">Runs that differ in the mixture alone share '
             "initial weights and the order of each source's text. Every run starts from its seed; none continues another.</p>"
-            f"{marked}<details><summary>Protocol</summary><pre><code>{protocol}</code></pre></details>"
+            "{}<details><summary>Protocol</summary><pre><code>{}</code></pre></details>",
+            _table(heads, rows),
+            marked,
+            _yaml(shown),
         )
 
-    def runs(self) -> str:
+    def runs(self) -> Markup:
         """One row per run."""
         domains = list(self.rows[0].domains)
         heads = ("run", "arm", "N", "D", "seed", "steps", "loss", *domains, "epochs", "seconds")
@@ -308,26 +332,40 @@ class _Page:
             epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
             numbers = (human(row.n_params), compact(row.tokens), str(row.seed), str(row.steps), f"{row.loss:.4f}")
             rows.append(
-                (f"<code>{row.id}</code>", self._arm(row.arm), *numbers, *losses, _text(epochs), f"{row.train_seconds:.0f}")
+                (_html("<code>{}</code>", row.id), self._arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
             )
         anchors = [f"run-{row.id}" for row in self.rows]
         table = _table(heads, rows, anchors)
         note = "Also in runs.csv; ratios.csv and metrics.csv beside it join on the run."
-        return f'<h2 id="runs">Runs</h2><p class="muted">{note}</p>{table}'
+        return _html('<h2 id="runs">Runs</h2><p class="muted">{}</p>{}', note, table)
 
-    def _arm(self, arm: str) -> str:
+    def _arm(self, arm: str) -> Markup:
         color = self.style[arm].color
         shown = "var(--ink)" if arm == self.study.baseline_arm else color
-        return f'<span class="dot" style="background:{shown}"></span>{_text(arm)}'
+        return _html('<span class="dot" style="background:{}"></span>{}', shown, arm)
 
-    def _sources(self, rows: Sequence[Row]) -> str:
-        links = " ".join(f'<a href="#run-{row.id}">{row.id[:6]}</a>' for row in rows)
-        return f"<details><summary>{len(rows)}</summary><p>{links}</p></details>"
+    def _sources(self, rows: Sequence[Row]) -> Markup:
+        links = Markup(" ").join(_html('<a href="#run-{}">{}</a>', row.id, row.id[:6]) for row in rows)
+        return _html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
 
 
-def _figure(figure: Drawn) -> str:
-    head, caption = f"<h3>{_text(figure.title)}</h3>", f"<figcaption>{_text(figure.caption)}</figcaption>"
-    return f'<figure id="figure-{figure.name}">{head}{figure.svg}{caption}</figure>'
+def _html(template: str, *values: object) -> Markup:
+    """HTML with `values` in its `{}`, each escaped unless it is `Markup`."""
+    return Markup(template).format(*values)
+
+
+def _section(title: str, note: Markup, table: Markup) -> Markup:
+    return _html("<h3>{}</h3>{}{}", title, note, table)
+
+
+def _figure(figure: Drawn) -> Markup:
+    return _html(
+        '<figure id="figure-{}"><h3>{}</h3>{}<figcaption>{}</figcaption></figure>',
+        figure.name,
+        figure.title,
+        Markup(figure.svg),
+        figure.caption,
+    )
 
 
 def _comparison(one: Any) -> tuple[str, str, str]:
@@ -365,28 +403,25 @@ def _bounds(bounds: Iterable[float], form: str) -> str:
 
 
 def _p(value: float) -> str:
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> str:
-    """A table of cells that are HTML already."""
-    top = "".join(f"<th>{_text(head)}</th>" for head in heads)
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> Markup:
+    """A table; cells that are not `Markup` are text."""
+    top = Markup("").join(_html("<th>{}</th>", head) for head in heads)
     lines = []
     for number, row in enumerate(rows):
-        anchor = f' id="{anchors[number]}"' if anchors else ""
-        lines.append(f"<tr{anchor}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        anchor = _html(' id="{}"', anchors[number]) if anchors else ""
+        lines.append(_html("<tr{}>{}</tr>", anchor, Markup("").join(_html("<td>{}</td>", cell) for cell in row)))
+    body = Markup("").join(lines)
+    return _html('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', top, body)
 
 
-def _list(items: Iterable[str]) -> str:
-    return '<ul class="findings">' + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+def _list(items: Iterable[str]) -> Markup:
+    return _html('<ul class="findings">{}</ul>', Markup("").join(_html("<li>{}</li>", item) for item in items))
 
 
 def _yaml(content: dict[str, Any]) -> str:
     from megatron_synth.config import yaml12
 
     return yaml12.dump(content)
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)

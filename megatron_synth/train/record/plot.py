@@ -48,6 +48,7 @@ STYLE: Any = {  # matplotlib types the keys one by one
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # names may hold dollar signs, and are no formulas
 }
 
 

@@ -166,11 +166,52 @@ def test_a_browser_draws_it(reported: tuple[Study, list[Row], Path], tmp_path: P
     heights_of = "[...document.querySelectorAll('figure svg')].map(e=>Math.round(e.getBoundingClientRect().height))"
     copy = tmp_path / "page.html"
     text = (reported[2] / "index.html").read_text()
+    # the page allows no script: the copy does
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     copy.write_text(text.replace("</body>", f"<script>document.title={heights_of}.join(',')</script></body>"))
     command = [browser, *options, "--window-size=1200,1000", "--dump-dom", copy.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     heights = re.search(r"<title>([\d,]+)</title>", dom)
     assert heights and len(heights[1].split(",")) == len(FIGURES) and min(map(int, heights[1].split(","))) > 100
+
+
+def test_links_of_the_page_fit_a_phone(reported: tuple[Study, list[Row], Path], tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium here")
+    text = (reported[2] / "index.html").read_text()
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    copy, frame = tmp_path / "page.html", tmp_path / "frame.html"
+    rights = "[...document.querySelectorAll('nav a')].map(e=>Math.round(e.getBoundingClientRect().right))"
+    copy.write_text(text.replace("</body>", f"<script>parent.postMessage({rights}.join(','), '*')</script></body>"))
+    # a window cannot be as narrow as a phone, a frame can
+    frame.write_text(
+        "<script>onmessage=e=>document.title=e.data</script><iframe src='page.html' width=390 height=800></iframe>"
+    )
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser, *options, "--virtual-time-budget=3000", "--dump-dom", frame.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = re.search(r"<title>([\d,]+)</title>", dom)
+    assert found and max(map(int, found[1].split(","))) <= 390
+
+
+HOSTILE = "x\"><img src=x onerror=alert(1)><script>alert(2)</script>$\\frac$ &amp; '` {0} {{7*7}}"
+
+
+def test_names_from_a_table_are_text(tmp_path: Path) -> None:
+    """A table made by a stranger: whatever stands in its cells is shown and never read as HTML, a formula or a template."""
+    study = load_study(write_study(tmp_path), ["report.bootstraps=20"])
+    runs = expand(study)
+    rows = [
+        replace(row, id=f"{number}{HOSTILE}", run=f"{row.run}{HOSTILE}", size=f"{row.size}{HOSTILE}", device=HOSTILE)
+        for number, row in enumerate(simulated(study, runs))
+    ]
+    (tmp_path / "runs.csv").write_text(runs_csv(rows))
+    text = write_report(study, runs, Folder(tmp_path / "x"), table=tmp_path / "runs.csv").read_text()
+    page = Page(text)
+    assert not page.open and not page.loaded and not {"script", "img"} & set(page.count)
+    assert "default-src 'none'" in text.split("</head>")[0] or "default-src &#39;none&#39;" in text.split("</head>")[0]
+    assert "&lt;img src=x onerror=alert(1)&gt;" in text and "{{7*7}}" in text
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
