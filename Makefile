@@ -119,7 +119,7 @@ coverage: $(READY_TEST)
 
 docs: $(READY_DOCS)
 	PYTHONPATH=.:kernels $(BIN)/python docs/references.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 lock: $(READY_TEST)
