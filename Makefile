@@ -1,65 +1,149 @@
-# make quickstart: from a clone to a trained model and its report, on a CPU.  make test: what CI runs.
-PYTHON ?= python3.11
+# make quickstart: from a clone to a trained model and its report, on a CPU.  make check: lint, types and unit tests.
+# make test: what CI runs.  make help lists the rest.
 VENV := .venv
 BIN := $(VENV)/bin
+# stamps: what a run needs, what the tests need as well, what the documentation needs
 READY := $(VENV)/ready
+READY_TEST := $(VENV)/ready-test
+READY_DOCS := $(VENV)/ready-docs
 RUN := runs/quickstart
 # files of tests at a time: half of their time is waiting, for ranks and for SLURM
 TEST_JOBS ?= 2
+
+# the first Python of 3.11 to 3.13 that starts; PYTHON=... names another
+PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$python && break; done),\
+    $(error no Python 3.11, 3.12 or 3.13 found: install one, or name it: make PYTHON=/path/to/python3.12))
+
+# TORCH=cpu: torch without CUDA, from torch's own index (0.2 GB instead of 3 GB)
+TORCH ?=
+
+# uv where there is one, pip otherwise; what pip was told by its environment is passed on to uv
+UV := $(shell command -v uv 2>/dev/null)
+SPACE := $(subst ,, )
+COMMA := ,
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(SPACE),$(COMMA),$(PIP_FIND_LINKS))
+endif
+ifdef PIP_CERT
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifneq ($(UV),)
+MAKE_VENV = $(UV) venv --quiet --allow-existing --python "$(PYTHON)" $(VENV)
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python $(if $(TORCH),--torch-backend $(TORCH)) --constraint constraints.txt
+INSTALL_TORCH = true
+else
+MAKE_VENV = $(PYTHON) -m venv $(VENV)
+# modules are compiled when they are first imported: most of what comes never is
+INSTALL = $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
+INSTALL_TORCH = $(if $(TORCH),$(INSTALL) --index-url https://download.pytorch.org/whl/$(TORCH) torch,true)
+endif
 
 # ranks share the cores: more threads per rank only make them wait for each other
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart study test test-dist test-faults test-gpu bench-gpu golden tables lint clean
+.PHONY: help setup setup-test quickstart study check test test-system test-dist test-faults test-gpu bench-gpu coverage golden tables docs lint \
+    lock clean
 .DEFAULT_GOAL := test
+
+help:
+	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
+	@echo "study        a study of 72 small runs, fitted and reported"
+	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
+	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
+	@echo "coverage     unit and kernel tests with the lines that they miss"
+	@echo "docs         the documentation, as a site in build/site"
+	@echo "tables       the measured tables of README.md and docs/, again"
+	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
+	@echo "also: setup, setup-test, lint, golden, test-dist, test-faults, test-gpu, bench-gpu, clean"
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/shards/native.c
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[study,test]'
-	touch $@
+setup-test: $(READY_TEST)
 
-quickstart: setup
-	$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
-	$(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
+$(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/shards/native.c
+	@echo "== set-up: $(if $(UV),uv,pip) installs torch, megatron-core and what a run needs into $(VENV):" \
+	    "about a minute, longer where torch comes with CUDA (3 GB; TORCH=cpu leaves it out)"
+	@$(MAKE_VENV)
+	@$(INSTALL_TORCH)
+	@$(INSTALL) --editable '.[study]'
+	@touch $@
+
+$(READY_TEST): $(READY)
+	@echo "== set-up: tools for tests and lint, about half a minute"
+	@$(INSTALL) --editable '.[study,test]'
+	@touch $@
+
+$(READY_DOCS): $(READY)
+	@echo "== set-up: tools for the documentation, about half a minute"
+	@$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+quickstart: $(READY)
+	@echo "== 1 of 3: text becomes tokens, about 20 seconds (configs/data/quickstart.yaml)"
+	@$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
+	@echo "== 2 of 3: 120 steps with tensor and pipeline parallelism of 2 in four processes, then an evaluation by domain:" \
+	    "about two and a half minutes"
+	@$(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
 	    --run-dir $(RUN) parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
-	$(BIN)/megatron-synth eval $(RUN)
-	$(BIN)/megatron-synth report $(RUN)
+	@echo "== 3 of 3: the report, 5 seconds"
+	@$(BIN)/megatron-synth report $(RUN)
 
 # the study in small: prepares, plans, trains 72 runs (again to go on after a stop), fits, and writes one page
 STUDY := configs/study/twin.yaml
 
-study: setup
+study: $(READY)
 	$(BIN)/megatron-synth study prepare $(STUDY)
 	$(BIN)/megatron-synth study plan $(STUDY)
 	$(BIN)/megatron-synth study submit $(STUDY) --local --jobs $$(nproc)
 	$(BIN)/megatron-synth study report $(STUDY)
 
-test: lint
+# what a change is held against while it is made
+check: lint
+	$(BIN)/python -m pytest -m 'not gpu and not slow' --numprocesses $(TEST_JOBS) --dist loadfile --quiet tests/unit
+
+# what tests need from the system
+test-system:
 	tests/slurm/install.sh
+
+test: lint test-system
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --durations 10
 
-test-dist: setup
+# ranks and jobs are processes of their own, which are not counted
+coverage: $(READY_TEST)
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --quiet --cov --cov-report term-missing:skip-covered \
+	    --cov-report html:build/coverage tests/unit tests/kernels
+
+docs: $(READY_DOCS)
+	PYTHONPATH=.:kernels $(BIN)/python docs/references.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+lock: $(READY_TEST)
+	.ci/resolve --lock
+
+test-dist: $(READY_TEST)
 	$(BIN)/python -m pytest tests/dist
 
-test-faults: setup
+test-faults: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.campaign --kills 200 --table docs/faults.md
 
-tables: setup
+tables: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/python docs/tables.py
 
-golden: setup
+golden: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.golden.quickstart
 
-test-gpu: setup
+test-gpu: $(READY_TEST)
 	$(BIN)/python -m pytest -m gpu
 
-bench-gpu: setup
+bench-gpu: $(READY)
 	$(BIN)/megatron-synth bench gpu
 
-lint: setup
+lint: $(READY_TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -51,9 +51,11 @@ def sizes() -> str:
 def quickstart() -> str:
     """What the quickstart's ledger and evaluation say."""
     run = ROOT / "runs" / "quickstart"
-    if not (run / "eval.json").is_file():
+    if not (run / "ledger.json").is_file():
         sys.exit(f"{run}: run `make quickstart` first")
-    ledger, evaluation = (json.loads((run / name).read_text()) for name in ("ledger.json", "eval.json"))
+    ledger = json.loads((run / "ledger.json").read_text())
+    # the last step's record holds the evaluation at the end of the run
+    evaluation = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     info = json.loads((run / "run.json").read_text())
     rows = [["source or domain", "ratio asked", "tokens delivered", "share", "validation loss", "bits/byte"]]
     names = [*ledger["sources"], *(key.removeprefix("eval/loss/") for key in evaluation if key.startswith("eval/loss/"))]

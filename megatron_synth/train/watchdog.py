@@ -60,7 +60,8 @@ class Watch:
     Args:
         folder: RUN/hang, shared by all ranks.
         attempt: a word that no other start of the run has used, equal on all ranks.
-        rank, world_size: who this is, of how many.
+        rank: this rank.
+        world_size: number of ranks.
         hang_timeout_s: how long a step may last; never less than three times the longest so far. None: any time.
         lost_after_s: without a beat for so long, a rank is lost. On the same host a process that has ended or is stopped is
             known by its state, at the second look.

@@ -36,7 +36,7 @@ def test_an_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 def test_no_verb_is_an_error_and_version_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.endswith("megatron-synth 0.1.0\n")
+    assert capsys.readouterr().out.endswith("megatron-synth 0.2.0\n")
 
 
 @pytest.mark.parametrize(
