@@ -128,7 +128,7 @@ def levers() -> str:
 
 
 def launch() -> str:
-    """The cost of a launch on SLURM nodes that are all on this machine (as root, with tests/slurm/install.sh done)."""
+    """The cost of a launch on SLURM nodes that are all on this machine (as root, with tests/install-system.sh done)."""
     bench = [*BENCHMARKS, "launch", "--shared", "/tmp"]
     return printed("--nodes", "16", "--", *bench, start=(sys.executable, "-m", "tests.slurm.lab"))
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.data.shards import native
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.train.record import metrics
@@ -203,3 +204,9 @@ def rewound(run: Path, to: Path, step: int) -> Path:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Content of every file below a folder; empty if there is none."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def warnings_in(printed: str) -> list[str]:
+    """Lines that warn about the run; not the one about the machine, which has no compiled functions of the data."""
+    lines = [line for line in printed.splitlines() if line.startswith("warning:")]
+    return [line for line in lines if line != f"warning: {native.missing()}"]

@@ -66,8 +66,10 @@ class Quantized(torch.Tensor):
             return args[0]
         if func in (aten.view.default, aten.slice.Tensor, aten.split.Tensor):
             raise NotImplementedError(f"{func} of a quantized tensor")
-        if func is aten.t.default:  # the product of the input's gradient reads the transpose
-            return (args[0]._transpose.view(fp8.E4M3).float() * args[0]._scale_inv).to(args[0].dtype)
+        if func is aten.t.default:  # read from the transpose, so that one which is not renewed is noticed
+            transposed = (args[0]._transpose.view(fp8.E4M3).float() * args[0]._scale_inv).to(args[0].dtype)
+            # laid out in memory as the transpose of an ordinary weight is: the order in which a product sums may depend on it
+            return transposed.t().contiguous().t()
         assert not func._schema.is_mutable, func
         plain = lambda x: x.dequantize() if isinstance(x, Quantized) else x  # noqa: E731
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))

@@ -155,24 +155,35 @@ def train_with_a_full_disk(arguments: list[str], saves: Sequence[int], target: i
     return cli.main(arguments)
 
 
-def train_with_a_slow_disk(arguments: list[str], seconds: float) -> tuple[int, int]:
-    """Train where writing a file takes so long: the exit code, and the steps that were begun while one was written."""
-    import time
+def train_with_a_slow_disk(arguments: list[str], interval: int, steps: int) -> tuple[int, int]:
+    """Train where the file of a save, every `interval` steps, is not written before the next step has begun.
+
+    Returns:
+        The exit code, and the steps that were begun while a file was written.
+    """
+    import threading
 
     from megatron_synth.cli import main as cli
     from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.loop import Trainer
 
-    meanwhile = 0
+    begun, saves, meanwhile = 0, 0, 0
+    next_step = threading.Condition()
     write, batches = CheckpointWriter._write_own, Trainer._batches
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(seconds)
+        nonlocal saves
+        saves += 1
+        with next_step:  # after the last step none begins; and none while training waits for the file, which the count tells
+            next_step.wait_for(lambda: begun > saves * interval or saves * interval == steps, timeout=10)
         return write(*args, **kwargs)
 
     def counted(self: Any) -> Any:
-        nonlocal meanwhile
-        meanwhile += self.writer.busy
+        nonlocal begun, meanwhile
+        with next_step:
+            meanwhile += self.writer.busy
+            begun += 1
+            next_step.notify_all()
         return batches(self)
 
     CheckpointWriter._write_own = slow  # type: ignore[method-assign]
@@ -183,7 +194,7 @@ def train_with_a_slow_disk(arguments: list[str], seconds: float) -> tuple[int, i
 def train_in_trouble(arguments: list[str], what: str, target: int, step: int) -> int:
     """Train; rank `target` is in trouble from step number `step` on, after it has read its data.
 
-    what: "stop" and "kill" are signals to itself, "hang" a function that does not return, "raise" a bug, "slow" 60 ms a step.
+    what: "stop" and "kill" are signals to itself, "hang" a function that does not return, "raise" a bug.
     """
     import time
 
@@ -196,9 +207,7 @@ def train_in_trouble(arguments: list[str], what: str, target: int, step: int) ->
         nonlocal steps
         steps += backward
         if rank() == target and backward and steps >= step:
-            if what == "slow":
-                time.sleep(0.06)
-            elif what == "hang":
+            if what == "hang":
                 time.sleep(600)
             elif what == "raise":
                 raise ValueError("a bug")
@@ -207,6 +216,18 @@ def train_in_trouble(arguments: list[str], what: str, target: int, step: int) ->
         return forward(self, *args, backward=backward, **kwargs)
 
     Stepper.forward = troubled  # type: ignore[method-assign]
+    return cli.main(arguments)
+
+
+def train_with_a_slow_rank(arguments: list[str], target: int) -> int:
+    """Train; the clock says of every step that it took rank `target` 3000 s and any other 1000 s.
+
+    So much that the seconds a busy machine really takes for the data, which come on top, do not count.
+    """
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train import step
+
+    step._Clock.seconds = lambda self: 3000.0 if rank() == target else 1000.0  # type: ignore[method-assign]
     return cli.main(arguments)
 
 

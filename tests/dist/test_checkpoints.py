@@ -12,7 +12,17 @@ import pytest
 
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
-from tests.support import LAYOUTS, STEPS, assert_same_losses, checkpoint_names, read_ledger, read_metrics, rewound, snapshot
+from tests.support import (
+    LAYOUTS,
+    STEPS,
+    assert_same_losses,
+    checkpoint_names,
+    read_ledger,
+    read_metrics,
+    rewound,
+    snapshot,
+    warnings_in,
+)
 
 HALF = STEPS // 2
 LAST = f"step_{STEPS:08d}"
@@ -51,7 +61,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, trained: Callable[...,
     harm, says = DAMAGE[damage]
     harm(run / "checkpoints" / LAST)
     (result,) = train(run, "single")
-    warning = next(line for line in result.stdout.splitlines() if line.startswith("warning:"))
+    (warning,) = warnings_in(result.stdout)
     assert LAST in warning and says in warning and f"going back to step_{HALF:08d}" in warning
     assert warning in (run / "events.log").read_text()
     assert f"resumed at step {HALF}" in result.stdout
@@ -66,7 +76,7 @@ def test_the_ranks_share_the_reading_and_all_hear_of_a_fault(trained: Callable[.
     for file in (run / "checkpoints" / LAST).glob("*.distcp"):  # each is read by another rank
         _flip(file)
     results = train(run, "tp2")
-    assert results[0].stdout.count("has the checksum") == 2 and "warning" not in results[1].stdout
+    assert results[0].stdout.count("has the checksum") == 2 and not warnings_in(results[1].stdout)
     assert_same_losses(read_metrics(run), reference.records, 0)
 
 
@@ -90,7 +100,7 @@ def test_sizes_alone_if_asked_for(trained: Callable[..., Run], train: Train, tmp
     file.write_text(content.replace(run_id, run_id[::-1]))  # of the same size, and harmless
     train(run, "single", code=2)
     (result,) = train(run, "single", "checkpoint.verify=sizes")
-    assert f"resumed at step {HALF}" in result.stdout and "warning:" not in result.stdout
+    assert f"resumed at step {HALF}" in result.stdout and not warnings_in(result.stdout)
 
 
 def test_a_checkpoint_without_a_manifest_of_an_older_version_is_resumed(
@@ -103,7 +113,7 @@ def test_a_checkpoint_without_a_manifest_of_an_older_version_is_resumed(
     trainer = (checkpoint / "trainer.json").read_text()
     (checkpoint / "trainer.json").write_text(trainer.replace('"format": 2', '"format": 1'))
     (result,) = train(run, "single")
-    assert f"resumed at step {HALF}" in result.stdout and "warning" not in result.stdout
+    assert f"resumed at step {HALF}" in result.stdout and not warnings_in(result.stdout)
     assert_same_losses(read_metrics(run), reference.records, 0)
 
 
@@ -129,7 +139,7 @@ def test_training_goes_on_while_a_slow_disk_is_written_to(
     ranks: RankPool, config: Path, trained: Callable[..., Run], tmp_path: Path
 ) -> None:
     run, arguments = tmp_path / "run", _arguments(config, tmp_path / "run", "dp2", "checkpoint.interval=2")
-    results = ranks.run(2, "tests.dist.jobs.train_with_a_slow_disk", arguments, 0.5)
+    results = ranks.run(2, "tests.dist.jobs.train_with_a_slow_disk", arguments, 2, STEPS)
     for result in results:
         code, steps_meanwhile = result.value
         assert code == 0 and steps_meanwhile >= STEPS // 2 - 1, result.stdout
@@ -151,7 +161,7 @@ def test_a_full_disk_is_a_warning_and_training_goes_on(
     assert [result.value for result in results] == [0] * world_size
     assert "the checkpoint of step 10 could not be written" in results[0].stdout and "Training goes on" in results[0].stdout
     assert "the checkpoint of step 10 could not be written" in (run / "events.log").read_text()
-    assert sum(result.stdout.count("warning:") for result in results) == 1
+    assert sum(len(warnings_in(result.stdout)) for result in results) == 1
     assert_same_losses(read_metrics(run), trained(layout).records, 0)
     assert checkpoint_names(run) == ["step_00000015", LAST]
 

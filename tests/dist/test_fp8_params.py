@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.dist.pool import RankPool
+from tests.dist.test_fp8_ranks import LOSS_APART
 from tests.support import read_metrics, rewound
 
 SETTINGS = (
@@ -20,11 +22,11 @@ SETTINGS = (
 SETTINGS += ("eval.interval=2", "eval.batches=1", "optim.schedule=constant", "checkpoint.interval=2")
 DP2 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 TINY_STEP = ("optim.lr=1e-9", "optim.min_lr=0", "train.steps=1")
-TELLS = ("train/loss", "optim/grad_norm", "eval/loss")
+LOSSES, NORM = ("train/loss", "eval/loss"), "optim/grad_norm"
 
 
 def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, config: Path, tmp_path: Path) -> None:
-    def train(name: str, size: int, in_fp8: bool, *settings: str) -> list[dict[str, object]]:
+    def train(name: str, size: int, in_fp8: bool, *settings: str) -> list[dict[str, Any]]:
         gather = f"precision.fp8_param_gather={str(in_fp8).lower()}"
         arguments = ["train", str(config), *SETTINGS, *settings, gather, "--run-dir", str(tmp_path / name)]
         for result in ranks.run(size, "tests.dist.fp8_param_jobs.train", arguments):
@@ -34,21 +36,22 @@ def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, co
     off, on = train("off", 2, False, *DP2), train("on", 2, True, *DP2)
     assert "weights kept and gathered in FP8" in str(on[0]["fp8/layers"])
     for ours, theirs in zip(on, off, strict=True):
-        # the same numbers are multiplied; the gradients' norm is summed in the order of other buffers
-        told = [name for name in TELLS if name in theirs]
-        assert [ours[name] for name in told] == pytest.approx([theirs[name] for name in told], rel=1e-5)
+        # the same numbers are multiplied, in the same order; only the norm's sum, in fp64, follows the order of other buffers
+        told = [name for name in LOSSES if name in theirs]
+        assert [ours[name] for name in told] == [theirs[name] for name in told]
+        assert ours[NORM] == pytest.approx(theirs[NORM], rel=1e-14)
     watched = {name for name in off[1] if name.startswith("fp8/layers.")}
     hidden = {name for name in watched if "/weight/" in name and name.endswith("flow")}
     assert len(watched) == 4 * 4 * 3 * 4 and {name for name in on[1] if name.startswith("fp8/layers.")} == watched - hidden
     for name in watched - hidden:
-        assert on[1][name] == pytest.approx(off[1][name], rel=1e-2), name
+        assert on[1][name] == off[1][name], name
 
     # what is saved: the same names, weights of bf16 that are the optimizer's, nothing on the grid of FP8
     (weights,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "on"))
     (expected,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "off"))
     assert weights.value.keys() == expected.value.keys() and len(weights.value) > 20
     for name, value in weights.value.items():
-        np.testing.assert_allclose(value, expected.value[name], rtol=0, atol=2e-4, err_msg=name)
+        np.testing.assert_array_equal(value, expected.value[name], err_msg=name)
     assert len(np.unique(weights.value["decoder.layers.0.mlp.linear_fc2.weight"])) > 512
 
     # on another layout; on to off; and off to on: always the same run
@@ -57,10 +60,13 @@ def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, co
         run = rewound(tmp_path / came_from, tmp_path / name, 2)
         resumed = train(name, 1 if name == "same" else 2, goes_on)[2:]
         assert run == tmp_path / name and len(resumed) == 2
-        for ours, theirs in zip(resumed, reference, strict=True):
-            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4), name
+        # one rank adds the gradients of all micro-batches in a row: where that rounds fp32 otherwise, FP8 may round the next
+        # step's weights to the other side
+        apart = (1e-12, LOSS_APART) if name == "same" else (0, 0)
+        for ours, theirs, allowed in zip(resumed, reference, apart, strict=True):
+            assert abs(ours["train/loss"] - theirs["train/loss"]) <= allowed * theirs["train/loss"], name
 
-    # weights alone: the optimizer begins from them as they were saved
+    # weights alone: the optimizer begins from them as they were saved; a step of Adam moves none by more than a few lr
     again = train("again", 2, True, f"checkpoint.init_from={tmp_path / 'on'}", *TINY_STEP)
     assert len(again) == 1
     (kept,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "again"))

@@ -2,7 +2,7 @@
 
     python -m tests.slurm.lab --nodes 4 -- COMMAND ...     # runs COMMAND with SLURM_CONF set, then takes all down
 
-Needs root, and the packages that tests/slurm/install.sh installs. Nothing outside the folder is used, and every port is a
+Needs root, and the packages that tests/install-system.sh installs. Nothing outside the folder is used, and every port is a
 free one, so several labs run side by side. A guardian process owns all daemons: as their subreaper it keeps every process
 of every job among its descendants, and it ends them all when the pipe to whoever asked for the lab closes, for
 whatever reason.
@@ -74,12 +74,15 @@ PartitionName=batch  Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTie
 PartitionName=urgent Nodes=ALL             MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
+_CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
+"""Nothing here uses control groups, but with the default, to find out which kind there is, slurmd ends where it finds none."""
+
 
 def missing() -> str | None:
     """Why no lab can run here; None if one can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
-        return f"SLURM is not installed ({', '.join(absent)} not found); tests/slurm/install.sh installs it"
+        return f"SLURM is not installed ({', '.join(absent)} not found); tests/install-system.sh installs it"
     return "a SLURM of one's own needs root" if os.geteuid() else None
 
 
@@ -202,6 +205,7 @@ def _configure(folder: Path, nodes: int, slurmd_timeout: int, more: str) -> None
     for number, port in enumerate(ports[1:], start=1):
         text += f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=500000\n"
     (folder / "slurm.conf").write_text(text)
+    (folder / "cgroup.conf").write_text(_CGROUP_CONF)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
 

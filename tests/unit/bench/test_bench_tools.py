@@ -173,7 +173,7 @@ def test_the_gpu_script_runs_on_a_cpu_and_loses_nothing(tmp_path: Path, monkeypa
     # a part that hangs and one that crashes are told as such, and the file has both
     made = [
         gpu.Part("hangs", ("-c", "import time; time.sleep(60)"), 0.1),
-        gpu.Part("crashes", ("-c", "raise SystemExit('broken')"), 9),
+        gpu.Part("crashes", ("-c", "raise SystemExit('broken')"), 600),
     ]
     monkeypatch.setattr(bench_gpu, "parts", lambda smoke: made)
     assert bench_gpu.main(["--smoke", "--json", str(tmp_path / "bad.json")]) == 1

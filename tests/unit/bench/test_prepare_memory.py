@@ -16,7 +16,7 @@ from benchmarks.prepare import memory
 from benchmarks.prepare.cli import main
 from benchmarks.prepare.corpus import write_corpus
 from benchmarks.prepare.memory import Found, MemoryBench, Step, render
-from benchmarks.prepare.proc_sampler import watch
+from benchmarks.prepare.proc_sampler import Usage, watch
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data import bpe_cache
@@ -125,8 +125,18 @@ def test_pages_of_columns_are_given_back(tmp_path):
     assert (column.values == 7).all() and (np.fromfile(tmp_path / "c", np.uint64) == 7).all()
 
 
-def test_children_are_measured_with_their_parent():
-    child = "import time; held = bytearray(b'x') * (60 << 20); time.sleep(1.5)"
+def test_children_are_measured_with_their_parent(tmp_path, monkeypatch):
+    seen, sample = tmp_path / "seen", Usage.sample
+
+    def sampled(self, process):
+        sample(self, process)
+        if self.anonymous > 90 << 20:
+            seen.touch()
+
+    monkeypatch.setattr(Usage, "sample", sampled)
+    # both live until both were seen at their full size; the limit ends a test that fails
+    child = "import os, time; held = bytearray(b'x') * (60 << 20); end = time.monotonic() + 60\n"
+    child += f"while not os.path.exists({str(seen)!r}) and time.monotonic() < end: time.sleep(0.01)"
     parent = f"import subprocess, sys; held = bytearray(b'x') * (30 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent])
     usage = watch(process)

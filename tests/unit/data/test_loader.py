@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 import tracemalloc
 from fractions import Fraction
 from typing import Any
@@ -189,16 +189,32 @@ def test_memory_does_not_grow_with_the_run() -> None:
 
 
 def test_the_first_batch_comes_at_once() -> None:
-    """Wherever in the run it is: construction and first batch, the best of some trials on a shared machine."""
+    """Wherever in the run it is: construction and first batch take as many lines of Python and as much memory."""
     plan, sources = two_sources(16)
     list(Loader(plan, sources, **FIRST).micro_batches(0, 8))
-    for first in (0, 80_000, 8 * 10**11):
-        trials = []
-        for _ in range(10):
-            began = time.perf_counter()
+
+    def work(first: int) -> tuple[int, int]:
+        lines, before = 0, sys.gettrace()
+
+        def count(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            return count
+
+        tracemalloc.start()
+        sys.settrace(count)
+        try:
             next(iter(Loader(plan, sources, **FIRST).micro_batches(first, 8)))
-            trials.append(time.perf_counter() - began)
-        assert min(trials) < 5e-3, (first, trials)
+        finally:
+            sys.settrace(before)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        return lines, peak
+
+    work(0)
+    lines, peak = work(0)
+    for first in (80_000, 8 * 10**11):
+        assert 0 < work(first)[0] <= 1.5 * lines and work(first)[1] <= 1.5 * peak, (first, work(first), lines, peak)
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused_before_reading() -> None:
