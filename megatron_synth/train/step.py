@@ -24,6 +24,7 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LOSS, NUM_SUMS, TensorBatch, sums_per_source
+from megatron_synth.train.grad_norm import square_sum
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ class Pipeline:
             shape = train.micro_batch_size, train.sequence_length
             weights = torch.full(shape, 1.0 / math.prod(shape), dtype=torch.float32, device=self.ranks.device)
             return lambda batch: objective(weights)
-        labels = torch.stack([mask.sum() for mask in masks]).sum().float()
+        labels = torch.stack([mask.sum() for mask in masks]).sum().double()  # fp32 counts to 2^24 alone
         group = parallel_state.get_data_parallel_group()
         torch.distributed.all_reduce(labels, group=group)
-        weight = micro_batches * group.size() / labels.clamp_(min=1)
+        weight = (micro_batches * group.size() / labels.clamp_(min=1)).float()
         return lambda batch: objective(weight * batch.loss_mask)
 
 
@@ -214,8 +215,7 @@ class Stepper(Pipeline):
         gradients = [g for part in self.optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
         stats = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
-            stats[0] = norms.double().square().sum() / self._gradient_copies
+            stats[0] = square_sum(gradients) / self._gradient_copies
         stats[1] = (~torch.isfinite(sums[LOSS])).sum()
         stats[2] = float(stop_requested)
         torch.distributed.all_reduce(stats)
