@@ -6,8 +6,6 @@ norm of 25 million numbers is too small by 1.4e-3, that of the same numbers in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ _BLOCK = 1 << 16
 
 
 @torch.no_grad()
-def square_sum(tensors: Sequence[Tensor]) -> Tensor:
+def square_sum(tensors: list[Tensor]) -> Tensor:
     """Sum of squares of all numbers in `tensors`, at least one of them, all on one device: an fp64 scalar there.
 
     The squares are summed in fp64, so that the result is the same to about 1e-14 whatever parts the numbers lie in.

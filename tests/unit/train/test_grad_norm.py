@@ -12,7 +12,7 @@ from megatron_synth.train.grad_norm import square_sum
 
 
 def _norm(*parts: torch.Tensor) -> float:
-    return math.sqrt(square_sum(parts).item())
+    return math.sqrt(square_sum(list(parts)).item())
 
 
 @pytest.mark.parametrize("size", [1, 65_535, 65_537, 4_000_000])
