@@ -269,7 +269,7 @@ class Trainer:
             if self._evaluation_due() and (done or not stopping):
                 owing = self._evaluate(stop)
                 stopping = stopping or owing
-        if saved_at != self.step:
+        if saved_at != self.step or not self._is_written():
             self._save(required=True)
         stopped = stopping and (self.step < steps or owing)
         self._finish(stopped, stop)
@@ -278,6 +278,16 @@ class Trainer:
     def _batches(self) -> list[TensorBatch]:
         # a step ends with a wait for the device: nothing reads the buffers of the last step any more
         return [to_device(batch, self.ranks.device, self.config.data) for batch in self.prefetcher.step(self.samples)]
+
+    def _is_written(self) -> bool:
+        """Wait for the save that is being written, if there is one; False: it failed."""
+        from megatron_synth.train.checkpoint.writer import SaveFailed
+
+        try:
+            self.writer.outcome()
+        except SaveFailed:
+            return False
+        return True
 
     def _save_by_time(self) -> bool:
         """Whether this rank's clock asks for a save; that of any rank is enough."""

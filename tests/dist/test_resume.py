@@ -222,11 +222,21 @@ def test_saves_by_time(train: Train, tmp_path: Path) -> None:
     assert checkpoint_names(tmp_path / "never") == ["step_00000004"]
 
 
-def test_a_signal_in_the_last_step_is_too_late(ranks: RankPool, config: Path, tmp_path: Path) -> None:
-    arguments = _arguments(config, tmp_path / "run", "single", "train.steps=3")
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_signal_in_the_last_step_leaves_the_evaluation(
+    evaluates: bool, ranks: RankPool, config: Path, tmp_path: Path
+) -> None:
+    """Where there is none, the run is done."""
+    run, settings = tmp_path / "run", ["train.steps=3", *([] if evaluates else ["data.validation=null", "eval.interval=null"])]
+    arguments = _arguments(config, run, "single", *settings)
     (result,) = ranks.run(1, "tests.dist.jobs.train_with_signals", arguments, [(0, "step 3", signal.SIGUSR1)])
-    assert result.value == 0 and "done at step 3" in result.stdout
-    assert checkpoint_names(tmp_path / "run") == ["step_00000003"]
+    assert result.value == (75 if evaluates else 0)
+    assert ("stopped on request (SIGUSR1) at step 3" if evaluates else "done at step 3") in result.stdout
+    assert checkpoint_names(run) == ["step_00000003"]
+    if evaluates:
+        (again,) = ranks.run(1, "megatron_synth.cli.main.main", arguments)
+        assert again.value == 0 and "eval step 3" in again.stdout and "done at step 3" in again.stdout
+        assert len(read_metrics(run)) == 3 and "eval/loss/val" in read_metrics(run)[-1]
 
 
 # ---- which checkpoints there are

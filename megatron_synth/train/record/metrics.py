@@ -241,8 +241,9 @@ def format_step(
     part(LOSS, "loss {}", "{:.4f}".format)
     part(GRAD_NORM, "gnorm {}", "{:.2f}".format)
     part(LR, "lr {}", scientific)
-    part(TOKENS_PER_SEC, "{} tok/s/gpu", human)
-    part(TFLOPS, "{} TFLOP/s/gpu", _tflops)
+    unit = "rank" if memory_total_gib is None else "gpu"
+    part(TOKENS_PER_SEC, f"{{}} tok/s/{unit}", human)
+    part(TFLOPS, f"{{}} TFLOP/s/{unit}", _tflops)
     part(MFU, "mfu {}", show_mfu)
     total = "" if memory_total_gib is None else f"/{gib(memory_total_gib * GIB)}"
     part(PEAK_GIB, "mem {} GiB", lambda peak: gib(peak * GIB) + total)

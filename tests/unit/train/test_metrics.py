@@ -139,7 +139,7 @@ def test_the_line_of_a_gpu() -> None:
 def test_the_line_of_a_cpu_with_a_skipped_step() -> None:
     record = FULL | {"train/loss": math.nan, "perf/mfu": None, "perf/tflops_per_gpu": 0.00412, "mem/peak_gib": 0.92}
     assert format_step(record | {"perf/tokens_per_sec_per_gpu": 871.6, "optim/skipped": 2}, 1000) == (
-        "step 120/1000 | loss nan | gnorm 0.81 | lr 3.00e-04 | 872 tok/s/gpu | 0.00412 TFLOP/s/gpu | mfu n/a "
+        "step 120/1000 | loss nan | gnorm 0.81 | lr 3.00e-04 | 872 tok/s/rank | 0.00412 TFLOP/s/rank | mfu n/a "
         "| mem 0.92 GiB | data 0.4% | step 1.27s | tokens 1.26e+08 | eta n/a | skipped 2"
     )
 
