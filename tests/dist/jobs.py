@@ -106,6 +106,26 @@ def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, i
     return cli.main(arguments)
 
 
+def train_stopped_while_joining(arguments: list[str], port: int) -> int:
+    """Train as rank 1 of 2, whose other rank never comes; asked to stop once the main thread waits for it in compiled code."""
+    import sys
+    import threading
+    import time
+
+    from megatron_synth.cli import main as cli
+
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main = threading.main_thread().ident
+
+    def ask() -> None:
+        while "rendezvous.py" not in sys._current_frames()[main or 0].f_code.co_filename:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return cli.main(arguments)
+
+
 def train_with_broken_evaluation(arguments: list[str], target: int, how: str) -> int:
     """Train; rank `target` fails in its first evaluation: "error", what a damaged shard raises, or "kill"."""
     from megatron_synth.cli import main as cli

@@ -80,6 +80,8 @@ def train_llama(model: Any, config: Config, changed: Config | None = None) -> li
     )
     losses = []
     for step in range(STEPS):
+        if changed is not None and step == STEPS // 2:
+            optim = changed.optim
         (batch,) = loader.micro_batches(step * train.global_batch_size, train.global_batch_size)
         tokens = torch.from_numpy(batch.tokens)
         logits = model(tokens[:, :-1]).logits
@@ -87,8 +89,6 @@ def train_llama(model: Any, config: Config, changed: Config | None = None) -> li
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
-        if changed is not None and step == STEPS // 2:
-            optim = changed.optim
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, optim, train.steps)
             group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps

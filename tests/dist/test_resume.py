@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,17 @@ def test_saves_by_time(train: Train, tmp_path: Path) -> None:
     assert checkpoint_names(tmp_path / "often") == [f"step_{step:08d}" for step in range(1, 5)]
     train(tmp_path / "never", "single", *settings, "checkpoint.interval_s=null")
     assert checkpoint_names(tmp_path / "never") == ["step_00000004"]
+
+
+def test_a_signal_while_the_ranks_join(ranks: RankPool, config: Path, tmp_path: Path) -> None:
+    with socket.socket() as nobody:  # takes the connection and never answers
+        nobody.bind(("127.0.0.1", 0))
+        nobody.listen()
+        arguments = _arguments(config, tmp_path / "run", "dp2")
+        with pytest.raises(RanksFailed) as caught:
+            ranks.run(1, "tests.dist.jobs.train_stopped_while_joining", arguments, nobody.getsockname()[1], timeout=60)
+    assert caught.value.exit_codes == {0: 75}, caught.value
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
