@@ -17,6 +17,7 @@ from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.shards.source import open_source
 from tests.dist.pool import RankPool
+from tests.support import LAYOUTS, read_metrics
 
 S = 24
 EOD = "<|endoftext|>"
@@ -52,6 +53,7 @@ def exported(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_texts(folder)
     sources = {name: {"kind": "natural", "input": f"{folder}/{name}.jsonl", "split": "validation"} for name in DOMAINS}
     packed = {"packed": sources.pop("packed")}
+    packed["packed"]["split"] = "train"  # sources for validation are never packed
     train = {"kind": "natural", "input": f"{folder}/train.jsonl"}
     first = {"output": f"{folder}/data", "tokenizer": {"train": {"vocab_size": 320}}, "sources": {"train": train, **sources}}
     tokenizer = {"path": f"{folder}/data/tokenizer.json"}
@@ -62,7 +64,7 @@ def exported(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = {
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
         # the rows that pad the vocabulary take a part of the probability, and are not exported
-        | {"make_vocab_size_divisible_by": 1},
+        | {"make_vocab_size_divisible_by": 4},
         "data": {
             "sources": {"train": {"path": f"{folder}/data/train", "ratio": 1, "max_epochs": 9}},
             "validation": {name: {"path": f"{folder}/{'packed' if name == 'packed' else 'data'}/{name}"} for name in DOMAINS},
@@ -107,6 +109,7 @@ def _by_hand(folder: Path, model: Any, name: str, *, masks: bool, windows: int |
     sizes = {number: len(token) for token, number in vocab["model"]["vocab"].items()}
     (eod,) = (entry["id"] for entry in vocab["added_tokens"] if entry["content"] == EOD)
     sizes[eod] = 0
+    assert len(sizes) % 4 == 0, "padded rows would take a part of the probability"
     assert sum(sizes[token] for token in tokens.tolist()) == source.manifest.counts.text_bytes
     found = Sums()
     for window in range(min((len(tokens) - 1) // S, windows or len(tokens))):
@@ -145,3 +148,13 @@ def test_losses_and_bits_per_byte(masks: bool, batches: int | None, ranks: RankP
         total = Sums(total.loss + right.loss, total.labels + right.labels, total.text_bytes + right.text_bytes)
     assert said["eval/loss"] == pytest.approx(total.loss / total.labels, rel=1e-6)
     assert said["eval/bpb"] == pytest.approx(total.loss / math.log(2) / total.text_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2pp2"])
+def test_bits_per_byte_in_every_layout(layout: str, ranks: RankPool, exported: Path, tmp_path: Path) -> None:
+    world_size, settings = LAYOUTS[layout]
+    arguments = ["train", str(exported / "run.yaml"), *settings, "--run-dir", str(tmp_path / "run")]
+    assert [result.value for result in ranks.run(world_size, "megatron_synth.cli.main.main", arguments)] == [0] * world_size
+    found, single = (read_metrics(run)[-1] for run in (tmp_path / "run", exported / "run"))
+    for name in ("", *(f"/{name}" for name in DOMAINS)):
+        assert found[f"eval/bpb{name}"] == pytest.approx(single[f"eval/bpb{name}"], rel=1e-5)
