@@ -89,13 +89,14 @@ def write_source(
     vocab_size: int = VOCAB_SIZE,
     shards: int = 2,
     rule: int = 3,
+    longest: int = 59,
 ) -> Path:
-    """A prepared source of `tokens` tokens in documents of 5 to 60, with its manifest."""
+    """A prepared source of `tokens` tokens in documents of 5 (or `longest`) to `longest`, with its manifest."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng([seed, 1])
     infos = []
     for number, part in enumerate(np.array_split(learnable_tokens(seed, tokens, rule=rule), shards)):
-        ends = np.cumsum(generator.integers(5, 60, size=part.size))
+        ends = np.cumsum(generator.integers(min(5, longest), longest + 1, size=part.size))
         ends = np.append(ends[ends < part.size], part.size)
         name = f"shard-{number:05d}"
         writer = ShardWriter(folder / name, np.dtype(np.uint16))

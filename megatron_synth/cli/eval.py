@@ -80,14 +80,16 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
         resume.check_architecture(found, saved, config.model, data.vocab_size)
         chunks = wrap_ddp(build_model(config, data.vocab_size), config)
         resume.load(found, chunks, None, what="take weights")
-        return {"step": saved.step, **evaluate(Pipeline(config, chunks, ranks), data.validation, layout)}
+        result = evaluate(Pipeline(config, chunks, ranks), data, layout)
+        assert result is not None  # nobody asks it to stop
+        return {"step": saved.step, **result}
 
 
 def _table(result: dict[str, Any], domains: list[str]) -> str:
     """One row per domain, and one for all of them by tokens."""
 
     def row(name: str, loss: float | None, bpb: float | None, tokens: int) -> tuple[str, ...]:
-        return (name, f"{loss:.4f}", "n/a" if bpb is None else f"{bpb:.4f}", f"{tokens:,}")
+        return (name, *("n/a" if value is None else f"{value:.4f}" for value in (loss, bpb)), f"{tokens:,}")
 
     tokens = {name: result[metrics.EVAL_DOMAIN_TOKENS + name] for name in domains}
     rows: list[tuple[str, ...]] = [("domain", "loss", "bits/byte", "tokens")]

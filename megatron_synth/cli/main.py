@@ -14,9 +14,9 @@ from collections.abc import Callable
 from megatron_synth import __version__
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
+from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 VERBS = {
     "prepare": "turn text into token shards",
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"megatron-synth {__version__}")
         return EXIT_OK
+    if arguments[0] == "train":
+        listen()  # before its imports: a request to stop in the first seconds counts, too
     return guarded(lambda rest: load(arguments[0])(rest), arguments[1:])
 
 

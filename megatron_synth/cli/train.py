@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
+from megatron_synth.core.log import say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +35,6 @@ def main(argv: list[str]) -> int:
     config = load_file(Config, arguments.config, arguments.overrides)
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     if arguments.dry_run:
-        from megatron_synth.core.log import say
         from megatron_synth.train.dryrun import dry_run
 
         say(dry_run(config, world_size))
@@ -44,8 +44,9 @@ def main(argv: list[str]) -> int:
     from megatron_synth.parallel.plan import plan
 
     layout = plan(config, world_size)
-    data = open_data(config, staged=True)
     run_path = arguments.run_dir or default_run_dir(arguments.config, config)
+    say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
+    data = open_data(config, staged=True)
     from megatron_synth.train.loop import train
 
     return train(config, layout, data, run_path, tensor_across_nodes=arguments.allow_tp_across_nodes)

@@ -206,6 +206,7 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
         for name in ("swiglu_quantise", "rms_norm_quantise"):
             _drop_default(content["kernels"], name, "auto")
     del precision["fp8_fused"]  # the same numbers in fewer passes
+    del content["checkpoint"]["interval_s"]
     _drop_default(precision, "fp8_param_gather", False)
     if config.precision.fp8 == "off":
         content["precision"] = {key: value for key, value in precision.items() if not key.startswith("fp8")}

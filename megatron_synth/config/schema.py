@@ -377,7 +377,9 @@ class CheckpointConfig(Section):
     """When to save, what to keep."""
 
     interval: PositiveInt | None = None
-    """Save every so many steps. Default: only at the end and when stopped."""
+    """Save every so many steps. Default: only by time, at the end and when stopped."""
+    interval_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Also save when the last save is so many seconds ago, half an hour by default. Null: never by time."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_every: PositiveInt | None = None

@@ -113,12 +113,17 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData, *
     return Prefetcher(loader, step, threads=threads, end_sample=config.total_samples, allocate=buffer)
 
 
+def labels_that_count(batch: TensorBatch) -> Tensor:
+    """[B k, S / k] bool, window by window: labels whose losses count."""
+    windows = len(batch.sources)
+    counts = (batch.weights[:, None] > 0).expand(windows, batch.tokens.numel() // windows - 1)
+    return counts if batch.loss_mask is None else counts & batch.loss_mask.reshape(windows, -1)
+
+
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:
     """Per-token losses and z-losses [B, S] -> sums [4, K] fp64 by source."""
     windows = len(batch.sources), -1
-    losses = losses.reshape(windows)
-    counts = batch.weights[:, None] > 0
-    counts = counts.expand_as(losses) if batch.loss_mask is None else counts & batch.loss_mask.reshape(windows)
+    counts = labels_that_count(batch)
     sums = torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=losses.device)
     # a NaN in a padded row or at a masked label must not survive: it is left out, not multiplied by 0
     for row, values in ((LOSS, losses), (Z_LOSS, z_losses)):

@@ -3,54 +3,118 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from megatron_synth.core.log import say
 from megatron_synth.data.loading.loader import validation_batches, validation_windows
+from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.data.shards.source import Source
+from megatron_synth.data.token_bytes import token_bytes
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.parallel.wrap import whole_weights
-from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, SAMPLES, TensorBatch, needs_boundaries, to_device
+from megatron_synth.train.batch import (
+    LABELS,
+    LOSS,
+    NUM_SUMS,
+    SAMPLES,
+    TensorBatch,
+    labels_that_count,
+    needs_boundaries,
+    to_device,
+)
 from megatron_synth.train.record import metrics
 from megatron_synth.train.step import Pipeline
 
+BYTES = NUM_SUMS
+"""Row of an evaluation's sums, after those of a step: bytes of the labels that count."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of a domain, over all ranks."""
+
+    loss: float
+    labels: int
+    text_bytes: float
+    """NaN where they are not known."""
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.loss + other.loss, self.labels + other.labels, self.text_bytes + other.text_bytes)
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per label; None: there is none."""
+        return self.loss / self.labels if self.labels else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.loss / math.log(2) / self.text_bytes if self.text_bytes > 0 else None
+
 
 @torch.no_grad()
-def evaluate(pipeline: Pipeline, domains: Mapping[str, Source], layout: Layout) -> dict[str, float | int]:
-    """Mean loss per token in nats and, where the bytes of the text are known, bits per byte, of each domain and of all.
+def evaluate(
+    pipeline: Pipeline, data: RunData, layout: Layout, stop_requested: Callable[[], bool] = lambda: False
+) -> metrics.Record | None:
+    """Mean loss per label in nats and bits per byte, of each domain and of all.
 
-    Bits per byte = loss / ln 2 x tokens / bytes, tokens and bytes being those of the whole domain.
+    Bits per byte = loss / ln 2 x labels / bytes, where the bytes are those of the text that these labels are. They are known
+    where the tokenizer is, and gives text back as it was. A mean over nothing is None.
+
+    Args:
+        pipeline: the model.
+        data: whose domains.
+        layout: of the ranks.
+        stop_requested: asked at every batch; any rank's yes ends the evaluation on all.
 
     Returns:
-        Metric names to values, equal on every rank; `eval/tokens/<domain>` says how many tokens were evaluated.
+        Metric names to values, equal on every rank; `eval/tokens/<domain>` says how many labels were evaluated. None: it was
+        stopped.
     """
-    result: dict[str, float | int] = {}
-    total_loss = total_tokens = total_bytes = 0.0
+    result: metrics.Record = {}
+    total, stop = _Sums(0.0, 0, 0.0), _Stop(stop_requested, pipeline.ranks.device)
     with whole_weights(pipeline.chunks):
-        for name, source in domains.items():
-            loss, tokens = _domain(pipeline, source, layout)
-            result[metrics.EVAL_DOMAIN_LOSS + name] = loss
-            result[metrics.EVAL_DOMAIN_TOKENS + name] = tokens
-            total_loss += loss * tokens
-            total_tokens += tokens
-            counts = source.manifest.counts if source.manifest else None
-            if counts is None or not counts.text_bytes:
-                total_bytes = math.nan
-                continue
-            text_bytes = tokens * counts.text_bytes / counts.tokens
-            result[metrics.EVAL_DOMAIN_BPB + name] = loss * tokens / math.log(2) / text_bytes
-            total_bytes += text_bytes
-    if total_tokens:
-        result[metrics.EVAL_LOSS] = total_loss / total_tokens
-        if not math.isnan(total_bytes):
-            result[metrics.EVAL_BPB] = total_loss / math.log(2) / total_bytes
+        for name, source in data.validation.items():
+            sums = _domain(pipeline, source, layout, _table(data, pipeline.ranks.device), stop)
+            if sums is None:
+                return None
+            result[metrics.EVAL_DOMAIN_LOSS + name] = sums.mean
+            result[metrics.EVAL_DOMAIN_TOKENS + name] = sums.labels
+            if sums.bits_per_byte is not None:
+                result[metrics.EVAL_DOMAIN_BPB + name] = sums.bits_per_byte
+            if not sums.labels:
+                say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss), so that it has no loss")
+            total += sums
+    result[metrics.EVAL_LOSS] = total.mean
+    if total.bits_per_byte is not None:
+        result[metrics.EVAL_BPB] = total.bits_per_byte
     return result
 
 
-def _domain(pipeline: Pipeline, source: Source, layout: Layout) -> tuple[float, int]:
-    """Mean loss per label that counts, and number of these, over all ranks."""
+class _Stop:
+    """Whether some rank was asked to stop, agreed on at every batch."""
+
+    def __init__(self, requested: Callable[[], bool], device: torch.device):
+        self._requested, self._device = requested, device
+        self._before: Tensor | None = None
+
+    def asked(self) -> bool:
+        """To be asked by all ranks. On a GPU the answer is that of the batch before: it is there, and nothing waits for it."""
+        now = torch.full((), float(self._requested()), device=self._device)
+        torch.distributed.all_reduce(now)
+        answer, self._before = (self._before if self._device.type == "cuda" else now), now
+        return answer is not None and answer.item() > 0
+
+
+def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | None, stop: _Stop) -> _Sums | None:
+    """Sums over all ranks; None: some rank was asked to stop."""
     train, data, batches = pipeline.config.train, pipeline.config.data, pipeline.config.eval.batches
     limit = batches * train.global_batch_size if batches else None
     windows, _ = validation_windows(source, train.sequence_length, limit)
@@ -65,15 +129,57 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout) -> tuple[float, 
         with_boundaries=needs_boundaries(data),
         with_tokens=ranks.needs_tokens,
     )
-    sums = torch.zeros((NUM_SUMS, 1), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros((NUM_SUMS + 1, 1), dtype=torch.float64, device=ranks.device)
     while rounds := [to_device(batch, ranks.device, data, batch.valid) for batch in islice(stream, layout.num_microbatches)]:
-        sums += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
+        if stop.asked():
+            return None
+        sums[:NUM_SUMS] += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
+        if ranks.reports_loss:
+            for batch in rounds:
+                sums[BYTES] += _text_bytes(batch, table)
     torch.distributed.all_reduce(sums)
     rows, labels = int(sums[SAMPLES]), int(sums[LABELS])
     assert rows == windows, f"{source.name}: {rows} windows evaluated, {windows} expected"
-    return float(sums[LOSS]) / max(labels, 1), labels
+    return _Sums(float(sums[LOSS]), labels, float(sums[BYTES]))
 
 
 def _filled(rounds: list[TensorBatch], multiple: int) -> list[TensorBatch]:
     """Micro-batches whose number the interleaved schedule accepts; those added weigh nothing."""
     return rounds + [rounds[-1].padding()] * (-len(rounds) % multiple)
+
+
+# ---- bytes
+
+
+def _text_bytes(batch: TensorBatch, table: Tensor | None) -> Tensor | float:
+    """Bytes of the labels of a batch that count. table: as `_table` returns it."""
+    if table is None:
+        return math.nan
+    labels, inputs = batch.labels, batch.inputs
+    sizes = table[0, labels] - table[1, labels] * table[2, inputs]
+    return sizes.where(labels_that_count(batch).view_as(sizes), 0).sum()
+
+
+def _table(data: RunData, device: torch.device) -> Tensor | None:
+    """By token id, int64 [3, V]: bytes, those that are no text at the begin of a document, 1 for the end of a document.
+
+    None: they are not known.
+    """
+    if data.tokenizer is None:
+        return None
+    table = _read_table(data.tokenizer, data.eod_id, data.vocab_size)
+    return None if table is None else table.to(device)
+
+
+@cache
+def _read_table(tokenizer: Path, eod_id: int | None, vocab_size: int) -> Tensor | None:
+    try:
+        known = token_bytes(tokenizer, eod_id)
+    except ValueError as error:
+        say(f"warning: bits per byte are not known: {error}")  # once, as this function is called once
+        return None
+    table = np.zeros((3, max(vocab_size, known.sizes.size)), np.int64)
+    table[0, : known.sizes.size], table[1, : known.sizes.size] = known.sizes, known.added
+    if eod_id is not None:
+        table[2, eod_id] = 1
+    return torch.from_numpy(table)

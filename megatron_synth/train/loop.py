@@ -28,6 +28,7 @@ from megatron_synth.model import kernels
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from megatron_synth.train.changes import check_steps, rate_jump
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -35,7 +36,7 @@ from megatron_synth.train.record.recorder import Recorder
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.wandb import Tracker
 from megatron_synth.train.schedule import learning_rate
-from megatron_synth.train.signals import StopRequest
+from megatron_synth.train.signals import StopRequest, listen
 from megatron_synth.train.watchdog import Watch
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
         The exit code: 0 done, 75 stopped on request.
     """
     choices = kernels.select(config)
-    stop = StopRequest()
+    stop = listen()
     with process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes) as ranks:
         kernels.check_same_on_all_ranks(choices)
         trainer = Trainer(config, layout, data, ranks, run_path)
@@ -72,6 +73,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
                 raise
             except RuntimeError as error:
                 if layout.world_size > 1:
+                    stop.wait_for_late()
                     trainer.watch.explain(error)
                 raise
             trainer.watch.enter("end", slow=True)
@@ -110,6 +112,9 @@ class Trainer:
         if found is not None:
             saved = resume.read_trainer(found)
             resume.check_resumable(found, saved, config, data)
+            check_steps(found, saved.step, config.train.steps)
+            jump = rate_jump(saved.config, config, saved.step)
+            warnings += [jump] if jump is not None and ranks.rank == 0 else []
         weights = None
         if found is None and config.checkpoint.init_from is not None:
             weights = resume.to_start_from(config, data.vocab_size)
@@ -199,6 +204,7 @@ class Trainer:
             self.run_dir.id,
             self.config.model_dump(mode="json"),
             self.run_dir.name,
+            step=self.step,
         )
 
     def _check_disk(self, run_path: Path) -> None:
@@ -216,13 +222,21 @@ class Trainer:
             )
 
     def run(self, stop: StopRequest, collection: ManualCollection) -> int:
-        """All remaining steps, with saves and evaluations where they are due."""
+        """All remaining steps, with saves and evaluations where they are due.
+
+        What can fail and weights do not need, an evaluation, follows the save of its step. One that failed, or gave way to a
+        stop, is made when the run goes on.
+        """
         steps = self.config.train.steps
         self._header()
         started_at = self.step
         saved_at = self.step if self.samples else None
-        stopping = False
         self.recorder.start()
+        stop.hold()
+        self._saved_time = time.monotonic()
+        stopping = owing = False
+        if self._evaluation_due() and on_main(self.ranks, lambda: self.recorder.lacks_evaluation):
+            stopping = owing = self._evaluate(stop)
         while self.step < steps and not stopping:
             lr = learning_rate(self.step, self.config.optim, steps)
             self.watch.enter("reading data", self.step + 1)
@@ -233,7 +247,7 @@ class Trainer:
             batches = self._batches()
             self.watch.enter("step", self.step + 1)
             loaded = time.perf_counter()
-            result = self.stepper.step(batches, len(self.data.plan.names), lr, lambda: stop.requested)
+            result = self.stepper.step(batches, len(self.data.plan.names), lr, lambda: stop.requested, self._save_by_time)
             ended = time.perf_counter()
             self.watch.enter("record", self.step + 1)
             self.step += 1
@@ -247,28 +261,54 @@ class Trainer:
                 self.recorder.include(self.fp8_statistics.observed())
             stopping = result.stop
             done = self.step == steps
-            if done or (_due(self.step, self.config.eval.interval) and not stopping):
-                self._evaluate()
             if done or stopping or _due(self.step, self.config.log.interval) or self.recorder.in_trouble:
                 self.recorder.flush(shown=True)
-            if done or stopping or _due(self.step, self.config.checkpoint.interval):
+            if done or stopping or result.save or _due(self.step, self.config.checkpoint.interval):
                 self._save(required=done or stopping)
                 saved_at = self.step
-        if saved_at != self.step:
+            if self._evaluation_due() and (done or not stopping):
+                owing = self._evaluate(stop)
+                stopping = stopping or owing
+        if saved_at != self.step or not self._is_written():
             self._save(required=True)
-        self._finish(stopping and self.step < steps, stop)
-        return EXIT_STOPPED if stopping and self.step < steps else EXIT_OK
+        stopped = stopping and (self.step < steps or owing)
+        self._finish(stopped, stop)
+        return EXIT_STOPPED if stopped else EXIT_OK
 
     def _batches(self) -> list[TensorBatch]:
         # a step ends with a wait for the device: nothing reads the buffers of the last step any more
         return [to_device(batch, self.ranks.device, self.config.data) for batch in self.prefetcher.step(self.samples)]
 
-    def _evaluate(self) -> None:
+    def _is_written(self) -> bool:
+        """Wait for the save that is being written, if there is one; False: it failed."""
+        from megatron_synth.train.checkpoint.writer import SaveFailed
+
+        try:
+            self.writer.outcome()
+        except SaveFailed:
+            return False
+        return True
+
+    def _save_by_time(self) -> bool:
+        """Whether this rank's clock asks for a save; that of any rank is enough."""
+        interval = self.config.checkpoint.interval_s
+        return interval is not None and time.monotonic() - self._saved_time >= interval
+
+    def _evaluation_due(self) -> bool:
+        """Whether the domains are evaluated after the step that the run is at."""
+        due = self.step == self.config.train.steps or _due(self.step, self.config.eval.interval)
+        return due and self.step > 0 and bool(self.data.validation)
+
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate, unless some rank is asked to stop first: then True."""
         from megatron_synth.train.evaluate import evaluate
 
-        if self.data.validation:
-            self.watch.enter("evaluation", self.step, slow=True)
-            self.recorder.include(evaluate(self.stepper, self.data.validation, self.layout))
+        self.watch.enter("evaluation", self.step, slow=True)
+        self.recorder.flush()
+        result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested)
+        if result is not None:
+            self.recorder.amend(result)
+        return result is None
 
     def _save(self, *, required: bool) -> None:
         """Save. A periodic save that fails is a warning, and training goes on; one that is required is waited for.
@@ -280,6 +320,7 @@ class Trainer:
         from megatron_synth.train.checkpoint.writer import SaveRequest
 
         self.watch.enter("save", self.step, slow=True)
+        self._saved_time = time.monotonic()
         self.recorder.flush()
         self.ledger.verify(self.data.plan, self.samples)
         step, ledger, began = self.step, self.ledger.to_json(), time.perf_counter()
@@ -295,6 +336,7 @@ class Trainer:
             tokenizer=str(self.data.tokenizer.resolve()) if self.data.tokenizer else None,
             config=self.config.model_dump(mode="json"),
             prefix_digest=self.data.prefix_digest(self.samples),
+            contents=self.data.contents,
         )
 
         def committed(path: Path) -> None:
@@ -328,7 +370,8 @@ class Trainer:
             self.recorder.finish()
             why = f"stopped on request ({stop.signal_name or 'by another rank'})" if stopped else "done"
             self.run_dir.event(f"{why} at step {self.step}")
-            say(f"{why} at step {self.step}; run directory {self.run_dir.path}")
+            then = "; saved, the same command resumes" if stopped else ""
+            say(f"{why} at step {self.step}{then}; run directory {self.run_dir.path}")
         if self.tracker is not None:
             self.tracker.finish(EXIT_STOPPED if stopped else EXIT_OK)
 

@@ -24,6 +24,7 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LOSS, NUM_SUMS, TensorBatch, sums_per_source
+from megatron_synth.train.grad_norm import square_sum
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepResult:
     stop: some rank was asked to stop; equal on every rank.
     own_s: from the begin of the step to the reduction of its gradients, in which data-parallel ranks wait for each other: a
         slow rank is slow before it. Ranks of one replica wait for each other all along, and have about the same.
+    save: some rank's clock asks for a checkpoint; equal on every rank.
     """
 
     sums: Tensor
@@ -44,6 +46,7 @@ class StepResult:
     skipped: bool
     stop: bool
     own_s: float = 0.0
+    save: bool = False
 
 
 def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, Tensor]:
@@ -119,10 +122,10 @@ class Pipeline:
             shape = train.micro_batch_size, train.sequence_length
             weights = torch.full(shape, 1.0 / math.prod(shape), dtype=torch.float32, device=self.ranks.device)
             return lambda batch: objective(weights)
-        labels = torch.stack([mask.sum() for mask in masks]).sum().float()
+        labels = torch.stack([mask.sum() for mask in masks]).sum().double()  # fp32 counts to 2^24 alone
         group = parallel_state.get_data_parallel_group()
         torch.distributed.all_reduce(labels, group=group)
-        weight = micro_batches * group.size() / labels.clamp_(min=1)
+        weight = (micro_batches * group.size() / labels.clamp_(min=1)).float()
         return lambda batch: objective(weight * batch.loss_mask)
 
 
@@ -181,46 +184,49 @@ class Stepper(Pipeline):
         num_sources: int,
         lr: float,
         stop_requested: Callable[[], bool] = lambda: False,
+        save_requested: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """One optimizer step at learning rate `lr`.
 
-        `stop_requested` is asked when the gradients are there; any rank's yes reaches all in the result's `stop`.
+        `stop_requested` and `save_requested` are asked when the gradients are there; any rank's yes reaches all in the result.
         """
         self._clock.start()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward(batches, num_sources, backward=True)
+        optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
-        norm, loss_is_finite, stop = self._agree(sums, stop_requested())
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+            # a checkpoint brings those that it was written with
+            group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps
+        norm, loss_is_finite, stop, save = self._agree(sums, stop_requested(), save_requested())
         skipped = not (loss_is_finite and math.isfinite(norm))
         if not skipped:
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
         if self.fp8 is not None:
             self.fp8.end_step(skipped)
-        return StepResult(sums, norm, skipped, stop, self._clock.seconds())
+        return StepResult(sums, norm, skipped, stop, self._clock.seconds(), save)
 
     @torch.no_grad()
-    def _agree(self, sums: Tensor, stop_requested: bool) -> tuple[float, bool, bool]:
-        """Global gradient norm, whether the global loss is finite, whether to stop: one all-reduce, one wait for the device.
+    def _agree(self, sums: Tensor, stop_requested: bool, save_requested: bool) -> tuple[float, bool, bool, bool]:
+        """Global gradient norm, is the loss finite, whether to stop, to save: one all-reduce, one wait for the device.
 
-        megatron-core's own norm costs the same wait. With the loss and the stop flag folded in, every rank decides alike
+        megatron-core's own norm costs the same wait. With the loss and the flags folded in, every rank decides alike
         on a step before any weight changes.
         """
         self.optimizer.prepare_grads()
         gradients = [g for part in self.optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
-        stats = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        stats = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
-            stats[0] = norms.double().square().sum() / self._gradient_copies
+            stats[0] = square_sum(gradients) / self._gradient_copies
         stats[1] = (~torch.isfinite(sums[LOSS])).sum()
-        stats[2] = float(stop_requested)
+        stats[2], stats[3] = float(stop_requested), float(save_requested)
         torch.distributed.all_reduce(stats)
-        square, not_finite, stop = stats.tolist()
-        return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0
+        square, not_finite, stop, save = stats.tolist()
+        return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0, save > 0
 
     @torch.no_grad()
     def _clip(self, norm: float) -> None:

@@ -63,10 +63,14 @@ def differences(left: str, right: str) -> tuple[int, list[str]]:
 
 
 def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, int]]) -> int:
-    """Train; rank r gets each signal (r, when, number), `when` being "step N" (while it reads data) or "save"."""
+    """Train; rank r gets each signal (r, when, number).
+
+    `when` is "step N" (while it reads data), "batch N" (of all evaluations, before it) or "save".
+    """
     from megatron_synth.cli import main as cli
     from megatron_synth.train.checkpoint.writer import CheckpointWriter
     from megatron_synth.train.loop import Trainer
+    from megatron_synth.train.step import Pipeline
 
     def send(when: str) -> None:
         for target, moment, number in signals:
@@ -86,8 +90,57 @@ def train_with_signals(arguments: list[str], signals: Sequence[tuple[int, str, i
         send("save")
         begin(*args)
 
+    evaluated = 0
+    forward = Pipeline.forward
+
+    def forward_with_signal(self: Any, *args: Any, backward: bool) -> Any:
+        nonlocal evaluated
+        if not backward:
+            evaluated += 1
+            send(f"batch {evaluated}")
+        return forward(self, *args, backward=backward)
+
+    Pipeline.forward = forward_with_signal  # type: ignore[assignment, method-assign]
     Trainer._batches = batches_with_signal  # type: ignore[assignment, method-assign]
     CheckpointWriter.begin = begin_with_signal  # type: ignore[assignment, method-assign]
+    return cli.main(arguments)
+
+
+def train_stopped_while_joining(arguments: list[str], port: int) -> int:
+    """Train as rank 1 of 2, whose other rank never comes; asked to stop once the main thread waits for it in compiled code."""
+    import sys
+    import threading
+    import time
+
+    from megatron_synth.cli import main as cli
+
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main = threading.main_thread().ident
+
+    def ask() -> None:
+        while "rendezvous.py" not in sys._current_frames()[main or 0].f_code.co_filename:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return cli.main(arguments)
+
+
+def train_with_broken_evaluation(arguments: list[str], target: int, how: str) -> int:
+    """Train; rank `target` fails in its first evaluation: "error", what a damaged shard raises, or "kill"."""
+    from megatron_synth.cli import main as cli
+    from megatron_synth.config.errors import RankError
+    from megatron_synth.train import evaluate
+
+    def broken(*args: Any) -> Any:
+        if rank() == target:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RankError("val/shard-00000.bin, block 0: altered")
+        return domain(*args)
+
+    domain = evaluate._domain
+    evaluate._domain = broken
     return cli.main(arguments)
 
 

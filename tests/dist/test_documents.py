@@ -18,7 +18,16 @@ from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
 from tests.dist.test_huggingface import load_llama
-from tests.support import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, assert_same_losses, read_ledger, read_metrics, rewound
+from tests.support import (
+    LAYOUTS,
+    SEQUENCE_LENGTH,
+    VOCAB_SIZE,
+    assert_same_losses,
+    read_ledger,
+    read_metrics,
+    rewound,
+    write_source,
+)
 
 MASKS = ("data.document_masks=true", "data.eod_mask_loss=true")
 STEPS = 5
@@ -69,6 +78,21 @@ def test_every_layout_is_the_same_run(layout: str, trained: Callable[..., Run]) 
     reference, run = trained("single", *MASKS), trained(layout, *MASKS)
     assert_same_losses(run.records, reference.records, 1e-5)
     assert run.ledger == reference.ledger
+
+
+@pytest.mark.parametrize("layout", ["single", "dp2"])
+def test_a_mean_over_nothing_is_none(layout: str, train: Train, tmp_path: Path) -> None:
+    """Documents of one token have no label; the weights stay as they are, but for their decay."""
+    write_source(tmp_path / "ones", 3, 600, longest=1)
+    ones = [f"data.sources.{name}.path={tmp_path / 'ones'}" for name in ("web", "qa")]
+    ones += [f"data.validation.{name}.path={tmp_path / 'ones'}" for name in ("val",)]
+    (first, *_) = train(tmp_path / "run", layout, *ones, *MASKS, "train.steps=3", "data.validation.val2=null")
+    for record in read_metrics(tmp_path / "run"):
+        assert record["train/loss"] is None and record["optim/grad_norm"] == 0.0 and "train/loss/web" not in record
+    last = read_metrics(tmp_path / "run")[-1]
+    assert (last["eval/loss"], last["eval/loss/val"], last["eval/tokens/val"]) == (None, None, 0) and "eval/bpb" not in last
+    assert "loss n/a" in first.stdout and "eval step 3 | val n/a | mean n/a" in first.stdout
+    assert "no label counts" in first.stdout and "no label counts" in (tmp_path / "run" / "events.log").read_text()
 
 
 def test_resuming_is_bit_equal(trained: Callable[..., Run], train: Train, tmp_path: Path) -> None:

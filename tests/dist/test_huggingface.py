@@ -56,8 +56,11 @@ def test_logits_of_a_trained_checkpoint(
     torch.testing.assert_close(torch.from_numpy(ours.value), theirs, rtol=0, atol=1e-4)
 
 
-def train_llama(model: Any, config: Config) -> list[float]:
-    """The losses of plain AdamW steps on the run's own batches, in the plainest way."""
+def train_llama(model: Any, config: Config, changed: Config | None = None) -> list[float]:
+    """The losses of plain AdamW steps on the run's own batches, in the plainest way.
+
+    changed: whose optimizer it is from the middle on.
+    """
     data = open_data(config)
     train, optim = config.train, config.optim
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -77,6 +80,8 @@ def train_llama(model: Any, config: Config) -> list[float]:
     )
     losses = []
     for step in range(STEPS):
+        if changed is not None and step == STEPS // 2:
+            optim = changed.optim
         (batch,) = loader.micro_batches(step * train.global_batch_size, train.global_batch_size)
         tokens = torch.from_numpy(batch.tokens)
         logits = model(tokens[:, :-1]).logits
@@ -86,6 +91,7 @@ def train_llama(model: Any, config: Config) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, optim, train.steps)
+            group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -102,6 +108,22 @@ def test_ten_steps_of_adamw(ranks: RankPool, trained: Callable[..., Run], config
     expected = train_llama(load_llama(tmp_path / "hf"), load_file(Config, config, settings))
     assert [record[metrics.LOSS] for record in records] == pytest.approx(expected, abs=1e-4, rel=0)
     assert expected[-1] < expected[0] - 0.05
+
+
+def test_an_optimizer_changed_at_a_resume(ranks: RankPool, train: Train, config: Path, tmp_path: Path) -> None:
+    """betas, eps and clipping are those of the configuration from the first step on, not those of the checkpoint."""
+    constant = ("optim.schedule=constant", "optim.warmup_steps=0")
+    new = ("optim.beta1=0.3", "optim.beta2=0.6", "optim.eps=1e-3", "optim.lr=2e-3", "optim.clip_grad=1.0")
+    ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), list(constant), str(tmp_path / "hf"))
+    train(tmp_path / "run", "dp2", *constant, f"train.steps={STEPS // 2}")
+    results = train(tmp_path / "run", "dp2", *constant, *new, f"train.steps={STEPS}")
+    found = [record[metrics.LOSS] for record in read_metrics(tmp_path / "run")]
+    before, after = load_file(Config, config, constant), load_file(Config, config, (*constant, *new))
+    expected = train_llama(load_llama(tmp_path / "hf"), before, after)
+    unchanged = train_llama(load_llama(tmp_path / "hf"), before)
+    assert found == pytest.approx(expected, abs=1e-4, rel=0)
+    assert abs(expected[-1] - unchanged[-1]) > 0.01
+    assert "changed: optim.beta1: 0.9 -> 0.3" in results[0].stdout
 
 
 def test_from_hf_starts_any_layout(ranks: RankPool, train: Train, config: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,20 +163,92 @@ def test_a_signal_stops_with_a_checkpoint(
     run_id = _run_id(run)
     train(run, layout)
     reference = trained(layout)
-    records = read_metrics(run)
-    if stops_at == HALF:  # the evaluation gave way to the stop
-        assert not any(name.startswith("eval/") for name in records[HALF - 1])
-        records[HALF - 1] |= {k: v for k, v in reference.records[HALF - 1].items() if k.startswith("eval/")}
-    assert_same_losses(records, reference.records, 0)
+    # at HALF the evaluation gave way to the stop: it is made when the run goes on
+    assert_same_losses(read_metrics(run), reference.records, 0)
     assert _run_id(run) == run_id
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
 
 
-def test_a_signal_in_the_last_step_is_too_late(ranks: RankPool, config: Path, tmp_path: Path) -> None:
-    arguments = _arguments(config, tmp_path / "run", "single", "train.steps=3")
+@pytest.mark.parametrize(("layout", "batch", "stops_at"), [("single", 2, HALF), ("dp2", 1, HALF), ("tp2pp2", 2, STEPS)])
+def test_a_signal_in_an_evaluation_waits_for_a_batch(
+    layout: str,
+    batch: int,
+    stops_at: int,
+    ranks: RankPool,
+    config: Path,
+    trained: Callable[..., Run],
+    train: Train,
+    tmp_path: Path,
+) -> None:
+    run, world_size = tmp_path / "run", LAYOUTS[layout][0]
+    settings = () if stops_at == HALF else (f"eval.interval={STEPS}", "checkpoint.interval=null")
+    signals = [(world_size - 1, f"batch {batch}", int(signal.SIGTERM))]
+    results = ranks.run(world_size, "tests.dist.jobs.train_with_signals", _arguments(config, run, layout, *settings), signals)
+    assert [result.value for result in results] == [75] * world_size
+    assert f"at step {stops_at}; saved, the same command resumes" in results[0].stdout
+    assert checkpoint_names(run) == [f"step_{stops_at:08d}"]
+    records = read_metrics(run)
+    assert len(records) == stops_at and not any(name.startswith("eval/") for name in records[-1])
+    again = train(run, layout)
+    assert again[0].stdout.count(f"eval step {stops_at}") == 1
+    reference = [dict(record) for record in trained(layout).records]
+    if stops_at == STEPS:
+        reference[HALF - 1] = {name: value for name, value in reference[HALF - 1].items() if not name.startswith("eval/")}
+    assert_same_losses(read_metrics(run), reference, 0)
+
+
+@pytest.mark.parametrize(("layout", "how"), [("single", "error"), ("dp2", "kill")])
+def test_what_fails_after_the_last_step_costs_no_step(
+    layout: str, how: str, ranks: RankPool, config: Path, trained: Callable[..., Run], train: Train, tmp_path: Path
+) -> None:
+    run, world_size = tmp_path / "run", LAYOUTS[layout][0]
+    arguments = _arguments(config, run, layout, "checkpoint.interval=null", "eval.interval=null")
+    if how == "error":
+        (result,) = ranks.run(1, "tests.dist.jobs.train_with_broken_evaluation", arguments, 0, how)
+        assert result.value == 2 and "altered" in result.stderr
+    else:
+        with pytest.raises(RanksFailed):
+            ranks.run(world_size, "tests.dist.jobs.train_with_broken_evaluation", arguments, 1, how)
+    assert checkpoint_names(run) == [LAST] and len(read_metrics(run)) == STEPS
+    train(run, layout, "checkpoint.interval=null", "eval.interval=null")
+    last, reference = read_metrics(run)[-1:], trained(layout).records[-1:]
+    assert_same_losses(last, reference, 0)
+
+
+def test_saves_by_time(train: Train, tmp_path: Path) -> None:
+    settings = ("checkpoint.interval=null", "checkpoint.keep_last=9", "train.steps=4", "checkpoint.async_save=false")
+    train(tmp_path / "often", "dp2", *settings, "checkpoint.interval_s=1e-9")
+    assert checkpoint_names(tmp_path / "often") == [f"step_{step:08d}" for step in range(1, 5)]
+    train(tmp_path / "never", "single", *settings, "checkpoint.interval_s=null")
+    assert checkpoint_names(tmp_path / "never") == ["step_00000004"]
+
+
+def test_a_signal_while_the_ranks_join(ranks: RankPool, config: Path, tmp_path: Path) -> None:
+    with socket.socket() as nobody:  # takes the connection and never answers
+        nobody.bind(("127.0.0.1", 0))
+        nobody.listen()
+        arguments = _arguments(config, tmp_path / "run", "dp2")
+        with pytest.raises(RanksFailed) as caught:
+            ranks.run(1, "tests.dist.jobs.train_stopped_while_joining", arguments, nobody.getsockname()[1], timeout=60)
+    assert caught.value.exit_codes == {0: 75}, caught.value
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_signal_in_the_last_step_leaves_the_evaluation(
+    evaluates: bool, ranks: RankPool, config: Path, tmp_path: Path
+) -> None:
+    """Where there is none, the run is done."""
+    run, settings = tmp_path / "run", ["train.steps=3", *([] if evaluates else ["data.validation=null", "eval.interval=null"])]
+    arguments = _arguments(config, run, "single", *settings)
     (result,) = ranks.run(1, "tests.dist.jobs.train_with_signals", arguments, [(0, "step 3", signal.SIGUSR1)])
-    assert result.value == 0 and "done at step 3" in result.stdout
-    assert checkpoint_names(tmp_path / "run") == ["step_00000003"]
+    assert result.value == (75 if evaluates else 0)
+    assert ("stopped on request (SIGUSR1) at step 3" if evaluates else "done at step 3") in result.stdout
+    assert checkpoint_names(run) == ["step_00000003"]
+    if evaluates:
+        (again,) = ranks.run(1, "megatron_synth.cli.main.main", arguments)
+        assert again.value == 0 and "eval step 3" in again.stdout and "done at step 3" in again.stdout
+        assert len(read_metrics(run)) == 3 and "eval/loss/val" in read_metrics(run)[-1]
 
 
 # ---- which checkpoints there are
@@ -312,7 +385,7 @@ def test_init_from_takes_the_weights_alone(
     assert (first["step"], first["data/tokens"]) == (1, source.records[0]["data/tokens"])
     assert _run_id(run) != _run_id(source.path)
     evaluated: dict[str, Any] = {k: v for k, v in source.records[-1].items() if k.startswith("eval/")}
-    assert len(evaluated) >= 6
+    assert len(evaluated) == 5  # of both domains loss and labels, and the mean
     for name, value in evaluated.items():
         assert math.isclose(last[name], value, rel_tol=rtol), name
 

@@ -43,6 +43,11 @@ class RunData:
     """Tokens of a sample."""
     windows_per_sequence: int
 
+    @property
+    def contents(self) -> dict[str, str | int]:
+        """What names the content of each source: its manifest's digest, or the tokens of a bare shard pair."""
+        return {source.name: _content(source) for source in self.sources}
+
     def prefix_digest(self, samples: int) -> str:
         """Of all that decides which tokens the first `samples` samples hold.
 

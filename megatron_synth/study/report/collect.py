@@ -102,7 +102,7 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
 
 
 def _row(study: Study, run: Run, result: Mapping[str, Any]) -> Row:
-    absent = [name for name in study.validation if name not in result["loss"]]
+    absent = [name for name in study.validation if result["loss"].get(name) is None]  # null: no label of it counted
     if absent:
         raise UserError(f"{result['run']}: result.json has no loss of domain {', '.join(absent)}")
     others: dict[str, float] = {}

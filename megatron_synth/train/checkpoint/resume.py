@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_synth.core.log import say
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
+from megatron_synth.train.changes import mixture_differences
 from megatron_synth.train.checkpoint import files
 from megatron_synth.train.checkpoint.sharding import (
     collect_tensors,
@@ -60,6 +61,8 @@ class TrainerState:
     config: dict[str, Any]
     prefix_digest: str = ""
     """Digest of the samples consumed alone: a mixture that changes only later has the same."""
+    contents: dict[str, Any] = field(default_factory=dict)
+    """What names the content of each source; empty from versions that did not keep it."""
     format: int = 1
     """Of the checkpoint's files; 2 has a manifest."""
 
@@ -164,12 +167,12 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
                 f"{checkpoint}: {key} was {old} and is now {new}; a run cannot change it. Set {key}={old}, or {elsewhere}"
             )
     if saved.plan_digest != data.digest and saved.prefix_digest != data.prefix_digest(saved.samples):
+        differences = mixture_differences(saved.config, saved.contents, config, data.contents)
+        what = "; ".join(differences) or "the prepared data of a source is another"
         raise UserError(
-            f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of "
-            f"(sources, ratios, their prepared data, data seed or sequence length; digest {saved.plan_digest} -> "
-            f"{data.digest}). Restore the data section of config.yaml in the run directory; to change the mixture from here "
-            f"on, add a phase to data.phases that begins at {saved.samples * data.window_length} tokens or later; or "
-            f"{elsewhere}"
+            f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of: {what}. "
+            "Restore that (config.yaml in the run directory has the settings); to change the mixture from here on, add a phase "
+            f"to data.phases that begins at {saved.samples * data.window_length} tokens or later; or {elsewhere}"
         )
 
 

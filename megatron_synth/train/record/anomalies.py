@@ -37,6 +37,10 @@ class Notes:
     def step(self, record: metrics.Record, rows: Mapping[str, int], end: int) -> None:
         """Look at a step. rows: its samples by source. end: samples consumed after it."""
         loss, norm = record[metrics.LOSS], record[metrics.GRAD_NORM]
+        if loss is None:
+            what = "no label counts (data.eod_mask_loss): the loss is a mean over nothing, and there is no gradient"
+            self._note(record, what, rows, end)
+            return
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._note(record, f"not finite, skipped: loss {loss:.4g}, gradient norm {norm:.4g}", rows, end)
             return

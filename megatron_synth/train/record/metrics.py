@@ -1,9 +1,9 @@
 """The record of a step: its names, metrics.jsonl, and the console line.
 
 One step is one dict with the key `step` and the names below; the same dict goes to metrics.jsonl (the truth), the
-console and the tracker. Units: losses in nats per token, `eval/bpb` in bits per byte, `perf/mfu` a fraction of the
-dense BF16 peak (None where the peak is unknown), `perf/data_pct` in percent, `mem/peak_gib` in GiB, `perf/step_s` in
-seconds, `data/tokens` trained tokens since step 0.
+console and the tracker. Units: losses in nats per token (None for a mean over nothing: no label counted), `eval/bpb` in bits
+per byte, `perf/mfu` a fraction of the dense BF16 peak (None where the peak is unknown), `perf/data_pct` in percent,
+`mem/peak_gib` in GiB, `perf/step_s` in seconds, `data/tokens` trained tokens since step 0.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,47 @@ class MetricsFile:
         """Bytes up to the end of the last line that is whole."""
         return self.path.read_bytes().rfind(b"\n") + 1
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the records of steps beyond `step`, and a torn last line; returns how many records were dropped.
+    def replace_last(self, record: Record) -> None:
+        """Write `record`, which has grown, in the place of the last line, which is of the same step.
+
+        Raises:
+            OSError: the line stayed as it was.
+        """
+        with open(self.path, "r+b", buffering=0) as file:
+            size, step = file.seek(0, os.SEEK_END), 4096
+            while True:
+                file.seek(max(0, size - step))
+                tail = file.read(size)
+                if tail.count(b"\n") > 1 or step >= size:
+                    break
+                step *= 2
+            old = tail.splitlines(keepends=True)[-1]
+            assert decode(old)[STEP] == record[STEP], f"{self.path}: the last line is not of step {record[STEP]}"
+            begin = size - len(old)
+            try:
+                self._overwrite(file, begin, (encode(record) + "\n").encode())
+            except OSError:
+                self._overwrite(file, begin, old)
+                raise
+
+    @staticmethod
+    def _overwrite(file: FileIO, begin: int, content: bytes) -> None:
+        file.seek(begin)
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) :]
+        file.truncate(begin + len(content))
+
+    def truncate_after(self, step: int) -> list[Record]:
+        """Drop the records of steps beyond `step`, and a torn last line; returns those that stay.
 
         Call it before the first append of a resumed run: the steps after the checkpoint will be run again.
         """
         if not self.path.exists():
-            return 0
-        records = read_metrics(self.path)
-        kept = [record for record in records if record[STEP] <= step]
+            return []
+        kept = [record for record in read_metrics(self.path) if record[STEP] <= step]
         write_atomic(self.path, "".join(encode(record) + "\n" for record in kept))
-        return len(records) - len(kept)
+        return kept
 
 
 # ---- mean step time and time left
@@ -210,8 +241,9 @@ def format_step(
     part(LOSS, "loss {}", "{:.4f}".format)
     part(GRAD_NORM, "gnorm {}", "{:.2f}".format)
     part(LR, "lr {}", scientific)
-    part(TOKENS_PER_SEC, "{} tok/s/gpu", human)
-    part(TFLOPS, "{} TFLOP/s/gpu", _tflops)
+    unit = "rank" if memory_total_gib is None else "gpu"
+    part(TOKENS_PER_SEC, f"{{}} tok/s/{unit}", human)
+    part(TFLOPS, f"{{}} TFLOP/s/{unit}", _tflops)
     part(MFU, "mfu {}", show_mfu)
     total = "" if memory_total_gib is None else f"/{gib(memory_total_gib * GIB)}"
     part(PEAK_GIB, "mem {} GiB", lambda peak: gib(peak * GIB) + total)
@@ -226,12 +258,16 @@ def format_step(
 def format_eval(record: Mapping[str, Any]) -> str:
     """The log line of an evaluation: loss by domain, their mean by tokens, and bits per byte where they are known."""
     domains = parts(record, EVAL_DOMAIN_LOSS)
-    shown = [f"eval step {record[STEP]}", *(f"{domain} {loss:.2f}" for domain, loss in domains.items())]
+    shown = [f"eval step {record[STEP]}", *(f"{domain} {_loss(loss)}" for domain, loss in domains.items())]
     if EVAL_LOSS in record:
-        shown.append(f"mean {record[EVAL_LOSS]:.2f}")
+        shown.append(f"mean {_loss(record[EVAL_LOSS])}")
     if record.get(EVAL_BPB) is not None:
         shown.append(f"bpb {record[EVAL_BPB]:.2f}")
     return " | ".join(shown)
+
+
+def _loss(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
 
 
 def has_eval(record: Mapping[str, Any]) -> bool:

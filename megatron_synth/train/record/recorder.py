@@ -60,6 +60,8 @@ class Recorder:
         self._times = metrics.RunningWindow()
         self._pending: list[tuple[metrics.Record, torch.Tensor]] = []
         self._held: list[metrics.Record] = []
+        self._newest: metrics.Record | None = None
+        self._unamended: metrics.Record | None = None
         self._ends: list[int] = []
         self._own_s: list[float] = []
         self._first_step = step
@@ -70,7 +72,16 @@ class Recorder:
     def start(self) -> None:
         """Begin writing after the step that the run is at."""
         if self._ranks.rank == 0:
-            self._file.truncate_after(self._first_step)
+            kept = self._file.truncate_after(self._first_step)
+            if kept and kept[-1][metrics.STEP] == self._first_step:
+                self._newest = kept[-1]
+            if self._tracker is not None:
+                self._tracker.replay(kept)
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """The newest record is known and tells of no evaluation. Rank 0."""
+        return self._newest is not None and not metrics.has_eval(self._newest)
 
     @property
     def in_trouble(self) -> bool:
@@ -141,23 +152,36 @@ class Recorder:
         Raises:
             RankError: metrics.jsonl could not be written.
         """
-        if self._held:
-            first, last = (self._held[place][metrics.STEP] for place in (0, -1))
+        left = [*filter(None, [self._unamended]), *self._held]
+        if left:
+            first, last = (left[place][metrics.STEP] for place in (0, -1))
             raise RankError(
                 f"{self._file.path}: the records of steps {first} to {last} could not be written; the checkpoint is complete. "
                 "Make room; remove the last checkpoint and start the same command again to make them again"
             )
 
     def include(self, result: Mapping[str, Any]) -> None:
-        """Add to the record of the newest step, such as the evaluation that followed it."""
+        """Add to the record of the newest step, which is not flushed yet."""
         self._pending[-1][0].update(result)
+
+    def amend(self, result: Mapping[str, Any]) -> None:
+        """Add the evaluation that followed it to the record of the newest step, which is flushed. Called by all ranks."""
+        assert not self._pending
+        if self._ranks.rank != 0:
+            return
+        assert self._newest is not None
+        self._newest.update(result)
+        if not any(record is self._newest for record in self._held):  # else it is written with these
+            self._unamended = self._newest
+        self._write([])
+        if self._tracker is not None:
+            self._tracker.log(result, self._newest[metrics.STEP])
+        say(metrics.format_eval({metrics.STEP: self._newest[metrics.STEP], **result}))
 
     def _show(self, record: metrics.Record) -> None:
         total = self._config.train.steps
         left = self._times.eta_s(total - record[metrics.STEP])
         say(metrics.format_step(record, total, eta_s=left, memory_total_gib=self._memory_total))
-        if metrics.has_eval(record):
-            say(metrics.format_eval(record))
 
     def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float) -> None:
         """Fill in what the reduction brought, and count the samples in the ledger. sums: [4, K], see batch.py."""
@@ -165,9 +189,10 @@ class Recorder:
         expected = self._config.samples_per_step
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
         self._ledger.merge([int(count) for count in samples])
-        record[metrics.LOSS] = math.fsum(losses) / max(sum(labels), 1)
+        number = sum(labels)  # 0 where all are masked: a mean over nothing stays None
+        record[metrics.LOSS] = math.fsum(losses) / number if number else None
         if self._config.train.z_loss:
-            record[metrics.Z_LOSS] = math.fsum(sums[Z_LOSS]) / max(sum(labels), 1)
+            record[metrics.Z_LOSS] = math.fsum(sums[Z_LOSS]) / number if number else None
         for name, loss, count in zip(self._plan.names, losses, labels, strict=True):
             if count:
                 record[metrics.SOURCE_LOSS + name] = loss / count
@@ -182,11 +207,17 @@ class Recorder:
         if self._ranks.rank != 0:
             return
         self._held += records
+        if records:
+            self._newest = records[-1]
         try:
+            if self._unamended is not None:
+                self._file.replace_last(self._unamended)
+                self._unamended = None
             self._file.append(self._held)
             self._held = []
         except OSError as error:
-            say(f"warning: {self._file.path}: {error}; {len(self._held)} records wait in memory until it can be written")
+            waiting = len(self._held) + (self._unamended is not None)
+            say(f"warning: {self._file.path}: {error}; {waiting} records wait in memory until it can be written")
         if self._tracker is not None:
             for record in records:
                 self._tracker.log(record, record[metrics.STEP])

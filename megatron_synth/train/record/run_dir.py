@@ -31,6 +31,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, to_yaml
 from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.log import say
 
 JOBS = "slurm"
 """Folder in a run directory with one folder for each job that was submitted for it (cluster/)."""
@@ -132,8 +133,11 @@ class RunDir:
         write_json(path / "run.json", run.info)  # first: it is what makes the folder a run
         run.checkpoints.mkdir(exist_ok=True)
         run.event(f"start {len(starts)} of run {run.id}: {layout}, {world_size} ranks, {found['device']}")
-        for change in [*changes, *run._replace_config(config)]:
+        for change in changes:
             run.event(f"changed: {change}")
+        for change in run._replace_config(config):
+            run.event(f"changed: {change}")
+            say(f"changed: {change}")
         return run
 
     @staticmethod

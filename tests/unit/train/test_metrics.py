@@ -60,11 +60,11 @@ def test_non_finite_numbers_are_valid_json_and_not_lost() -> None:
 def test_resume_drops_later_steps_then_goes_on(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m")
     file.append(records(1, 12))
-    assert file.truncate_after(10) == 2
+    assert len(file.truncate_after(10)) == 10
     file.append(records(11, 15))
     assert read_metrics(tmp_path / "m") == records(1, 15)
-    assert MetricsFile(tmp_path / "m").truncate_after(15) == 0
-    assert MetricsFile(tmp_path / "absent").truncate_after(5) == 0 and not (tmp_path / "absent").exists()
+    assert len(MetricsFile(tmp_path / "m").truncate_after(15)) == 15
+    assert MetricsFile(tmp_path / "absent").truncate_after(5) == [] and not (tmp_path / "absent").exists()
 
 
 def test_every_possible_torn_end_is_survived(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_line_of_a_gpu() -> None:
 def test_the_line_of_a_cpu_with_a_skipped_step() -> None:
     record = FULL | {"train/loss": math.nan, "perf/mfu": None, "perf/tflops_per_gpu": 0.00412, "mem/peak_gib": 0.92}
     assert format_step(record | {"perf/tokens_per_sec_per_gpu": 871.6, "optim/skipped": 2}, 1000) == (
-        "step 120/1000 | loss nan | gnorm 0.81 | lr 3.00e-04 | 872 tok/s/gpu | 0.00412 TFLOP/s/gpu | mfu n/a "
+        "step 120/1000 | loss nan | gnorm 0.81 | lr 3.00e-04 | 872 tok/s/rank | 0.00412 TFLOP/s/rank | mfu n/a "
         "| mem 0.92 GiB | data 0.4% | step 1.27s | tokens 1.26e+08 | eta n/a | skipped 2"
     )
 
@@ -166,3 +166,36 @@ def test_the_first_steps_do_not_count_in_the_time_left() -> None:
         window.add(seconds)
         assert window.mean == mean
     assert window.eta_s(10) == 40.0 and window.eta_s(0) == 0.0
+
+
+@pytest.mark.parametrize("lines", [1, 3, 40])
+def test_the_last_record_can_grow(lines: int, tmp_path: Path) -> None:
+    """Also where the last line is longer than what is read at once from the end."""
+    file = MetricsFile(tmp_path / "m")
+    records = [{"step": step, "train/loss": 1.0 / step, "text": "x" * 3000} for step in range(1, lines + 1)]
+    file.append(records)
+    records[-1]["eval/loss"] = 2.0
+    file.replace_last(records[-1])
+    file.append([{"step": lines + 1}])
+    assert read_metrics(tmp_path / "m") == [*records, {"step": lines + 1}]
+
+
+def test_a_record_that_cannot_grow_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path / "m")
+    file.append([{"step": 1}, {"step": 2, "train/loss": 1.0}])
+    before = (tmp_path / "m").read_bytes()
+    overwrite = MetricsFile._overwrite
+    failed: list[bytes] = []
+
+    def full(target: Any, begin: int, content: bytes) -> None:
+        if not failed:
+            failed.append(content)
+            target.seek(begin)
+            target.write(content[: len(content) // 2])
+            raise OSError("no space left")
+        overwrite(target, begin, content)
+
+    monkeypatch.setattr(MetricsFile, "_overwrite", staticmethod(full))
+    with pytest.raises(OSError, match="no space left"):
+        file.replace_last({"step": 2, "train/loss": 1.0, "eval/loss": 2.0})
+    assert failed and (tmp_path / "m").read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import struct
 import subprocess
 import sys
@@ -137,3 +138,54 @@ def test_a_stop_on_request_is_a_preemption() -> None:
     Tracker(Run()).finish(EXIT_STOPPED)
     Tracker(Run()).finish(0)
     assert calls == [("mark_preempting", None), ("finish", 75), ("finish", 0)]
+
+
+def _killed_after(run_dir: Path, resumed_at: int, steps: list[int]) -> None:
+    """A start in a process of its own that logs `steps`, then is killed before it has closed its file."""
+    code = (
+        "import os, signal; from pathlib import Path; from megatron_synth.config.schema import WandbConfig\n"
+        "from megatron_synth.train.record.wandb import Tracker\n"
+        f"tracker = Tracker.start(WandbConfig(mode='offline'), Path({str(run_dir)!r}), '0a1b2c3d', {{}}, step={resumed_at})\n"
+        f"[tracker.log({{'step': step, 'train/loss': 1.0 / step}}, step) for step in {steps}]\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # wandb's own process is one per process tree: this start has one of its own, as after a kill
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_steps_before_a_kill_are_there_once(kills: int, tmp_path: Path) -> None:
+    """Killed at step 5 with a checkpoint at 3, then perhaps again at once: all steps are in the files, none of them twice."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    records = [{"step": step, "train/loss": 1.0 / step} for step in range(1, 8)]
+    _killed_after(run_dir, 0, [1, 2, 3, 4, 5])
+    for _ in range(kills - 1):
+        time.sleep(1.1)  # wandb names its folders by the second
+        _killed_after(run_dir, 3, [4])
+    time.sleep(1.1)
+    tracker = Tracker.start(OFFLINE, run_dir, "0a1b2c3d", {}, step=3)
+    tracker.replay(records[:3])
+    for record in records[3:5]:
+        tracker.log(record, record["step"])
+    tracker.finish(0)
+    time.sleep(1.1)
+    tracker = Tracker.start(OFFLINE, run_dir, "0a1b2c3d", {}, step=5)
+    tracker.replay(records[:5])
+    for record in records[5:]:
+        tracker.log(record, record["step"])
+    tracker.finish(0)
+    rows = [row for file in sorted(run_dir.glob("wandb/offline-run-*/run-0a1b2c3d.wandb")) for row in history(file)]
+    assert rows == records
+    assert len(list(run_dir.glob("wandb/unfinished-offline-run-*"))) == kills
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"folder": "../..", "after_step": 1, "whole": false}', '{"folder": 3}'])
+def test_a_damaged_note_moves_nothing(content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "wandb"
+    folder.mkdir(parents=True)
+    (folder / "start.json").write_text(content)
+    tracker = Tracker.start(OFFLINE, tmp_path / "run", "0a1b2c3d", {}, step=2)
+    tracker.finish(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not list(folder.glob("unfinished-*"))
