@@ -28,24 +28,14 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import human, say
-from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint import files, index
 from megatron_synth.train.checkpoint.files import FileInfo
+from megatron_synth.train.checkpoint.index import Entry
 from megatron_synth.train.checkpoint.sharding import LocalState, Piece
 
 _ALIGNMENT = 64
@@ -76,24 +66,10 @@ class SaveRequest:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where a piece or an object lies. size is None for an object."""
-
-    key: str
-    size: tuple[int, ...] | None
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    file: str
-    begin: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Report:
     """What a rank tells rank 0."""
 
-    entries: list[_Entry]
+    entries: list[Entry]
     files: dict[str, FileInfo]
     error: str | None = None
 
@@ -269,18 +245,18 @@ class CheckpointWriter:
                 ready.synchronize()
             folder.mkdir(parents=True, exist_ok=True)
             name = f"__{self._rank}_0.distcp"
-            entries: list[_Entry] = []
+            entries: list[Entry] = []
             with (folder / name).open("wb", buffering=0) as raw, _without_crc():
                 file = _HashedFile(raw)
                 for key, content in objects.items():
                     begin = file.tell()
                     file.write(content)
-                    entries.append(_Entry(key, None, (), (), None, name, begin, len(content)))
+                    entries.append(Entry(key, None, (), (), None, name, begin, len(content)))
                 for piece, tensor in zip(pieces, staged, strict=True):
                     begin = file.tell()
                     torch.save(tensor, file)  # type: ignore[arg-type]
                     length = file.tell() - begin
-                    entries.append(_Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
+                    entries.append(Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
                 os.fsync(raw.fileno())
             return _Report(entries, {name: FileInfo(file.tell(), file.digest())})
         except Exception as error:  # whatever it is, rank 0 waits for the word
@@ -293,8 +269,9 @@ class CheckpointWriter:
         written: dict[str, FileInfo] = {}
         for report in reports:
             written |= report.files
-        _write_index(folder, [entry for report in reports for entry in report.entries])
-        written[".metadata"] = FileInfo((folder / ".metadata").stat().st_size, files.hash_file(folder / ".metadata"))
+        index.write(folder, [entry for report in reports for entry in report.entries])
+        listed = folder / index.FILE
+        written[index.FILE] = FileInfo(listed.stat().st_size, files.hash_file(listed))
         content = io.BytesIO()
         torch.save(common, content)
         written["common.pt"] = files.write_hashed(folder / "common.pt", content.getvalue())
@@ -362,24 +339,3 @@ class _HashedFile(io.RawIOBase):
     def digest(self) -> str:
         """Of all that was written."""
         return self._digest.hexdigest()
-
-
-def _write_index(folder: Path, entries: list[_Entry]) -> None:
-    """.metadata: which piece lies where, in the format of torch.distributed.checkpoint."""
-    described: dict[str, Any] = {}
-    results = []
-    for entry in entries:
-        if entry.size is None:
-            index = MetadataIndex(entry.key)
-            described[entry.key] = BytesStorageMetadata()
-        else:
-            offset, shape = torch.Size(entry.offset), torch.Size(entry.shape)
-            index = MetadataIndex(entry.key, offset)
-            if entry.key not in described:
-                assert entry.dtype is not None
-                properties = TensorProperties(dtype=entry.dtype)
-                described[entry.key] = TensorStorageMetadata(properties, torch.Size(entry.size), [])
-            described[entry.key].chunks.append(ChunkStorageMetadata(offset, shape))
-        place = _StorageInfo(entry.file, entry.begin, entry.bytes)
-        results.append(WriteResult(index=index, size_in_bytes=entry.bytes, storage_data=place))
-    FileSystemWriter(folder).finish(Metadata(described, planner_data={}), [results])
