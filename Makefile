@@ -23,7 +23,7 @@ $(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/shards/nat
 
 quickstart: setup
 	$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
-	$(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
+	$(BIN)/python -m megatron_synth.cluster.agent --local --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
 	    --run-dir $(RUN) parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 	$(BIN)/megatron-synth eval $(RUN)
 	$(BIN)/megatron-synth report $(RUN)

@@ -1,11 +1,11 @@
 """Saving while training goes on: a copy to the host at the end of the step, files written by a thread.
 
     rank r      copy its pieces into a reused host buffer              <- all that training waits for
-    rank r      thread: write one file, flush it to the disk, tell the store what is in it
+    rank r      thread: write one file, flush it to the disk, tell rank 0 what is in it
     rank 0      thread: when all have told, write the index and the manifest, rename the folder, point `latest` to it
 
-A save needs no collective: ranks meet in the store of the process group, which is there anyway. If a rank cannot write, rank 0
-hears why, removes the folder, and what was there before stays. The next save begins when this one has ended.
+A save needs no collective: ranks leave each other messages (mailbox.py). If a rank cannot write, rank 0 hears why, removes the
+folder, and what was there before stays. The next save begins when this one has ended.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import io
 import json
 import mmap
 import os
-import pickle
 import shutil
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,11 +34,10 @@ from megatron_synth.core.log import human, say
 from megatron_synth.train.checkpoint import files, index
 from megatron_synth.train.checkpoint.files import FileInfo
 from megatron_synth.train.checkpoint.index import Entry
+from megatron_synth.train.checkpoint.mailbox import Mailbox
 from megatron_synth.train.checkpoint.sharding import LocalState, Piece
 
 _ALIGNMENT = 64
-_POLL_S = 0.01
-_LONGEST_POLL_S = 0.5
 
 
 class SaveFailed(UserError):
@@ -72,6 +69,29 @@ class _Report:
     entries: list[Entry]
     files: dict[str, FileInfo]
     error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        entries = [{**vars(entry), "dtype": entry.dtype and str(entry.dtype).removeprefix("torch.")} for entry in self.entries]
+        return {"entries": entries, "files": {name: vars(info) for name, info in self.files.items()}, "error": self.error}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> _Report:
+        """From what `to_json` gave."""
+        entries = [
+            Entry(
+                one["key"],
+                None if one["size"] is None else tuple(one["size"]),
+                tuple(one["offset"]),
+                tuple(one["shape"]),
+                None if one["dtype"] is None else getattr(torch, one["dtype"]),
+                one["file"],
+                one["begin"],
+                one["bytes"],
+            )
+            for one in value["entries"]
+        ]
+        return cls(entries, {name: FileInfo(**info) for name, info in value["files"].items()}, value["error"])
 
 
 class HostBuffer:
@@ -122,9 +142,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, attempt: str, device: torch.device):
         self._root, self._attempt, self._device = root, attempt, device
         self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = torch.distributed.distributed_c10d._get_default_store()
-        # a connection of its own: the thread must not wait for what the process group asks its store
-        self._store = torch.distributed.PrefixStore(f"checkpoint/{attempt}", store.clone())  # type: ignore[attr-defined]
+        self._mailbox = Mailbox(attempt)
         self._buffer = HostBuffer(device)
         self._thread: threading.Thread | None = None
         self._saves = 0
@@ -166,7 +184,7 @@ class CheckpointWriter:
         """
         self.join()
         if self._saves:
-            error = self._get(f"{self._saves}/end").decode()
+            error = str(self._mailbox.get(f"{self._saves}/end"))
             torch.distributed.barrier()  # rank 0 holds the store: it must not leave before all have read
             if error:
                 raise SaveFailed(error)
@@ -207,11 +225,11 @@ class CheckpointWriter:
         folder = self._root / f"{files.name_of(request.step)}.{self._attempt}{files.TEMPORARY}"
         report = self._write_own(folder, state.pieces, staged, state.objects, ready)
         if self._rank:
-            self._store.set(f"{number}/{self._rank}", zlib.compress(pickle.dumps(report), 1))  # type: ignore[arg-type]
+            self._mailbox.put(f"{number}/{self._rank}", report.to_json())
             return
         reports = [report]
         for rank in range(1, self._world_size):
-            reports.append(pickle.loads(zlib.decompress(self._get(f"{number}/{rank}"))))
+            reports.append(_Report.from_json(self._mailbox.get(f"{number}/{rank}")))
         errors = [f"rank {rank}: {one.error}" for rank, one in enumerate(reports) if one.error is not None]
         try:
             if errors:
@@ -223,18 +241,11 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
             text = self._explain(folder, request.step, error)
             request.failed(text)
-            self._store.set(f"{number}/end", text)
+            self._mailbox.put(f"{number}/end", text)
             return
         self._prune(request)
         request.committed(final)
-        self._store.set(f"{number}/end", "")
-
-    def _get(self, key: str) -> bytes:
-        pause = _POLL_S
-        while not self._store.check([key]):
-            time.sleep(pause)
-            pause = min(1.2 * pause, _LONGEST_POLL_S)
-        return bytes(self._store.get(key))
+        self._mailbox.put(f"{number}/end", "")
 
     def _write_own(
         self, folder: Path, pieces: list[Piece], staged: list[torch.Tensor], objects: dict[str, bytes], ready: Any
