@@ -90,7 +90,7 @@ quickstart: $(READY)
 	@$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
 	@echo "== 2 of 3: 120 steps with tensor and pipeline parallelism of 2 in four processes, then an evaluation by domain:" \
 	    "about two and a half minutes"
-	@$(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
+	@$(BIN)/python -m megatron_synth.cluster.agent --local --nproc-per-node 4 -m megatron_synth train configs/train/quickstart.yaml \
 	    --run-dir $(RUN) parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 	@echo "== 3 of 3: the report, 5 seconds"
 	@$(BIN)/megatron-synth report $(RUN)

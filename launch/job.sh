@@ -24,6 +24,9 @@ MASTER_ADDR=$(scontrol show node -o "$first_node" | grep -o 'NodeAddr=[^ ]*' | c
 # from where the kernel hands out ports
 MASTER_PORT=$((12000 + (SLURM_JOB_ID + 101 * RESTART) % 20000))
 export MASTER_ADDR MASTER_PORT
+# what ranks tell each other through the store on the first node is signed with it (train/checkpoint/mailbox.py)
+MEGATRON_SYNTH_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export MEGATRON_SYNTH_SECRET
 
 # here and not through srun where it can be: a step costs a second. HOST_RUNNER holds srun with the image, or apptainer
 verdict() {

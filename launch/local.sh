@@ -3,7 +3,7 @@
 #
 # torchrun by itself dies of SIGUSR1, and 30 s after SIGTERM it kills ranks that are still writing a checkpoint. Here both
 # signals, and Ctrl-C, reach the ranks, which save and exit, and they get SHUTDOWN_TIMEOUT seconds for it (default 600).
-# A second Ctrl-C ends them at once.
+# A second Ctrl-C ends them at once. Nothing listens on a network.
 # Exit code: 0 done, 2 wrong configuration or input, 75 stopped on request: the same command resumes.
 set -uo pipefail
 agent='' asked='' stopping=0 interrupts=0
@@ -36,7 +36,7 @@ if [ "$stopping" = 1 ]; then exit 75; fi
 if [ "$code" != 0 ]; then exit "$code"; fi
 # A session of its own: Ctrl-C in a terminal reaches this script alone. torchrun that gets a second signal while it waits for its
 # ranks leaves them behind.
-setsid torchrun --standalone --nproc-per-node "$ranks" \
+setsid python -m megatron_synth.cluster.agent --local --nproc-per-node "$ranks" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" \
   -m megatron_synth train "$@" &
 agent=$!

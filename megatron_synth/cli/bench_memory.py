@@ -61,7 +61,7 @@ def _launched(ranks: int, settings: tuple[str, ...]) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ranks.json"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher = ["-m", "megatron_synth.cluster.agent", "--local", "--nproc-per-node", str(ranks)]
         verb = ["-m", "megatron_synth", "bench", "memory", CONFIG, *settings, "--json", str(file)]
         done = subprocess.run([sys.executable, *launcher, *verb], capture_output=True, text=True)
         if done.returncode:

@@ -98,3 +98,31 @@ def test_the_launch_script_stops_and_resumes(config: Path, tmp_path: Path) -> No
     )
     assert again.returncode == 0, again.stderr
     assert [record["step"] for record in read_metrics(run)] == list(range(1, stopped + 3))
+
+
+_LISTENING = """
+import os, pathlib, sys, torch
+torch.distributed.init_process_group("gloo")
+open_now = set()
+for pid in (os.getpid(), os.getppid()):
+    for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            open_now.add(os.readlink(link))
+        except OSError:
+            continue
+for table in ("tcp", "tcp6"):
+    for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in open_now:
+            print("listens", fields[1].partition(":")[0])
+print("secret", len(os.environ["MEGATRON_SYNTH_SECRET"]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_nothing_listens_on_a_network_on_one_machine(tmp_path: Path) -> None:
+    (tmp_path / "look.py").write_text(_LISTENING)
+    result = _start("-m", "megatron_synth.cluster.agent", "--local", "--nproc-per-node", "1", str(tmp_path / "look.py"))
+    assert result.returncode == 0, result.stderr
+    assert {line for line in result.stdout.splitlines() if line.startswith("listens")} == {"listens 0100007F"}, result.stdout
+    assert "secret 64" in result.stdout

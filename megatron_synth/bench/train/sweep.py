@@ -125,7 +125,7 @@ def measure(config_path: str, settings: Sequence[str], point: Point, options: Se
         file = Path(folder) / "point.json"
         verb = ["-m", "megatron_synth", "bench", "train", config_path, *settings, *point.settings]
         if point.ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.ranks)]
+            launcher = ["-m", "megatron_synth.cluster.agent", "--local", "--nproc-per-node", str(point.ranks)]
             verb = [*launcher, *verb]
         command = [sys.executable, *verb, "--vs", "none", "--json", str(file), *options]
         began = time.perf_counter()

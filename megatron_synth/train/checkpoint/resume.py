@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
@@ -26,7 +23,7 @@ from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.train.changes import mixture_differences
-from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint import files, reading
 from megatron_synth.train.checkpoint.sharding import (
     collect_tensors,
     names_of,
@@ -228,16 +225,9 @@ def load(
         state["optimizer"] = sharded_optimizer(optimizer, dict(state), loading=True)
     else:  # weights from elsewhere come without TransformerEngine's extra state
         state = {name: {key: v for key, v in part.items() if not _is_extra(key)} for name, part in state.items()}
-    try:
-        if fp8_scales and any(map(recipe.is_state, dist_checkpointing.load_tensors_metadata(str(checkpoint)))):
-            state |= sharded_fp8(chunks)
-        with torch.no_grad():  # weights in FP8 are read through plain tensors, which would ask for gradients
-            loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{checkpoint}: cannot {what} from this checkpoint: {error}. If a file of it is damaged, which "
-            "`megatron-synth checkpoint verify` tells, remove the folder; the newest sound one before it is used then"
-        ) from error
+    if fp8_scales and any(map(recipe.is_state, reading.described(checkpoint))):
+        state |= sharded_fp8(chunks)
+    loaded = reading.load(state, checkpoint, what)
     parts = {name: loaded[name] for name in names_of(chunks)}
     for chunk, part in zip(chunks, parts.values(), strict=True):
         missing, unexpected = chunk.module.load_state_dict(part, strict=False)
@@ -268,9 +258,9 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
     Needs a process group of one rank.
     """
-    names = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    names = reading.described(checkpoint)
     wanted = {name: entry for name, entry in names.items() if not name.startswith("optimizer.") and not recipe.is_state(name)}
-    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    loaded = reading.load(wanted, checkpoint, "take weights", whole=False)
     weights: dict[str, torch.Tensor] = {}
     for name in wanted:
         if name.startswith(_LAYERS):

@@ -1,11 +1,11 @@
 """Saving while training goes on: a copy to the host at the end of the step, files written by a thread.
 
     rank r      copy its pieces into a reused host buffer              <- all that training waits for
-    rank r      thread: write one file, flush it to the disk, tell the store what is in it
+    rank r      thread: write one file, flush it to the disk, tell rank 0 what is in it
     rank 0      thread: when all have told, write the index and the manifest, rename the folder, point `latest` to it
 
-A save needs no collective: ranks meet in the store of the process group, which is there anyway. If a rank cannot write, rank 0
-hears why, removes the folder, and what was there before stays. The next save begins when this one has ended.
+A save needs no collective: ranks leave each other messages (mailbox.py). If a rank cannot write, rank 0 hears why, removes the
+folder, and what was there before stays. The next save begins when this one has ended.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import io
 import json
 import mmap
 import os
-import pickle
 import shutil
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,29 +26,18 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import human, say
-from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint import files, index
 from megatron_synth.train.checkpoint.files import FileInfo
+from megatron_synth.train.checkpoint.index import Entry
+from megatron_synth.train.checkpoint.mailbox import Mailbox
 from megatron_synth.train.checkpoint.sharding import LocalState, Piece
 
 _ALIGNMENT = 64
-_POLL_S = 0.01
-_LONGEST_POLL_S = 0.5
 
 
 class SaveFailed(UserError):
@@ -76,26 +63,35 @@ class SaveRequest:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where a piece or an object lies. size is None for an object."""
-
-    key: str
-    size: tuple[int, ...] | None
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    file: str
-    begin: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Report:
     """What a rank tells rank 0."""
 
-    entries: list[_Entry]
+    entries: list[Entry]
     files: dict[str, FileInfo]
     error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        entries = [{**vars(entry), "dtype": entry.dtype and str(entry.dtype).removeprefix("torch.")} for entry in self.entries]
+        return {"entries": entries, "files": {name: vars(info) for name, info in self.files.items()}, "error": self.error}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> _Report:
+        """From what `to_json` gave."""
+        entries = [
+            Entry(
+                one["key"],
+                None if one["size"] is None else tuple(one["size"]),
+                tuple(one["offset"]),
+                tuple(one["shape"]),
+                None if one["dtype"] is None else getattr(torch, one["dtype"]),
+                one["file"],
+                one["begin"],
+                one["bytes"],
+            )
+            for one in value["entries"]
+        ]
+        return cls(entries, {name: FileInfo(**info) for name, info in value["files"].items()}, value["error"])
 
 
 class HostBuffer:
@@ -146,9 +142,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, attempt: str, device: torch.device):
         self._root, self._attempt, self._device = root, attempt, device
         self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = torch.distributed.distributed_c10d._get_default_store()
-        # a connection of its own: the thread must not wait for what the process group asks its store
-        self._store = torch.distributed.PrefixStore(f"checkpoint/{attempt}", store.clone())  # type: ignore[attr-defined]
+        self._mailbox = Mailbox(attempt)
         self._buffer = HostBuffer(device)
         self._thread: threading.Thread | None = None
         self._saves = 0
@@ -190,7 +184,7 @@ class CheckpointWriter:
         """
         self.join()
         if self._saves:
-            error = self._get(f"{self._saves}/end").decode()
+            error = str(self._mailbox.get(f"{self._saves}/end"))
             torch.distributed.barrier()  # rank 0 holds the store: it must not leave before all have read
             if error:
                 raise SaveFailed(error)
@@ -231,11 +225,11 @@ class CheckpointWriter:
         folder = self._root / f"{files.name_of(request.step)}.{self._attempt}{files.TEMPORARY}"
         report = self._write_own(folder, state.pieces, staged, state.objects, ready)
         if self._rank:
-            self._store.set(f"{number}/{self._rank}", zlib.compress(pickle.dumps(report), 1))  # type: ignore[arg-type]
+            self._mailbox.put(f"{number}/{self._rank}", report.to_json())
             return
         reports = [report]
         for rank in range(1, self._world_size):
-            reports.append(pickle.loads(zlib.decompress(self._get(f"{number}/{rank}"))))
+            reports.append(_Report.from_json(self._mailbox.get(f"{number}/{rank}")))
         errors = [f"rank {rank}: {one.error}" for rank, one in enumerate(reports) if one.error is not None]
         try:
             if errors:
@@ -247,18 +241,11 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
             text = self._explain(folder, request.step, error)
             request.failed(text)
-            self._store.set(f"{number}/end", text)
+            self._mailbox.put(f"{number}/end", text)
             return
         self._prune(request)
         request.committed(final)
-        self._store.set(f"{number}/end", "")
-
-    def _get(self, key: str) -> bytes:
-        pause = _POLL_S
-        while not self._store.check([key]):
-            time.sleep(pause)
-            pause = min(1.2 * pause, _LONGEST_POLL_S)
-        return bytes(self._store.get(key))
+        self._mailbox.put(f"{number}/end", "")
 
     def _write_own(
         self, folder: Path, pieces: list[Piece], staged: list[torch.Tensor], objects: dict[str, bytes], ready: Any
@@ -269,18 +256,18 @@ class CheckpointWriter:
                 ready.synchronize()
             folder.mkdir(parents=True, exist_ok=True)
             name = f"__{self._rank}_0.distcp"
-            entries: list[_Entry] = []
+            entries: list[Entry] = []
             with (folder / name).open("wb", buffering=0) as raw, _without_crc():
                 file = _HashedFile(raw)
                 for key, content in objects.items():
                     begin = file.tell()
                     file.write(content)
-                    entries.append(_Entry(key, None, (), (), None, name, begin, len(content)))
+                    entries.append(Entry(key, None, (), (), None, name, begin, len(content)))
                 for piece, tensor in zip(pieces, staged, strict=True):
                     begin = file.tell()
                     torch.save(tensor, file)  # type: ignore[arg-type]
                     length = file.tell() - begin
-                    entries.append(_Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
+                    entries.append(Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
                 os.fsync(raw.fileno())
             return _Report(entries, {name: FileInfo(file.tell(), file.digest())})
         except Exception as error:  # whatever it is, rank 0 waits for the word
@@ -293,8 +280,9 @@ class CheckpointWriter:
         written: dict[str, FileInfo] = {}
         for report in reports:
             written |= report.files
-        _write_index(folder, [entry for report in reports for entry in report.entries])
-        written[".metadata"] = FileInfo((folder / ".metadata").stat().st_size, files.hash_file(folder / ".metadata"))
+        index.write(folder, [entry for report in reports for entry in report.entries])
+        listed = folder / index.FILE
+        written[index.FILE] = FileInfo(listed.stat().st_size, files.hash_file(listed))
         content = io.BytesIO()
         torch.save(common, content)
         written["common.pt"] = files.write_hashed(folder / "common.pt", content.getvalue())
@@ -362,24 +350,3 @@ class _HashedFile(io.RawIOBase):
     def digest(self) -> str:
         """Of all that was written."""
         return self._digest.hexdigest()
-
-
-def _write_index(folder: Path, entries: list[_Entry]) -> None:
-    """.metadata: which piece lies where, in the format of torch.distributed.checkpoint."""
-    described: dict[str, Any] = {}
-    results = []
-    for entry in entries:
-        if entry.size is None:
-            index = MetadataIndex(entry.key)
-            described[entry.key] = BytesStorageMetadata()
-        else:
-            offset, shape = torch.Size(entry.offset), torch.Size(entry.shape)
-            index = MetadataIndex(entry.key, offset)
-            if entry.key not in described:
-                assert entry.dtype is not None
-                properties = TensorProperties(dtype=entry.dtype)
-                described[entry.key] = TensorStorageMetadata(properties, torch.Size(entry.size), [])
-            described[entry.key].chunks.append(ChunkStorageMetadata(offset, shape))
-        place = _StorageInfo(entry.file, entry.begin, entry.bytes)
-        results.append(WriteResult(index=index, size_in_bytes=entry.bytes, storage_data=place))
-    FileSystemWriter(folder).finish(Metadata(described, planner_data={}), [results])
