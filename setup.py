@@ -19,6 +19,7 @@ setup(
     package_dir={"megatron_synth_kernels": "kernels/megatron_synth_kernels", **FOLDERS},
     package_data={
         "megatron_synth": ["py.typed"],
+        "megatron_synth.data.preparing": ["builtin/*"],
         "megatron_synth.configs": ["**/*.yaml"],
         "megatron_synth.launch": ["*"],
     },

@@ -45,7 +45,7 @@ class PrepareSource(Section):
     hf: HubInput | None = None
     """A data set of the `datasets` library."""
     builtin: Literal["natural", "qa", "unseen"] | None = None
-    """Text of the running Python's standard library: for trying things out without any data."""
+    """Text of Python 3.11.7's standard library, which comes with the program: for trying things out without any data."""
     text_key: str = "text"
     """Field or column that holds the text (.jsonl, .parquet, hf)."""
     text_as: Literal["file", "line"] = "file"

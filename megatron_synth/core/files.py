@@ -29,6 +29,15 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Force the names of the files of a folder to disk: what was made, renamed or removed in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

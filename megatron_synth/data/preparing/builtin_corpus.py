@@ -1,175 +1,58 @@
-"""The built-in corpus: text of the running Python's standard library, read with `ast`, nothing imported, no network.
+"""The built-in corpus: for trying things out, with no network and the same text for everyone.
 
-It is for trying things out: a natural source, a synthetic one about the same matter, and a domain in neither.
+It is a natural source, a synthetic one about the same matter, and a domain in neither:
 
-natural  module sources, docstrings under their qualified names, and the topics of `help()`
+natural  module sources of Python's standard library, docstrings under their qualified names, and the topics of `help()`
 qa       questions and answers about the same modules, made from docstrings and signatures by rule
 unseen   sources and docstrings of `asyncio` and `email`, which the other two leave out
 
 A document's key is the module that it is about, so that a held-out module is held out of source text, docstrings and
-questions alike. The text depends on the Python version: compare runs on one version.
+questions alike. The text is that of Python 3.11.7; the file beside it, `builtin/NOTICE`, says under which license.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
-import platform
-import sysconfig
-import tokenize
+import json
+import lzma
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.preparing import builtin_questions
 
-UNSEEN = ("asyncio", "email")
-TOPICS = "pydoc_data.topics"
-# tests; packages that distributions split off; tables of characters; files about one installation
-SKIPPED = frozenset(
-    # fmt: off
-    [
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "tkinter",
-        "turtle",
-        "turtledemo",
-        "lib2to3",
-        "ensurepip",
-        "distutils",
-        "venv",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "encodings",
-        "msilib",
-        "pydoc_data",
-        "sitecustomize",
-        "usercustomize",
-    ]
-    # fmt: on
-)
-
-
-@dataclass(frozen=True)
-class ModuleText:
-    """One module: dotted name, source text, and what its docstrings say, in order of appearance."""
-
-    name: str
-    source: str
-    entries: tuple[builtin_questions.Entry, ...]
+FILE = Path(__file__).with_name("builtin") / "corpus.jsonl.xz"
+SHA256 = "c1d5b4c91e89e0198afd3116847bf4cf866830ed46a8c697aa4fa87b9dffe651"
+"""Of the text, decompressed: a line of JSON for each document, [source, key, text]."""
+NAMES = ("natural", "qa", "unseen")
 
 
 def documents(builtin: str) -> Iterator[tuple[str, str]]:
-    """(key, text) of each document of `natural`, `qa` or `unseen`, sorted by module, no text twice."""
-    seen: set[bytes] = set()
-    for key, text in _all_documents(builtin):
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if digest not in seen:
-            seen.add(digest)
+    """(key, text) of each document of `natural`, `qa` or `unseen`, sorted by module, no text twice.
+
+    Raises:
+        UserError: the file is missing, or is not the one that belongs to this program.
+    """
+    for name, key, text in map(json.loads, _content().splitlines()):
+        if name == builtin:
             yield key, text
 
 
-@cache
-def fingerprint() -> str:
-    """SHA-256 of the names and sizes of the files that the corpus is made of, and of the Python version."""
-    total = hashlib.sha256(platform.python_version().encode())
-    for name, path in [*_module_files(), *_topics_file()]:
-        total.update(f"{name}\0{path.stat().st_size}\0".encode())
-    return total.hexdigest()
-
-
-def _all_documents(builtin: str) -> Iterator[tuple[str, str]]:
-    unseen = builtin == "unseen"
-    for module in _modules():
-        if (module.name.split(".")[0] in UNSEEN) is not unseen:
-            continue
-        if builtin == "qa":
-            for text in builtin_questions.documents(module.name, module.entries):
-                yield module.name, text
-        else:
-            yield module.name, module.source
-            for text in _docstrings(module):
-                yield module.name, text
-    if builtin == "natural":
-        yield from _topics()
-
-
-def _docstrings(module: ModuleText) -> Iterator[str]:
-    """One document per top-level definition: each qualified name with its signature, then its docstring."""
-    group: list[str] = []
-    for entry in module.entries:
-        if entry.depth <= 1 and group:
-            yield "\n\n".join(group) + "\n"
-            group = []
-        if entry.docstring:
-            group.append(f"{entry.qualified_name}{entry.signature}\n\n{entry.docstring}")
-    if group:
-        yield "\n\n".join(group) + "\n"
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    nodes = [node for _, path in _topics_file() for node in ast.parse(path.read_bytes()).body]
-    for node in nodes:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            topics = ast.literal_eval(node.value)
-            for name in sorted(topics):
-                yield f"{TOPICS}.{name}", topics[name].strip() + "\n"
-
-
-def _topics_file() -> list[tuple[str, Path]]:
-    """The texts of `help("topic")`; none where the distribution left them out."""
-    path = _root().joinpath(*TOPICS.split(".")).with_suffix(".py")
-    return [(TOPICS, path)] if path.is_file() else []
+def text_bytes(builtin: str) -> int:
+    """UTF-8 bytes of a source."""
+    return sum(len(text.encode()) for _, text in documents(builtin))
 
 
 @cache
-def _modules() -> tuple[ModuleText, ...]:
-    """All modules of the corpus, parsed once per process."""
-    parsed = (_parse(name, path) for name, path in _module_files())
-    return tuple(module for module in parsed if module is not None)
-
-
-def _parse(name: str, path: Path) -> ModuleText | None:
-    """One module; None for files that this Python cannot parse, such as templates, and for empty ones."""
-    data = path.read_bytes()
+def _content() -> bytes:
+    again = "install the program again"
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        source = io.StringIO(data.decode(encoding), newline=None).read()
-        tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError):
-        return None
-    if not source.strip():
-        return None
-    return ModuleText(name, source, tuple(builtin_questions.entries(name, tree)))
-
-
-def _root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _module_files() -> list[tuple[str, Path]]:
-    """(dotted name, file) of each module, sorted by name."""
-    root = _root()
-    found: list[tuple[str, Path]] = []
-    _collect(root, (), found)
-    if not any(name.split(".")[0] in UNSEEN for name, _ in found):
-        raise UserError(f"{root}: no sources of Python's standard library here, the built-in corpus needs them; use `input`")
-    return sorted(found)
-
-
-def _collect(folder: Path, package: tuple[str, ...], found: list[tuple[str, Path]]) -> None:
-    for path in folder.iterdir():
-        stem = path.stem
-        if stem in SKIPPED or stem.startswith("_sysconfigdata"):
-            continue
-        if path.suffix == ".py" and stem.isidentifier():
-            name = package if stem == "__init__" else (*package, stem)
-            found.append((".".join(name), path))
-        elif path.name.isidentifier() and (path / "__init__.py").is_file():
-            _collect(path, (*package, path.name), found)
+        data = lzma.decompress(FILE.read_bytes())
+    except OSError as error:
+        raise UserError(f"{FILE}: {error.strerror}; it holds the built-in corpus, {again}") from None
+    except lzma.LZMAError as error:
+        raise UserError(f"{FILE}: cannot be decompressed, {error}; {again}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != SHA256:
+        raise UserError(f"{FILE}: not the built-in corpus, its text has the SHA-256 {found}, expected {SHA256}; {again}")
+    return data

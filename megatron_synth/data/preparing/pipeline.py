@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,17 +19,17 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig, PrepareSource, Split
-from megatron_synth.data.preparing.output import (
+from megatron_synth.data.preparing.assembly import (
     Assembly,
-    Journal,
     Packing,
+    Position,
     ShardTask,
-    from_json,
+    is_whole,
     plan_shards,
-    remove_strays,
-    to_json,
     write_shard,
 )
+from megatron_synth.data.preparing.journal import Journal
+from megatron_synth.data.preparing.output import remove, remove_strays
 from megatron_synth.data.preparing.packing import cut_documents
 from megatron_synth.data.preparing.readers import estimate_text_bytes
 from megatron_synth.data.preparing.shuffle import bucket_count
@@ -47,7 +47,7 @@ from megatron_synth.data.shards.manifest import (
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer
 
-STAGING = ".staging"  # of pieces, in the hidden folder
+STAGING = ".staging"  # in the hidden folder: a folder of pieces for each source
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,35 @@ class Prepared:
 
     manifest: Manifest
     seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a source once it is tokenized: by target, what it holds and where its shards begin and end."""
+
+    pieces: tuple[Piece, ...]
+    counts: dict[str, Counts]
+    cuts: dict[str, list[tuple[Position, Position]]]
+    packing: dict[str, PackingInfo]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the journal tells of it."""
+        return {
+            "pieces": [piece.to_json() for piece in self.pieces],
+            "counts": {target: count.model_dump() for target, count in self.counts.items()},
+            "cuts": self.cuts,
+            "packing": {target: found.model_dump() for target, found in self.packing.items()},
+        }
+
+    @classmethod
+    def from_json(cls, staging: Path, entry: Mapping[str, Any]) -> Plan:
+        """The plan that the journal tells of."""
+        return cls(
+            pieces=tuple(Piece.from_json(staging, piece) for piece in entry["pieces"]),
+            counts={target: Counts(**count) for target, count in entry["counts"].items()},
+            cuts={target: [(tuple(a), tuple(b)) for a, b in found] for target, found in entry["cuts"].items()},
+            packing={target: PackingInfo(**found) for target, found in entry["packing"].items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -72,68 +101,120 @@ class SourceWork:
     pool: Workers
     made: Provenance
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The source itself and, where it has one, its holdout."""
+        return targets_of(self.name, self.source)
+
+    @property
+    def staging(self) -> Path:
+        """The folder of the pieces: of this source alone."""
+        return self.folder / STAGING / self.name
+
     def run(self) -> list[Prepared]:
-        """Tokenize the source and, in the same reading, its holdout; then write the shards of both."""
-        name, source, journal = self.name, self.source, self.journal
-        done = journal.of("source", source=name)
-        if done:
-            manifests = [Manifest.model_validate_json(json.dumps(one)) for one in done[0]["manifests"]]
-            return [Prepared(manifest, done[0]["seconds"]) for manifest in manifests]
+        """Tokenize the source and, in the same reading, its holdout; then write the shards of both.
+
+        What a run before this one has done is not done again where its files are as they were written.
+        """
+        prepared = self._finished()
+        if prepared is not None:
+            return prepared
         start = time.perf_counter()
-        targets = (name,) if source.holdout is None else (name, name + VALID_SUFFIX)
-        planned = journal.of("plan", source=name)
-        packing: dict[str, PackingInfo] = {}
-        if planned:
-            counts = {target: Counts(**count) for target, count in planned[0]["counts"].items()}
-            pieces = [from_json(self.folder / STAGING, piece) for piece in planned[0]["pieces"]]
-            cuts = {target: [(tuple(a), tuple(b)) for a, b in found] for target, found in planned[0]["cuts"].items()}
-            packing = {target: PackingInfo(**found) for target, found in planned[0]["packing"].items()}
-        else:
-            pieces = self._tokenize()
-            remove_strays(self.folder / STAGING, pieces)
-            counts = {target: _count(pieces, target) for target in targets}
-            self._refuse_empty(counts)
-            cuts = {}
-            for target in targets:
-                assembly = self._assembly(pieces, target)
-                cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
-                found = self._packing_info(assembly)
-                if found is not None:
-                    packing[target] = found
-                    counts[target] = counts[target].model_copy(update={"tokens": counts[target].tokens + found.padding_tokens})
-            plan = {
-                "counts": {target: count.model_dump() for target, count in counts.items()},
-                "cuts": cuts,
-                "packing": {target: found.model_dump() for target, found in packing.items()},
-            }
-            journal.append({"kind": "plan", "source": name, "pieces": [to_json(piece) for piece in pieces], **plan})
-        shards = {target: self._assemble(target, self._assembly(pieces, target), cuts[target]) for target in targets}
-        manifests = [self._manifest(target, counts[target], shards[target], packing.get(target)) for target in targets]
+        self.staging.mkdir(parents=True, exist_ok=True)
+        plan = self._planned() or self._plan(self._tokenize())
+        shards = {target: self._assemble(target, plan) for target in self.targets}
+        manifests = [self._manifest(target, plan, shards[target]) for target in self.targets]
         seconds = time.perf_counter() - start
         entry = {"manifests": [manifest.model_dump(mode="json") for manifest in manifests], "seconds": seconds}
-        journal.append({"kind": "source", "source": name, **entry})
+        self.journal.append({"kind": "source", "source": self.name, **entry})
+        remove(self.staging)
         return [Prepared(manifest, seconds) for manifest in manifests]
+
+    def _finished(self) -> list[Prepared] | None:
+        """What a run before this one has finished; None where there is something to do."""
+        entry = self.journal.one("source", source=self.name)
+        if entry is None:
+            return None
+        manifests = [Manifest.model_validate_json(json.dumps(one)) for one in entry["manifests"]]
+        if not all(is_whole(self.folder / one.name, shard) for one in manifests for shard in one.shards):
+            self._start_over()
+            return None
+        for one in manifests:
+            remove_strays(self.folder / one.name, _files_of(one.shards))
+        remove(self.staging)
+        return [Prepared(manifest, entry["seconds"]) for manifest in manifests]
+
+    def _start_over(self) -> None:
+        """Forget all that was done for this source."""
+        self.journal.drop(entry for entry in self.journal.entries if entry.get("source") == self.name)
+        for path in [self.staging, *(self.folder / target for target in self.targets)]:
+            remove(path)
+        self.staging.mkdir(parents=True)
+
+    def _planned(self) -> Plan | None:
+        """The plan that a run before this one has made, when its shards and what the others are made of are whole."""
+        entry = self.journal.one("plan", source=self.name)
+        if entry is None:
+            return None
+        plan = Plan.from_json(self.staging, entry)
+        needed: set[Piece] = set()
+        for target in self.targets:
+            told = self.journal.of("shard", source=self.name, target=target)
+            whole = [one for one in told if is_whole(self.folder / target, ShardInfo(**one["shard"]))]
+            self.journal.drop(one for one in told if one not in whole)
+            done = {one["number"] for one in whole}
+            assembly = self._assembly(plan.pieces, target)
+            for number, (start, end) in enumerate(plan.cuts[target]):
+                if number not in done:
+                    needed.update(assembly.pieces_of(start[0], end[0] + (end[1] > 0)))
+        if all(piece.is_whole() for piece in needed):
+            return plan
+        self._start_over()
+        return None
+
+    def _plan(self, pieces: list[Piece]) -> Plan:
+        plan = Plan(tuple(pieces), {target: _count(pieces, target) for target in self.targets}, {}, {})
+        self._refuse_empty(plan.counts)
+        for target in self.targets:
+            assembly = self._assembly(plan.pieces, target)
+            plan.cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
+            found = self._packing_info(assembly)
+            if found is not None:
+                plan.packing[target] = found
+                tokens = plan.counts[target].tokens + found.padding_tokens
+                plan.counts[target] = plan.counts[target].model_copy(update={"tokens": tokens})
+        self.journal.append({"kind": "plan", "source": self.name, **plan.to_json()})
+        return plan
+
+    def _known_pieces(self) -> list[list[Piece]]:
+        """By portion, from the first on, the pieces of a run that was stopped: up to the first that is missing or damaged.
+
+        What comes after that is taken back from the journal, so that it never counts again.
+        """
+        told = self.journal.of("portion", source=self.name)
+        by_number = {entry["number"]: entry for entry in told}
+        known: list[list[Piece]] = []
+        while (entry := by_number.get(len(known))) is not None:
+            found = [Piece.from_json(self.staging, piece) for piece in entry["pieces"]]
+            if not all(piece.is_whole() for piece in found):
+                break
+            known.append(found)
+        self.journal.drop(entry for entry in told if entry["number"] >= len(known))
+        return known
 
     def _tokenize(self) -> list[Piece]:
         """All pieces of the source in order; those of a run that was stopped are taken over."""
         config, source, name = self.config, self.source, self.name
-        staging = self.folder / STAGING
         limit = source.max_bytes
         seed = None if config.shuffle is None else config.shuffle.seed
-        job = Job(name, source, self.dtype, staging, seed, CHUNK_CHARACTERS, PIECE_BYTES)
-        pieces: list[Piece] = []
-        read = known = 0
-        for entry in self.journal.of("portion", source=name):
-            found = [from_json(staging, piece) for piece in entry["pieces"]]
-            if not all(piece.is_whole() for piece in found):
-                break
-            pieces += found
-            read += sum(piece.text_bytes for piece in found)
-            known += 1
-        remove_strays(staging, pieces)
+        job = Job(name, source, self.dtype, self.staging, seed, CHUNK_CHARACTERS, PIECE_BYTES)
+        known = self._known_pieces()
+        pieces = [piece for found in known for piece in found]
+        read = sum(piece.text_bytes for piece in pieces)
+        remove_strays(self.staging, {piece.path.name for piece in pieces})
         if limit is not None and read >= limit:
             return pieces
-        numbered = islice(enumerate(portions(name, source)), known, None)
+        numbered = islice(enumerate(portions(name, source)), len(known), None)
         tasks = ((job, number, portion) for number, portion in numbered)
         with (
             progress(name, estimate_text_bytes(name, source)) as bar,
@@ -145,7 +226,7 @@ class SourceWork:
                 if limit is not None and read + size >= limit:
                     found = _cut(found, self.dtype, limit - read)
                 self.journal.append(
-                    {"kind": "portion", "source": name, "number": number, "pieces": [to_json(piece) for piece in found]}
+                    {"kind": "portion", "source": name, "number": number, "pieces": [piece.to_json() for piece in found]}
                 )
                 pieces += found
                 read += size
@@ -154,7 +235,7 @@ class SourceWork:
                     break
         return pieces
 
-    def _assembly(self, pieces: list[Piece], target: str) -> Assembly:
+    def _assembly(self, pieces: tuple[Piece, ...], target: str) -> Assembly:
         chosen = tuple(piece for piece in pieces if piece.target == target)
         packing = None
         # an evaluation reads a domain from front to back, and counts bits per byte of text: no padding there
@@ -182,30 +263,31 @@ class SourceWork:
     def _split(self, target: str) -> Split:
         return "validation" if target != self.name else self.source.split
 
-    def _assemble(self, target: str, assembly: Assembly, cuts: list[tuple[Any, Any]]) -> list[ShardInfo]:
+    def _assemble(self, target: str, plan: Plan) -> list[ShardInfo]:
         """Write the shards that are not there yet; all of them in order. Pieces that no shard needs any more are removed."""
         folder = self.folder / target
         folder.mkdir(exist_ok=True)
-        known = [ShardInfo(**entry["shard"]) for entry in self.journal.of("shard", source=self.name, target=target)]
-        shards = known
+        told = self.journal.of("shard", source=self.name, target=target)
+        shards = {entry["number"]: ShardInfo(**entry["shard"]) for entry in told}
+        remove_strays(folder, _files_of(shards.values()))
+        assembly = self._assembly(plan.pieces, target)
         tasks = (
-            ShardTask(folder / f"shard-{number:05d}", self.dtype, assembly, start, end)
-            for number, (start, end) in enumerate(cuts)
-            if number >= len(known)
+            ShardTask(folder / f"shard-{number:05d}", self.dtype, assembly, number, start, end)
+            for number, (start, end) in enumerate(plan.cuts[target])
+            if number not in shards
         )
         gone = 0
         with progress(f"{target} shards", sum(piece.tokens for piece in assembly.pieces)) as bar:
             with closing(self.pool.run(write_shard, tasks)) as results:
                 for task, shard in results:
-                    shards.append(shard)
-                    self.journal.append(
-                        {"kind": "shard", "source": self.name, "target": target, "shard": shard.model_dump(mode="json")}
-                    )
+                    shards[task.number] = shard
+                    told_as = {"source": self.name, "target": target, "number": task.number}
+                    self.journal.append({"kind": "shard", **told_as, "shard": shard.model_dump(mode="json")})
                     bar.update(shard.tokens)
                     while assembly.buckets is None and gone < task.end[0]:
                         assembly.pieces[gone].path.unlink(missing_ok=True)
                         gone += 1
-        return shards
+        return [shards[number] for number in range(len(plan.cuts[target]))]
 
     def _refuse_empty(self, counts: dict[str, Counts]) -> None:
         name, source = self.name, self.source
@@ -219,7 +301,7 @@ class SourceWork:
                     f"change the share or give more text"
                 )
 
-    def _manifest(self, target: str, counts: Counts, shards: list[ShardInfo], packing: PackingInfo | None) -> Manifest:
+    def _manifest(self, target: str, plan: Plan, shards: list[ShardInfo]) -> Manifest:
         source, tokenizer = self.source, self.tokenizer
         return Manifest(
             name=target,
@@ -233,8 +315,8 @@ class SourceWork:
                 vocab_size=tokenizer.vocab_size,
                 eod_id=tokenizer.eod_id,
             ),
-            counts=counts,
-            packing=packing,
+            counts=plan.counts[target],
+            packing=plan.packing.get(target),
             shards=tuple(shards),
             made=self.made,
         )
@@ -242,6 +324,15 @@ class SourceWork:
 
 def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> list[Piece]:
     return tokenize_portion(tokenizer, *task)
+
+
+def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:
+    """The prepared sources that a source of the settings becomes: itself and, where it has one, its holdout."""
+    return (name,) if source.holdout is None else (name, name + VALID_SUFFIX)
+
+
+def _files_of(shards: Iterable[ShardInfo]) -> set[str]:
+    return {shard.name + suffix for shard in shards for suffix in (".bin", ".idx")}
 
 
 def _count(pieces: list[Piece], target: str) -> Counts:

@@ -8,6 +8,7 @@ continued by the next. The bytes depend on the settings and the text alone, not 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -20,10 +21,11 @@ import numpy as np
 
 import megatron_synth
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
-from megatron_synth.core.files import write_json
-from megatron_synth.data.preparing.output import JOURNAL, Journal, partial_folder, replace
-from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, progress
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.core.files import sync_folder, write_json
+from megatron_synth.data.preparing.journal import JOURNAL, Journal
+from megatron_synth.data.preparing.output import partial_folder, remove_strays, replace, restore
+from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, progress, targets_of
 from megatron_synth.data.preparing.readers import (
     describe_input,
     estimate_text_bytes,
@@ -40,7 +42,7 @@ from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_token
 
 RECORD = "prepare.json"  # its presence says that the folder is a finished output
 RECORD_VERSION = 1
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3  # 3 added checksums to the lines of the journal, and numbers to what it tells of
 TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
 
 
@@ -50,6 +52,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     force: replace a finished output, whatever it was made from.
     """
     output = Path(config.output)
+    restore(output)
     inputs = {name: describe_input(name, source) for name, source in config.sources.items()}
     given = _given_tokenizer(config)
     digest = _config_digest(config, inputs, given)
@@ -69,12 +72,13 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(output, head) as (folder, journal):
-            if journal.entries:
+            if journal.continued:
                 print(f"{output}: continuing a run that was stopped", file=sys.stderr)
+            targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
+            remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
             tokenizer = given if given is not None else _trained(config, folder, journal)
             tokenizer.save(folder / TOKENIZER)
             prepared: list[Prepared] = []
-            staging = folder / STAGING
             with closing(Workers(tokenizer, workers)) as pool:
                 for name, source in config.sources.items():
                     made = Provenance(
@@ -84,14 +88,12 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
                         holdout=str(source.holdout or 0),
                         shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
                     )
-                    staging.mkdir(exist_ok=True)
-                    work = SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made)
-                    prepared += work.run()
-                    shutil.rmtree(staging)
+                    prepared += SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made).run()
             for one in prepared:
                 one.manifest.save(folder / one.manifest.name)
+                sync_folder(folder / one.manifest.name)
             write_json(folder / RECORD, _record(config, digest))
-            (folder / JOURNAL).unlink()
+            remove_strays(folder, {RECORD, TOKENIZER, *targets})
             replace(folder, output)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
@@ -108,15 +110,23 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
 
 def _trained(config: PrepareConfig, folder: Path, journal: Journal) -> Tokenizer:
     """A tokenizer of the sources' text, or the one that a stopped run has trained."""
-    done = journal.of("tokenizer")
-    if done:
-        found = load_tokenizer(folder / TOKENIZER, config.tokenizer.eod)
-        if found.fingerprint == done[0]["fingerprint"]:
-            return found
+    path = folder / TOKENIZER
+    done = journal.one("tokenizer")
+    if done is not None and path.is_file() and _sha256(path.read_bytes()) == done["sha256"]:
+        return load_tokenizer(path, config.tokenizer.eod)
     tokenizer = _train(config)
-    tokenizer.save(folder / TOKENIZER)
-    journal.append({"kind": "tokenizer", "fingerprint": tokenizer.fingerprint})
+    found = _sha256(tokenizer.content.encode())
+    if done is not None and found == done["sha256"]:
+        return tokenizer
+    journal.drop(journal.entries)  # they tell of tokens of another tokenizer
+    tokenizer.save(path)
+    sync_folder(folder)
+    journal.append({"kind": "tokenizer", "sha256": found})
     return tokenizer
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _train(config: PrepareConfig) -> Tokenizer:
@@ -199,7 +209,7 @@ def _is_current(output: Path, config: PrepareConfig, digest: str, force: bool) -
         for manifest in sorted(output.glob(f"*/{MANIFEST}")):
             open_source(manifest.parent, manifest.parent.name)
         for name, source in config.sources.items():
-            for target in (name, name + VALID_SUFFIX) if source.holdout is not None else (name,):
+            for target in targets_of(name, source):
                 open_source(output / target, target)
     except UserError as error:
         raise UserError(f"output: {output} is damaged, use --force to prepare it again: {error}") from None

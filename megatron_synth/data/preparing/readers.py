@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import platform
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -71,7 +70,7 @@ def hub_folder(hub: HubInput) -> Path | None:
 def describe_input(name: str, source: PrepareSource) -> dict[str, Any]:
     """What the source is read from, so that changed inputs are noticed: patterns and a fingerprint of the content."""
     if source.builtin is not None:
-        return {"builtin": source.builtin, "python": platform.python_version(), "fingerprint": builtin_corpus.fingerprint()}
+        return {"builtin": source.builtin, "fingerprint": builtin_corpus.SHA256}
     if source.hf is not None:
         folder = hub_folder(source.hf)
         described: dict[str, Any] = {"hf": source.hf.model_dump()}

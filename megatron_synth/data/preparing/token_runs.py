@@ -2,17 +2,17 @@
 
 Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
 bytes of its text, its place in the portion, its first token in the piece, and its sort key (0 without a shuffle).
-Documents stand in the order of the keys. A piece is written under a temporary name and renamed, and its checksum says
-whether it is whole.
+Documents stand in the order of the keys. A piece is written under a temporary name, forced to disk and renamed, and its
+checksum says whether it is whole.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import sync_folder
 
 HEADER = struct.Struct("<8sQQQ")  # magic, checksum of the rest, documents, tokens
 MAGIC = b"MSPIECE1"
@@ -39,6 +40,17 @@ class Piece:
     documents: int
     tokens: int
     text_bytes: int
+    checksum: int
+    """XXH3 (64 bit) of what follows the header."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The piece as a journal tells of it; the folder may have another name when it is read."""
+        return {**asdict(self), "path": self.path.name}
+
+    @classmethod
+    def from_json(cls, folder: Path, entry: Mapping[str, Any]) -> Piece:
+        """The piece that a journal tells of."""
+        return cls(**{**entry, "path": folder / entry["path"]})
 
     def mapped_records(self) -> np.ndarray:
         """What is known of each document, RECORD [documents], mapped from disk: only what is looked at is read."""
@@ -72,7 +84,10 @@ class Piece:
                     found.update(data)
         except OSError:
             return False
-        return bool((magic, documents, tokens, expected) == (MAGIC, self.documents, self.tokens, found.intdigest()))
+        return bool(
+            (magic, documents, tokens) == (MAGIC, self.documents, self.tokens)
+            and expected == found.intdigest() == self.checksum
+        )
 
 
 @contextmanager
@@ -99,9 +114,12 @@ def write_piece(folder: Path, target: str, portion: int, part: int, records: np.
         file.write(HEADER.pack(MAGIC, total.intdigest(), records.size, tokens.size))
         for array in arrays:
             file.write(array)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(folder)
     text_bytes = int(records["text_bytes"].sum(dtype=np.int64))
-    return Piece(path, target, portion, part, records.size, tokens.size, text_bytes)
+    return Piece(path, target, portion, part, records.size, tokens.size, text_bytes, total.intdigest())
 
 
 def trim(piece: Piece, dtype: np.dtype[Any], end_place: int) -> Piece | None:

@@ -20,7 +20,7 @@ from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.overlap.minhash import find_duplicates
-from megatron_synth.data.preparing import output, pipeline, readers, shuffle, splits
+from megatron_synth.data.preparing import assembly, pipeline, readers, shuffle, splits
 from megatron_synth.data.preparing import prepare as preparing
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.preparing.readers import is_held_out
@@ -338,7 +338,7 @@ def test_killed_in_the_middle_leaves_nothing_that_opens_and_no_worker(tmp_path, 
     assert open_source(tmp_path / "out" / "web", "web").num_documents == len(TEXTS)
 
 
-STEPS = ["_tokenize_task", "write_shard", "to_json", "plan_shards", "_count"]
+STEPS = ["_tokenize_task", "write_shard", "plan_shards", "_count"]
 
 
 class Killed(KeyboardInterrupt):
@@ -431,7 +431,7 @@ def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(
         prepare(make(shard_tokens=300))
     monkeypatch.setattr(pipeline, "_count", real)
     (partial,) = tmp_path.glob(".out.partial-*")
-    victim = sorted((partial / pipeline.STAGING).glob("*.piece"))[1]
+    victim = sorted((partial / pipeline.STAGING / "web").glob("*.piece"))[1]
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
@@ -501,7 +501,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
     def no_space(self, tokens, lengths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output.ShardWriter, "add", no_space)
+    monkeypatch.setattr(assembly.ShardWriter, "add", no_space)
     with pytest.raises(UserError, match=r"web/shard-00000\.bin: No space left on device at byte 0; nothing was kept"):
         prepare(make(), force=True)
     assert Manifest.load(tmp_path / "out" / "web").counts.documents < len(TEXTS), "the old output is untouched"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.data.preparing import shuffle
-from megatron_synth.data.preparing.output import Assembly, ShardTask, plan_shards, write_shard
+from megatron_synth.data.preparing.assembly import Assembly, ShardTask, plan_shards, write_shard
 from megatron_synth.data.preparing.shuffle import document_keys, gather
 from megatron_synth.data.preparing.token_runs import RECORD, trim, write_piece
 from megatron_synth.data.shards.source import Shard
@@ -30,7 +30,7 @@ def assemble(folder, assembly, shard_tokens):
     found, sizes = [], []
     for number, (start, end) in enumerate(cuts):
         prefix = folder / f"shard-{number}"
-        info = write_shard(None, ShardTask(prefix, DTYPE, assembly, start, end))
+        info = write_shard(None, ShardTask(prefix, DTYPE, assembly, number, start, end))
         shard = Shard(prefix)
         starts = [*shard.document_starts(0, shard.num_tokens).tolist(), shard.num_tokens]
         found += [(int(shard.tokens[a]), b - a) for a, b in zip(starts, starts[1:], strict=False)]

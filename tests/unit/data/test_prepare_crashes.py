@@ -1,0 +1,91 @@
+"""`prepare` killed at every change that it makes to the disk, files damaged, killed again: the same bytes in the end."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_synth.cli.prepare_verify import main as verify
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.data.preparing import pipeline, shuffle, splits
+from megatron_synth.data.preparing.prepare import prepare
+from tests.crashing import run_until
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+PLAIN = {"tokenizer": {"train": {"vocab_size": 300}}}
+SHUFFLED = {"shuffle": {"seed": 5}, "packing": {"sequence_length": 32}, **PLAIN}
+
+
+def prepare_in_small_parts(settings: str, force: bool) -> None:
+    """What runs in a process of its own: pieces, portions and buckets are small, so that there are many."""
+    pipeline.CHUNK_CHARACTERS, pipeline.PIECE_BYTES = 300, 200
+    splits.SMALL_PORTION = splits.PORTION_BYTES = 700
+    shuffle.BUCKET_BYTES = 400
+    prepare(PrepareConfig.model_validate_json(settings), force=force)
+
+
+def settings_of(folder: Path, output: Path, changes: dict) -> str:
+    """Two sources, of which the first has a holdout and the second a limit."""
+    generator = random.Random(3)
+    for name, documents in (("web", 18), ("qa", 10)):
+        texts = [" ".join(generator.choices(WORDS, k=generator.randint(1, 25))) for _ in range(documents)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in texts))
+    sources = {
+        "web": {"kind": "natural", "input": str(folder / "web.jsonl"), "holdout": "1/4"},
+        "qa": {"kind": "qa", "input": str(folder / "qa.jsonl"), "max_bytes": 600},
+    }
+    return PrepareConfig.model_validate(
+        {"output": str(output), "sources": sources, "shard_tokens": 100, **changes}
+    ).model_dump_json()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damage(folder: Path, generator: random.Random) -> None:
+    """Cut off or flip a bit of one file that a killed run has left."""
+    found = [path for partial in sorted(folder.glob(".out.partial-*")) for path in sorted(partial.rglob("*"))]
+    files = [path for path in found if path.is_file() and path.stat().st_size]
+    if not files:
+        return
+    path = generator.choice(files)
+    data = bytearray(path.read_bytes())
+    if generator.random() < 0.4:
+        data = data[: generator.randrange(len(data))]
+    else:
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+
+
+def finish(step: int, settings: str, force: bool) -> None:
+    """Go on to the end; a run that is refused has cleaned up, and the next begins anew."""
+    ended = run_until(None, False, prepare_in_small_parts, settings, force)
+    assert not ended.killed
+    if ended.refused is not None:
+        again = run_until(None, False, prepare_in_small_parts, settings, force)
+        assert again.refused is None, (step, ended.refused, again.refused)
+
+
+@pytest.mark.parametrize("changes", [PLAIN, SHUFFLED], ids=["plain", "shuffled"])
+def test_killed_and_damaged_at_every_step_gives_the_same_bytes_in_the_end(tmp_path, changes):
+    """By turns a kill with damage, a power failure, and a power failure with damage; twice where the first left something."""
+    output = tmp_path / "out"
+    settings = settings_of(tmp_path, output, changes)
+    whole = run_until(None, False, prepare_in_small_parts, settings, False)
+    assert whole.refused is None
+    expected = tree(output)
+    assert len([name for name in expected if name.endswith(".bin")]) > 5
+    for step in range(1, whole.steps + 1):
+        shutil.rmtree(output, ignore_errors=True)
+        generator = random.Random(step)
+        power_fails, damaged = step % 3 > 0, step % 3 < 2
+        for stop in (step, generator.randrange(1, whole.steps)):
+            if not output.exists() and run_until(stop, power_fails, prepare_in_small_parts, settings, False).killed and damaged:
+                damage(tmp_path, generator)
+        finish(step, settings, False)
+        assert tree(output) == expected, f"killed at step {step}"
+        assert not list(tmp_path.glob(".out*")), f"killed at step {step}"
+    assert verify([str(output)]) == 0
