@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -167,14 +166,12 @@ def test_whole_periods_leave_nothing_over() -> None:
 
 
 def test_a_ramp_follows_the_line_over_thousands_of_blocks() -> None:
-    """10,000 blocks, 12 sources: built within seconds, near the line at every block, the mean exact."""
+    """10,000 blocks, 12 sources, no table of its 10**9 samples: near the line at every block, the mean exact."""
     start = tuple(Fraction(1 if j == 0 else 0) for j in range(12))
     end = tuple(Fraction(j + 1, 78) for j in range(12))
     length, blocks = 10**9, 10_000
-    began = time.perf_counter()
     schedule = Schedule([Phase(length, start, end, blocks), Phase(None, end)])
     schedule.counts(length)
-    assert time.perf_counter() - began < 20  # some 2 s; a table of every sample would take minutes
     assert schedule.due(length) == tuple(length * (a + b) / 2 for a, b in zip(start, end, strict=True))
     for block in range(0, blocks, 499):
         at = block * length // blocks
