@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     from megatron_synth.parallel.plan import plan
 
     layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
-    data = open_data(config)
+    data = open_data(config, check_length=False)
     if not data.validation:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
     result = _evaluate(config, layout, data, arguments.run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -14,7 +15,7 @@ import numpy as np
 from megatron_synth.cli.argparse_types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import table
 from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
 from megatron_synth.data.mixing.ledger import Ledger
@@ -22,6 +23,7 @@ from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.indexed import Shard
 from megatron_synth.data.shards.source import Source
+from megatron_synth.train.checkpoint import files
 from megatron_synth.train.dryrun import open_if_prepared
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
@@ -64,13 +66,32 @@ def main(argv: list[str]) -> int:
         return _audit(arguments.run)
     file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
     config = load_file(Config, file, arguments.overrides)
+    run = arguments.config if arguments.config.is_dir() else None
+    progress = NOT_BEGUN if run is None else files.progress_of(run)
     if verb == "plan":
-        _plan(config)
+        _plan(config, progress)
     else:
-        data = open_data(config)
-        _check_samples(arguments.sample, config, arguments.config)
-        print("\n\n".join(show_sample(config, data, sample, text=arguments.text) for sample in arguments.sample))
+        data = open_data(config, check_length=False)
+        data.check_length(config, progress)
+        steps = Steps(config, progress, [] if run is None else metrics.read_metrics(run / "metrics.jsonl"))
+        print("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
+
+
+class Steps:
+    """Which step of a run a sample is in: by the records of steps done, of whatever size, then by the configuration."""
+
+    def __init__(self, config: Config, progress: Progress, records: Sequence[metrics.Record] = ()):
+        self._config, self._progress = config, progress
+        self._ends = [record[metrics.TOKENS] // config.window_length for record in records[: progress.step]]
+        self.samples = config.samples_at_end(progress)
+        """Of the whole run."""
+
+    def of(self, sample: int) -> int:
+        """The step, counted from 1."""
+        if self._ends and sample < self._ends[-1]:
+            return bisect.bisect_right(self._ends, sample) + 1
+        return self._config.step_after(sample, self._progress) + 1
 
 
 def _samples(text: str) -> range:
@@ -83,54 +104,40 @@ def _samples(text: str) -> range:
 # ---- plan
 
 
-def _plan(config: Config) -> None:
+def _plan(config: Config, progress: Progress) -> None:
     """Print the tables, then refuse what a training run would refuse."""
-    length, total = config.window_length, config.total_samples
+    length, total = config.window_length, config.samples_at_end(progress)
     sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
     prepared = [name for name, source in sources.items() if source is not None]
     order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
     number = config.data.windows_per_sequence
     sequences = "" if number == 1 else f" in sequences of {number}"
-    print(f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens, data seed {config.data_seed}\n")
-    print(phase_tables(config, order, prepared))
-    print(f"\nin all\n{source_table(config, order, prepared)}", flush=True)
-    order.check(total, length)
+    behind = f", {progress.samples:,} samples in {progress.step:,} steps of them consumed" if progress.step else ""
+    print(
+        f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens{behind}, data seed {config.data_seed}\n"
+    )
+    print(phase_tables(config, order, prepared, progress))
+    print(f"\nin all\n{source_table(config, order, prepared, progress)}", flush=True)
+    order.check(total, length, progress.samples)
 
 
 # ---- show
 
 
-def _check_samples(samples: range, config: Config, path: Path) -> None:
-    """Refuse samples after the run's last.
-
-    Raises:
-        UserError: names the last.
-    """
-    total = config.total_samples
-    if path.is_dir():  # a run whose batch size was changed may have consumed more
-        total = max(total, (RunDir.open(path).read_ledger() or {}).get("samples", 0))
-    if samples.stop > total:
-        raise UserError(
-            f"sample {samples.stop - 1}: the samples of this run are 0 to {total - 1} (train.steps x train.global_batch_size)"
-        )
-
-
-def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> str:
-    """Where a sample comes from, and what is in it.
+def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, text: bool) -> str:
+    """Where a sample comes from, and what is in it. steps: of the run.
 
     Raises:
         UserError: there is no such sample, or no tokenizer to decode it with.
     """
     plan, length = data.plan, config.window_length
-    end = plan.schedule.samples
-    if sample < 0 or (end is not None and sample >= end):
-        raise UserError(f"sample {sample}: the samples are 0 to {'any number' if end is None else end - 1}")
+    if not 0 <= sample < steps.samples:
+        raise UserError(f"sample {sample}: the run has samples 0 to {steps.samples - 1}; a longer one needs more train.steps")
     tokenizer = _tokenizer(data) if text else None
     [[source_id], [occurrence]] = (part.tolist() for part in plan.occurrences([sample]))
     window, offset = (int(part[0]) for part in plan.places([sample])[1:])
     spec, source = plan.sources[source_id], data.sources[source_id]
     epoch, place = divmod(occurrence, spec.epoch_windows)
-    step = sample // config.samples_per_step
     start = window * length + offset
     cut = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
     if spec.shift:
@@ -138,9 +145,9 @@ def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> st
     number = config.data.windows_per_sequence
     before = sample // number * number
     beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
-    steps, sequences = config.train.steps, config.train.global_batch_size
     lines = [
-        f"sample   {sample}: step {step + 1} of {steps} at {sequences} sequences a step{beside}",
+        f"sample   {sample}: step {steps.of(sample)} of {config.train.steps}, now {config.train.global_batch_size} sequences a "
+        f"step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
         f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
@@ -222,7 +229,7 @@ def _audit(path: Path) -> int:
     recorded = run.read_ledger()
     if recorded is None:
         raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
-    data = open_data(config)
+    data = open_data(config, check_length=False)
     plan, length = data.plan, config.window_length
     print(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
     for spec, source in zip(plan.sources, data.sources, strict=True):
@@ -251,7 +258,12 @@ def audit_ledger(plan: MixturePlan, window_length: int, recorded: dict[str, Any]
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
     planned = Ledger.planned(plan, window_length, samples).to_json()
-    return [(file.name, *difference) for difference in _leaves(planned, recorded)]
+    found = [(file.name, *difference) for difference in _leaves(planned, recorded)]
+    for spec, count in zip(plan.sources, plan.counts(samples).tolist(), strict=True):
+        if spec.allowed_samples is not None and count > spec.allowed_samples:
+            limit = f"at most {spec.allowed_samples}, max_epochs {spec.max_epochs:g}"
+            found.append((file.name, spec.name, "samples", limit, str(count)))
+    return found
 
 
 def audit_metrics(

@@ -15,12 +15,13 @@ from megatron_synth.cluster.progress import jobs_of
 from megatron_synth.config.cluster import ClusterConfig, ContainerConfig
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import digest, load_file, to_yaml
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import Config, Progress
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human, say
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.parallel.placement import check_placement
 from megatron_synth.parallel.plan import Layout, plan
+from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record.run_dir import JOBS, RunDir, versions
 
 
@@ -40,8 +41,10 @@ def main(argv: list[str]) -> int:
     layout = plan(config, options.nodes * ranks)
     if not options.allow_tp_across_nodes:
         check_placement(layout, [f"node {rank // ranks + 1}" for rank in range(layout.world_size)])
-    open_data(config)  # sources are there, whole, and large enough
     run_dir = (options.run_dir or default_run_dir(options.config, config)).resolve()
+    progress = files.progress_of(run_dir)
+    # sources are there, whole, and large enough
+    open_data(config, check_length=False).check_length(config, progress)
     if not (run_dir / "run.json").exists():
         RunDir.check_free(run_dir)
     name = options.name or run_dir.name
@@ -70,7 +73,7 @@ def main(argv: list[str]) -> int:
         return EXIT_OK
     _refuse_second_job(run_dir)
     job, code = _submit(spec, config, run_dir, layout)
-    _announce(job, code, spec, run_dir, config)
+    _announce(job, code, spec, run_dir, config, progress)
     return EXIT_OK
 
 
@@ -156,10 +159,10 @@ def _submit(spec: sbatch.JobSpec, config: Config, run_dir: Path, layout: Layout)
         raise
 
 
-def _announce(job: str, code: str, spec: sbatch.JobSpec, run_dir: Path, config: Config) -> None:
-    train = config.train
+def _announce(job: str, code: str, spec: sbatch.JobSpec, run_dir: Path, config: Config, progress: Progress) -> None:
+    tokens = human(config.samples_at_end(progress) * config.window_length)
     shown = os.path.relpath(run_dir)
-    say(f"job {job} is in the queue: {train.steps} steps, {human(train.steps * train.tokens_per_step)} tokens, code {code}")
+    say(f"job {job} is in the queue: {config.train.steps} steps, {tokens} tokens, code {code}")
     say(f"  {spec.folder}")
     say(f"  megatron-synth status {shown} --watch")
     say(f"  megatron-synth logs {shown} --follow")

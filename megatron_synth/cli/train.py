@@ -34,19 +34,22 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
     config = load_file(Config, arguments.config, arguments.overrides)
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    run_path = arguments.run_dir or default_run_dir(arguments.config, config)
+    from megatron_synth.train.checkpoint import files
+
     if arguments.dry_run:
         from megatron_synth.train.dryrun import dry_run
 
-        say(dry_run(config, world_size))
+        say(dry_run(config, world_size, files.progress_of(run_path)))
         return 0
 
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
 
     layout = plan(config, world_size)
-    run_path = arguments.run_dir or default_run_dir(arguments.config, config)
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
-    data = open_data(config, staged=True)
+    # how long a run that goes on is follows from its checkpoint, which all ranks read together
+    data = open_data(config, staged=True, check_length=not files.candidates(run_path))
     from megatron_synth.train.loop import train
 
     return train(config, layout, data, run_path, tensor_across_nodes=arguments.allow_tp_across_nodes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 
@@ -432,6 +432,18 @@ class LogConfig(Section):
     """Weights & Biases."""
 
 
+class Progress(NamedTuple):
+    """How far a run has come. Both are counted, as the batch size may change at a resume."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Windows consumed."""
+
+
+NOT_BEGUN = Progress()
+
+
 class Config(Section):
     """A training run."""
 
@@ -458,8 +470,16 @@ class Config(Section):
 
     @property
     def total_samples(self) -> int:
-        """Windows of the whole run."""
-        return self.train.steps * self.samples_per_step
+        """Windows of a run that begins and ends with this configuration."""
+        return self.samples_at_end(NOT_BEGUN)
+
+    def samples_at_end(self, progress: Progress) -> int:
+        """Windows that a run has consumed at its end: those so far, whatever the batch size then was, and those to come."""
+        return progress.samples + max(self.train.steps - progress.step, 0) * self.samples_per_step
+
+    def step_after(self, samples: int, progress: Progress) -> int:
+        """Whole steps after which at most `samples` windows are consumed, of a run that goes on from `progress`."""
+        return max(progress.step + (samples - progress.samples) // self.samples_per_step, 0)
 
     @property
     def data_seed(self) -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_synth.config.schema import Config, DataConfig
+from megatron_synth.config.schema import NOT_BEGUN, Config, DataConfig, Progress
 from megatron_synth.data.loading.loader import Batch, Loader, Tokens
 from megatron_synth.data.loading.prefetch import Prefetcher
 from megatron_synth.data.loading.run_data import RunData
@@ -90,8 +90,10 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
 
 
-def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData, *, read_ahead: bool = True) -> Prefetcher:
-    """What hands a rank the steps of a run, read ahead into pinned memory where there is a GPU."""
+def prefetcher_of(
+    config: Config, layout: Layout, ranks: Ranks, data: RunData, progress: Progress = NOT_BEGUN, *, read_ahead: bool = True
+) -> Prefetcher:
+    """What hands a rank the steps of a run from `progress` on, read ahead into pinned memory where there is a GPU."""
     on_gpu = ranks.device.type == "cuda"
     loader = Loader(
         data.plan,
@@ -109,8 +111,8 @@ def prefetcher_of(config: Config, layout: Layout, ranks: Ranks, data: RunData, *
     def buffer(shape: tuple[int, int], dtype: np.dtype[Any]) -> Tokens:
         return torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=on_gpu).numpy()
 
-    threads, step = int(read_ahead), config.samples_per_step
-    return Prefetcher(loader, step, threads=threads, end_sample=config.total_samples, allocate=buffer)
+    threads, step, end = int(read_ahead), config.samples_per_step, config.samples_at_end(progress)
+    return Prefetcher(loader, step, threads=threads, end_sample=end, allocate=buffer)
 
 
 def labels_that_count(batch: TensorBatch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_synth.config.load import digest
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import gib, human, scientific, table
 from megatron_synth.data.loading.run_data import plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
@@ -15,8 +15,10 @@ from megatron_synth.estimate.memory import memory_per_rank
 from megatron_synth.parallel.plan import Layout, plan
 
 
-def dry_run(config: Config, world_size: int) -> str:
+def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> str:
     """Layout, sizes, cost, memory per rank and the mixture of a run on `world_size` ranks, as text.
+
+    progress: of a run that would go on.
 
     Sources that are not prepared yet are told as such. Those that are prepared are checked as for training.
 
@@ -32,11 +34,11 @@ def dry_run(config: Config, world_size: int) -> str:
     sections = [
         [f"dry run of {config.model.name}, config {digest(config)}: nothing is trained, no tokens are read"],
         ["layout", f"  {layout.describe()}; {_layers(layout)}"],
-        ["model", *_model(config, vocab_size)],
+        ["model", *_model(config, vocab_size, progress)],
     ]
     if vocab_size is not None:
         sections.append(["memory per rank, estimated, GiB", *_memory(config, layout, vocab_size)])
-    sections.append(["training sources", *_mixture(config, sources)])
+    sections.append(["training sources", *_mixture(config, sources, progress)])
     if validation:
         sections.append(["validation domains", *_validation(validation)])
     return "\n\n".join("\n".join(section) for section in sections)
@@ -55,10 +57,12 @@ def _layers(layout: Layout) -> str:
     return text if layout.virtual == 1 else f"{text}, {layout.layers_per_chunk} per chunk"
 
 
-def _model(config: Config, vocab_size: int | None) -> list[str]:
+def _model(config: Config, vocab_size: int | None, progress: Progress) -> list[str]:
     train = config.train
-    tokens = train.steps * train.tokens_per_step
-    size = f"{train.steps} steps x {train.global_batch_size} sequences x {train.sequence_length}"
+    tokens = config.samples_at_end(progress) * config.window_length
+    size = f"{max(train.steps - progress.step, 0)} steps x {train.global_batch_size} sequences x {train.sequence_length}"
+    if progress.step:
+        size = f"{progress.samples * config.window_length:,} in the {progress.step} steps before, {size}"
     lines = [f"  tokens             {tokens:,} ({size})"]
     if vocab_size is None:
         return [*lines, "  parameters         known once the data is prepared, or model.vocab_size is set"]
@@ -83,13 +87,13 @@ def _memory(config: Config, layout: Layout, vocab_size: int) -> list[str]:
     return [table(rows), "  of a GPU's kernels; the framework, the communication library and fragmentation come on top"]
 
 
-def _mixture(config: Config, sources: dict[str, Source | None]) -> list[str]:
+def _mixture(config: Config, sources: dict[str, Source | None], progress: Progress) -> list[str]:
     """The mixture's tables; checks the mixture as far as its sources are prepared."""
     prepared = [name for name, source in sources.items() if source is not None]
     order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
-    order.check(config.total_samples, config.window_length)
-    tables = [source_table(config, order, prepared)]
-    return [*tables, "", phase_tables(config, order, prepared)] if order.phased else tables
+    order.check(config.samples_at_end(progress), config.window_length, progress.samples)
+    tables = [source_table(config, order, prepared, progress)]
+    return [*tables, "", phase_tables(config, order, prepared, progress)] if order.phased else tables
 
 
 def _validation(domains: dict[str, Source | None]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import Config, Progress
 from megatron_synth.core import exit_record
 from megatron_synth.core.log import human, say
 from megatron_synth.data.loading.run_data import RunData
@@ -115,6 +115,7 @@ class Trainer:
             check_steps(found, saved.step, config.train.steps)
             jump = rate_jump(saved.config, config, saved.step)
             warnings += [jump] if jump is not None and ranks.rank == 0 else []
+            data.check_length(config, Progress(saved.step, saved.samples))
         weights = None
         if found is None and config.checkpoint.init_from is not None:
             weights = resume.to_start_from(config, data.vocab_size)
@@ -163,7 +164,7 @@ class Trainer:
             on_main(ranks, lambda: self._record_resume(saved.plan_digest))
         elif weights is not None:
             resume.load_weights(weights, self.chunks, self.optimizer)
-        self.prefetcher = prefetcher_of(config, layout, ranks, data)
+        self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
         exit_record.at_step(self.step)
         self.tracker = on_main_only(ranks, self._start_tracker)
         self.recorder = Recorder(
@@ -389,7 +390,7 @@ class Trainer:
         say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
         for line in kernels.summary(kernels.active()):
             say(line)
-        tokens = human(config.train.steps * config.train.tokens_per_step)
+        tokens = human(config.samples_at_end(Progress(self.step, self.samples)) * config.window_length)
         if self.precision_text and self.ranks.rank == 0:
             self.run_dir.event(self.precision_text)
         say(f"mixture {data.plan.describe()} over {tokens} tokens in {config.train.steps} steps")

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from megatron_synth.core.log import human
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool, RanksFailed
 from tests.support import (
     GLOBAL_BATCH_SIZE,
     LAYOUTS,
     PLAIN_OPTIMIZER,
+    RATIOS,
+    SEQUENCE_LENGTH,
     STEPS,
     assert_same_losses,
     checkpoint_names,
@@ -102,6 +105,30 @@ def test_another_batch_size_goes_on_with_the_next_samples(trained: Callable[...,
         assert {name: record[name] for name in shared} == shared
     events = (run / "events.log").read_text()
     assert f"changed: train.global_batch_size: {GLOBAL_BATCH_SIZE} -> {2 * GLOBAL_BATCH_SIZE}" in events
+
+
+def test_a_run_whose_batch_size_changed_is_held_against_what_it_consumes(
+    trained: Callable[..., Run], ranks: RankPool, train: Train, config: Path, tmp_path: Path
+) -> None:
+    reference = trained("single")
+    run = rewound(reference.path, tmp_path / "run", HALF)
+    before = snapshot(run)
+    # 80 samples are consumed; 2 x 78 windows of web last for 234 samples, which is 38 more steps of 4
+    small = ("train.global_batch_size=4", "data.sources.web.max_epochs=2", "eval.interval=null")
+    phases = ("data.phases=[{tokens: 2688, ratios: {web: 2/3, qa: 1/3}}]", *(f"data.sources.{name}.ratio=null" for name in RATIOS))
+    refused = {
+        (*small, f"train.steps={HALF + 39}"): "a run of 236 samples, 80 of them consumed",
+        (*small, *phases, f"train.steps={HALF + 2}"): "data.phases: end after 84 samples",
+    }
+    for settings, message in refused.items():
+        (result,) = ranks.run(1, "megatron_synth.cli.main.main", _arguments(config, run, "single", *settings))
+        assert result.value == 2 and message in result.stderr, result.stderr
+        assert snapshot(run) == before
+    # 80 + 9 x 16 samples fit, and (10 + 9) x 16 would not
+    large = ("train.global_batch_size=16", "data.sources.web.max_epochs=2", f"train.steps={HALF + 9}", "eval.interval=null")
+    (result,) = train(run, "single", *large)
+    assert f"over {human(224 * SEQUENCE_LENGTH)} tokens in {HALF + 9} steps" in result.stdout
+    assert read_ledger(run)["samples"] == 224
 
 
 def test_making_a_run_longer_changes_nothing_before(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Config, SourceConfig
+from megatron_synth.config.schema import Config, Progress, SourceConfig
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.mixing.schedule import phases_of
@@ -57,10 +57,16 @@ class RunData:
         content = {source.name: _content(source) for source in self.sources if source.name in used}
         return _hash([self.plan.prefix_digest(samples), *_shape(self.window_length, self.windows_per_sequence), content])
 
+    def check_length(self, config: Config, progress: Progress) -> None:
+        """Refuse (UserError) a run that goes on from `progress` when sources or phases do not suffice for what is to come."""
+        self.plan.check(config.samples_at_end(progress), self.window_length, progress.samples)
 
-def open_data(config: Config, *, staged: bool = False) -> RunData:
+
+def open_data(config: Config, *, staged: bool = False, check_length: bool = True) -> RunData:
     """Open every source and domain of the configuration and check that the run can be made with them.
 
+    check_length: also that the sources and phases suffice for a run of this configuration from its beginning. A run that goes
+    on is held against what it has consumed instead (`RunData.check_length`).
     staged: then copy them to `data.staging`, where the configuration has it, and read the copies. They hold the same tokens:
     plan, digests and the paths that a run remembers are those of the originals.
 
@@ -81,7 +87,8 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
         )
     length, number = config.window_length, config.data.windows_per_sequence
     plan = plan_of(config, {source.name: source.num_tokens for source in sources})
-    plan.check(config.total_samples, length)
+    if check_length:
+        plan.check(config.total_samples, length)
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)

@@ -197,11 +197,13 @@ class MixturePlan:
         """Windows, repeats included, that a run of `total_samples` takes from each source."""
         return dict(zip(self.names, self.counts(total_samples).tolist(), strict=True))
 
-    def check(self, total_samples: int, window_length: int | None = None) -> None:
+    def check(self, total_samples: int, window_length: int | None = None, consumed: int = 0) -> None:
         """Refuse (UserError) a run longer than its phases, or that would repeat a source more than its max_epochs.
 
-        All such sources at once. window_length: only to name the sizes in tokens too.
+        All such sources at once. window_length: only to name the sizes in tokens too. consumed: samples of the run that
+        are behind it, in steps of whatever size.
         """
+        behind = f", {consumed} of them consumed" if consumed else ""
 
         def in_tokens(samples: int) -> str:
             return "" if window_length is None else f" ({samples * window_length} tokens)"
@@ -210,8 +212,8 @@ class MixturePlan:
         if end is not None and end < total_samples:
             raise UserError(
                 f"data.phases: end after {end} samples{in_tokens(end)}, the run has {total_samples}"
-                f"{in_tokens(total_samples)}: leave `tokens` and `until` of the last phase out, or make the run shorter "
-                "(train.steps x train.global_batch_size x data.windows_per_sequence)"
+                f"{in_tokens(total_samples)}{behind}: leave `tokens` and `until` of the last phase out, or make the run "
+                "shorter (train.steps x train.global_batch_size x data.windows_per_sequence)"
             )
         problems, longest_run = [], total_samples
         for source_id, needed in enumerate(self.counts(total_samples).tolist()):
@@ -241,9 +243,9 @@ class MixturePlan:
             raise UserError(
                 "\n".join(
                     [
-                        f"data.sources: too small for a run of {total_samples} samples:",
+                        f"data.sources: too small for a run of {total_samples} samples{behind}:",
                         *problems,
-                        f"  or train at most {longest_run} samples (train.steps x train.global_batch_size x "
+                        f"  or train at most {longest_run} samples{behind} (a step takes train.global_batch_size x "
                         "data.windows_per_sequence)",
                     ]
                 )

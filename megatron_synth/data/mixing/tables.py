@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from megatron_synth.config.schema import Config
+from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import table
 from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.schedule import Phase
 
 
-def source_table(config: Config, plan: MixturePlan, prepared: Collection[str]) -> str:
-    """One row per source for the whole run. prepared: names of the sources whose sizes are known."""
-    length, total = config.window_length, _reached(config, plan)
+def source_table(config: Config, plan: MixturePlan, prepared: Collection[str], progress: Progress = NOT_BEGUN) -> str:
+    """One row per source for the whole run. prepared: names of the sources whose sizes are known; progress: of the run."""
+    length, total = config.window_length, _reached(config, plan, progress)
     rows: list[tuple[str, ...]] = [("source", "ratio", "tokens", "available", "epochs", "max epochs", "lasts for")]
     overall = plan.overall_ratios(total)
     for source_id, samples in enumerate(plan.counts(total).tolist()):
@@ -26,14 +26,14 @@ def source_table(config: Config, plan: MixturePlan, prepared: Collection[str]) -
         available, epochs = f"{spec.epoch_windows * length:,}", f"{samples / spec.epoch_windows:.3f}"
         longest = plan.longest_run(source_id)
         # whole optimizer steps that the source can serve
-        lasts = "no end" if longest is None else f"{longest // config.samples_per_step:,} steps"
+        lasts = "no end" if longest is None else f"{config.step_after(longest, progress):,} steps"
         rows.append((*row, available, epochs, limit, lasts))
     return table(rows)
 
 
-def phase_tables(config: Config, plan: MixturePlan, prepared: Collection[str]) -> str:
+def phase_tables(config: Config, plan: MixturePlan, prepared: Collection[str], progress: Progress = NOT_BEGUN) -> str:
     """One table per phase: shares asked for and given, in samples and tokens, and the passes over each source."""
-    length, total = config.window_length, _reached(config, plan)
+    length, total = config.window_length, _reached(config, plan, progress)
     starts = plan.schedule.starts
     blocks = []
     for number, (phase, start) in enumerate(zip(plan.schedule.phases, starts, strict=True)):
@@ -73,7 +73,7 @@ def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, length: 
     return table(rows)
 
 
-def _reached(config: Config, plan: MixturePlan) -> int:
+def _reached(config: Config, plan: MixturePlan, progress: Progress) -> int:
     """Samples of the run, as far as its phases go."""
-    total = config.total_samples
+    total = config.samples_at_end(progress)
     return total if plan.schedule.samples is None else min(total, plan.schedule.samples)

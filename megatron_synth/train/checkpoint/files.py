@@ -22,6 +22,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import NOT_BEGUN, Progress
 from megatron_synth.core.files import write_atomic
 
 TRAINER = "trainer.json"
@@ -153,6 +154,26 @@ def faults(checkpoint: Path, *, checksums: bool, part: int = 0, parts: int = 1) 
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror or error})")
     return found
+
+
+def progress_of(run: Path) -> Progress:
+    """How far the run has come that would go on from the newest checkpoint in `run`, as far as sizes tell; none: not begun.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    checkpoint = find(run, lambda text: None)
+    if checkpoint is None:
+        return NOT_BEGUN
+    file = checkpoint / TRAINER
+    try:
+        trainer = json.loads(file.read_text(encoding="utf-8"))
+        step, samples = trainer["step"], trainer["samples"]
+        if type(step) is not int or type(samples) is not int or min(step, samples) < 0:
+            raise ValueError(f"step {step!r}, samples {samples!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: expected the trainer's state of a checkpoint: {error!r}") from None
+    return Progress(step, samples)
 
 
 # ---- which there are

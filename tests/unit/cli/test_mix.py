@@ -14,7 +14,7 @@ import yaml
 
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.load import load_file
+from megatron_synth.config.load import load_file, to_yaml
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.mixing.ledger import Ledger
@@ -143,7 +143,66 @@ def test_show_refuses_what_is_not_there(phased: Path, plain: Path, capsys: pytes
     assert "nowhere.json: no such tokenizer.json" in capsys.readouterr().err
     ending = "data.phases=[{until: 5120, ratios: {web: 1}}]"
     assert cli.main(["mix", "show", str(phased), "160", ending, "data.sources.web.max_epochs=9"]) == 2
-    assert "sample 160: the samples of this run are 0 to 159" in capsys.readouterr().err
+    assert "sample 160: the run has samples 0 to 159" in capsys.readouterr().err
+    assert cli.main(["mix", "show", str(plain), "160"]) == 2
+    assert "sample 160: the run has samples 0 to 159" in capsys.readouterr().err
+
+
+# ---- a run whose batch size changed
+
+
+def changed_run(plain: Path, path: Path, *settings: str) -> Path:
+    """20 steps of 8 samples, a checkpoint after them; its configuration now has steps of 4."""
+    run = write_run(plain, path, [8] * 20)
+    trainer = run.checkpoints / "step_00000020" / "trainer.json"
+    trainer.write_text(json.dumps(json.loads(trainer.read_text()) | {"step": 20}))
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        (trainer.parent / name).touch()
+    text = to_yaml(load_file(Config, plain, ["train.global_batch_size=4", *settings]))
+    (path / "config.yaml").write_text(text)
+    return path
+
+
+def test_plan_and_show_count_what_is_consumed_and_what_remains(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = changed_run(plain, tmp_path / "run", "train.steps=30")
+    assert cli.main(["mix", "plan", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "200 samples of 32 tokens = 6,400 tokens, 160 samples in 20 steps of them consumed" in out
+    # 78 and 40 windows, five times: 585 samples are 106 steps of 4 after the first 160
+    longest = min(open_data(load_file(Config, plain)).plan.longest_run(source) for source in (0, 1))
+    assert f"{20 + (longest - 160) // 4} steps" in out
+    for sample, step in ((0, 1), (7, 1), (8, 2), (159, 20), (160, 21), (163, 21), (164, 22), (199, 30)):
+        assert cli.main(["mix", "show", str(run), str(sample)]) == 0
+        assert f"sample   {sample}: step {step} of 30" in capsys.readouterr().out
+    assert cli.main(["mix", "show", str(run), "200"]) == 2
+    assert "the run has samples 0 to 199" in capsys.readouterr().err
+
+
+def test_plan_of_a_run_is_held_against_caps_and_phases_with_what_is_consumed(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cap = "data.sources.web.max_epochs=2"  # 156 windows of web: 234 samples
+    run = changed_run(plain, tmp_path / "run", "train.steps=38", cap)
+    assert cli.main(["mix", "plan", str(run)]) == 0
+    assert cli.main(["mix", "plan", str(run), "train.steps=39"]) == 2  # 39 x 4 alone would fit
+    assert "236 samples, 160 of them consumed" in capsys.readouterr().err
+    assert cli.main(["mix", "plan", str(run), "train.steps=25", "train.global_batch_size=16"]) == 2
+    assert cli.main(["mix", "plan", str(run), "train.steps=24", "train.global_batch_size=16", cap]) == 0  # 24 x 16 would not
+    phases = "data.phases=[{tokens: 5248, ratios: {web: 2/3, qa: 1/3}}]"  # 164 samples
+    ratios = ["data.sources.web.ratio=null", "data.sources.qa.ratio=null"]
+    capsys.readouterr()
+    assert cli.main(["mix", "plan", str(run), phases, *ratios, "train.steps=21"]) == 0
+    assert cli.main(["mix", "plan", str(run), phases, *ratios, "train.steps=22"]) == 2
+    assert "end after 164 samples (5248 tokens), the run has 168 (5376 tokens), 160 of them consumed" in capsys.readouterr().err
+
+
+def test_the_audit_finds_a_source_beyond_its_cap(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = changed_run(plain, tmp_path / "run", "train.steps=20", "data.sources.web.max_epochs=1")
+    assert cli.main(["mix", "audit", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "1 difference\n" in out and re.search(r"ledger.json +web +samples +at most 78, max_epochs 1 +107", out)
 
 
 # ---- audit
