@@ -342,7 +342,7 @@ def test_show_refuses_what_comes_after_the_run(plain: Path, tmp_path: Path, caps
     capsys.readouterr()
     for asked in (f"{total}", f"0-{total}"):
         assert cli.main(["mix", "show", str(plain), asked]) == 2
-        assert f"sample {total}: the samples of this run are 0 to {total - 1}" in capsys.readouterr().err
+        assert f"sample {total}: the run has samples 0 to {total - 1}" in capsys.readouterr().err
     # a run whose batch size was smaller later has consumed more than steps x batch of now
     config = load_file(Config, plain)
     run = RunDir.create_or_open(tmp_path / "run", config, layout="TP1", world_size=1)
