@@ -84,7 +84,7 @@ def prepare(on_gpu: bool) -> str:
     import_engine()
     if not on_gpu:
         cpu.connect()
-    return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
+    return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"
 
 
 class Team:

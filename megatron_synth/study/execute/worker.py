@@ -56,7 +56,7 @@ def import_once() -> None:
     import megatron_synth.train.evaluate
     import megatron_synth.train.loop  # noqa: F401
 
-    _cuda_is_used = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    _cuda_is_used = bool(torch.cuda.is_initialized())
 
 
 def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: bool, parent: int) -> int:

@@ -74,6 +74,7 @@ def test_names_are_of_levers_and_differences_are_relative() -> None:
     assert losses_apart([2.0, 4.0], [2.0, 4.0]) == 0 and losses_apart([2.0, 5.0], [2.0, 4.0]) == 0.25
 
 
+@pytest.mark.slow
 def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "distributed optimizer,sequence parallelism,torch.compile"
     counts = "--ranks 2 --warmup 2 --pairs 2 --steps 2".split()

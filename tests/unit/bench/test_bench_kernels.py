@@ -21,6 +21,7 @@ from megatron_synth_kernels.registry import OPERATIONS
 TOGETHER = {"cross_entropy_stats": "cross_entropy", "cross_entropy_grad": "cross_entropy"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rivals on a GPU are compiled, which takes minutes")
 def test_every_operation_and_backend_is_measured_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kernels.json"

@@ -59,6 +59,7 @@ def test_a_contender_that_fails_says_why(tmp_path):
         bench._run(sys.executable, "datatrove", tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_both_loops_of_this_environment_write_the_same_tokens(tmp_path):
     texts = [f"Document {n} says {'naïve ' * (n % 4)}things <|endoftext|>\n" for n in range(70)]
     train_tokenizer(texts, 320, bench.EOD).save(tmp_path / "tokenizer.json")

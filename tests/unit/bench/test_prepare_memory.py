@@ -79,6 +79,7 @@ def peak(work):
     return most
 
 
+@pytest.mark.slow
 def test_three_times_the_text_takes_no_more_memory(tmp_path, small):
     train_tokenizer(["some text of a few words " * 9], 300, EOD).save(tmp_path / "tokenizer.json")
     packed = {"shuffle": {"seed": 1}, "packing": {"sequence_length": 512}}

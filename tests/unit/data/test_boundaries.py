@@ -63,6 +63,7 @@ def test_tables_equal_a_walk(rows: int, batches: int, length: int, random) -> No
         check(table.batch(number), np.array(documents))
 
 
+@pytest.mark.slow
 @given(
     shards=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=9), min_size=1, max_size=4),
     length=st.integers(1, 25),

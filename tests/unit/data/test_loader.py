@@ -150,6 +150,7 @@ def test_without_tokens_nothing_is_read() -> None:
         list(loader_of(2, 1, sources=sources).micro_batches(8, 12))
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 2, 3])), min_size=1, max_size=12),
     st.sampled_from([1, 2, 3, 4, 7, 8]),

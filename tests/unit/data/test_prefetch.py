@@ -32,6 +32,7 @@ def prefetching() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([0, 1]),
     st.sampled_from([1, 2, 3, 4, 7, 8]),

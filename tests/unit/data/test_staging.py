@@ -90,6 +90,7 @@ def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
     assert open_source(unfinished, "s").num_tokens == 120
 
 
+@pytest.mark.slow
 def test_a_copy_of_thousands_of_shards_survives_its_process(tmp_path, capsys) -> None:
     stream, _ = make(tmp_path / "s", [[30]] * 1000)
     code = (

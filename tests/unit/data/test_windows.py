@@ -73,6 +73,7 @@ def delivered(batches: list[Batch], number: int) -> dict[int, list[int]]:
     return found
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 3, 6, 8]),
     st.booleans(),

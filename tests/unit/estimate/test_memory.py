@@ -131,6 +131,7 @@ MEASURED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_estimates_are_what_tensors_take() -> None:
     """Within 10 %, against the allocator, in a process of its own."""
     settings = [[*SMALL, *more] for more in MEASURED.values()]

@@ -77,6 +77,7 @@ def test_a_pipeline_pays_its_bubble_and_interleaving_divides_it() -> None:
     assert bubble(4, 7) == pytest.approx(bubble(4, None) / 7)
 
 
+@pytest.mark.slow
 def test_published_speeds_are_met_as_stated() -> None:
     ratios = {(run.who, run.model.name, run.gpu): predict(run).tokens_per_s / run.tokens_per_s for run in RUNS if run.fitted}
     assert all(2 / 3 < ratio < 1.5 for ratio in ratios.values()), ratios

@@ -91,6 +91,7 @@ def test_one_seed_is_one_result() -> None:
     assert other.params == first.params and other.intervals != first.intervals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data, 10 budgets", "data, 8 budgets x 3 seeds", "joint, 5 sizes x 5 budgets"])
 def test_intervals_cover_at_their_nominal_rate(name: str) -> None:
     """Nominal 90 %, on 200 draws of noise: 85 to 95 %, give or take the standard error of 200 draws, 2 %."""

@@ -83,6 +83,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Folde
     return opened(file)
 
 
+@pytest.mark.slow
 def test_results_say_what_was_trained(whole: tuple[Folder, list[Run]]) -> None:
     folder, runs = whole
     for run in runs:
@@ -100,6 +101,7 @@ def test_results_say_what_was_trained(whole: tuple[Folder, list[Run]]) -> None:
     assert abs(by_arm["natural"][0] - by_arm["synthetic"][0]) < 0.05
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_then_the_same_command(
     corpus: Path, whole: tuple[Folder, list[Run]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +142,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
     assert third.returncode == 0 and "0 runs to train, 4 finished already" in third.stdout
 
 
+@pytest.mark.slow
 def test_a_failed_run_holds_up_no_other_and_is_retried(corpus: Path, tmp_path: Path) -> None:
     file = write(corpus, tmp_path / "study", seeds=[1])
     folder, runs = opened(file)
@@ -158,6 +161,7 @@ def test_a_failed_run_holds_up_no_other_and_is_retried(corpus: Path, tmp_path: P
     assert [folder.state(run) for run in runs] == ["done", "done"] and folder.failure(runs[0]) is None
 
 
+@pytest.mark.slow
 def test_the_report_of_real_runs(whole: tuple[Folder, list[Run]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, runs = whole
     file = folder.path.parent / f"{folder.path.name}.yaml"
@@ -174,6 +178,7 @@ def test_the_report_of_real_runs(whole: tuple[Folder, list[Run]], tmp_path: Path
         result.write_text(kept)
 
 
+@pytest.mark.slow
 def test_only_some_runs(corpus: Path, tmp_path: Path) -> None:
     file = write(corpus, tmp_path / "study")
     (tmp_path / "some.txt").write_text("nobody\n")
@@ -184,12 +189,14 @@ def test_only_some_runs(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_fit_here_is_refused(corpus: Path, tmp_path: Path) -> None:
     file = write(corpus, tmp_path / "study")
     with pytest.raises(UserError, match="sizes s need 2 ranks, here are 1"):
         main(["submit", str(file), "--local", "sizes.s.ranks=2"])
 
 
+@pytest.mark.slow
 def test_slots_are_given_once() -> None:
     slots = Slots(True, [0, 1, 2, 3])
     first, second = slots.take(2), slots.take(1)
@@ -198,6 +205,7 @@ def test_slots_are_given_once() -> None:
     assert slots.take(3) == [0, 1, 3]
 
 
+@pytest.mark.slow
 def test_the_time_left_follows_what_was_measured(corpus: Path, tmp_path: Path) -> None:
     folder, runs = opened(write(corpus, tmp_path / "study"))
     progress = Progress(folder, runs, 256)
