@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import RankError, UserError
+from tests.support import write_config, write_corpus
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -90,3 +92,19 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert importlib.import_module("megatron_synth").__version__ == cli.__version__
+
+
+def test_an_interrupted_eval_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_synth.cli import eval as verb
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "_evaluate", interrupted)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run / "config.yaml", write_corpus(tmp_path / "corpus"))
+    assert cli.main(["eval", str(run)]) == 130
+    assert "nothing was written" in capsys.readouterr().out and [path.name for path in run.iterdir()] == ["config.yaml"]
