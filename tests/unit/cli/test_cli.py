@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,13 @@ def test_an_interrupted_eval_says_what_is_kept(
     write_config(run / "config.yaml", write_corpus(tmp_path / "corpus"))
     assert cli.main(["eval", str(run)]) == 130
     assert "nothing was written" in capsys.readouterr().out and [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_train_says_what_it_does_before_the_engine_is_loaded(tmp_path: Path) -> None:
+    write_config(tmp_path / "run.yaml", write_corpus(tmp_path / "corpus"))
+    (tmp_path / "torch.py").write_text("raise SystemExit(9)")  # importing the real one takes seconds
+    command = [sys.executable, "-m", "megatron_synth", "train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'run.yaml'}: TP1 x PP1 x DP1, 1 rank") and str(tmp_path / "run") in done.stdout
