@@ -403,7 +403,7 @@ def test_init_from_takes_the_weights_alone(
     assert (first["step"], first["data/tokens"]) == (1, source.records[0]["data/tokens"])
     assert _run_id(run) != _run_id(source.path)
     evaluated: dict[str, Any] = {k: v for k, v in source.records[-1].items() if k.startswith("eval/")}
-    assert len(evaluated) == 5  # of both domains loss and labels, and the mean
+    assert len(evaluated) == 8  # loss, labels and bits per byte of both domains, and two means
     for name, value in evaluated.items():
         assert math.isclose(last[name], value, rel_tol=rtol), name
 
