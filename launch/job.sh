@@ -6,6 +6,10 @@
 #         decides whether the job comes back: requeueing it from here would revive a job that its owner has canceled.
 # What follows the end of a step is decided by megatron_synth.cluster.verdict, from what the ranks left in OUTCOMES.
 
+# A request may come before there is a step that could be asked, while Slurm's commands below take their time.
+stopping=0
+trap 'stopping=1' USR1
+
 # an array task by its own name: the number of its array's last task is also that of the whole array
 JOB=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
@@ -36,7 +40,7 @@ verdict() {
 
 # run_step COMMAND...: run it on every node of the job, then leave, requeued or for good
 run_step() {
-  local step code stopping=0 ended=0 options=()
+  local step code ended=0 options=()
   trap 'stopping=1; say "asked to stop, ranks will save"; scancel --signal=USR1 "$JOB"' USR1
   trap 'ended=1; say "ended by Slurm (SIGTERM)"' TERM
   mkdir -p "$MEGATRON_SYNTH_OUTCOMES"

@@ -6,15 +6,19 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_synth.config.schema import ModelConfig
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.tokenizer import Tokenizer
 from megatron_synth.train.record import metrics
 
 LLAMA3_8B = ModelConfig(
@@ -28,6 +32,7 @@ LLAMA3_8B = ModelConfig(
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 256
+EOD = "<|endoftext|>"
 SEQUENCE_LENGTH = 32
 STEPS = 20
 GLOBAL_BATCH_SIZE = 8
@@ -85,7 +90,7 @@ def write_source(
     seed: int,
     tokens: int,
     *,
-    fingerprint: str = "0" * 64,
+    fingerprint: str | None = None,
     vocab_size: int = VOCAB_SIZE,
     shards: int = 2,
     rule: int = 3,
@@ -108,7 +113,9 @@ def write_source(
         generator="rule",
         split="train",
         dtype="uint16",
-        tokenizer=TokenizerInfo(path="../tokenizer.json", fingerprint=fingerprint, vocab_size=vocab_size, eod_id=0),
+        tokenizer=TokenizerInfo(
+            path="../tokenizer.json", fingerprint=fingerprint or tokenizer().fingerprint, vocab_size=vocab_size, eod_id=0
+        ),
         counts=Counts(documents=sum(info.documents for info in infos), tokens=tokens, text_bytes=3 * tokens),
         shards=tuple(infos),
         made=Provenance(program="tests", config_digest="0" * 64, inputs={}, holdout="0"),
@@ -116,8 +123,20 @@ def write_source(
     return folder
 
 
+@cache
+def tokenizer() -> Tokenizer:
+    """That of the sources here: token 0 ends a document, each of the others is a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB_SIZE - 1]
+    backend = Backend(models.BPE({letter: number for number, letter in enumerate(letters, start=1)} | {EOD: 0}, []))
+    backend.add_special_tokens([EOD])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return Tokenizer(backend.to_str(), EOD)
+
+
 def write_corpus(folder: Path) -> Path:
     """Two training sources and, of the same two kinds, two validation domains."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(folder / "tokenizer.json")
     for seed, (name, tokens) in enumerate({**_TRAINING_TOKENS, **_VALIDATION_TOKENS}.items()):
         write_source(folder / name, seed, tokens, rule=4 if name in ("qa", "val2") else 3)
     return folder

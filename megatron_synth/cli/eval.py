@@ -54,7 +54,11 @@ def main(argv: list[str]) -> int:
     data = open_data(config, check_length=False)
     if not data.validation:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
-    result = _evaluate(config, layout, data, arguments.run)
+    try:
+        result = _evaluate(config, layout, data, arguments.run)
+    except KeyboardInterrupt:
+        say(f"interrupted: nothing was written, {arguments.run} is as it was; the same command starts again")
+        raise
     say(_table(result, list(data.validation)))
     if is_first_rank():
         write_json(arguments.run / "eval.json", result)

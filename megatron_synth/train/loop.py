@@ -60,7 +60,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
     """
     choices = kernels.select(config)
     stop = listen()
-    with process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes) as ranks:
+    with stop.before_failing(), process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes) as ranks:
         kernels.check_same_on_all_ranks(choices)
         trainer = Trainer(config, layout, data, ranks, run_path)
         with trainer.watch:
@@ -72,8 +72,8 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
                 trainer.writer.join(_LAST_WRITE_S)
                 raise
             except RuntimeError as error:
+                stop.wait_for_late()
                 if layout.world_size > 1:
-                    stop.wait_for_late()
                     trainer.watch.explain(error)
                 raise
             trainer.watch.enter("end", slow=True)

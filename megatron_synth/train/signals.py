@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -32,7 +33,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._holding = False
+        self._holding = self._waited = False
         # Python runs handlers between two lines of the main thread, which may wait in compiled code for minutes. The system
         # writes to the pipe at once.
         reader, writer = os.pipe()
@@ -53,8 +54,18 @@ class StopRequest:
 
     def wait_for_late(self) -> None:
         """Another rank left before the first step, perhaps for a signal that is on its way here and then ends this process."""
-        if not self._holding:
+        if not self._holding and not self._waited and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self._waited = True
             time.sleep(_GRACE_S)
+
+    @contextlib.contextmanager
+    def before_failing(self) -> Iterator[None]:
+        """Within, an error of torch's that may come of another rank's leaving waits for a late signal before it is raised."""
+        try:
+            yield
+        except RuntimeError:
+            self.wait_for_late()
+            raise
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

@@ -153,6 +153,24 @@ def test_a_finished_run_is_left_alone(trained: Callable[..., Run], train: Train,
     assert read_metrics(run) == reference.records and snapshot(run / "checkpoints") == before
 
 
+def test_fewer_steps_than_done_leave_the_run_as_it_is(trained: Callable[..., Run], train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained("single").path, run)
+    before = snapshot(run)
+    (result,) = train(run, "single", f"train.steps={HALF}", code=2)
+    assert f"train.steps: {HALF}, but" in result.stderr and f"set it to {STEPS} or more" in result.stderr
+    assert snapshot(run) == before
+
+
+def test_a_finished_schedule_that_is_made_longer_is_told(trained: Callable[..., Run], train: Train, tmp_path: Path) -> None:
+    run = rewound(trained("dp2").path, tmp_path / "run", STEPS)
+    first, second = train(run, "dp2", f"train.steps={STEPS + 2}", "data.sources.web.max_epochs=9")
+    told = f"warning: the learning rate goes from 0.00e+00 in step {STEPS} to"
+    assert first.stdout.count(told) == 1 and not second.stdout
+    assert f"changed: train.steps: {STEPS} -> {STEPS + 2}" in first.stdout
+    assert (run / "events.log").read_text().count(told) == 1
+
+
 # ---- stopping on request
 
 
@@ -412,7 +430,7 @@ def test_init_from_takes_the_weights_alone(
     assert (first["step"], first["data/tokens"]) == (1, source.records[0]["data/tokens"])
     assert _run_id(run) != _run_id(source.path)
     evaluated: dict[str, Any] = {k: v for k, v in source.records[-1].items() if k.startswith("eval/")}
-    assert len(evaluated) == 5  # of both domains loss and labels, and the mean
+    assert len(evaluated) == 8  # loss, labels and bits per byte of both domains, and two means
     for name, value in evaluated.items():
         assert math.isclose(last[name], value, rel_tol=rtol), name
 

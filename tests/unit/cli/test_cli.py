@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import RankError, UserError
+from tests.support import write_config, write_corpus
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -90,3 +93,29 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert importlib.import_module("megatron_synth").__version__ == cli.__version__
+
+
+def test_an_interrupted_eval_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_synth.cli import eval as verb
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "_evaluate", interrupted)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run / "config.yaml", write_corpus(tmp_path / "corpus"))
+    assert cli.main(["eval", str(run)]) == 130
+    assert "nothing was written" in capsys.readouterr().out and [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_train_says_what_it_does_before_the_engine_is_loaded(tmp_path: Path) -> None:
+    write_config(tmp_path / "run.yaml", write_corpus(tmp_path / "corpus"))
+    (tmp_path / "torch.py").write_text("raise SystemExit(9)")  # importing the real one takes seconds
+    command = [sys.executable, "-m", "megatron_synth", "train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'run.yaml'}: TP1 x PP1 x DP1, 1 rank") and str(tmp_path / "run") in done.stdout

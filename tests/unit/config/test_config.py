@@ -337,6 +337,7 @@ def test_the_digest_tells_configurations_apart() -> None:
     assert len({digest(config) for config in configs}) == len(configs)
     same = build("optim.lr=0.0003", "data.sources.web.ratio=4/6")  # a default spelt out, an unreduced ratio
     assert digest(same) == digest(build())
+    assert digest(build("checkpoint.interval_s=60")) == digest(build())  # the same run, saved more often
     assert len(digest(same)) == 12 and int(digest(same), 16) >= 0
 
 

@@ -68,3 +68,15 @@ def test_train_listens_before_its_imports(tmp_path: Path) -> None:
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75, done.stderr
     assert "the same command starts again" in done.stdout
+
+
+def test_an_error_of_a_lost_rank_waits_for_a_signal_that_is_late() -> None:
+    code = "threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()\n"
+    code += "with stop.before_failing():\n    raise RuntimeError('Connection closed by peer')"
+    assert _python(LISTEN + code, WORLD_SIZE="2").returncode == 75
+    for setting in ("", "stop.hold()\n"):  # alone, and in a run that has begun, the error is what it is
+        alone = _python(
+            LISTEN + setting + "with stop.before_failing():\n    raise RuntimeError('a fault')",
+            WORLD_SIZE="1" if not setting else "2",
+        )
+        assert alone.returncode == 1 and "a fault" in alone.stderr
