@@ -6,6 +6,7 @@ import ctypes
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,16 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.data.bpe_cache import WordEncoder, encode_all, is_applicable
+from megatron_synth.data.literal_text import read_literally
 from megatron_synth.data.shards.manifest import canonical_digest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 FILE_NAME = "tokenizer.json"
+_USUAL_ENDS = frozenset(
+    ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|end▁of▁sentence|>"]
+)
 
 
 @dataclass(frozen=True)
@@ -37,24 +42,36 @@ class Tokenizer:
     def __post_init__(self) -> None:
         if self.backend.token_to_id(self.eod) is None:
             special = sorted(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+            near = get_close_matches(self.eod, self.backend.get_vocab(with_added_tokens=True), 3, 0.6)
+            likely = [token for token in special if token in _USUAL_ENDS]
+            hint = f"most like it: {', '.join(near)}; " if near else ""
+            hint += f"usual for this: {', '.join(likely)}; " if likely else ""
             raise UserError(
-                f"{self.where}: has no end-of-document token {self.eod!r}; set `tokenizer.eod` to the one that it has, "
+                f"{self.where}: has no end-of-document token {self.eod!r}; set `tokenizer.eod` to the one that it has; {hint}"
                 f"its special tokens are {', '.join(special[:20]) or 'none'}"
             )
 
     @cached_property
     def backend(self) -> Backend:
-        """The `tokenizers` object, set to read all text as text."""
+        """The `tokenizers` object."""
+        return self._opened(self.content)
+
+    @cached_property
+    def _text_backend(self) -> Backend:
+        """As `backend`, set to read all text as text: what spells a special token must not become one."""
+        backend = self._opened(read_literally(self.content, self.eod))
+        backend.encode_special_tokens = True
+        return backend
+
+    def _opened(self, content: str) -> Backend:
         from tokenizers import Tokenizer as Backend
 
         try:
-            backend = Backend.from_str(self.content)
+            backend = Backend.from_str(content)
         except Exception as error:  # the library raises it bare
             raise UserError(f"{self.where}: not a tokenizer.json, {error}") from None
         backend.no_truncation()
         backend.no_padding()
-        # text that spells a special token must not become one: a document could end itself
-        backend.encode_special_tokens = True
         return backend
 
     @cached_property
@@ -81,7 +98,11 @@ class Tokenizer:
         return canonical_digest(data)
 
     def encode(self, texts: Sequence[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all texts one after the other [T], each text closed by eod, and the length of each, int32 [N]."""
+        """Tokens of all texts one after the other [T], each text closed by eod, and the length of each, int32 [N].
+
+        Raises:
+            UserError: a text has become the end of a document, which it would be in training.
+        """
         if dtype not in self._words:
             applicable = is_applicable(self.content)
             self._words[dtype] = WordEncoder(self._encode_word, dtype) if applicable else None
@@ -94,13 +115,28 @@ class Tokenizer:
         lengths = np.array([one.size + 1 for one in found], np.int32)
         eod = np.array([self.eod_id], dtype)
         parts = [part for one in found for part in (one, eod)]
-        return (np.concatenate(parts) if parts else np.empty(0, dtype)), lengths
+        tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
+        if np.count_nonzero(tokens == self.eod_id) != len(found):
+            number = next(at for at, one in enumerate(found) if (one == self.eod_id).any())
+            start = texts[number].lstrip()[:60]
+            raise UserError(
+                f"{self.where}: makes the end-of-document token {self.eod!r} out of text, of the document that begins "
+                f"{start!r}; set `tokenizer.eod` to a token that no text becomes"
+            )
+        return tokens, lengths
+
+    def loses_characters(self) -> bool:
+        """Whether characters that are not in the vocabulary vanish, with no token in their place."""
+        model = json.loads(self.content).get("model") or {}
+        if model.get("type") != "BPE" or model.get("unk_token") is not None or model.get("byte_fallback"):
+            return False
+        return "ByteLevel" not in json.dumps(json.loads(self.content).get("pre_tokenizer"))
 
     def _encode(self, texts: list[str]) -> list[Any]:
-        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return self._text_backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def _encode_word(self, word: str) -> list[int]:
-        ids: list[int] = self.backend.encode(word, add_special_tokens=False).ids
+        ids: list[int] = self._text_backend.encode(word, add_special_tokens=False).ids
         return ids
 
     @cached_property

@@ -5,6 +5,7 @@ B sequences of a micro-batch, S tokens in k windows of L, K sources.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_synth.config.schema import NOT_BEGUN, Config, DataConfig, Progress
-from megatron_synth.data.loading.loader import Batch, Loader, Tokens
+from megatron_synth.data.loading.loader import Batch, Loader, Tokens, WindowSource, is_packed
 from megatron_synth.data.loading.prefetch import Prefetcher
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.documents import Documents
@@ -64,9 +65,9 @@ class TensorBatch:
         return replace(self, weights=torch.zeros_like(self.weights))
 
 
-def needs_boundaries(data: DataConfig) -> bool:
-    """Whether a run must know where documents begin and end."""
-    return data.document_masks or data.eod_mask_loss
+def needs_boundaries(data: DataConfig, sources: Iterable[WindowSource]) -> bool:
+    """Whether windows of these sources are read with where documents begin and end: for masks, or for padding."""
+    return data.document_masks or data.eod_mask_loss or any(map(is_packed, sources))
 
 
 def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.NDArray[np.bool_] | None = None) -> TensorBatch:
@@ -85,8 +86,10 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     if batch.boundaries is not None and data.document_masks:
         bounds = batch.boundaries
         documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, move(bounds.position_ids().reshape(rows, -1)))
-    if batch.boundaries is not None and data.eod_mask_loss:
-        loss_mask = move(batch.boundaries.loss_mask().reshape(rows, -1))
+    if batch.boundaries is not None:
+        bounds = batch.boundaries
+        counting = bounds.loss_mask() if data.eod_mask_loss else bounds.padding_mask()
+        loss_mask = None if counting is None else move(counting.reshape(rows, -1))
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
 
 
@@ -103,7 +106,7 @@ def prefetcher_of(
         data_parallel_rank=ranks.data_rank,
         data_parallel_size=layout.data,
         windows_per_sequence=config.data.windows_per_sequence,
-        with_boundaries=needs_boundaries(config.data),
+        with_boundaries=needs_boundaries(config.data, data.sources),
         with_tokens=ranks.needs_tokens,
         dtype=np.int32 if on_gpu else np.int64,  # a copy in place of a widening, where none is made
     )

@@ -126,7 +126,7 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
         ranks.data_rank,
         layout.data,
         limit,
-        with_boundaries=needs_boundaries(data),
+        with_boundaries=needs_boundaries(data, [source]),
         with_tokens=ranks.needs_tokens,
     )
     sums = torch.zeros((NUM_SUMS + 1, 1), dtype=torch.float64, device=ranks.device)

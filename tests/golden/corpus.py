@@ -1,4 +1,4 @@
-"""How the built-in corpus was made, once, from the library of Python 3.11.7: `python -m tests.golden.corpus`.
+"""How the built-in corpus was made of the standard library of Python 3.11.7. `python -m tests.golden.corpus` writes it.
 
 natural  module sources, docstrings under their qualified names, and the topics of `help()`
 qa       questions and answers about the same modules, made from docstrings and signatures by rule

@@ -1,7 +1,7 @@
 """The first 20 losses of the quickstart, and how they are made: `make golden` writes them again.
 
-The quickstart's text is shipped with the package, so the losses hold on every version of Python. The digest of the
-prepared data stands beside them: a tokenizer library that trains another tokenizer shows there.
+The quickstart's text comes with the package, so the losses hold on every version of Python. The digest of the prepared
+data stands beside them: a tokenizer library that trains another tokenizer shows there.
 """
 
 from __future__ import annotations

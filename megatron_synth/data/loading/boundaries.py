@@ -3,6 +3,9 @@
 A batch of B rows of S inputs is one line of B x S positions, row after row. A row begins a stretch, and so does each
 document that starts in it: attention must not cross from one stretch to the next. The label of a document's last token
 would be the first token of the next document, which nothing predicts: it has no loss.
+
+In windows that were packed the free places are filled with documents of one token, which no text is: these labels, and
+the first token of the window after, are known as padding.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class Boundaries:
     """[E] ascending places in the same line of inputs whose label belongs to another document."""
     ends_at: int | None = None
     """Their address, where it is known."""
+    padding: Int64 | None = None
+    """Places of inputs whose label is padding of a packed window; None where no source of the run is packed."""
 
     @property
     def max_seqlen(self) -> int:
@@ -47,11 +52,22 @@ class Boundaries:
         """[B, S] False where the label belongs to another document than the input."""
         return native.loss_mask((self.rows, self.sequence_length), self.ends, self.ends_at)
 
+    def padding_mask(self) -> npt.NDArray[np.bool_] | None:
+        """[B, S] False where the label is padding of a packed window; None where no source of the run is packed."""
+        return None if self.padding is None else native.loss_mask((self.rows, self.sequence_length), self.padding)
+
 
 class BoundaryTable:
     """The boundaries of many batches, made at once, handed out one by one."""
 
-    def __init__(self, offsets: Int64, counts: Int64, sequence_length: int, rows: int):
+    def __init__(
+        self,
+        offsets: Int64,
+        counts: Int64,
+        sequence_length: int,
+        rows: int,
+        packed: npt.NDArray[np.bool_] | None = None,
+    ):
         """Boundaries of N / B batches.
 
         Args:
@@ -59,8 +75,10 @@ class BoundaryTable:
             counts: [N] how many of them each row has.
             sequence_length: S.
             rows: B, rows of a batch.
+            packed: [N] which rows are windows of a packed source; None: the run has none.
         """
         assert len(counts) % rows == 0
+        self._padding = None if packed is None else _padding(offsets, counts, sequence_length, rows, packed)
         self._rows, self._length = rows, sequence_length
         self._ends_at: int | None = None
         batches, line = len(counts) // rows, rows * sequence_length
@@ -98,4 +116,15 @@ class BoundaryTable:
             self._cu_seqlens[split[number] : split[number + 1]],
             self._ends[first : ends[number + 1]],
             None if self._ends_at is None else self._ends_at + 8 * first,
+            None if self._padding is None else self._padding[number],
         )
+
+
+def _padding(offsets: Int64, counts: Int64, sequence_length: int, rows: int, packed: npt.NDArray[np.bool_]) -> list[Int64]:
+    """Of each batch the places of inputs whose label begins a document of one token, or a document of the next window."""
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    alone = np.zeros(len(offsets), np.bool_)
+    alone[:-1] = (offsets[1:] == offsets[:-1] + 1) & (row_of[1:] == row_of[:-1])
+    found = np.flatnonzero((alone | (offsets == sequence_length)) & (offsets > 0) & packed[row_of])
+    places = row_of[found] % rows * sequence_length + offsets[found] - 1
+    return np.split(places, np.searchsorted(row_of[found], np.arange(rows, len(counts), rows)))

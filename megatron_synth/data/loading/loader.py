@@ -262,6 +262,7 @@ class Loader:
         self.dtype = np.dtype(dtype)
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
         self._readers = [source.read for source in sources]
+        self._packed = np.array([is_packed(source) for source in sources])
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
@@ -318,7 +319,8 @@ class Loader:
         boundaries = None
         if self.with_boundaries:
             starts, counts = self._document_starts(source_ids, firsts, shards, begins)
-            boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number)
+            packed = self._packed[source_ids] if self._packed.any() else None
+            boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number, packed)
         library, copier = native.library(), None
         if library is not None and self.with_tokens:
             maps = [source.places.tokens for source in self.sources]
@@ -394,6 +396,12 @@ class Loader:
             done += 1
 
 
+def is_packed(source: WindowSource) -> bool:
+    """Whether the windows of a source were packed: they hold padding."""
+    manifest = getattr(source, "manifest", None)
+    return manifest is not None and manifest.packing is not None
+
+
 def validation_windows(source: WindowSource, sequence_length: int, max_windows: int | None = None) -> tuple[int, int]:
     """How much of a domain an evaluation covers: (windows, label tokens left out).
 
@@ -443,7 +451,8 @@ def validation_batches(
         boundaries = None
         if with_boundaries:
             starts = source.document_starts_of(windows * sequence_length, sequence_length)
-            table = BoundaryTable(*starts, sequence_length, micro_batch_size)
+            packed = np.ones(micro_batch_size, np.bool_) if is_packed(source) else None
+            table = BoundaryTable(*starts, sequence_length, micro_batch_size, packed)
             boundaries = table.batch(0)
         return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
 

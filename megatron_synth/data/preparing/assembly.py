@@ -84,7 +84,10 @@ class Assembly:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Shard `number`: the documents from `start` to `end` of an assembly."""
+    """Shard `number`: the documents from `start` to `end` of an assembly.
+
+    closed: then comes one more token of padding, which is the label that the last window would lack.
+    """
 
     prefix: Path
     dtype: np.dtype[Any]
@@ -92,6 +95,7 @@ class ShardTask:
     number: int
     start: Position
     end: Position
+    closed: bool = False
 
 
 def plan_shards(units: Iterable[np.ndarray], shard_tokens: int) -> list[tuple[Position, Position]]:
@@ -130,6 +134,9 @@ def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
                 last = task.end[1] if unit == task.end[0] else None
                 if last is None or last > first:
                     writer.add(*task.assembly.read(task.dtype, unit, first, last))
+            if task.closed:
+                assert task.assembly.packing is not None
+                writer.add(np.array([task.assembly.packing.eod_id], task.dtype), np.array([1], np.int32))
             written = writer.finish()
             sync_folder(task.prefix.parent)
     finally:

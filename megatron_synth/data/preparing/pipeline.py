@@ -258,7 +258,8 @@ class SourceWork:
             cut_without += cut_documents(lengths, length, tokens)
             tokens += int(lengths.sum(dtype=np.int64))
             packed += int(assembly.lengths(unit).sum(dtype=np.int64))
-        return PackingInfo(sequence_length=length, padding_tokens=packed - tokens, cut_documents=cut, cut_without=cut_without)
+        padding = packed - tokens + 1  # one closes the last window
+        return PackingInfo(sequence_length=length, padding_tokens=padding, cut_documents=cut, cut_without=cut_without)
 
     def _split(self, target: str) -> Split:
         return "validation" if target != self.name else self.source.split
@@ -271,8 +272,9 @@ class SourceWork:
         shards = {entry["number"]: ShardInfo(**entry["shard"]) for entry in told}
         remove_strays(folder, _files_of(shards.values()))
         assembly = self._assembly(plan.pieces, target)
+        packed, last = assembly.packing is not None, len(plan.cuts[target]) - 1
         tasks = (
-            ShardTask(folder / f"shard-{number:05d}", self.dtype, assembly, number, start, end)
+            ShardTask(folder / f"shard-{number:05d}", self.dtype, assembly, number, start, end, packed and number == last)
             for number, (start, end) in enumerate(plan.cuts[target])
             if number not in shards
         )

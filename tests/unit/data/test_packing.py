@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,9 +12,11 @@ from megatron_synth.cli.prepare import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
+from megatron_synth.data.loading.loader import Loader, validation_batches
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.preparing.packing import PADDING, arrange, cut_documents, pack
 from megatron_synth.data.shards.source import open_source
+from megatron_synth.train.batch import needs_boundaries, to_device
 
 EOD = 0
 
@@ -100,7 +103,9 @@ def test_windows_of_a_packed_source_begin_with_a_document_or_go_on_with_a_long_o
     assert plain.manifest.packing is None
     assert source.manifest.counts.documents == plain.manifest.counts.documents
     assert source.num_tokens == plain.num_tokens + packing.padding_tokens == source.manifest.counts.tokens
-    assert source.num_tokens % 64 == 0 and len(source.manifest.shards) > 2
+    # and one token, the label that the last window would lack
+    assert source.num_tokens % 64 == 1 and source.num_windows(64) == source.num_tokens // 64
+    assert len(source.manifest.shards) > 2
     lengths = np.concatenate([np.diff([*s.document_starts(0, s.num_tokens).tolist(), s.num_tokens]) for s in shards_of(plain)])
     assert packing.cut_documents == (lengths > 64).sum() > 0
     if name == "one":
@@ -147,3 +152,49 @@ optim: {{lr: 1e-3}}
         open_data(load_file(Config, path, ["data.windows_per_sequence=4"]))
     with pytest.raises(UserError, match=r"web.shift_windows: .* was packed"):
         open_data(load_file(Config, path, ["data.sources.web.shift_windows=true"]))
+
+
+@pytest.mark.parametrize("flags", ["", "document_masks: true", "document_masks: true, eod_mask_loss: true"])
+def test_padding_is_in_no_loss_and_all_text_is(prepared, flags):
+    """Each label of a packed source that is text of the document before it counts, with whatever masks; padding never does."""
+    path = prepared / "run.yaml"
+    path.write_text(
+        f"""
+model: {{hidden_size: 32, num_layers: 2, num_attention_heads: 2, ffn_hidden_size: 64}}
+data: {{sources: {{web: {{path: {prepared}/one/web, ratio: 1, max_epochs: 1}}}}, {flags}}}
+train: {{steps: 1, global_batch_size: 1, micro_batch_size: 1, sequence_length: 64}}
+optim: {{lr: 1e-3}}
+"""
+    )
+    config = load_file(Config, path, [])
+    data = open_data(config)
+    (source,) = data.sources
+    windows = source.num_windows(64)
+    assert needs_boundaries(config.data, data.sources)
+    loader = Loader(
+        data.plan, data.sources, sequence_length=64, micro_batch_size=1, data_parallel_rank=0, data_parallel_size=1,
+        with_boundaries=True,
+    )  # fmt: skip
+    document = np.empty(source.num_tokens, np.int64)
+    starts = np.concatenate([source.document_starts(window, 64) + 64 * window for window in range(windows + 1)])
+    document[:] = np.searchsorted(starts, np.arange(source.num_tokens), side="right")
+    lengths = np.bincount(document)
+    trained = np.zeros(source.num_tokens, np.int64)
+    for sample in range(windows):
+        for batch in loader.micro_batches(sample, 1):
+            found = to_device(batch, torch.device("cpu"), config.data)
+            _, places, _ = data.plan.places(batch.samples)
+            labels = np.arange(64) + int(places[0]) * 64 + 1
+            trained[labels] += found.loss_mask.numpy()[0]
+    same = np.concatenate([[False], document[1:] == document[:-1]])
+    padding = lengths[document] == 1
+    assert trained[same].tolist() == [1] * same.sum(), "each window once, the last included"
+    assert not trained[padding].any()
+    crossing = ~same & ~padding
+    crossing[::64] = False  # the first token of a window is no label of the window before it
+    assert set(trained[crossing].tolist()) == ({0} if "eod" in flags else {1})
+    # and as domains of an evaluation
+    for batch in validation_batches(source, 64, 1, 0, 1, with_boundaries=True):
+        at = int(batch.samples[0]) * 64 + 1
+        mask = to_device(batch, torch.device("cpu"), config.data, batch.valid).loss_mask.numpy()[0]
+        assert mask.tolist() == trained[at : at + 64].astype(bool).tolist()
