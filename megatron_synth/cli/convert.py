@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_synth.config.schema import ParallelConfig, PrecisionConfig
 from megatron_synth.core.log import human, say
 
 
@@ -38,17 +38,18 @@ def _to_hf(run: Path, folder: Path) -> int:
     with process_group(Layout.single(), seed=0):
         from megatron_synth.train.checkpoint import resume
 
-        found = resume.find(run)
+        found = resume.newest_sound(run, "checksums")
         if found is None:
             raise UserError(f"{run}: expected a run directory or a checkpoint, found no whole checkpoint")
         saved = resume.read_trainer(found)
+        model = resume.saved_model(found, saved)
+        sequence_length, dtype = resume.saved_shape(found, saved)
         weights = resume.full_weights(found)
-    model = ModelConfig(**saved.config["model"])
     settings = hf_config(
         model,
         saved.vocab_size,
-        saved.config["train"]["sequence_length"],
-        saved.config["precision"]["dtype"],
+        sequence_length,
+        dtype,
         eos_token_id=saved.eod_id,  # what ends a document is what ends a text
     )
     tokenizer = Path(saved.tokenizer) if saved.tokenizer and Path(saved.tokenizer).is_file() else None

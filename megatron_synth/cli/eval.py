@@ -68,7 +68,7 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
         from megatron_synth.train.evaluate import evaluate
         from megatron_synth.train.step import Pipeline
 
-        found = resume.find(run)
+        found = resume.newest_sound(run, config.checkpoint.verify)
         if found is None:
             raise UserError(f"{run / 'checkpoints'}: no whole checkpoint to evaluate; train the run first")
         saved = resume.read_trainer(found)

@@ -5,20 +5,21 @@ What they consist of as files is in files.py, how they are written in writer.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_synth.core.log import say
+from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
@@ -32,10 +33,14 @@ from megatron_synth.train.checkpoint.sharding import (
 )
 from megatron_synth.train.checkpoint.writer import CheckpointWriter, SaveRequest
 
+S = TypeVar("S", bound=BaseModel)
+
 
 @dataclass(frozen=True)
 class TrainerState:
     """All that a run is, beside weights and optimizer: the data state is one integer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int
     """Optimizer steps done."""
@@ -61,24 +66,15 @@ class TrainerState:
     """Of the checkpoint's files; 2 has a manifest."""
 
 
-def find(path: Path) -> Path | None:
-    """The newest checkpoint of a run directory or checkpoints folder, or `path` itself if it is one; None: there is none.
+def newest_sound(path: Path, verify: str, warn: Callable[[str], None] | None = None) -> Path | None:
+    """The newest sound checkpoint of a run directory or checkpoints folder, or `path` itself if it is one; None: there is none.
 
-    The sizes of its files are checked, and damaged ones are passed over with a warning.
-
-    Raises:
-        UserError: all are damaged.
-    """
-    return files.find(path, lambda text: say(f"warning: {text}"))
-
-
-def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from. Called by all ranks, which share the reading.
+    The one way to open a checkpoint, whatever is done with it. Called by all ranks, which share the reading.
 
     Args:
-        path: run directory.
-        verify: `checksums` reads every file, `sizes` none.
-        warn: hears of each checkpoint that is damaged and passed over, on rank 0.
+        path: run directory, checkpoints folder or checkpoint.
+        verify: `checksums` reads every file, `sizes` none (checkpoint.verify).
+        warn: hears of each checkpoint that is damaged and passed over, on rank 0. Default: the console.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -94,7 +90,13 @@ def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path |
         torch.distributed.all_gather_object(found, own)
         return sorted({fault for part in found for fault in part})
 
+    if warn is None:
+        warn = _warn
     return files.first_sound(listed[0], faults_of, warn if rank == 0 else None, path)
+
+
+def _warn(text: str) -> None:
+    say(f"warning: {text}")
 
 
 def read_trainer(checkpoint: Path) -> TrainerState:
@@ -105,9 +107,48 @@ def read_trainer(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / files.TRAINER
     try:
-        return TrainerState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        saved: TrainerState = TypeAdapter(TrainerState).validate_json(path.read_bytes(), strict=True)
+        if saved.tokenizer is not None and Path(saved.tokenizer).name == saved.tokenizer:
+            plain_name(saved.tokenizer, "tokenizer")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: expected the trainer's state of a checkpoint: {where}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected the trainer's state of a checkpoint: {error}") from error
+    return saved
+
+
+def saved_model(checkpoint: Path, saved: TrainerState) -> ModelConfig:
+    """The model section of the run that wrote the checkpoint.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    return _section(checkpoint, saved, "model", ModelConfig)
+
+
+def saved_shape(checkpoint: Path, saved: TrainerState) -> tuple[int, Literal["fp32", "bf16"]]:
+    """Tokens of a sequence, and the number format of the weights, in the run that wrote the checkpoint.
+
+    Raises:
+        UserError: they are missing.
+    """
+    train = saved.config.get("train")
+    length = train.get("sequence_length") if isinstance(train, dict) else None
+    if type(length) is not int or length < 0:
+        raise UserError(f"{checkpoint / files.TRAINER}: config.train.sequence_length: expected a number of tokens")
+    return length, _section(checkpoint, saved, "precision", PrecisionConfig).dtype
+
+
+def _section(checkpoint: Path, saved: TrainerState, name: str, kind: type[S]) -> S:
+    content = saved.config.get(name)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["config", name, *map(str, first["loc"])])
+        raise UserError(f"{checkpoint / files.TRAINER}: {where}: {first['msg']}") from None
 
 
 def trainer_file(trainer: TrainerState) -> dict[str, Any]:
@@ -121,7 +162,7 @@ def check_architecture(checkpoint: Path, saved: TrainerState, model: ModelConfig
     Raises:
         UserError: names each setting that differs.
     """
-    old, new = _architecture(ModelConfig(**saved.config["model"]), saved.vocab_size), _architecture(model, vocab_size)
+    old, new = _architecture(saved_model(checkpoint, saved), saved.vocab_size), _architecture(model, vocab_size)
     differences = [f"{key} was {old[key]} and is now {new[key]}" for key in old if old[key] != new[key]]
     if differences:
         raise UserError(
@@ -153,7 +194,9 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
     """
     check_architecture(checkpoint, saved, config.model, data.vocab_size)
     elsewhere = f"start another run directory with checkpoint.init_from={checkpoint} to take over the weights alone"
-    before = _lasting(PrecisionConfig(**saved.config["precision"]), ParallelConfig(**saved.config["parallel"]))
+    before = _lasting(
+        _section(checkpoint, saved, "precision", PrecisionConfig), _section(checkpoint, saved, "parallel", ParallelConfig)
+    )
     for key, new in _lasting(config.precision, config.parallel).items():
         old = before[key]
         if old != new:
@@ -184,13 +227,13 @@ def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, 
 
 
 def to_start_from(config: Config, vocab_size: int) -> Path:
-    """The checkpoint that `checkpoint.init_from` names.
+    """The checkpoint that `checkpoint.init_from` names. Called by all ranks.
 
     Raises:
         UserError: there is none, or it holds another model.
     """
     assert config.checkpoint.init_from is not None
-    path = find(Path(config.checkpoint.init_from))
+    path = newest_sound(Path(config.checkpoint.init_from), config.checkpoint.verify)
     if path is None:
         raise UserError(
             f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
