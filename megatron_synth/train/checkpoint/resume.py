@@ -21,9 +21,10 @@ from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, Pr
 from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
-from megatron_synth.train.checkpoint import files, reading
+from megatron_synth.train.checkpoint import companions, files, reading
 from megatron_synth.train.checkpoint.sharding import (
     collect_tensors,
     names_of,
@@ -58,10 +59,12 @@ class TrainerState:
     eod_id: int | None
     """The token that ends a document, if it is known."""
     tokenizer: str | None
-    """tokenizer.json, if it is known."""
+    """Name of its file in the run directory, if it is known; a path, in checkpoints of older versions."""
     config: dict[str, Any]
     prefix_digest: str = ""
     """Digest of the samples consumed alone: a mixture that changes only later has the same."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer, where the data tells."""
     format: int = 1
     """Of the checkpoint's files; 2 has a manifest."""
 
@@ -226,11 +229,11 @@ def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def to_start_from(config: Config, vocab_size: int) -> Path:
+def to_start_from(config: Config, data: RunData) -> Path:
     """The checkpoint that `checkpoint.init_from` names. Called by all ranks.
 
     Raises:
-        UserError: there is none, or it holds another model.
+        UserError: there is none, or it holds another model, or one of another tokenizer.
     """
     assert config.checkpoint.init_from is not None
     path = newest_sound(Path(config.checkpoint.init_from), config.checkpoint.verify)
@@ -238,8 +241,66 @@ def to_start_from(config: Config, vocab_size: int) -> Path:
         raise UserError(
             f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
         )
-    check_architecture(path, read_trainer(path), config.model, vocab_size)
+    saved = read_trainer(path)
+    check_architecture(path, saved, config.model, data.vocab_size)
+    check_tokenizer(path, saved, data)
     return path
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint, or the folder of what was imported; the checkpoint itself if it lies alone."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else checkpoint
+
+
+def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
+    """tokenizer.json of the run that wrote the checkpoint; None if it is not known, or is not there any more.
+
+    Raises:
+        UserError: what is there is no tokenizer, or another one.
+    """
+    if saved.tokenizer is None:
+        return None
+    own = run_of(checkpoint) / FILE_NAME
+    # where older versions left it, with the data: what is not a tokenizer is refused below, whatever the path names
+    path = own if own.exists() or own.is_symlink() else checkpoint.parent / saved.tokenizer
+    if path.is_symlink() and path == own:
+        raise UserError(f"{path}: is a link, expected a file of the run's own")
+    if not path.is_file():
+        return None
+    found = fingerprint_of(path)
+    if saved.tokenizer_fingerprint not in (None, found):
+        raise UserError(
+            f"{path}: expected the tokenizer of the run (fingerprint {_short(saved.tokenizer_fingerprint)}), found another one "
+            f"({_short(found)}); restore it from a copy of the run, or from the data that it was trained on"
+        )
+    return path
+
+
+def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> None:
+    """Refuse weights that were trained with another tokenizer than made the data: the same id would mean different text.
+
+    Raises:
+        UserError: names both.
+    """
+    file = tokenizer_of(checkpoint, saved)
+    before = saved.tokenizer_fingerprint or (fingerprint_of(file) if file else None)
+    kept = companions.load(run_of(checkpoint))
+    ends = kept.ends if kept and kept.ends else [] if saved.eod_id is None else [saved.eod_id]
+    fits = data.tokenizer_fingerprint is None or before in (None, data.tokenizer_fingerprint)
+    if fits and (data.eod_id is None or not ends or data.eod_id in ends):
+        return
+    old = f"{file or 'its tokenizer'}, {saved.vocab_size} tokens, end of document {' or '.join(map(str, ends)) or 'unknown'}"
+    new = f"{data.tokenizer or 'its tokenizer'}, {data.vocab_size} tokens, end of document {data.eod_id}"
+    raise UserError(
+        f"{checkpoint}: was trained with another tokenizer ({old}, fingerprint {_short(before)}) than the data was made with "
+        f"({new}, fingerprint {_short(data.tokenizer_fingerprint)}): the same id means different text. Prepare the data again "
+        "with the checkpoint's tokenizer.json as `tokenizer.path`, and its end-of-document token as `tokenizer.eod`"
+    )
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "unknown"
 
 
 def load(
