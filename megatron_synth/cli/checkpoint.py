@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     for verb in (ls, verify, prune):
         verb.add_argument("run", type=Path, help="run directory, or its checkpoints folder")
     verify.add_argument("step", type=int, nargs="?", help="this one alone; default: all")
-    prune.add_argument("--keep", type=count, required=True, metavar="N", help="keep the N newest sound ones")
+    prune.add_argument(
+        "--keep", type=count, required=True, metavar="N", help="keep the N newest sound ones, which are read for it"
+    )
     prune.add_argument("--every", type=count, metavar="K", help="keep also those whose step is a multiple of K")
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed")
     return parser
@@ -57,8 +59,12 @@ def _size(checkpoint: Path) -> int:
 def _state(checkpoint: Path) -> str:
     faults = files.faults(checkpoint, checksums=False)
     if faults:
-        return f"damaged: {faults[0]}" + (f" and {len(faults) - 1} more" if len(faults) > 1 else "")
+        return _damage(faults)
     return "sizes right" if (checkpoint / files.MANIFEST).is_file() else "without a manifest"
+
+
+def _damage(faults: list[str]) -> str:
+    return f"damaged: {faults[0]}" + (f" and {len(faults) - 1} more" if len(faults) > 1 else "")
 
 
 def _listing(root: Path, found: list[Path]) -> str:
@@ -87,10 +93,7 @@ def _verify(root: Path, found: list[Path], step: int | None) -> int:
         found = chosen
     damaged = 0
     for checkpoint in found:
-        # files are read side by side: one reader does not fill a parallel file system
-        with ThreadPoolExecutor(_READERS) as pool:
-            parts = pool.map(partial(_part_faults, checkpoint), range(_READERS))
-            faults = sorted({fault for part in parts for fault in part})
+        faults = _faults(checkpoint)
         damaged += bool(faults)
         if faults:
             print("\n".join([f"{checkpoint.name}: damaged", *(f"  {fault}" for fault in faults)]), flush=True)
@@ -101,25 +104,51 @@ def _verify(root: Path, found: list[Path], step: int | None) -> int:
     return EXIT_DAMAGED if damaged else EXIT_OK
 
 
+def _faults(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, every file read."""
+    # files are read side by side: one reader does not fill a parallel file system
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = pool.map(partial(_part_faults, checkpoint), range(_READERS))
+        return sorted({fault for part in parts for fault in part})
+
+
 def _part_faults(checkpoint: Path, part: int) -> list[str]:
     return files.faults(checkpoint, checksums=True, part=part, parts=_READERS)
 
 
 def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_run: bool) -> None:
-    """Remove what may go. A damaged one does not count as kept, and is left for someone to look at."""
+    """Remove what may go. Those kept are read first; a damaged one does not count, and is left for someone to look at.
+
+    Raises:
+        UserError: none is sound, so that nothing may go.
+    """
     resumed = files.candidates(root)[0]
-    sound = [checkpoint for checkpoint in found if not files.faults(checkpoint, checksums=False)]
-    steps = [files.step_of(checkpoint) for checkpoint in sound]
-    gone = set(files.removable(steps, max(steps, default=0), keep, every)) - {files.step_of(resumed)}
+    damaged: dict[Path, list[str]] = {}
+    sound: list[Path] = []
+    for checkpoint in reversed(found):
+        # of those that may go, sizes tell whether someone should look at them
+        faults = _faults(checkpoint) if len(sound) < keep else files.faults(checkpoint, checksums=False)
+        if faults:
+            damaged[checkpoint] = faults
+        else:
+            sound.append(checkpoint)
+    if not sound:
+        raise UserError(f"{root}: no checkpoint there is sound: nothing was removed\n{_left(damaged)}")
+    gone = [one for one in files.removable(sound, files.step_of(sound[0]), keep, every) if one != resumed]
     freed = 0
-    for checkpoint in sound:
-        if files.step_of(checkpoint) in gone:
-            freed += _size(checkpoint)
-            print(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
-            if not dry_run:
-                files.remove(checkpoint)
-    for checkpoint in found:
-        if checkpoint not in sound:
-            print(f"left {checkpoint}: {_state(checkpoint)}")
+    for checkpoint in gone:
+        linked = checkpoint.is_symlink()
+        freed += 0 if linked else _size(checkpoint)
+        print(
+            f"{'would remove' if dry_run else 'removed'} {checkpoint}{' (the link, not what it points to)' if linked else ''}"
+        )
+        if not dry_run:
+            files.remove(checkpoint)
+    if damaged:
+        print(_left(damaged))
     stay = len(found) - len(gone)
     print(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")
+
+
+def _left(damaged: dict[Path, list[str]]) -> str:
+    return "\n".join(f"left {checkpoint}: {_damage(faults)}" for checkpoint, faults in damaged.items())

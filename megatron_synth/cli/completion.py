@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Print the script of a shell and return the exit code."""
     options = parser().parse_args(argv)
-    print(argcomplete.shellcode(["megatron-synth"], shell=options.shell))  # type: ignore[no-untyped-call]
+    print(argcomplete.shellcode(["megatron-synth"], shell=options.shell))
     return EXIT_OK
 
 
@@ -56,8 +56,8 @@ def whole_parser(words: list[str]) -> argparse.ArgumentParser:
             for name in GROUPS[verb]:
                 inner.add_parser(name)
             if words[1:2] and words[1] in GROUPS[verb]:
-                inner.choices[words[1]] = _of_module(f"{verb}_{words[1]}")  # type: ignore[index]
-        verbs.choices[verb] = found  # type: ignore[index]
+                inner.choices[words[1]] = _of_module(f"{verb}_{words[1]}")
+        verbs.choices[verb] = found
     return whole
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_synth.config.schema import ParallelConfig, PrecisionConfig
 from megatron_synth.core.log import human, say
 
 
@@ -39,27 +39,33 @@ def _to_hf(run: Path, folder: Path) -> int:
     from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import Layout
+    from megatron_synth.train.checkpoint import companions
 
     with process_group(Layout.single(), seed=0):
         from megatron_synth.train.checkpoint import resume
 
-        found = resume.find(run)
+        found = resume.newest_sound(run, "checksums")
         if found is None:
             raise UserError(f"{run}: expected a run directory or a checkpoint, found no whole checkpoint")
         saved = resume.read_trainer(found)
+        model = resume.saved_model(found, saved)
+        sequence_length, dtype = resume.saved_shape(found, saved)
+        tokenizer = resume.tokenizer_of(found, saved)
+        kept = companions.load(resume.run_of(found))
         weights = resume.full_weights(found)
-    model = ModelConfig(**saved.config["model"])
     settings = hf_config(
         model,
         saved.vocab_size,
-        saved.config["train"]["sequence_length"],
-        saved.config["precision"]["dtype"],
-        eos_token_id=saved.eod_id,  # what ends a document is what ends a text
+        sequence_length,
+        dtype,
+        # what ends a document is what ends a text
+        eos_token_id=saved.eod_id if kept is None or not kept.ends else kept.eos_token_id,
+        bos_token_id=None if kept is None else kept.bos_token_id,
+        pad_token_id=None if kept is None else kept.pad_token_id,
     )
-    tokenizer = Path(saved.tokenizer) if saved.tokenizer and Path(saved.tokenizer).is_file() else None
-    write_hf(folder, to_hf_state(weights, model), settings, tokenizer)
+    write_hf(folder, to_hf_state(weights, model), settings, tokenizer, companions=kept)
     if saved.tokenizer and tokenizer is None:
-        say(f"warning: {saved.tokenizer} is not there any more; the folder has no tokenizer")
+        say(f"warning: {saved.tokenizer} of the run is not there any more; the folder has no tokenizer")
     say(f"{found} -> {folder}: {human(sum(w.numel() for w in weights.values()))} parameters, step {saved.step}")
     return 0
 
@@ -67,14 +73,19 @@ def _to_hf(run: Path, folder: Path) -> int:
 def _from_hf(folder: Path, out: Path) -> int:
     _refuse_existing(out)
     from megatron_synth.config.yaml12 import dump
+    from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
     from megatron_synth.interop.hf_llama import from_hf_state, model_config_from_hf, read_hf
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import Layout
+    from megatron_synth.train.checkpoint import companions
 
     state, settings = read_hf(folder)
     model = model_config_from_hf(settings, name=folder.resolve().name)
     weights = from_hf_state(state, model)
     assert model.vocab_size is not None
+    kept = companions.collect(folder, settings)
+    tokenizer = folder / FILE_NAME
+    fingerprint = fingerprint_of(tokenizer) if tokenizer.is_file() else None
     dtypes = {weight.dtype for weight in weights.values()}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -97,8 +108,9 @@ def _from_hf(folder: Path, out: Path) -> int:
                     plan_digest="",
                     ledger={},
                     vocab_size=model.vocab_size,
-                    eod_id=settings.get("eos_token_id") if isinstance(settings.get("eos_token_id"), int) else None,
-                    tokenizer=str((out / "tokenizer.json").resolve()) if (folder / "tokenizer.json").is_file() else None,
+                    eod_id=kept.ends[0] if kept.ends else None,
+                    tokenizer=None if fingerprint is None else FILE_NAME,
+                    tokenizer_fingerprint=fingerprint,
                     config={
                         "model": model.model_dump(mode="json"),
                         "train": {"sequence_length": settings.get("max_position_embeddings", 0)},
@@ -108,8 +120,9 @@ def _from_hf(folder: Path, out: Path) -> int:
                 ),
             )
         (partial / "model.yaml").write_text(dump({"model": model.model_dump(mode="json")}))
-        if (folder / "tokenizer.json").is_file():
-            shutil.copy(folder / "tokenizer.json", partial / "tokenizer.json")
+        kept.save(partial)
+        if fingerprint is not None:
+            shutil.copyfile(tokenizer, partial / FILE_NAME)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,7 @@ from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import is_first_rank, say, table
+from megatron_synth.data.tokenizer import FILE_NAME
 from megatron_synth.train.record import metrics
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ def main(argv: list[str]) -> int:
     from megatron_synth.parallel.plan import plan
 
     layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
-    data = open_data(config, check_length=False)
+    if config.data.tokenizer is None and (arguments.run / FILE_NAME).is_file():  # the data may be elsewhere by now
+        own = config.data.model_copy(update={"tokenizer": str(arguments.run / FILE_NAME)})
+        config = config.model_copy(update={"data": own})
+    data = open_data(config, training=False)
     if not data.validation:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
     try:
@@ -77,11 +81,12 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
         from megatron_synth.train.evaluate import evaluate
         from megatron_synth.train.step import Pipeline
 
-        found = resume.find(run)
+        found = resume.newest_sound(run, config.checkpoint.verify)
         if found is None:
             raise UserError(f"{run / 'checkpoints'}: no whole checkpoint to evaluate; train the run first")
         saved = resume.read_trainer(found)
         resume.check_architecture(found, saved, config.model, data.vocab_size)
+        resume.check_tokenizer(found, saved, data)
         chunks = wrap_ddp(build_model(config, data.vocab_size), config)
         resume.load(found, chunks, None, what="take weights")
         result = evaluate(Pipeline(config, chunks, ranks), data, layout)

@@ -89,13 +89,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what decides the token ids, independent of formatting and of the version that wrote the file."""
-        data: dict[str, Any] = json.loads(self.content)
-        for key in ("version", "truncation", "padding"):  # no part of the mapping as used here
-            data.pop(key, None)
-        merges = data.get("model", {}).get("merges")
-        if merges:  # written as "a b" by older versions, as ["a", "b"] by newer ones
-            data["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-        return canonical_digest(data)
+        return _fingerprint(self.content)
 
     def encode(self, texts: Sequence[str], dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts one after the other [T], each text closed by eod, and the length of each, int32 [N].
@@ -150,6 +144,34 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json."""
         write_atomic(path, self.content)
+
+
+def _fingerprint(content: str) -> str:
+    data: dict[str, Any] = json.loads(content)
+    for key in ("version", "truncation", "padding"):  # no part of the mapping as used here
+        data.pop(key, None)
+    merges = data.get("model", {}).get("merges")
+    if merges:  # written as "a b" by older versions, as ["a", "b"] by newer ones
+        data["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return canonical_digest(data)
+
+
+def fingerprint_of(path: Path) -> str:
+    """`Tokenizer.fingerprint` of a tokenizer.json, whatever its end-of-document token.
+
+    Raises:
+        UserError: the file cannot be read, or is no tokenizer.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        content = path.read_bytes().decode("utf-8")
+        Backend.from_str(content)
+        return _fingerprint(content)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a tokenizer.json") from None
+    except Exception as error:  # the library raises its own bare
+        raise UserError(f"{path}: not a tokenizer.json, {error}") from None
 
 
 def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:

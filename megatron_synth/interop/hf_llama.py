@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.train.checkpoint.companions import Companions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,13 +188,14 @@ def hf_config(
     sequence_length: int,
     dtype: Literal["fp32", "bf16"],
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The config.json of the exported model.
 
     vocab_size: tokens of the tokenizer (V); the file holds the padded size, as the weights do.
-    eos_token_id: the end-of-document token of the training data.
+    eos_token_id: what ends a text; of a model that was not imported, the end-of-document token of the training data.
     """
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     return {
@@ -218,7 +220,7 @@ def hf_config(
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        "pad_token_id": pad_token_id,
         "use_cache": True,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
     }
@@ -299,11 +301,13 @@ def write_hf(
     config: Mapping[str, Any],
     tokenizer_path: Path | None = None,
     *,
+    companions: Companions | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` reads: whole, or not at all.
 
     hf_state: from `to_hf_state`, on CPU. config: from `hf_config`. tokenizer_path: a tokenizer.json, None for none.
+    companions: what an imported model came with, which takes the place of what would be made up here.
     Weights beyond `max_shard_bytes` go to several files with an index. UserError if the folder holds anything.
     """
     from safetensors.torch import save_file
@@ -334,6 +338,11 @@ def write_hf(
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, partial / "tokenizer.json")
             _write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer_path, config))
+        for name, content in (companions.files() if companions else {}).items():
+            if isinstance(content, str):
+                (partial / name).write_text(content, encoding="utf-8")
+            else:
+                _write_json(partial / name, content)
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -388,8 +397,11 @@ def _tokenizer_config(tokenizer_path: Path, config: Mapping[str, Any]) -> dict[s
     added = {token["id"]: token["content"] for token in _read_json(tokenizer_path).get("added_tokens", [])}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"]}
     for name in ("bos_token", "eos_token"):
-        if config.get(f"{name}_id") in added:
-            settings[name] = added[config[f"{name}_id"]]
+        first = config.get(f"{name}_id")
+        if isinstance(first, list):
+            first = first[0] if first else None
+        if first in added:
+            settings[name] = added[first]
     return settings
 
 

@@ -118,13 +118,16 @@ class Trainer:
             data.check_length(config, Progress(saved.step, saved.samples))
         weights = None
         if found is None and config.checkpoint.init_from is not None:
-            weights = resume.to_start_from(config, data.vocab_size)
+            weights = resume.to_start_from(config, data)
+        tokenizer = on_main(ranks, data.checked_tokenizer)
         kernels.activate(kernels.select(config))
         plan_fp8(config, ranks.device)
         on_main(ranks, lambda: self._check_disk(run_path))
         self.run_dir = on_main(
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
+        source = None if weights is None else resume.run_of(weights)
+        on_main(ranks, lambda: self.run_dir.keep(tokenizer, source))
         for text in warnings:  # on rank 0
             self._warn(text)
         attempt = on_main(ranks, self._new_attempt)
@@ -334,7 +337,8 @@ class Trainer:
             ledger=self.ledger.state_dict(),
             vocab_size=self.data.vocab_size,
             eod_id=self.data.eod_id,
-            tokenizer=str(self.data.tokenizer.resolve()) if self.data.tokenizer else None,
+            tokenizer=self.run_dir.tokenizer.name if self.run_dir.tokenizer.is_file() else None,
+            tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             config=self.config.model_dump(mode="json"),
             prefix_digest=self.data.prefix_digest(self.samples),
             contents=self.data.contents,

@@ -188,6 +188,6 @@ def weights(run: str) -> dict[str, Any]:
     with process_group(Layout.single(), 0):
         from megatron_synth.train.checkpoint import resume
 
-        path = resume.find(Path(run))
+        path = resume.newest_sound(Path(run), "checksums")
         assert path is not None
         return {name: weight.float().numpy() for name, weight in resume.full_weights(path).items()}

@@ -42,7 +42,7 @@ def logits(run: str, tokens: np.ndarray) -> np.ndarray:
         from megatron_synth.parallel.wrap import wrap_ddp
         from megatron_synth.train.checkpoint import resume
 
-        found = resume.find(Path(run))
+        found = resume.newest_sound(Path(run), "checksums")
         assert found is not None
         chunks = wrap_ddp(build_model(config, resume.read_trainer(found).vocab_size), config)
         resume.load(found, chunks, None)

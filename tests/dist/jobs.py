@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -396,3 +398,26 @@ def train_on_nodes(arguments: list[str], nodes: list[str]) -> int:
 
     os.environ["SLURMD_NODENAME"] = nodes[rank()]
     return main(arguments)
+
+
+def read_what_megatron_writes(folder: str) -> list[str]:
+    """Write a checkpoint by megatron-core's own means and read it by ours. Returns the names of tensors that differ."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import Layout
+
+    with process_group(Layout.single(), 0):
+        from megatron_synth.train.checkpoint import reading
+
+        values = {f"layer.{number}.weight": torch.randn(4, 6 + number) for number in range(3)}
+        state = {name: ShardedTensor.from_rank_offsets(name, value) for name, value in values.items()}
+        Path(folder).mkdir()
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it starts a process
+        dist_checkpointing.save({**state, "iteration": 3}, folder)
+        wanted = reading.described(Path(folder))
+        loaded = reading.load(wanted, Path(folder), "read", whole=False)
+        assert loaded["iteration"] == 3 and set(wanted) == set(values)
+        return [name for name, value in values.items() if not torch.equal(loaded[name], value)]

@@ -20,6 +20,7 @@ from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.manifest import TokenizerInfo
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.tokenizer import fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,24 @@ class RunData:
     window_length: int
     """Tokens of a sample."""
     windows_per_sequence: int
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer that made the tokens, where a manifest tells."""
+
+    def checked_tokenizer(self) -> Path | None:
+        """tokenizer.json, read; None if it is not known, or is not where it was when the data was made.
+
+        Raises:
+            UserError: the file is no tokenizer, or another one than made the tokens.
+        """
+        if self.tokenizer is None or not self.tokenizer.is_file():
+            return None
+        found = fingerprint_of(self.tokenizer)
+        if self.tokenizer_fingerprint not in (None, found):
+            raise UserError(
+                f"{self.tokenizer}: expected the tokenizer that made the data (fingerprint {self.tokenizer_fingerprint:.12}), "
+                f"found another one ({found:.12}); restore the file, or set data.tokenizer to a copy of the right one"
+            )
+        return self.tokenizer
 
     @property
     def contents(self) -> dict[str, str | int]:
@@ -62,19 +81,21 @@ class RunData:
         self.plan.check(config.samples_at_end(progress), self.window_length, progress.samples)
 
 
-def open_data(config: Config, *, staged: bool = False, check_length: bool = True) -> RunData:
+def open_data(config: Config, *, staged: bool = False, training: bool = True, check_length: bool = True) -> RunData:
     """Open every source and domain of the configuration and check that the run can be made with them.
 
     check_length: also that the sources and phases suffice for a run of this configuration from its beginning. A run that goes
     on is held against what it has consumed instead (`RunData.check_length`).
     staged: then copy them to `data.staging`, where the configuration has it, and read the copies. They hold the same tokens:
     plan, digests and the paths that a run remembers are those of the originals.
+    training: also open the sources; without them the run can be evaluated, and they need not be there.
 
     Raises:
         UserError: a file is missing or damaged, tokenizers differ, the vocabulary does not fit, a source is too small.
     """
     sequence = config.train.sequence_length
-    sources = tuple(_open(config, entry.path, name) for name, entry in config.data.sources.items())
+    named = config.data.sources.items() if training else ()
+    sources = tuple(_open(config, entry.path, name) for name, entry in named)
     for source in sources:
         _check_packing(source, config)
     validation = {name: _open(config, entry.path, name) for name, entry in config.data.validation.items()}
@@ -86,8 +107,8 @@ def open_data(config: Config, *, staged: bool = False, check_length: bool = True
             "tokenizer's number of tokens"
         )
     length, number = config.window_length, config.data.windows_per_sequence
-    plan = plan_of(config, {source.name: source.num_tokens for source in sources})
-    if check_length:
+    plan = plan_of(config, dict.fromkeys(config.data.sources) | {source.name: source.num_tokens for source in sources})
+    if training and check_length:
         plan.check(config.total_samples, length)
     for domain in validation.values():
         validation_windows(domain, sequence)
@@ -100,7 +121,8 @@ def open_data(config: Config, *, staged: bool = False, check_length: bool = True
         sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
         validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
     eod_id = info.eod_id if info else None
-    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number)
+    fingerprint = info.fingerprint if info else None
+    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number, fingerprint)
 
 
 def _check_staging(sources: Sequence[Source]) -> None:

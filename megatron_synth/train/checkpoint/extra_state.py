@@ -64,5 +64,5 @@ def _allowed(module: str, name: str) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Of what torch says, without its advice to load such a file all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line or "Unsupported" in line]
+    lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line or "GLOBAL" in line]
     return lines[0] if lines else (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import xxhash
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import NOT_BEGUN, Progress
 from megatron_synth.core.files import write_atomic
+from megatron_synth.core.names import plain_name
 
 TRAINER = "trainer.json"
 MANIFEST = "manifest.json"
@@ -63,12 +65,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_hashed(path: Path, content: bytes) -> FileInfo:
-    """Write a small file to the disk."""
+    """Write a small file to the disk, and read it back.
+
+    Raises:
+        OSError: it cannot be written, or reads back otherwise.
+    """
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return FileInfo(len(content), xxhash.xxh3_64_hexdigest(content))
+    info = FileInfo(len(content), xxhash.xxh3_64_hexdigest(content))
+    read_back(path, info)
+    return info
+
+
+def read_back(path: Path, info: FileInfo) -> None:
+    """Compare a file that was just brought to the disk with what was written, from the disk where the system lets go of it.
+
+    Raises:
+        OSError: it differs.
+    """
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    size, digest = path.stat().st_size, hash_file(path)
+    if FileInfo(size, digest) != info:
+        raise OSError(
+            f"{path.name} reads back with {size} bytes and the checksum {digest}, expected {info.bytes} and {info.xxh3}: the "
+            "disk does not hold what is written to it"
+        )
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileInfo]) -> None:
@@ -106,8 +134,11 @@ def read_manifest(checkpoint: Path) -> dict[str, FileInfo] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from None
     try:
-        files = {str(name): FileInfo(int(info["bytes"]), str(info["xxh3"])) for name, info in json.loads(text)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {
+            plain_name(name, "the name of a file"): FileInfo(int(info["bytes"]), str(info["xxh3"]))
+            for name, info in json.loads(text)["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({error!r})") from None
     if TRAINER not in files:
         raise ValueError(f"{MANIFEST} is damaged (it does not list {TRAINER})")
@@ -119,7 +150,7 @@ def _format(checkpoint: Path) -> int:
         return int(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")).get("format", 1))
     except FileNotFoundError:
         raise ValueError(f"{TRAINER} is missing") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{TRAINER} is damaged ({error})") from None
 
 
@@ -138,14 +169,17 @@ def faults(checkpoint: Path, *, checksums: bool, part: int = 0, parts: int = 1) 
         return [str(error)]
     if files is None:
         needed = ("metadata.json", "common.pt", ".metadata")
-        return [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
+        linked = [f"{path.name} is a link" for path in checkpoint.iterdir() if path.is_symlink()]
+        return [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()] + linked
     found = []
     # the largest first, dealt in turn, so that parts are about equal
     for number, (name, info) in enumerate(sorted(files.items(), key=lambda entry: (-entry[1].bytes, entry[0]))):
         file = checkpoint / name
         try:
-            size = file.stat().st_size
-            if size != info.bytes:
+            size = file.lstat().st_size
+            if not stat.S_ISREG(file.lstat().st_mode):
+                found.append(f"{name} is a link, a folder or a device, expected a file of the checkpoint's own")
+            elif size != info.bytes:
                 found.append(f"{name} has {size} bytes, expected {info.bytes}")
             elif checksums and number % parts == part and (digest := hash_file(file)) != info.xxh3:
                 found.append(f"{name} has the checksum {digest}, expected {info.xxh3}")
@@ -162,7 +196,7 @@ def progress_of(run: Path) -> Progress:
     Raises:
         UserError: all checkpoints are damaged.
     """
-    checkpoint = find(run, lambda text: None)
+    checkpoint = first_sound(candidates(run), lambda one: faults(one, checksums=False), None, run)
     if checkpoint is None:
         return NOT_BEGUN
     file = checkpoint / TRAINER
@@ -232,29 +266,24 @@ def first_sound(
     return None
 
 
-def find(path: Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """The first sound one of `candidates` by the sizes of the files, for those who read weights alone.
-
-    Raises:
-        UserError: there are checkpoints, and all are damaged.
-    """
-    return first_sound(candidates(path), lambda checkpoint: faults(checkpoint, checksums=False), warn, path)
-
-
 # ---- which may go
 
 
-def removable(steps: Iterable[int], newest: int, keep_last: int, keep_every: int | None) -> list[int]:
-    """Steps whose checkpoints need not be kept.
+def removable(checkpoints: Iterable[Path], newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Checkpoints that need not be kept, by step.
 
-    Later ones than `newest` are of a future that the run has left: they stay and are replaced when it comes there again.
+    Later ones than the step `newest` are of a future that the run has left: they stay and are replaced when it comes there
+    again. That one of those kept is sound is for the caller to know.
     """
-    old = sorted(step for step in steps if step <= newest)[:-keep_last]
-    return [step for step in old if keep_every is None or step % keep_every]
+    old = sorted((one for one in checkpoints if step_of(one) <= newest), key=step_of)[:-keep_last]
+    return [one for one in old if keep_every is None or step_of(one) % keep_every]
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a crash in the middle leaves nothing that looks like one."""
+    """Remove a checkpoint so that a crash in the middle leaves nothing that looks like one. Of a link, the link alone."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     doomed = checkpoint.with_name(checkpoint.name + ".removed" + TEMPORARY)
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)

@@ -42,7 +42,7 @@ class Inert:
 _InPython: Any = pickle._Unpickler  # whose instructions can be chosen
 
 
-class _Unpickler(_InPython):  # type: ignore[misc]
+class _Unpickler(_InPython):
     def __init__(self, content: bytes, allowed: Callable[[str, str], bool]):
         super().__init__(io.BytesIO(content))
         self._allowed = allowed

@@ -18,8 +18,8 @@ from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.train.checkpoint import index
@@ -33,22 +33,40 @@ _EXTRA = "_extra_state"
 class _Reader(FileSystemReader):
     """Reads the index as data."""
 
-    def __init__(self, folder: str | Path):
-        super().__init__(folder)
-        self._read: Metadata | None = None
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._read is None:
-            try:
-                self._read = index.read((Path(self.path) / index.FILE).read_bytes())
-            except Refused as error:
-                raise Refused(f"{index.FILE} is not the index of a checkpoint: {error}") from None
-            self._read.storage_meta = StorageMeta(load_id=self.load_id)
-        return self._read
+        read = _index_of(Path(self.path))
+        read.storage_meta = StorageMeta(load_id=self.load_id)
+        return read
 
 
-class _Planner(strategies.MCoreLoadPlanner):  # type: ignore[misc]
+_last: tuple[Any, Metadata] | None = None
+"""The index that was read last, with what tells whether its file is still the same: several calls ask for one in a row."""
+
+
+def _index_of(checkpoint: Path) -> Metadata:
+    global _last
+    file = checkpoint / index.FILE
+    state = file.stat()
+    key = (file.absolute(), state.st_ino, state.st_size, state.st_mtime_ns)
+    if _last is None or _last[0] != key:
+        try:
+            _last = key, index.read(file.read_bytes())
+        except Refused as error:
+            raise Refused(f"{index.FILE} is not the index of a checkpoint: {error}") from None
+    return _last[1]
+
+
+class _Planner(strategies.MCoreLoadPlanner):
     """Reads objects that are stored beside tensors as torch.load does with weights_only."""
+
+    def create_local_plan(self) -> LoadPlan:
+        listed = self.metadata.state_dict_metadata
+        names = {tensor.key for tensor in self.shapes_validation_sharded_tensors} | {*self.allow_shape_mismatch_sharded_tensors}
+        for name in sorted(names):
+            if name in listed and not isinstance(listed[name], TensorStorageMetadata):
+                raise Refused(f"{name} is stored as an object, expected a tensor")
+        plan: LoadPlan = super().create_local_plan()
+        return plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -118,6 +136,7 @@ def load(state: dict[str, Any], checkpoint: Path, what: str, *, whole: bool = Tr
         UserError: a file is missing, damaged, or holds what does not belong there; or the shapes differ.
     """
     try:
+        _index_of(checkpoint)  # torch would print its own account of an index that cannot be read
         with torch.no_grad():  # weights in FP8 are read through plain tensors, which would ask for gradients
             return dict(
                 dist_checkpointing.load(

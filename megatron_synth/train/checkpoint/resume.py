@@ -5,25 +5,27 @@ What they consist of as files is in files.py, how they are written in writer.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_synth.core.log import say
+from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.train.changes import mixture_differences
-from megatron_synth.train.checkpoint import files, reading
+from megatron_synth.train.checkpoint import companions, files, reading
 from megatron_synth.train.checkpoint.sharding import (
     collect_tensors,
     names_of,
@@ -33,10 +35,14 @@ from megatron_synth.train.checkpoint.sharding import (
 )
 from megatron_synth.train.checkpoint.writer import CheckpointWriter, SaveRequest
 
+S = TypeVar("S", bound=BaseModel)
+
 
 @dataclass(frozen=True)
 class TrainerState:
     """All that a run is, beside weights and optimizer: the data state is one integer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int
     """Optimizer steps done."""
@@ -54,34 +60,27 @@ class TrainerState:
     eod_id: int | None
     """The token that ends a document, if it is known."""
     tokenizer: str | None
-    """tokenizer.json, if it is known."""
+    """Name of its file in the run directory, if it is known; a path, in checkpoints of older versions."""
     config: dict[str, Any]
     prefix_digest: str = ""
     """Digest of the samples consumed alone: a mixture that changes only later has the same."""
     contents: dict[str, Any] = field(default_factory=dict)
     """What names the content of each source; empty from versions that did not keep it."""
+    tokenizer_fingerprint: str | None = None
+    """Of the tokenizer, where the data tells."""
     format: int = 1
     """Of the checkpoint's files; 2 has a manifest."""
 
 
-def find(path: Path) -> Path | None:
-    """The newest checkpoint of a run directory or checkpoints folder, or `path` itself if it is one; None: there is none.
+def newest_sound(path: Path, verify: str, warn: Callable[[str], None] | None = None) -> Path | None:
+    """The newest sound checkpoint of a run directory or checkpoints folder, or `path` itself if it is one; None: there is none.
 
-    The sizes of its files are checked, and damaged ones are passed over with a warning.
-
-    Raises:
-        UserError: all are damaged.
-    """
-    return files.find(path, lambda text: say(f"warning: {text}"))
-
-
-def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from. Called by all ranks, which share the reading.
+    The one way to open a checkpoint, whatever is done with it. Called by all ranks, which share the reading.
 
     Args:
-        path: run directory.
-        verify: `checksums` reads every file, `sizes` none.
-        warn: hears of each checkpoint that is damaged and passed over, on rank 0.
+        path: run directory, checkpoints folder or checkpoint.
+        verify: `checksums` reads every file, `sizes` none (checkpoint.verify).
+        warn: hears of each checkpoint that is damaged and passed over, on rank 0. Default: the console.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -97,7 +96,13 @@ def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path |
         torch.distributed.all_gather_object(found, own)
         return sorted({fault for part in found for fault in part})
 
+    if warn is None:
+        warn = _warn
     return files.first_sound(listed[0], faults_of, warn if rank == 0 else None, path)
+
+
+def _warn(text: str) -> None:
+    say(f"warning: {text}")
 
 
 def read_trainer(checkpoint: Path) -> TrainerState:
@@ -108,9 +113,48 @@ def read_trainer(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / files.TRAINER
     try:
-        return TrainerState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        saved: TrainerState = TypeAdapter(TrainerState).validate_json(path.read_bytes(), strict=True)
+        if saved.tokenizer is not None and Path(saved.tokenizer).name == saved.tokenizer:
+            plain_name(saved.tokenizer, "tokenizer")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: expected the trainer's state of a checkpoint: {where}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected the trainer's state of a checkpoint: {error}") from error
+    return saved
+
+
+def saved_model(checkpoint: Path, saved: TrainerState) -> ModelConfig:
+    """The model section of the run that wrote the checkpoint.
+
+    Raises:
+        UserError: there is none, or it is not valid.
+    """
+    return _section(checkpoint, saved, "model", ModelConfig)
+
+
+def saved_shape(checkpoint: Path, saved: TrainerState) -> tuple[int, Literal["fp32", "bf16"]]:
+    """Tokens of a sequence, and the number format of the weights, in the run that wrote the checkpoint.
+
+    Raises:
+        UserError: they are missing.
+    """
+    train = saved.config.get("train")
+    length = train.get("sequence_length") if isinstance(train, dict) else None
+    if type(length) is not int or length < 0:
+        raise UserError(f"{checkpoint / files.TRAINER}: config.train.sequence_length: expected a number of tokens")
+    return length, _section(checkpoint, saved, "precision", PrecisionConfig).dtype
+
+
+def _section(checkpoint: Path, saved: TrainerState, name: str, kind: type[S]) -> S:
+    content = saved.config.get(name)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["config", name, *map(str, first["loc"])])
+        raise UserError(f"{checkpoint / files.TRAINER}: {where}: {first['msg']}") from None
 
 
 def trainer_file(trainer: TrainerState) -> dict[str, Any]:
@@ -124,7 +168,7 @@ def check_architecture(checkpoint: Path, saved: TrainerState, model: ModelConfig
     Raises:
         UserError: names each setting that differs.
     """
-    old, new = _architecture(ModelConfig(**saved.config["model"]), saved.vocab_size), _architecture(model, vocab_size)
+    old, new = _architecture(saved_model(checkpoint, saved), saved.vocab_size), _architecture(model, vocab_size)
     differences = [f"{key} was {old[key]} and is now {new[key]}" for key in old if old[key] != new[key]]
     if differences:
         raise UserError(
@@ -156,7 +200,9 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
     """
     check_architecture(checkpoint, saved, config.model, data.vocab_size)
     elsewhere = f"start another run directory with checkpoint.init_from={checkpoint} to take over the weights alone"
-    before = _lasting(PrecisionConfig(**saved.config["precision"]), ParallelConfig(**saved.config["parallel"]))
+    before = _lasting(
+        _section(checkpoint, saved, "precision", PrecisionConfig), _section(checkpoint, saved, "parallel", ParallelConfig)
+    )
     for key, new in _lasting(config.precision, config.parallel).items():
         old = before[key]
         if old != new:
@@ -186,20 +232,78 @@ def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, 
     }
 
 
-def to_start_from(config: Config, vocab_size: int) -> Path:
-    """The checkpoint that `checkpoint.init_from` names.
+def to_start_from(config: Config, data: RunData) -> Path:
+    """The checkpoint that `checkpoint.init_from` names. Called by all ranks.
 
     Raises:
-        UserError: there is none, or it holds another model.
+        UserError: there is none, or it holds another model, or one of another tokenizer.
     """
     assert config.checkpoint.init_from is not None
-    path = find(Path(config.checkpoint.init_from))
+    path = newest_sound(Path(config.checkpoint.init_from), config.checkpoint.verify)
     if path is None:
         raise UserError(
             f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
         )
-    check_architecture(path, read_trainer(path), config.model, vocab_size)
+    saved = read_trainer(path)
+    check_architecture(path, saved, config.model, data.vocab_size)
+    check_tokenizer(path, saved, data)
     return path
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint, or the folder of what was imported; the checkpoint itself if it lies alone."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else checkpoint
+
+
+def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
+    """tokenizer.json of the run that wrote the checkpoint; None if it is not known, or is not there any more.
+
+    Raises:
+        UserError: what is there is no tokenizer, or another one.
+    """
+    if saved.tokenizer is None:
+        return None
+    own = run_of(checkpoint) / FILE_NAME
+    # where older versions left it, with the data: what is not a tokenizer is refused below, whatever the path names
+    path = own if own.exists() or own.is_symlink() else checkpoint.parent / saved.tokenizer
+    if path.is_symlink() and path == own:
+        raise UserError(f"{path}: is a link, expected a file of the run's own")
+    if not path.is_file():
+        return None
+    found = fingerprint_of(path)
+    if saved.tokenizer_fingerprint not in (None, found):
+        raise UserError(
+            f"{path}: expected the tokenizer of the run (fingerprint {_short(saved.tokenizer_fingerprint)}), found another one "
+            f"({_short(found)}); restore it from a copy of the run, or from the data that it was trained on"
+        )
+    return path
+
+
+def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> None:
+    """Refuse weights that were trained with another tokenizer than made the data: the same id would mean different text.
+
+    Raises:
+        UserError: names both.
+    """
+    file = tokenizer_of(checkpoint, saved)
+    before = saved.tokenizer_fingerprint or (fingerprint_of(file) if file else None)
+    kept = companions.load(run_of(checkpoint))
+    ends = kept.ends if kept and kept.ends else [] if saved.eod_id is None else [saved.eod_id]
+    fits = data.tokenizer_fingerprint is None or before in (None, data.tokenizer_fingerprint)
+    if fits and (data.eod_id is None or not ends or data.eod_id in ends):
+        return
+    old = f"{file or 'its tokenizer'}, {saved.vocab_size} tokens, end of document {' or '.join(map(str, ends)) or 'unknown'}"
+    new = f"{data.tokenizer or 'its tokenizer'}, {data.vocab_size} tokens, end of document {data.eod_id}"
+    raise UserError(
+        f"{checkpoint}: was trained with another tokenizer ({old}, fingerprint {_short(before)}) than the data was made with "
+        f"({new}, fingerprint {_short(data.tokenizer_fingerprint)}): the same id means different text. Prepare the data again "
+        "with the checkpoint's tokenizer.json as `tokenizer.path`, and its end-of-document token as `tokenizer.eod`"
+    )
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "unknown"
 
 
 def load(

@@ -269,7 +269,9 @@ class CheckpointWriter:
                     length = file.tell() - begin
                     entries.append(Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
                 os.fsync(raw.fileno())
-            return _Report(entries, {name: FileInfo(file.tell(), file.digest())})
+            info = FileInfo(file.tell(), file.digest())
+            files.read_back(folder / name, info)  # so that older ones may go: this one was sound since it was written
+            return _Report(entries, {name: info})
         except Exception as error:  # whatever it is, rank 0 waits for the word
             if not isinstance(error, (OSError, RuntimeError)):  # torch wraps what a file raises
                 traceback.print_exc()
@@ -292,7 +294,7 @@ class CheckpointWriter:
         written[files.TRAINER] = files.write_hashed(folder / files.TRAINER, trainer.encode())
         files.write_manifest(folder, written)
         final = self._root / files.name_of(request.step)
-        if final.exists():  # of a future that the run has left
+        if final.exists() or final.is_symlink():  # of a future that the run has left
             files.remove(final)
         folder.rename(final)
         files.sync_folder(self._root)
@@ -300,15 +302,17 @@ class CheckpointWriter:
         return final
 
     def _prune(self, request: SaveRequest) -> None:
-        """Remove what need not be kept. That it cannot be removed harms no checkpoint."""
+        """Remove what need not be kept. That it cannot be removed harms no checkpoint.
+
+        The one of this step is kept, and has been read back: however damaged the others are, a sound one stays.
+        """
         if request.keep_last is None:
             return
-        steps = list(map(files.step_of, files.all_of(self._root)))
-        for step in files.removable(steps, request.step, request.keep_last, request.keep_every):
+        for old in files.removable(files.all_of(self._root), request.step, request.keep_last, request.keep_every):
             try:
-                files.remove(self._root / files.name_of(step))
+                files.remove(old)
             except OSError as error:
-                say(f"warning: {self._root / files.name_of(step)}: could not be removed: {error}")
+                say(f"warning: {old}: could not be removed: {error}")
 
     def _explain(self, folder: Path, step: int, error: Exception) -> str:
         try:

@@ -6,6 +6,8 @@
     ledger.json     samples and tokens delivered by source
     events.log      one line per event, with its time
     report.png      the picture of the run (plot.py)
+    tokenizer.json  the tokenizer of the data: the run can be exported where the data is not
+    huggingface.json  what the model that it started from came with (checkpoint/companions.py)
     slurm/          a folder for each job that was submitted for the run (cluster/)
     checkpoints/    what resume.py wrote
 
@@ -32,6 +34,7 @@ from megatron_synth.config.load import digest, to_yaml
 from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import say
+from megatron_synth.train.checkpoint import companions
 
 JOBS = "slurm"
 """Folder in a run directory with one folder for each job that was submitted for it (cluster/)."""
@@ -72,6 +75,11 @@ class RunDir:
     def ledger(self) -> Path:
         """ledger.json."""
         return self.path / "ledger.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """tokenizer.json; absent where the data does not tell which it is."""
+        return self.path / "tokenizer.json"
 
     @property
     def report(self) -> Path:
@@ -160,6 +168,29 @@ class RunDir:
             changes = _changes(yaml12.parse(old_text, str(file)), yaml12.parse(text, str(file)))
         write_atomic(file, text)
         return changes
+
+    def keep(self, tokenizer: Path | None, started_from: Path | None) -> None:
+        """Copy what an export needs into the run directory.
+
+        Args:
+            tokenizer: the data's tokenizer.json, where it is known.
+            started_from: the folder of the run or import whose weights this run starts from.
+
+        Raises:
+            UserError: a file cannot be read or written.
+        """
+        wanted = {self.tokenizer: tokenizer}
+        if started_from is not None:
+            wanted[self.path / companions.FILE] = started_from / companions.FILE
+        for file, source in wanted.items():
+            if source is None or not source.is_file() or source.resolve() == file.resolve():
+                continue
+            try:
+                content = source.read_bytes()
+                if not file.is_file() or file.read_bytes() != content:
+                    write_atomic(file, content)
+            except OSError as error:
+                raise UserError(f"{source}: cannot be copied to {file} ({error.strerror or error})") from error
 
     def record_resume(self, step: int) -> None:
         """Note that this start continued from the checkpoint of `step`."""

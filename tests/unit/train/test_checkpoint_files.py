@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def _steps(found: list[Path]) -> list[int]:
     return [files.step_of(path) for path in found]
 
 
+def _first_sound(run: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    return files.first_sound(files.candidates(run), lambda one: files.faults(one, checksums=True), warn, run)
+
+
 def test_latest_comes_first_then_the_past_then_the_future(run: Path) -> None:
     root = run / "checkpoints"
     assert _steps(files.candidates(run)) == _steps(files.candidates(root)) == [40, 30, 20, 10]
@@ -48,7 +53,7 @@ def test_latest_comes_first_then_the_past_then_the_future(run: Path) -> None:
     (root / "step_00000050.abc.tmp").mkdir()
     assert 50 not in _steps(files.candidates(run))
     assert _steps(files.candidates(root / "step_00000010")) == [10]
-    assert files.candidates(run / "nothing") == [] and files.find(run / "nothing") is None
+    assert files.candidates(run / "nothing") == []
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", files.TRAINER, files.MANIFEST])
@@ -91,20 +96,25 @@ def test_passing_over_is_told_and_all_damaged_is_an_error(run: Path) -> None:
     heard: list[str] = []
     for step in (40, 30):
         (run / "checkpoints" / files.name_of(step) / "__0_0.distcp").unlink()
-    assert files.find(run, heard.append) == run / "checkpoints" / files.name_of(20)
+    assert _first_sound(run, heard.append) == run / "checkpoints" / files.name_of(20)
     assert len(heard) == 2 and all("__0_0.distcp is missing; going back to step_00000020" in text for text in heard)
     for step in (20, 10):
         (run / "checkpoints" / files.name_of(step) / files.MANIFEST).unlink()
     with pytest.raises(UserError, match=r"step_00000040: damaged: .*missing\n.*(\n.*)*step_00000010: damaged: manifest.json"):
-        files.find(run)
+        _first_sound(run)
 
 
 def test_which_may_go() -> None:
-    steps = [1, 2, 3, 4, 5, 6, 9]
-    assert files.removable(steps, 6, 2, None) == [1, 2, 3, 4]  # 9 is of a future that was left
-    assert files.removable(steps, 6, 2, 2) == [1, 3]
-    assert files.removable(steps, 9, 1, None) == [1, 2, 3, 4, 5, 6]
-    assert files.removable([], 0, 1, None) == []
+    found = [Path(files.name_of(step)) for step in (1, 2, 3, 4, 5, 6, 9)]
+
+    def gone(newest: int, keep: int, every: int | None, paths: list[Path] = found) -> list[int]:
+        return _steps(files.removable(paths, newest, keep, every))
+
+    assert gone(6, 2, None) == [1, 2, 3, 4]  # 9 is of a future that was left
+    assert gone(6, 2, 2) == [1, 3]
+    assert gone(9, 1, None) == [1, 2, 3, 4, 5, 6]
+    assert gone(0, 1, None, []) == []
+    assert files.removable([Path("step_5"), found[-1]], 9, 1, None) == [Path("step_5")]
 
 
 def test_ls(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,3 +153,59 @@ def test_prune_keeps_what_can_be_resumed(run: Path, capsys: pytest.CaptureFixtur
     assert not list(root.glob("*.tmp"))
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "prune", str(run), "--keep", "0"])
+
+
+def _damage(checkpoint: Path) -> None:
+    (checkpoint / "__0_0.distcp").write_bytes(b"weighty")  # as long as before
+
+
+def test_prune_reads_what_it_keeps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run / "checkpoints"
+    _damage(root / files.name_of(40))
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert _steps(files.all_of(root)) == [30, 40]
+    assert f"left {root / files.name_of(40)}: damaged: __0_0.distcp has the checksum" in capsys.readouterr().out
+    _damage(root / files.name_of(30))
+    make(root, 20)
+    _damage(root / files.name_of(20))
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
+    assert _steps(files.all_of(root)) == [20, 30, 40]
+    assert "no checkpoint there is sound: nothing was removed" in capsys.readouterr().err
+
+
+def test_prune_of_a_link_and_of_a_name_that_is_not_padded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run / "checkpoints"
+    (root / files.name_of(10)).rename(tmp_path / "elsewhere")
+    (root / files.name_of(10)).symlink_to(tmp_path / "elsewhere")
+    (root / files.name_of(20)).rename(root / "step_20")
+    assert cli.main(["checkpoint", "ls", str(run)]) == 0
+    assert "step_20 " in capsys.readouterr().out
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert [path.name for path in root.glob("step_*")] == [files.name_of(40)]
+    assert not files.faults(tmp_path / "elsewhere", checksums=True)
+    assert "(the link, not what it points to)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", "", "a\nb"])
+def test_names_in_a_manifest_are_plain(run: Path, name: str) -> None:
+    checkpoint = run / "checkpoints" / files.name_of(40)
+    manifest = json.loads((checkpoint / files.MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"]["__0_0.distcp"]
+    (checkpoint / files.MANIFEST).write_text(json.dumps(manifest))
+    (found,) = files.faults(checkpoint, checksums=True)
+    assert "manifest.json is damaged" in found and "the name of a file" in found
+
+
+def test_files_of_a_checkpoint_are_its_own(run: Path, tmp_path: Path) -> None:
+    checkpoint = run / "checkpoints" / files.name_of(40)
+    (checkpoint / "__0_0.distcp").rename(tmp_path / "weights")
+    (checkpoint / "__0_0.distcp").symlink_to(tmp_path / "weights")
+    assert "is a link" in files.faults(checkpoint, checksums=True)[0]
+
+
+def test_what_a_disk_does_not_hold_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "hash_file", lambda path: "0" * 16)
+    with pytest.raises(OSError, match="the disk does not hold what is written to it"):
+        files.write_hashed(tmp_path / "file", b"content")
