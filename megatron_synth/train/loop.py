@@ -119,7 +119,7 @@ class Trainer:
         self.run_dir = on_main(
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
-        for text in warnings:  # on rank 0
+        for text in [*data.notes, *warnings]:  # on rank 0
             self._warn(text)
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)

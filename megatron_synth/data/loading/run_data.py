@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, SourceConfig
+from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.mixing.schedule import phases_of
@@ -42,6 +43,8 @@ class RunData:
     window_length: int
     """Tokens of a sample."""
     windows_per_sequence: int
+    notes: tuple[str, ...] = ()
+    """What is likely a mistake in the choice of sources, to be said before training."""
 
     def prefix_digest(self, samples: int) -> str:
         """Of all that decides which tokens the first `samples` samples hold.
@@ -77,6 +80,8 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     length, number = config.window_length, config.data.windows_per_sequence
     plan = plan_of(config, {source.name: source.num_tokens for source in sources})
     plan.check(config.total_samples, length)
+    shared_content.check_epochs(plan, sources, config.total_samples)
+    notes = tuple(shared_content.notes(sources, validation))
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)
@@ -88,7 +93,7 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
         sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
         validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
     eod_id = info.eod_id if info else None
-    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number)
+    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number, notes)
 
 
 def _check_staging(sources: Sequence[Source]) -> None:
