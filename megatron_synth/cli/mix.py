@@ -17,6 +17,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import table
+from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
 from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.mixing.mixture import MixturePlan
@@ -119,6 +120,12 @@ def _plan(config: Config, progress: Progress) -> None:
     print(phase_tables(config, order, prepared, progress))
     print(f"\nin all\n{source_table(config, order, prepared, progress)}", flush=True)
     order.check(total, length, progress.samples)
+    opened = [source for source in sources.values() if source is not None]
+    if len(opened) == len(sources):
+        shared_content.check_epochs(order, opened, total)
+    domains = {name: open_if_prepared(entry.path, name) for name, entry in config.data.validation.items()}
+    for text in shared_content.notes(opened, {name: domain for name, domain in domains.items() if domain is not None}):
+        print(f"note: {text}")
 
 
 # ---- show

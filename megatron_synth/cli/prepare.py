@@ -10,7 +10,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.data.preparing.pipeline import Prepared
-from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.data.preparing.prepare import SKIPPED, prepare
 from megatron_synth.data.preparing.workers import core_count
 
 
@@ -86,6 +86,9 @@ def main(argv: list[str]) -> int:
         return EXIT_OK
     print(format_table(prepared))
     for one in prepared:
+        if one.skipped:
+            listed = f"{config.output}/{one.manifest.name}/{SKIPPED}"
+            print(f"{one.manifest.name}: {len(one.skipped):,} records were no text and are left out; {listed} lists them")
         packing, counts = one.manifest.packing, one.manifest.counts
         if packing is not None:
             print(

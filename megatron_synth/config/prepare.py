@@ -56,6 +56,11 @@ class PrepareSource(Section):
     """Share of the documents, such as `1/50`, chosen by their hash, that goes to a second source `<name>-valid`."""
     max_bytes: PositiveInt | None = None
     """Stop reading once this many bytes of text were read."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a record does that is no text (broken JSON, not UTF-8, no such field, null): end the run, or be left out, counted
+    and listed in `skipped.txt` of the source."""
+    max_errors: PositiveInt = 1000
+    """With `on_error: skip`: records that may be left out; one more ends the run."""
 
     @model_validator(mode="after")
     def _check(self) -> PrepareSource:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, Progress, SourceConfig
+from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.mixing.schedule import phases_of
@@ -45,6 +46,8 @@ class RunData:
     windows_per_sequence: int
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer that made the tokens, where a manifest tells."""
+    notes: tuple[str, ...] = ()
+    """What is likely a mistake in the choice of sources, to be said before training."""
 
     def checked_tokenizer(self) -> Path | None:
         """tokenizer.json, read; None if it is not known, or is not where it was when the data was made.
@@ -78,7 +81,9 @@ class RunData:
 
     def check_length(self, config: Config, progress: Progress) -> None:
         """Refuse (UserError) a run that goes on from `progress` when sources or phases do not suffice for what is to come."""
-        self.plan.check(config.samples_at_end(progress), self.window_length, progress.samples)
+        total = config.samples_at_end(progress)
+        self.plan.check(total, self.window_length, progress.samples)
+        shared_content.check_epochs(self.plan, self.sources, total)
 
 
 def open_data(config: Config, *, staged: bool = False, training: bool = True, check_length: bool = True) -> RunData:
@@ -110,6 +115,8 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     plan = plan_of(config, dict.fromkeys(config.data.sources) | {source.name: source.num_tokens for source in sources})
     if training and check_length:
         plan.check(config.total_samples, length)
+        shared_content.check_epochs(plan, sources, config.total_samples)
+    notes = tuple(shared_content.notes(sources, validation))
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)
@@ -122,7 +129,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
     eod_id = info.eod_id if info else None
     fingerprint = info.fingerprint if info else None
-    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number, fingerprint)
+    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number, fingerprint, notes)
 
 
 def _check_staging(sources: Sequence[Source]) -> None:

@@ -6,10 +6,9 @@ What is done is told to the journal, and what the journal tells is not done agai
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,11 +30,12 @@ from megatron_synth.data.preparing.assembly import (
 from megatron_synth.data.preparing.journal import Journal
 from megatron_synth.data.preparing.output import remove, remove_strays
 from megatron_synth.data.preparing.packing import cut_documents
-from megatron_synth.data.preparing.readers import estimate_text_bytes
+from megatron_synth.data.preparing.progress import progress
+from megatron_synth.data.preparing.readers.inputs import reader_of
+from megatron_synth.data.preparing.readers.reader import Portion
 from megatron_synth.data.preparing.shuffle import bucket_count
-from megatron_synth.data.preparing.splits import Portion, portions
 from megatron_synth.data.preparing.token_runs import Piece, trim
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Job, Workers, tokenize_portion
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Job, Tokenized, Workers, tokenize_portion
 from megatron_synth.data.shards.manifest import (
     Counts,
     Manifest,
@@ -47,15 +47,21 @@ from megatron_synth.data.shards.manifest import (
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer
 
+SHOWN_ERRORS = 5
 STAGING = ".staging"  # in the hidden folder: a folder of pieces for each source
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One finished source. seconds: time spent on it; sources that share one reading share its time."""
+    """One finished source.
+
+    seconds: time spent on it; sources that share one reading share its time.
+    """
 
     manifest: Manifest
     seconds: float
+    skipped: tuple[str, ...] = ()
+    """What was wrong with records that were left out; those of a holdout are told of the source itself."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,16 @@ class SourceWork:
         entry = {"manifests": [manifest.model_dump(mode="json") for manifest in manifests], "seconds": seconds}
         self.journal.append({"kind": "source", "source": self.name, **entry})
         remove(self.staging)
-        return [Prepared(manifest, seconds) for manifest in manifests]
+        return self._prepared(manifests, seconds)
+
+    def _prepared(self, manifests: Iterable[Manifest], seconds: float) -> list[Prepared]:
+        skipped = tuple(self._skipped())
+        return [Prepared(one, seconds, skipped if one.name == self.name else ()) for one in manifests]
+
+    def _skipped(self) -> list[str]:
+        """What was wrong with the records that were left out, in the order of the input."""
+        told = self.journal.of("portion", source=self.name)
+        return [message for entry in told for _, message in entry["skipped"]]
 
     def _finished(self) -> list[Prepared] | None:
         """What a run before this one has finished; None where there is something to do."""
@@ -142,7 +157,7 @@ class SourceWork:
         for one in manifests:
             remove_strays(self.folder / one.name, _files_of(one.shards))
         remove(self.staging)
-        return [Prepared(manifest, entry["seconds"]) for manifest in manifests]
+        return self._prepared(manifests, entry["seconds"])
 
     def _start_over(self) -> None:
         """Forget all that was done for this source."""
@@ -214,26 +229,33 @@ class SourceWork:
         remove_strays(self.staging, {piece.path.name for piece in pieces})
         if limit is not None and read >= limit:
             return pieces
-        numbered = islice(enumerate(portions(name, source)), len(known), None)
+        reader = reader_of(name, source)
+        numbered = islice(enumerate(reader.portions()), len(known), None)
         tasks = ((job, number, portion) for number, portion in numbered)
-        with (
-            progress(name, estimate_text_bytes(name, source)) as bar,
-            closing(self.pool.run(_tokenize_task, tasks)) as results,
-        ):
+        expected = reader.text_bytes() if limit is None else min(reader.text_bytes(), limit)
+        with progress(name, expected) as bar, closing(self.pool.run(_tokenize_task, tasks)) as results:
             bar.update(read)
             for (_, number, _), found in results:
-                size = sum(piece.text_bytes for piece in found)
-                if limit is not None and read + size >= limit:
+                if limit is not None and read + found.text_bytes >= limit:
                     found = _cut(found, self.dtype, limit - read)
-                self.journal.append(
-                    {"kind": "portion", "source": name, "number": number, "pieces": [piece.to_json() for piece in found]}
-                )
-                pieces += found
-                read += size
-                bar.update(size)
+                told = {"pieces": [piece.to_json() for piece in found.pieces], "skipped": found.skipped}
+                self.journal.append({"kind": "portion", "source": name, "number": number, **told})
+                self._refuse_too_many_errors()
+                pieces += found.pieces
+                read += found.text_bytes
+                bar.update(found.text_bytes)
                 if limit is not None and read >= limit:
                     break
         return pieces
+
+    def _refuse_too_many_errors(self) -> None:
+        skipped, most = self._skipped(), self.source.max_errors
+        if len(skipped) > most:
+            shown = "".join(f"\n  {message}" for message in skipped[:SHOWN_ERRORS])
+            raise UserError(
+                f"sources.{self.name}: more than max_errors = {most} records are no text; the first are{shown}\n"
+                f"mend the input, or raise max_errors"
+            )
 
     def _assembly(self, pieces: tuple[Piece, ...], target: str) -> Assembly:
         chosen = tuple(piece for piece in pieces if piece.target == target)
@@ -279,7 +301,7 @@ class SourceWork:
             if number not in shards
         )
         gone = 0
-        with progress(f"{target} shards", sum(piece.tokens for piece in assembly.pieces)) as bar:
+        with progress(f"{target} shards", sum(piece.tokens for piece in assembly.pieces), "tokens") as bar:
             with closing(self.pool.run(write_shard, tasks)) as results:
                 for task, shard in results:
                     shards[task.number] = shard
@@ -320,11 +342,11 @@ class SourceWork:
             counts=plan.counts[target],
             packing=plan.packing.get(target),
             shards=tuple(shards),
-            made=self.made,
+            made=self.made.model_copy(update={"skipped_records": len(self._skipped()) if target == self.name else 0}),
         )
 
 
-def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> list[Piece]:
+def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> Tokenized:
     return tokenize_portion(tokenizer, *task)
 
 
@@ -346,26 +368,18 @@ def _count(pieces: list[Piece], target: str) -> Counts:
     )
 
 
-def _cut(pieces: list[Piece], dtype: np.dtype[Any], limit: int) -> list[Piece]:
+def _cut(found: Tokenized, dtype: np.dtype[Any], limit: int) -> Tokenized:
     """The documents of a portion up to and including the one that reaches `limit` bytes of text."""
-    records = np.concatenate([piece.read_records() for piece in pieces])
+    records = np.concatenate([piece.read_records() for piece in found.pieces])
     records = records[np.argsort(records["place"])]
     reached = int(np.searchsorted(np.cumsum(records["text_bytes"], dtype=np.int64), limit))
-    cut = (trim(piece, dtype, int(records["place"][reached]) + 1) for piece in pieces)
-    return [piece for piece in cut if piece is not None]
+    last = int(records["place"][reached])
+    cut = (trim(piece, dtype, last + 1) for piece in found.pieces)
+    skipped = tuple((place, message) for place, message in found.skipped if place <= last)
+    return Tokenized(tuple(piece for piece in cut if piece is not None), skipped)
 
 
 def _origin(source: PrepareSource) -> str:
     if source.input is not None:
         return ", ".join(source.input)
     return source.hf.path if source.hf is not None else f"builtin {source.builtin}"
-
-
-@contextmanager
-def progress(name: str, total: int) -> Iterator[Any]:
-    """A bar of `total` bytes or tokens, on a terminal; 0: the end is not known."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=name, total=total or None, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-        yield bar

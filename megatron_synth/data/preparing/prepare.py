@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ import numpy as np
 
 import megatron_synth
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.prepare import PrepareConfig
-from megatron_synth.core.files import sync_folder, write_json
+from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
+from megatron_synth.core.files import sync_folder, write_atomic, write_json
+from megatron_synth.core.log import human
 from megatron_synth.data.preparing.journal import JOURNAL, Journal
 from megatron_synth.data.preparing.output import partial_folder, remove_strays, replace, restore
-from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, progress, targets_of
-from megatron_synth.data.preparing.readers import (
-    describe_input,
-    estimate_text_bytes,
-    is_held_out,
-    read_documents,
-)
+from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
+from megatron_synth.data.preparing.progress import progress
+from megatron_synth.data.preparing.readers.documents import is_held_out
+from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
+from megatron_synth.data.preparing.readers.reader import Reader
 from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
@@ -42,6 +41,7 @@ from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_token
 
 RECORD = "prepare.json"  # its presence says that the folder is a finished output
 RECORD_VERSION = 1
+SKIPPED = "skipped.txt"  # in the folder of a source: records that were left out
 JOURNAL_VERSION = 3  # 3 added checksums to the lines of the journal, and numbers to what it tells of
 TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
 
@@ -53,14 +53,19 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     """
     output = Path(config.output)
     restore(output)
-    inputs = {name: describe_input(name, source) for name, source in config.sources.items()}
+    readers = {name: reader_of(name, source) for name, source in config.sources.items()}
+    inputs = {name: reader.describe() for name, reader in readers.items()}
     given = _given_tokenizer(config)
     digest = _config_digest(config, inputs, given)
     if output.exists() and _is_current(output, config, digest, force):
         return None
     settings = config.tokenizer.train
     dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
-    _check_space(config, output, dtype)
+    _check_space(config, readers, output, dtype)
+    for line in notes(readers, given):
+        print(f"note: {line}", file=sys.stderr)
+    for reader in readers.values():
+        check_holdout(reader)
     head = {
         "kind": "head",
         "version": JOURNAL_VERSION,
@@ -76,7 +81,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
                 print(f"{output}: continuing a run that was stopped", file=sys.stderr)
             targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
             remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
-            tokenizer = given if given is not None else _trained(config, folder, journal)
+            tokenizer = given if given is not None else _trained(config, readers, folder, journal)
             tokenizer.save(folder / TOKENIZER)
             prepared: list[Prepared] = []
             with closing(Workers(tokenizer, workers)) as pool:
@@ -91,6 +96,8 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
                     prepared += SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made).run()
             for one in prepared:
                 one.manifest.save(folder / one.manifest.name)
+                if one.skipped:
+                    write_atomic(folder / one.manifest.name / SKIPPED, "".join(f"{message}\n" for message in one.skipped))
                 sync_folder(folder / one.manifest.name)
             write_json(folder / RECORD, _record(config, digest))
             remove_strays(folder, {RECORD, TOKENIZER, *targets})
@@ -108,13 +115,13 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     return None if settings.name is None else fetch_tokenizer(settings.name, settings.eod)
 
 
-def _trained(config: PrepareConfig, folder: Path, journal: Journal) -> Tokenizer:
+def _trained(config: PrepareConfig, readers: Mapping[str, Reader], folder: Path, journal: Journal) -> Tokenizer:
     """A tokenizer of the sources' text, or the one that a stopped run has trained."""
     path = folder / TOKENIZER
     done = journal.one("tokenizer")
     if done is not None and path.is_file() and _sha256(path.read_bytes()) == done["sha256"]:
         return load_tokenizer(path, config.tokenizer.eod)
-    tokenizer = _train(config)
+    tokenizer = _train(config, readers)
     found = _sha256(tokenizer.content.encode())
     if done is not None and found == done["sha256"]:
         return tokenizer
@@ -129,7 +136,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _train(config: PrepareConfig) -> Tokenizer:
+def _train(config: PrepareConfig, readers: Mapping[str, Reader]) -> Tokenizer:
     settings = config.tokenizer.train
     assert settings is not None
     names = settings.sources or tuple(name for name, source in config.sources.items() if source.split == "train")
@@ -139,11 +146,10 @@ def _train(config: PrepareConfig) -> Tokenizer:
         for name in names:
             source = config.sources[name]
             read = 0
-            for document in read_documents(name, source):
+            for document, size in read_documents(readers[name]):
                 if source.holdout is not None and is_held_out(document.key, source.holdout):
                     continue
                 yield document.text
-                size = len(document.text.encode())
                 bar.update(size)
                 read += size
                 if read >= share:
@@ -162,16 +168,58 @@ def _stored_dtype(config: PrepareConfig, vocab_size: int) -> np.dtype[Any]:
     return dtype
 
 
-def _check_space(config: PrepareConfig, output: Path, dtype: np.dtype[Any]) -> None:
-    text = sum(estimate_text_bytes(name, source) for name, source in config.sources.items())
+def _check_space(config: PrepareConfig, readers: Mapping[str, Reader], output: Path, dtype: np.dtype[Any]) -> None:
+    sizes = [reader.text_bytes() for reader in readers.values()]
+    limits = [source.max_bytes for source in config.sources.values()]
+    text = sum(size if limit is None else min(size, limit) for size, limit in zip(sizes, limits, strict=True))
     copies = 1 if config.shuffle is None else 2  # a shuffle keeps all pieces until its last shard
     needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"output: {output} needs about {needed / 1e9:.1f} GB for {text / 1e9:.1f} GB of text, {free / 1e9:.1f} GB "
+            f"output: {output} needs about {human(needed)} bytes for {human(text)} bytes of text, {human(free)} bytes "
             f"are free in {folder}; make room, choose another output, or set max_bytes of the sources"
+        )
+
+
+def notes(readers: Mapping[str, Reader], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """What is likely a mistake, and may be meant."""
+    if tokenizer is not None and tokenizer.loses_characters():
+        yield f"{tokenizer.where}: characters that are not in its vocabulary leave no token: they are lost from the text"
+    known: dict[tuple[int, int], tuple[str, Path]] = {}
+    for name, reader in readers.items():
+        for path in reader.files():
+            status = path.stat()
+            other, first = known.setdefault((status.st_dev, status.st_ino), (name, path))
+            if other == name:
+                continue
+            splits = {readers[one].source.split for one in (name, other)}
+            also = "" if first == path else f" (there {first})"
+            what = "validation text is trained on" if len(splits) == 2 else "its text is there twice"
+            yield f"sources.{name} reads {path}, which sources.{other} reads too{also}: {what}"
+            break
+
+
+def check_holdout(reader: Reader) -> None:
+    """Refuse, before any long work, a source without text, and a holdout that leaves one of its two splits empty.
+
+    Reads until both have a document, which is all of the text only where there is something to refuse.
+    """
+    name, holdout = reader.name, reader.source.holdout
+    if holdout is None or not reader.rereadable:
+        return
+    found, total = set[bool](), 0
+    for document, _ in read_documents(reader):
+        found.add(is_held_out(document.key, holdout))
+        total += 1
+        if len(found) == 2:
+            return
+    if total:
+        empty = name if found == {True} else name + VALID_SUFFIX
+        raise UserError(
+            f"sources.{name}.holdout: {holdout} of {total} documents leaves none for {empty!r}; change the share or give "
+            f"more text"
         )
 
 
@@ -179,6 +227,9 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     # options that are off are left out: outputs made before there were any are still current
     off = {name for name in ("shuffle", "packing") if getattr(config, name) is None}
     settings = config.model_dump(mode="json", exclude={"output"} | off)
+    for source in settings["sources"].values():
+        if source["on_error"] == "fail":
+            del source["on_error"], source["max_errors"]
     return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}
 
 

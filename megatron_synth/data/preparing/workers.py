@@ -20,9 +20,10 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareSource
-from megatron_synth.data.preparing.readers import is_held_out, with_text
+from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
+from megatron_synth.data.preparing.readers.inputs import reader_of
+from megatron_synth.data.preparing.readers.reader import Portion
 from megatron_synth.data.preparing.shuffle import document_keys, gather
-from megatron_synth.data.preparing.splits import Portion, portion_documents
 from megatron_synth.data.preparing.token_runs import RECORD, Piece, write_piece
 from megatron_synth.data.tokenizer import Tokenizer
 
@@ -55,6 +56,19 @@ class Job:
     piece_bytes: int
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """What a portion has become. skipped: of each bad record how many documents with text came before it, and what is wrong."""
+
+    pieces: tuple[Piece, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def text_bytes(self) -> int:
+        """Of all pieces."""
+        return sum(piece.text_bytes for piece in self.pieces)
+
+
 @dataclass
 class _Held:
     """Documents of one target that wait to be written."""
@@ -65,24 +79,31 @@ class _Held:
     size: int = 0
 
 
-def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> list[Piece]:
-    """Read and tokenize a portion; the pieces that were written, in order. Memory is bounded by `piece_bytes`."""
+def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> Tokenized:
+    """Read and tokenize a portion: pieces that were written, in order. Memory is bounded by `piece_bytes`.
+
+    Documents of which the tokenizer leaves nothing are left out. Nothing is read beyond `max_bytes` of text, all of which
+    may be in one portion.
+    """
     held: dict[str, _Held] = {}
     pieces: list[Piece] = []
-    place = 0
     batch: list[tuple[str, str, int]] = []  # target, text, UTF-8 bytes
-    characters = 0
+    messages: list[str] = []
+    skipped: list[tuple[int, str]] = []
+    limit = job.source.max_bytes
+    place = characters = waiting = kept = 0
 
     def flush() -> None:
-        nonlocal place
+        nonlocal place, characters, waiting, kept
         tokens, lengths = tokenizer.encode([text for _, text, _ in batch], job.dtype)
-        ends = np.cumsum(lengths, dtype=np.int64)
         records = np.zeros(len(batch), RECORD)
         records["length"], records["text_bytes"] = lengths, [size for _, _, size in batch]
         records["place"] = np.arange(place, place + len(batch))
         targets = np.array([target for target, _, _ in batch])
         for target in dict.fromkeys(target for target, _, _ in batch):
-            chosen = targets == target
+            chosen = (targets == target) & (lengths > 1)
+            if not chosen.any():
+                continue
             one = held.setdefault(target, _Held())
             one.tokens.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)])
             one.records.append(records[chosen])
@@ -90,21 +111,29 @@ def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Porti
             if one.size >= job.piece_bytes:
                 pieces.append(_write(job, target, number, one))
         place += len(batch)
-        assert not ends.size or ends[-1] == tokens.size
+        kept += int(records["text_bytes"][lengths > 1].sum(dtype=np.int64))
+        characters = waiting = 0
         batch.clear()
 
     holdout: Fraction | None = job.source.holdout
-    for document, size in with_text(job.name, portion_documents(portion, job.source)):
+    reader = reader_of(job.name, job.source)
+    for document, size in with_text(job.name, job.source, reader.documents(portion), messages):
+        skipped += [(place + len(batch), message) for message in messages]
+        messages.clear()
         target = job.name + VALID_SUFFIX if holdout is not None and is_held_out(document.key, holdout) else job.name
         batch.append((target, document.text, size))
         characters += len(document.text)
-        if characters >= job.chunk_characters:
+        waiting += size
+        if characters >= job.chunk_characters or (limit is not None and kept + waiting >= limit):
             flush()
-            characters = 0
+        if limit is not None and kept >= limit:
+            break
+    else:
+        skipped += [(place + len(batch), message) for message in messages]
     if batch:
         flush()
     pieces += [_write(job, target, number, one) for target, one in held.items() if one.size]
-    return pieces
+    return Tokenized(tuple(pieces), tuple(skipped))
 
 
 def _write(job: Job, target: str, number: int, held: _Held) -> Piece:

@@ -86,6 +86,8 @@ class Provenance(Section):
     """The share of the documents that the validation split got, such as 1/20; 0 when there is none."""
     shuffle_seed: NonNegativeInt | None = None
     """Seed of the shuffle of the documents; null when they stand in the order of the input."""
+    skipped_records: NonNegativeInt = 0
+    """Records of the input that were left out because they are no text; not written when there are none."""
 
 
 class Manifest(Section):
@@ -128,8 +130,13 @@ class Manifest(Section):
 
     def save(self, folder: Path) -> None:
         """Write `folder`/manifest.json."""
-        off = {"packing"} if self.packing is None else set()
-        write_json(folder / FILE_NAME, self.model_dump(mode="json", exclude=off))
+        data = self.model_dump(mode="json")
+        # what programs before these did not know is left out where there is none of it: they read the rest
+        if self.packing is None:
+            del data["packing"]
+        if not self.made.skipped_records:
+            del data["made"]["skipped_records"]
+        write_json(folder / FILE_NAME, data)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

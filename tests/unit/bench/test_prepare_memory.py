@@ -22,14 +22,15 @@ from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data import bpe_cache
 from megatron_synth.data.overlap import minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
-from megatron_synth.data.preparing import pipeline, readers, shuffle, splits
+from megatron_synth.data.preparing import pipeline, shuffle, splits
 from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.data.preparing.readers import formats
 from megatron_synth.data.tokenizer import train_tokenizer
 
 EOD = "<|endoftext|>"
 SMALL = {
     bpe_cache: {"WORDS": 2**8},
-    readers: {"SAMPLE_BYTES": 2**14},
+    formats: {"SAMPLE_BYTES": 2**14},
     splits: {"SMALL_PORTION": 2**16, "PORTION_BYTES": 2**16, "STREAMED_BYTES": 2**16, "STREAMED_ABOVE": 2**13},
     pipeline: {"PIECE_BYTES": 2**16, "CHUNK_CHARACTERS": 2**13},
     shuffle: {"BUCKET_BYTES": 2**16},

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing import builtin_corpus
-from megatron_synth.data.preparing.readers import is_held_out
+from megatron_synth.data.preparing.readers.documents import is_held_out
 from tests.golden import corpus as maker
 from tests.golden import corpus_questions
 

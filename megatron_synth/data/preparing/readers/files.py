@@ -1,0 +1,228 @@
+"""Files as input: which files patterns name, what they are, and how they are split among workers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from fnmatch import fnmatchcase
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import PrepareSource
+from megatron_synth.data.preparing import splits
+from megatron_synth.data.preparing.readers.documents import SAMPLE_BYTES, BadRecord, Document, Place
+from megatron_synth.data.preparing.readers.formats import COMPRESSIONS, FileFormat, is_compressed, open_file, reading
+from megatron_synth.data.preparing.readers.jsonl import JsonLines
+from megatron_synth.data.preparing.readers.parquet import Parquet
+from megatron_synth.data.preparing.readers.reader import Portion, Reader
+from megatron_synth.data.preparing.readers.text import Text
+
+FORMATS: tuple[type[FileFormat], ...] = (Text, JsonLines, Parquet)
+
+
+def format_of(path: Path) -> type[FileFormat] | None:
+    """The format of a file, by how its name ends; None if there is none. Everything that asks, asks here."""
+    for kind in FORMATS:
+        endings = [kind.ending, *(kind.ending + more for more in COMPRESSIONS if kind.compressible)]
+        if path.name.endswith(tuple(endings)):
+            return kind
+    return None
+
+
+class Files(Reader):
+    """The files of `input`, sorted, each once under whatever names it is found."""
+
+    def __init__(self, name: str, source: PrepareSource):
+        super().__init__(name, source)
+        self._formats = {kind: kind(source) for kind in FORMATS}
+
+    def _format(self, path: Path) -> FileFormat:
+        kind = format_of(path)
+        assert kind is not None, path
+        return self._formats[kind]
+
+    def files(self) -> list[Path]:
+        """Looked for anew each time.
+
+        Raises:
+            UserError: a pattern without files, a file of no known format, or one that cannot be reached.
+        """
+        assert self.source.input is not None
+        where = f"sources.{self.name}.input"
+        found: set[Path] = set()
+        for pattern in self.source.input:
+            matches = set(find(pattern, where))
+            if not matches:
+                raise UserError(f"{where}: {pattern}: no such file")
+            found |= matches
+        known: dict[tuple[int, int], Path] = {}
+        for path in sorted(found):
+            if format_of(path) is None:
+                endings = ", ".join(kind.ending for kind in FORMATS)
+                raise UserError(
+                    f"{where}: {path}: unknown format, expected one of {endings} (.txt and .jsonl also with .gz or .zst)"
+                )
+            status = path.stat()
+            known.setdefault((status.st_dev, status.st_ino), path)
+        return list(known.values())
+
+    def describe(self) -> dict[str, Any]:
+        """The patterns, and a fingerprint of names and contents."""
+        files = self.files()
+        size = sum(file.stat().st_size for file in files)
+        return {"files": list(self.source.input or ()), "count": len(files), "bytes": size, "fingerprint": fingerprint(files)}
+
+    def text_bytes(self) -> int:
+        """By the size of the files, and how text compresses."""
+        return sum(self._format(file).text_bytes(file, file.stat().st_size) for file in self.files())
+
+    def portions(self) -> Iterator[Portion]:
+        """Segments of files; what can only be read from its start, and is large, is read here."""
+        files = self.files()
+        sizes = [file.stat().st_size for file in files]
+        limit = splits.portion_bytes(sum(sizes))
+        many = sum(is_compressed(file) or format_of(file) is Parquet for file in files) >= splits.MANY_FILES
+        pending: list[Any] = []
+        filled = 0
+        for file, size in zip(files, sizes, strict=True):
+            form = self._format(file)
+            if is_compressed(file) and size > splits.STREAMED_ABOVE and not many and form.texts_of_lines(()) is not None:
+                if pending:
+                    yield Portion(tuple(pending))
+                    pending, filled = [], 0
+                yield from _streamed(file)
+                continue
+            for segment, weight in form.segments(file, size, limit):
+                if pending and filled + weight > limit:
+                    yield Portion(tuple(pending))
+                    pending, filled = [], 0
+                pending.append(segment)
+                filled += weight
+        if pending:
+            yield Portion(tuple(pending))
+
+    def documents(self, portion: Portion) -> Iterator[Document | BadRecord]:
+        """Read by a worker."""
+        if portion.lines is not None:
+            place, data = portion.lines
+            texts = self._format(place.path).texts_of_lines(splits.lines_of(place, data))
+            assert texts is not None
+            yield from map(_as_document, texts)
+        for segment in portion.segments:
+            yield from map(_as_document, self._format(segment.path).texts(segment))
+
+
+def _as_document(text: str | BadRecord) -> Document | BadRecord:
+    return text if isinstance(text, BadRecord) else Document(text, text)
+
+
+def _streamed(file: Path) -> Iterator[Portion]:
+    """A compressed line file, decompressed here."""
+    place, total = Place(file), 0
+    held: list[bytes] = []
+    size, first = 0, 0
+    with reading(place), closing(open_file(file)) as stream:
+        for line in stream:
+            held.append(line)
+            size += len(line)
+            place.number += 1
+            if size >= splits.growing(total):
+                yield Portion(lines=(Place(file, number=first), b"".join(held)))
+                total, held, size, first = total + size, [], 0, place.number
+    if held:
+        yield Portion(lines=(Place(file, number=first), b"".join(held)))
+
+
+def find(pattern: str, where: str) -> Iterator[Path]:
+    """The files that a pattern names, as `glob` finds them, but nothing that cannot be reached is passed over.
+
+    Raises:
+        UserError: a link to nothing, a folder that cannot be read or that the pattern takes for a file, a name that is
+            not UTF-8.
+    """
+    path = Path(pattern)
+    parts = path.parts[1:] if path.anchor else path.parts
+    for match in _find(Path(path.anchor), list(parts), set(), where):
+        try:
+            match.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {os.fsencode(match)!r}: its name is not UTF-8; rename the file") from None
+        try:
+            mode = match.stat().st_mode
+        except FileNotFoundError:
+            if match.is_symlink():
+                raise UserError(f"{where}: {match}: a link to nothing ({os.readlink(match)}); mend or remove it") from None
+            continue
+        except OSError as error:
+            raise UserError(f"{where}: {match}: {error.strerror}; every file of the input must be readable") from None
+        if stat.S_ISREG(mode):
+            yield match
+        elif parts and parts[-1] != "**":
+            what = "a folder: name its files, such as `*.jsonl`" if stat.S_ISDIR(mode) else "no regular file"
+            raise UserError(f"{where}: {match}: {what}")
+
+
+def _find(folder: Path, parts: list[str], above: set[Path], where: str) -> Iterator[Path]:
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if not has_magic(first):
+        yield from _find(folder / first, rest, above, where)
+        return
+    if first == "**":
+        real = folder.resolve()
+        if real in above:  # a link to a folder above
+            return
+        if rest:
+            yield from _find(folder, rest, set(), where)
+        for child in _children(folder, where):
+            if child.name.startswith("."):
+                continue
+            if _is_folder(child, where):
+                yield from _find(child, parts, {*above, real}, where)
+            elif not rest:
+                yield child
+        return
+    for child in _children(folder, where):
+        hidden = child.name.startswith(".") and not first.startswith(".")
+        if fnmatchcase(child.name, first) and not hidden and (not rest or _is_folder(child, where)):
+            yield from _find(child, rest, set(), where)
+
+
+def _children(folder: Path, where: str) -> list[Path]:
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{where}: {folder}: {error.strerror}; every folder of the input must be readable") from None
+    return [folder / name for name in names]
+
+
+def _is_folder(path: Path, where: str) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{where}: {path}: {error.strerror}; every folder of the input must be readable") from None
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of `files`, in order."""
+    total = hashlib.sha256()
+    for path in files:
+        try:
+            total.update(os.fsencode(path.name) + f"\0{path.stat().st_size}\0".encode())
+            with open(path, "rb") as file:
+                while part := file.read(SAMPLE_BYTES):
+                    total.update(part)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; every file of the input must be readable") from None
+    return total.hexdigest()

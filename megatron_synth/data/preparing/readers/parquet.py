@@ -1,0 +1,58 @@
+"""Parquet, read by row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.data.preparing.readers.documents import BadRecord, check_column, checked_text
+from megatron_synth.data.preparing.readers.formats import TYPICAL_COMPRESSION, FileFormat, Segment
+
+BATCH_ROWS = 256
+
+
+class Parquet(FileFormat):
+    """.parquet; the text is the column `text_key` of the source."""
+
+    ending = ".parquet"
+    compressible = False  # it is, inside
+
+    def text_bytes(self, path: Path, size: int) -> int:
+        """As of other compressed files."""
+        return round(size * TYPICAL_COMPRESSION)
+
+    def segments(self, path: Path, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
+        """The row groups, each with its bytes before compression."""
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                metadata = file.metadata
+                weights = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read after row 0: {error}; write the file again") from None
+        for group, weight in enumerate(weights):
+            yield Segment(path, group, group + 1), weight
+
+    def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
+        """The column of row groups [begin, end)."""
+        import pyarrow
+        from pyarrow import parquet
+
+        path, key, row = segment.path, self.source.text_key, 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                check_column(path, file.schema_arrow.names, key)
+                row = sum(file.metadata.row_group(group).num_rows for group in range(segment.begin))
+                groups = list(range(segment.begin, segment.end))
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key]):
+                    for value in batch.column(0).to_pylist():
+                        row += 1
+                        try:
+                            yield checked_text(value, f"{path}, row {row}", key)
+                        except BadRecord as error:
+                            yield error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read after row {row}: {error}; write the file again") from None
