@@ -7,9 +7,11 @@ recomputation not counted. (PaLM, Chowdhery et al. 2022, appendix B, with the he
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.model.architecture import weights
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ def count_parameters(model: ModelConfig, vocab_size: int | None = None) -> Param
     """Parameters of `model` with a vocabulary of `vocab_size` tokens before padding (default: model.vocab_size)."""
     vocab_size = vocab_size or model.vocab_size
     assert vocab_size is not None, "the vocabulary is not known before the data's tokenizer"
-    hidden, layers = model.hidden_size, model.num_layers
-    vocabulary = model.padded_vocab_size(vocab_size) * hidden
+    counted: Counter[str] = Counter()
+    for weight in weights(model, vocab_size):
+        counted[weight.part] += weight.size() * (model.num_layers if weight.in_layers else 1)
     return Parameters(
-        embedding=vocabulary,
-        attention=layers * 2 * hidden * model.head_dim * (model.num_attention_heads + model.query_groups),
-        mlp=layers * 3 * hidden * model.ffn_hidden_size,
-        norms=(2 * layers + 1) * hidden,
-        head=0 if model.share_embeddings_and_output_weights else vocabulary,
-        head_product=vocabulary,
+        embedding=counted["embedding"],
+        attention=counted["attention"],
+        mlp=counted["mlp"],
+        norms=counted["norm"],
+        head=counted["head"],
+        head_product=counted["head"] or counted["embedding"],
     )
 
 

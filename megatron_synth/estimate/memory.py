@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_synth.config.schema import Config, ModelConfig
-from megatron_synth.estimate.flops import count_parameters
+from megatron_synth.config.schema import Config
+from megatron_synth.model.architecture import Dimensions, Weight, weights
 
 Device = Literal["cpu", "gpu"]
 
@@ -89,9 +89,8 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
     """What a layer keeps without recomputation."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     element, shards = _element(config), _sequence_shards(config)
-    hidden, width = model.hidden_size, model.ffn_hidden_size
-    queries = model.num_attention_heads * model.head_dim
-    keys = model.query_groups * model.head_dim
+    sizes = Dimensions.of(model)
+    hidden, width, queries, keys = sizes.hidden, sizes.ffn, sizes.queries, sizes.keys
     kept = {
         "norm outputs": 2 * element * hidden / shards,
         "rotated query and key": element * (queries + keys) / tensor,
@@ -120,23 +119,23 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
 
 def _in_fp8(kept: dict[str, float], config: Config, device: Device) -> None:
     """The inputs of the products are kept quantized, and nobody else's are kept for them."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    sizes, tensor = Dimensions.of(config.model), config.parallel.tensor_model_parallel_size
     element, shards = _element(config), _sequence_shards(config)
     blocks = config.precision.fp8 == "blockwise"
     number = 1 + 4 / 128 if blocks else 1  # with the scales of its blocks
     kept.pop("activated")
     kept.pop("attention output, reordered", None)
-    kept["attention output in fp8"] = number * model.num_attention_heads * model.head_dim / tensor
-    kept["activated in fp8"] = number * model.ffn_hidden_size / tensor
+    kept["attention output in fp8"] = number * sizes.queries / tensor
+    kept["activated in fp8"] = number * sizes.ffn / tensor
     gathered_whole = blocks and shards > 1  # quantized after they are gathered, and kept as they were before
     if not gathered_whole:
         kept.pop("norm outputs")
-        kept["norm outputs in fp8"] = number * 2 * model.hidden_size / shards
+        kept["norm outputs in fp8"] = number * 2 * sizes.hidden / shards
     if device == "cpu" and _fuses(config):
         kept.pop("silu(gate)")
         if not gathered_whole:
             kept.pop("normalized")
-            kept["norm inputs"] = 2 * (element * model.hidden_size + 4) / shards
+            kept["norm inputs"] = 2 * (element * sizes.hidden + 4) / shards
 
 
 def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
@@ -153,13 +152,17 @@ def parameters_per_rank(config: Config, stage: int, vocab_size: int | None = Non
     """Parameters on one rank of a pipeline stage. Matrices are divided by the tensor-parallel size, norms are not."""
     model, parallel = config.model, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    parameters = count_parameters(model, vocab_size)
     first, last = stage == 0, stage == stages - 1
-    matrices = (parameters.attention + parameters.mlp) // stages // tensor
-    norms = 2 * model.num_layers // stages * model.hidden_size + (model.hidden_size if last else 0)
-    # a tied output layer on another stage than the embedding is a copy of it
-    has_head = last and (stages > 1 or not model.share_embeddings_and_output_weights)
-    return matrices + norms + (first + has_head) * parameters.embedding // tensor
+
+    def copies(weight: Weight) -> int:
+        if weight.in_layers:
+            return model.num_layers // stages
+        if weight.part == "embedding":
+            # a tied output layer on another stage than the embedding is a copy of it
+            return first + (last and stages > 1 and model.share_embeddings_and_output_weights)
+        return int(last)
+
+    return sum(copies(weight) * weight.size(tensor) for weight in weights(model, vocab_size))
 
 
 def memory_per_rank(
@@ -228,8 +231,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     layer = _layer_backward(config, tokens, device, fp8)
     working = max(layer, loss, head)
     at_loss = working == loss
-    parameters = count_parameters(model, vocab_size)
-    products = (parameters.attention + parameters.mlp) // stages // tensor
+    products = sum(weight.size(tensor) for weight in weights(model) if weight.is_product) * model.num_layers // stages
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
@@ -281,9 +283,9 @@ def _layer_backward(config: Config, tokens: int, device: Device, fp8: bool) -> i
     The gradient of an MLP's part and two of the residual stream (what is kept goes as they come), the place that megatron-core
     makes for a weight's gradient, and what recomputation makes again, with the copies it is made in. In FP8: `_fp8_backward`.
     """
-    model: ModelConfig = config.model
+    sizes = Dimensions.of(config.model)
     tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
-    hidden, width = model.hidden_size, model.ffn_hidden_size // tensor
+    hidden, width = sizes.hidden, sizes.ffn // tensor
     if fp8:
         working = _fp8_backward(config, tokens, device)
     else:
@@ -301,7 +303,8 @@ def _fp8_backward(config: Config, tokens: int, device: Device) -> int:
     A gradient is there in both orders, a weight's gradient in fp32 before it is added, beside the place that autograd is given.
     """
     tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
-    hidden, width = config.model.hidden_size, config.model.ffn_hidden_size // tensor
+    sizes = Dimensions.of(config.model)
+    hidden, width = sizes.hidden, sizes.ffn // tensor
     stream = 2 * element * tokens * hidden
     weight = (4 + element) * hidden * width
     activated = element * tokens * width  # the gradient of SwiGLU's output

@@ -18,6 +18,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.estimate.flops import flops_per_token
 from megatron_synth.estimate.hardware import Accelerator
 from megatron_synth.estimate.memory import parameters_per_rank
+from megatron_synth.model.architecture import Dimensions, products
 
 
 @dataclass(frozen=True)
@@ -178,30 +179,18 @@ def step_time(
     )
 
 
-def _products(config: Config) -> list[tuple[int, int]]:
-    """Columns and depth of a layer's four products on one rank: query-key-value, projection, gate-up, down."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-    return [
-        ((queries + 2 * keys) // tensor, model.hidden_size),
-        (model.hidden_size, queries // tensor),
-        (2 * model.ffn_hidden_size // tensor, model.hidden_size),
-        (model.hidden_size, model.ffn_hidden_size // tensor),
-    ]
-
-
 def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) -> tuple[_Pass, _Pass]:
     """Forward and backward pass of one micro-batch through one layer."""
-    model, train = config.model, config.train
+    train, sizes = config.train, Dimensions.of(config.model)
     tensor = config.parallel.tensor_model_parallel_size
     shards = tensor if config.parallel.uses_sequence_parallel else 1
-    tokens, hidden, width = train.micro_batch_size * train.sequence_length, model.hidden_size, model.ffn_hidden_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-    products = _products(config)
+    tokens, hidden, width = train.micro_batch_size * train.sequence_length, sizes.hidden, sizes.ffn
+    queries, keys = sizes.queries, sizes.keys
+    linears = products(config.model, tensor).values()
 
-    gemm_forward = sum(gemm_seconds(chip, assume, tokens, n, k, fp8, False) for n, k in products)
-    gemm_input = sum(gemm_seconds(chip, assume, tokens, k, n, fp8, False) for n, k in products)
-    gemm_weight = sum(gemm_seconds(chip, assume, n, k, tokens, fp8, True) for n, k in products)
+    gemm_forward = sum(gemm_seconds(chip, assume, tokens, n, k, fp8, False) for n, k in linears)
+    gemm_input = sum(gemm_seconds(chip, assume, tokens, k, n, fp8, False) for n, k in linears)
+    gemm_weight = sum(gemm_seconds(chip, assume, n, k, tokens, fp8, True) for n, k in linears)
 
     # causal: half of 4 S D per query; the backward pass has five products where the forward pass has two
     scores = 2 * tokens * train.sequence_length * queries / tensor

@@ -25,87 +25,70 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.model.architecture import Weight, weights
 from megatron_synth.train.checkpoint.companions import Companions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def _same_names(model: ModelConfig) -> dict[str, str]:
-    """Our name -> Hugging Face's, of the tensors that both store alike."""
-    names = {EMBEDDING: HF_EMBEDDING, "decoder.final_layernorm.weight": "model.norm.weight"}
-    if not model.share_embeddings_and_output_weights:
-        names[OUTPUT] = HF_OUTPUT
-    for i in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        names[ours + "input_layernorm.weight"] = theirs + "input_layernorm.weight"
-        names[ours + "self_attention.linear_proj.weight"] = theirs + "self_attn.o_proj.weight"
-        names[ours + "pre_mlp_layernorm.weight"] = theirs + "post_attention_layernorm.weight"
-        names[ours + "mlp.linear_fc2.weight"] = theirs + "mlp.down_proj.weight"
-    return names
-
-
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our names and full shapes, but for the two with vocabulary rows."""
-    width, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"decoder.final_layernorm.weight": (width,)}
-    for i in range(model.num_layers):
-        layer = f"decoder.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (width,)
-        shapes[layer + "self_attention.linear_qkv.weight"] = (heads + 2 * model.query_groups * model.head_dim, width)
-        shapes[layer + "self_attention.linear_proj.weight"] = (width, heads)
-        shapes[layer + "pre_mlp_layernorm.weight"] = (width,)
-        shapes[layer + "mlp.linear_fc1.weight"] = (2 * ffn, width)
-        shapes[layer + "mlp.linear_fc2.weight"] = (width, ffn)
-    return shapes
-
-
-def _hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's names and shapes, but for the two with vocabulary rows."""
-    shapes, same = {}, _same_names(model)
-    for name, shape in _shapes(model).items():
-        if name in same:
-            shapes[same[name]] = shape
-    for i in range(model.num_layers):
-        layer, width = f"model.layers.{i}.", model.hidden_size
-        shapes[layer + "self_attn.q_proj.weight"] = (model.num_attention_heads * model.head_dim, width)
-        for name in ("k_proj", "v_proj"):
-            shapes[layer + f"self_attn.{name}.weight"] = (model.query_groups * model.head_dim, width)
-        for name in ("gate_proj", "up_proj"):
-            shapes[layer + f"mlp.{name}.weight"] = (model.ffn_hidden_size, width)
-    return shapes
-
-
-def _check(state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], vocabulary: list[str], width: int) -> None:
-    """UserError unless `state` has exactly these tensors; those of `vocabulary` are [any one number of rows, width]."""
-    expected = set(shapes) | set(vocabulary)
-    problems = [f"{name} is missing" for name in sorted(expected - set(state))]
-    problems += [f"{name} is not part of the model" for name in sorted(set(state) - expected)]
+def _check(state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], vocabulary: set[str]) -> None:
+    """UserError unless `state` has exactly these tensors; those of `vocabulary` may have any one number of rows."""
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - state.keys())]
+    problems += [f"{name} is not part of the model" for name in sorted(state.keys() - shapes.keys())]
     problems += [
         f"{name} is {list(state[name].shape)}, expected {list(shape)}"
         for name, shape in shapes.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in state and name not in vocabulary and tuple(state[name].shape) != shape
     ]
-    tables = {name: tuple(state[name].shape) for name in vocabulary if name in state}
+    tables = {name: tuple(state[name].shape) for name in sorted(vocabulary) if name in state}
     rows = {shape[0] for shape in tables.values()}
-    if len(rows) > 1 or any(len(shape) != 2 or shape[1] != width for shape in tables.values()):
+    if len(rows) > 1 or any(len(shape) != 2 or shape[1] != shapes[name][1] for name, shape in tables.items()):
+        width = shapes[next(iter(tables))][1]
         found = ", ".join(f"{name} {list(shape)}" for name, shape in tables.items())
         problems.append(f"expected [vocabulary, {width}] for both ends of the model, found {found}")
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError("the weights do not fit the model's settings:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+def _places(model: ModelConfig) -> Iterator[tuple[str, list[str], Weight]]:
+    """Every tensor of the model: our name, Hugging Face's names of what it is made of, and its row of the table."""
+    for weight in weights(model):
+        for layer, name in enumerate(weight.names(model.num_layers)):
+            yield name, weight.hf_names(layer), weight
+
+
+def _split(tensor: Tensor, weight: Weight) -> list[Tensor]:
+    """Hugging Face's tensors of one of ours, each in memory of its own."""
+    import torch
+
+    parts = [tensor]
+    if len(weight.hf) > 1:
+        rest = weight.shape[1:]
+        split = tensor.reshape(weight.blocks, -1, *rest).split([rows for _, rows in weight.hf], dim=1)
+        parts = [part.reshape(-1, *rest) for part in split]
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+def _join(parts: list[Tensor], weight: Weight) -> Tensor:
+    """One of our tensors from Hugging Face's."""
+    import torch
+
+    if len(weight.hf) == 1:
+        return parts[0].clone()
+    rest = weight.shape[1:]
+    return torch.cat([part.reshape(weight.blocks, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
 
 def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -114,22 +97,12 @@ def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Te
     The vocabulary keeps its padding rows, see the module's docstring. UserError names tensors that are missing,
     unknown or misshapen.
     """
-    import torch
-
-    tied = model.share_embeddings_and_output_weights
-    _check(state, _shapes(model), [EMBEDDING] if tied else [EMBEDDING, OUTPUT], model.hidden_size)
-    groups, channels = model.query_groups, model.head_dim
-    queries = model.num_attention_heads // groups
-    hf = {theirs: state[ours].clone(memory_format=torch.contiguous_format) for ours, theirs in _same_names(model).items()}
-    for i in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        qkv = state[ours + "self_attention.linear_qkv.weight"]
-        grouped = qkv.reshape(groups, queries + 2, channels, model.hidden_size)
-        slices = {"q_proj": grouped[:, :queries], "k_proj": grouped[:, queries], "v_proj": grouped[:, queries + 1]}
-        for name, rows in slices.items():
-            hf[theirs + f"self_attn.{name}.weight"] = rows.reshape(-1, model.hidden_size).clone()
-        gate, up = state[ours + "mlp.linear_fc1.weight"].chunk(2)
-        hf[theirs + "mlp.gate_proj.weight"], hf[theirs + "mlp.up_proj.weight"] = gate.clone(), up.clone()
+    places = list(_places(model))
+    vocabulary = {name for name, _, weight in places if weight.has_vocabulary}
+    _check(state, {name: weight.shape for name, _, weight in places}, vocabulary)
+    hf: dict[str, Tensor] = {}
+    for name, theirs, weight in places:
+        hf.update(zip(theirs, _split(state[name], weight), strict=True))
     return hf
 
 
@@ -141,30 +114,26 @@ def from_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, 
     """
     import torch
 
-    tied = model.share_embeddings_and_output_weights
     state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
-    if tied and HF_OUTPUT in state:
+    if model.share_embeddings_and_output_weights and HF_OUTPUT in state:
         head = state.pop(HF_OUTPUT)
         if HF_EMBEDDING in state and not torch.equal(head, state[HF_EMBEDDING]):
             raise UserError(
                 f"{HF_OUTPUT} differs from {HF_EMBEDDING}, but the settings tie them; set tie_word_embeddings false"
             )
-    _check(state, _hf_shapes(model), [HF_EMBEDDING] if tied else [HF_EMBEDDING, HF_OUTPUT], model.hidden_size)
-    groups, channels, width = model.query_groups, model.head_dim, model.hidden_size
-    ours_state = {ours: state[theirs].clone() for ours, theirs in _same_names(model).items()}
-    ours_state[EMBEDDING] = _pad_rows(ours_state[EMBEDDING], model, with_mean=tied)
-    if not tied:
-        ours_state[OUTPUT] = _pad_rows(ours_state[OUTPUT], model, with_mean=True)
-    for i in range(model.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        per_group = [
-            state[theirs + f"self_attn.{name}.weight"].reshape(groups, -1, channels, width)
-            for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        ours_state[ours + "self_attention.linear_qkv.weight"] = torch.cat(per_group, dim=1).reshape(-1, width)
-        gate_up = [state[theirs + f"mlp.{name}.weight"] for name in ("gate_proj", "up_proj")]
-        ours_state[ours + "mlp.linear_fc1.weight"] = torch.cat(gate_up)
-    return ours_state
+    places = list(_places(model))
+    shapes = {
+        name: (rows * weight.blocks, *weight.shape[1:])
+        for _, theirs, weight in places
+        for name, (_, rows) in zip(theirs, weight.hf, strict=True)
+    }
+    _check(state, shapes, {name for _, theirs, weight in places if weight.has_vocabulary for name in theirs})
+    ours = {name: _join([state[theirs] for theirs in parts], weight) for name, parts, weight in places}
+    tied = model.share_embeddings_and_output_weights
+    for name, _, weight in places:
+        if weight.has_vocabulary:
+            ours[name] = _pad_rows(ours[name], model, with_mean=tied or weight.part == "head")
+    return ours
 
 
 def _pad_rows(table: Tensor, model: ModelConfig, *, with_mean: bool) -> Tensor:

@@ -147,7 +147,7 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         chunk = LlamaModel(
             fused_loss=config.train.fused_loss,
             config=mcore,
-            transformer_layer_spec=block_spec(mcore, vp_stage, config.model.rotary_base, linears),
+            transformer_layer_spec=block_spec(mcore, vp_stage, config.model, linears),
             vocab_size=config.model.padded_vocab_size(vocab_size),
             max_sequence_length=config.train.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -169,5 +169,5 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         statistics = fp8.watched(fp8_run, chunks)
         for chunk in chunks:
             chunk.fp8_statistics = statistics
-    initialize_weights(chunks, seed=config.train.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
+    initialize_weights(chunks, config.model, vocab_size, seed=config.train.seed)
     return chunks

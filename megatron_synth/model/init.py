@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
+from megatron_synth.config.schema import ModelConfig
+from megatron_synth.model.architecture import Weight, by_key
 from megatron_synth.parallel import fp8_params
+from megatron_synth.parallel.wrap import NO_WEIGHT_DECAY
 
 _BLOCK = 1 << 20  # elements hashed at a time; bounds temporary memory to some 50 MB
 
@@ -112,43 +110,51 @@ def _shards(entry: Any) -> list[ShardedTensor]:
     return [part for part in (parts if isinstance(parts, list) else [parts]) if isinstance(part, ShardedTensor)]
 
 
-def _mark_sharded(model: GPTModel) -> None:
-    """Mark the weights that tensor-parallel ranks hold in parts.
+def _mark(parameter: torch.nn.Parameter, weight: Weight) -> None:
+    """Tell megatron-core what the table says of a parameter.
 
-    megatron-core does it in the initialization that we replace; without the marks it counts one rank's part alone in the
-    gradient norm.
+    It marks shared ones itself in the initialization that we replace, and TransformerEngine does; without the marks it counts
+    one rank's part alone in the gradient norm.
     """
-    for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
-            _mark(module.weight, 0, getattr(module, "stride", 1))
-        elif isinstance(module, RowParallelLinear):
-            _mark(module.weight, 1, 1)
+    if weight.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, weight.axis, 1)
+    setattr(parameter, NO_WEIGHT_DECAY, not weight.decays)
 
 
-def _mark(weight: torch.nn.Parameter, dim: int, stride: int) -> None:
-    if not hasattr(weight, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(weight, True, dim, stride)
+def _in_table(entry: ShardedTensor | ShardedTensorFactory, table: dict[str, Weight], layers: int) -> Weight:
+    """The row of a tensor of the model that was built; the two must agree."""
+    weight = table[entry.key]
+    found = {tuple(shard.global_shape) for shard in _shards(entry)}
+    expected = weight.saved_shape(layers)
+    assert found == {expected}, f"{entry.key} is {found} in the model, {expected} in the table"
+    return weight
 
 
 @torch.no_grad()
-def initialize_weights(chunks: Iterable[GPTModel], *, seed: int, std: float, num_layers: int) -> None:
-    """Norms one, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)).
+def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_size: int, *, seed: int) -> None:
+    """Give every parameter the initial values, and the marks, that the architecture's table names.
 
-    The scaling by depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
+    Norms are one, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)). The scaling by
+    depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
     """
+    table = by_key(model, vocab_size)
+    std = model.init_method_std
+    deviations = {"normal": std, "residual": std / math.sqrt(2 * model.num_layers)}
     for chunk in chunks:
-        _mark_sharded(chunk)
         for entry in chunk.sharded_state_dict().values():
+            if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+                continue  # TransformerEngine's extra state
             parameter = entry.data
+            weight = _in_table(entry, table, model.num_layers)
+            _mark(parameter, weight)
             quantized = fp8_params.is_quantized(parameter)
             if quantized:
                 entry = replace(entry, data=torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
             for shard in _shards(entry):
                 assert shard.data is not None
-                if len(shard.local_shape) == 1:
+                if weight.initial == "ones":
                     shard.data.fill_(1.0)
                 else:
-                    writes_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                    fill_normal(shard, seed, std / math.sqrt(2 * num_layers) if writes_residual else std)
+                    fill_normal(shard, seed, deviations[weight.initial])
             if quantized:
                 fp8_params.fill(parameter, entry.data)

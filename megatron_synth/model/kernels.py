@@ -12,6 +12,7 @@ import torch
 from megatron_synth.config.errors import ConfigError, Problem, UserError
 from megatron_synth.config.load import load_yaml, resolve
 from megatron_synth.config.schema import Config, ModelConfig
+from megatron_synth.model.architecture import Dimensions
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.registry import OPERATIONS, Choice, KernelUnavailable
 from megatron_synth_kernels.sizes import Sizes
@@ -129,8 +130,8 @@ def model_sizes(vocabularies: Mapping[str, int], tokens: int) -> list[Sizes]:
     found = []
     for name, vocabulary in vocabularies.items():
         model = ModelConfig(**load_yaml(resolve(f"model/{name}.yaml"))["model"])
-        heads = (model.num_attention_heads, model.query_groups, model.head_dim)
-        found.append(Sizes(name, tokens, model.hidden_size, model.ffn_hidden_size, *heads, vocabulary))
+        sizes, heads = Dimensions.of(model), (model.num_attention_heads, model.query_groups, model.head_dim)
+        found.append(Sizes(name, tokens, sizes.hidden, sizes.ffn, *heads, vocabulary))
     return found
 
 

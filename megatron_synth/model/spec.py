@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_synth.config.schema import ModelConfig
+from megatron_synth.model.architecture import norm_keys
 from megatron_synth.model.ops import CoreAttention, RMSNorm, SwiGLUMLP
 
 
@@ -33,7 +35,7 @@ class Linears:
     linear_fc2: Any = RowParallelLinear
 
 
-def layer_spec(rotary_base: float, linears: Linears) -> ModuleSpec:
+def layer_spec(model: ModelConfig, linears: Linears) -> ModuleSpec:
     """One pre-norm transformer layer: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
     return ModuleSpec(
         module=TransformerLayer,
@@ -44,7 +46,7 @@ def layer_spec(rotary_base: float, linears: Linears) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.linear_qkv,
-                    core_attention=ModuleSpec(module=CoreAttention, params={"rotary_base": rotary_base}),
+                    core_attention=ModuleSpec(module=CoreAttention, params={"rotary_base": model.rotary_base}),
                     linear_proj=linears.linear_proj,
                 ),
             ),
@@ -55,28 +57,23 @@ def layer_spec(rotary_base: float, linears: Linears) -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=linears.linear_fc1, linear_fc2=linears.linear_fc2),
             ),
             mlp_bda=get_bias_dropout_add,
-            # Norm weights are saved under the names that TransformerEngine's fused norm + linear gives them, as in
-            # megatron-core's own specs, so that a checkpoint does not depend on the backend that wrote it.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=norm_keys(model),
         ),
     )
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None, rotary_base: float, linears: Callable[[int], Linears]
+    config: TransformerConfig, vp_stage: int | None, model: ModelConfig, linears: Callable[[int], Linears]
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and model chunk), and the norm after the last one.
 
     Args:
-        config: of the model and the layout.
+        config: megatron-core's, of the model and the layout.
         vp_stage: model chunk, None if there is one.
-        rotary_base: period base.
+        model: ours.
         linears: of a layer, by its number in the whole model, from 0.
     """
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(rotary_base, linears(first + place)) for place in range(count)]
+    layers = [layer_spec(model, linears(first + place)) for place in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

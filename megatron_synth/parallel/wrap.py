@@ -9,11 +9,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_synth.config.schema import Config
 from megatron_synth.parallel import fp8_params
+
+NO_WEIGHT_DECAY = "no_weight_decay"
+"""Attribute of parameters that the optimizer's weight decay leaves alone."""
 
 
 def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedDataParallel]:
@@ -48,7 +51,7 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
-    """AdamW over all chunks; weight decay on matrices only."""
+    """AdamW over all chunks; weight decay on all that is not marked `NO_WEIGHT_DECAY`."""
     optim = config.optim
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -68,6 +71,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             fp8_recipe=fp8_params.RECIPES[config.precision.fp8] if config.precision.fp8_param_gather else None,
         ),
         chunks,
+        config_overrides={ParamKey(attr=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)},
         use_gloo_process_groups=False,
     )
 

@@ -19,6 +19,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.rules import check
 from megatron_synth.config.schema import Config
 from megatron_synth.model import ops
+from megatron_synth.model.architecture import products
 from megatron_synth.model.fp8 import te
 from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
@@ -204,7 +205,7 @@ def _device_name(device: torch.device) -> str:
 def refusal(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the products of a recipe cannot be had; None if each kind of layer was tried and agrees with the definition."""
     recipe = Recipe.of(config.precision)
-    for kind, (n, k) in _sizes(config).items():
+    for kind, (n, k) in products(config.model, config.parallel.tensor_model_parallel_size).items():
         generator = torch.Generator().manual_seed(0)
         n, k, tokens = min(n, _LARGEST_TRIAL), min(k, _LARGEST_TRIAL), 128
         shapes = {INPUT: (tokens, k), WEIGHT: (n, k), GRAD: (tokens, n)}
@@ -219,29 +220,17 @@ def refusal(config: Config, device: torch.device, dtype: torch.dtype) -> str | N
     return None
 
 
-def _sizes(config: Config) -> dict[str, tuple[int, int]]:
-    """Output and input channels of each kind of layer on a rank."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    heads, groups, channels = model.num_attention_heads, model.query_groups, model.head_dim
-    return {
-        "linear_qkv": ((heads + 2 * groups) * channels // tensor, model.hidden_size),
-        "linear_proj": (model.hidden_size, heads * channels // tensor),
-        "linear_fc1": (2 * model.ffn_hidden_size // tensor, model.hidden_size),
-        "linear_fc2": (model.hidden_size, model.ffn_hidden_size // tensor),
-    }
-
-
 def _disagreement(recipe: Recipe, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
     """The three products of a layer, by the device's quantizers and units and by the definition on the CPU."""
     quantizer = ops.quantizer()
     device_pairs = {role: _quantized(recipe, role, x, quantizer) for role, x in tensors.items()}
     host_pairs = {role: _quantized(recipe, role, x.cpu(), ops.fp8) for role, x in tensors.items()}
-    products = {
+    trials = {
         "the forward product": (INPUT, 0, WEIGHT, 0, dtype, recipe.tensorwise),
         "the product of the input's gradient": (GRAD, 0, WEIGHT, 1, dtype, False),
         "the product of the weight's gradient": (GRAD, 1, INPUT, 1, torch.float32, False),
     }
-    for name, (left, i, right, j, out_dtype, fast) in products.items():
+    for name, (left, i, right, j, out_dtype, fast) in trials.items():
         found = ops.fp8.product(device_pairs[left][i], device_pairs[right][j], out_dtype, fast_accumulation=fast)
         expected = host_pairs[left][i].dequantized().double() @ host_pairs[right][j].dequantized().double().t()
         error = ((found.double().cpu() - expected).norm() / expected.norm()).item()

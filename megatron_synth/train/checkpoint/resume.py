@@ -22,6 +22,7 @@ from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
+from megatron_synth.model import architecture
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.train.changes import mixture_differences
@@ -168,28 +169,14 @@ def check_architecture(checkpoint: Path, saved: TrainerState, model: ModelConfig
     Raises:
         UserError: names each setting that differs.
     """
-    old, new = _architecture(saved_model(checkpoint, saved), saved.vocab_size), _architecture(model, vocab_size)
+    old = architecture.settings(saved_model(checkpoint, saved), saved.vocab_size)
+    new = architecture.settings(model, vocab_size)
     differences = [f"{key} was {old[key]} and is now {new[key]}" for key in old if old[key] != new[key]]
     if differences:
         raise UserError(
             f"{checkpoint}: holds another model: {'; '.join(differences)}. Restore the model section, or use another run "
             "directory to train the new model from the start"
         )
-
-
-def _architecture(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What the shapes and the meaning of the weights depend on."""
-    return {
-        "model.num_layers": model.num_layers,
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.query_groups,
-        "model.share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
-        "model.rotary_base": model.rotary_base,
-        "model.norm_epsilon": model.norm_epsilon,
-        "the padded vocabulary": model.padded_vocab_size(vocab_size),
-    }
 
 
 def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data: RunData) -> None:
@@ -361,54 +348,54 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights, unsharded, on the CPU, by the names of megatron-core's GPT model with all its layers.
 
     Needs a process group of one rank.
+
+    Raises:
+        UserError: the checkpoint does not hold the tensors of the model that its configuration describes.
     """
+    saved = read_trainer(checkpoint)
+    model = saved_model(checkpoint, saved)
     names = reading.described(checkpoint)
     wanted = {name: entry for name, entry in names.items() if not name.startswith("optimizer.") and not recipe.is_state(name)}
+    table = architecture.by_key(model, saved.vocab_size)
+    _check_tensors(checkpoint, {name: tuple(entry.global_shape) for name, entry in wanted.items()}, table, model.num_layers)
     loaded = reading.load(wanted, checkpoint, "take weights", whole=False)
     weights: dict[str, torch.Tensor] = {}
-    for name in wanted:
-        if name.startswith(_LAYERS):
-            for layer, part in enumerate(loaded[name]):
-                weights[f"{_LAYERS}{layer}.{_from_fused(name.removeprefix(_LAYERS))}"] = part
-        else:
-            weights[name] = loaded[name]
+    for key, weight in table.items():
+        parts = loaded[key] if weight.in_layers else [loaded[key]]
+        weights.update(zip(weight.names(model.num_layers), parts, strict=True))
     return weights
+
+
+def _check_tensors(
+    checkpoint: Path, found: dict[str, tuple[int, ...]], table: dict[str, architecture.Weight], layers: int
+) -> None:
+    """Refuse a checkpoint whose weights are not those of the table."""
+    expected = {key: weight.saved_shape(layers) for key, weight in table.items()}
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"{key} is not part of the model" for key in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
+    if problems:
+        raise UserError(f"{checkpoint}: does not hold the model of its configuration: {'; '.join(problems[:4])}")
 
 
 def save_full_weights(root: Path, weights: dict[str, torch.Tensor], trainer: TrainerState) -> Path:
     """Write a checkpoint of weights alone, from whole tensors named as `full_weights` returns them. One rank."""
-    stacked: dict[str, list[torch.Tensor]] = {}
+    model = ModelConfig(**trainer.config["model"])
     state: dict[str, Any] = {}
-    for name, weight in weights.items():
-        if name.startswith(_LAYERS):
-            layer, _, rest = name.removeprefix(_LAYERS).partition(".")
-            parts = stacked.setdefault(_LAYERS + _to_fused(rest), [])
-            assert int(layer) == len(parts), f"layers out of order at {name}"
-            parts.append(weight)
-        else:
-            state[name] = ShardedTensor.from_rank_offsets(name, weight)
-    for name, parts in stacked.items():
-        for number, weight in enumerate(parts):
-            place = (0, number, len(parts))
-            state[f"{name}/{number}"] = ShardedTensor.from_rank_offsets(name, weight, place, prepend_axis_num=1)
+    for key, weight in architecture.by_key(model, trainer.vocab_size).items():
+        names = weight.names(model.num_layers)
+        if not weight.in_layers:
+            state[key] = ShardedTensor.from_rank_offsets(key, weights[names[0]])
+            continue
+        for layer, name in enumerate(names):
+            place = (0, layer, len(names))
+            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(key, weights[name], place, prepend_axis_num=1)
     writer = CheckpointWriter(root, "export", torch.device("cpu"))
     request = SaveRequest(trainer.step, trainer_file(trainer), committed=lambda path: None, failed=lambda text: None)
     writer.begin(lambda: collect_tensors(state), request)
     writer.outcome()
     return root / files.name_of(trainer.step)
-
-
-_LAYERS = "decoder.layers."
-# In checkpoints norm weights bear the names that TransformerEngine's fused norm + linear gives them (model/spec.py).
-_FUSED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-
-
-def _to_fused(name: str) -> str:
-    return _FUSED.get(name, name)
-
-
-def _from_fused(name: str) -> str:
-    return next((plain for plain, fused in _FUSED.items() if fused == name), name)

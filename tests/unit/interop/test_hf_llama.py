@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
-from megatron_synth.interop import hf_llama
 from megatron_synth.interop.hf_llama import (
     from_hf_state,
     hf_config,
@@ -22,7 +21,9 @@ from megatron_synth.interop.hf_llama import (
     to_hf_state,
     write_hf,
 )
+from megatron_synth.model.architecture import weights
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 VOCAB = 250  # padded to 256
 
 
@@ -43,10 +44,11 @@ def model_config(groups: int | None = 2, tied: bool = False, **more: Any) -> Mod
 
 def random_state(model: ModelConfig, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    width = model.hidden_size
-    shapes = dict(hf_llama._shapes(model)) | {hf_llama.EMBEDDING: (rows, width)}
-    if not model.share_embeddings_and_output_weights:
-        shapes[hf_llama.OUTPUT] = (rows, width)
+    shapes = {
+        name: (rows, *weight.shape[1:]) if weight.has_vocabulary else weight.shape
+        for weight in weights(model)
+        for name in weight.names(model.num_layers)
+    }
     return {
         name: (torch.randn(shape, generator=generator) * 0.3 + (1.0 if len(shape) == 1 else 0.0)).to(dtype)
         for name, shape in shapes.items()
@@ -70,7 +72,7 @@ def reference_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tenso
         left, right = x.chunk(2, -1)
         return x * cos + torch.cat([-right, left], -1) * sin
 
-    x = state[hf_llama.EMBEDDING][tokens]
+    x = state[EMBEDDING][tokens]
     for i in range(model.num_layers):
         layer = f"decoder.layers.{i}."
         mixed = norm(x, layer + "input_layernorm.weight") @ state[layer + "self_attention.linear_qkv.weight"].T
@@ -86,7 +88,7 @@ def reference_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tenso
         hidden = norm(x, layer + "pre_mlp_layernorm.weight") @ state[layer + "mlp.linear_fc1.weight"].T
         gate, up = hidden.chunk(2, -1)
         x = x + (F.silu(gate) * up) @ state[layer + "mlp.linear_fc2.weight"].T
-    output = state.get(hf_llama.OUTPUT, state[hf_llama.EMBEDDING])
+    output = state.get(OUTPUT, state[EMBEDDING])
     return norm(x, "decoder.final_layernorm.weight") @ output.T
 
 
@@ -163,14 +165,14 @@ def test_padding_rows_barely_move_the_softmax(tied: bool) -> None:
     exact = model.model_copy(update={"make_vocab_size_divisible_by": 1})
     hf = to_hf_state(random_state(exact, VOCAB), exact)
     padded, plain = from_hf_state(hf, model), from_hf_state(hf, exact)
-    assert padded[hf_llama.EMBEDDING].shape == (256, 32) and plain[hf_llama.EMBEDDING].shape == (VOCAB, 32)
+    assert padded[EMBEDDING].shape == (256, 32) and plain[EMBEDDING].shape == (VOCAB, 32)
     tokens = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(2))
     before = reference_logits(plain, exact, tokens).double().log_softmax(-1)
     after = reference_logits(padded, model, tokens).double().log_softmax(-1)[..., :VOCAB]
     fall = before - after
     assert 0 < fall.min() and fall.max() <= torch.log(torch.tensor(256 / VOCAB)) + 1e-6
     if not tied:
-        assert torch.count_nonzero(padded[hf_llama.EMBEDDING][VOCAB:]) == 0
+        assert torch.count_nonzero(padded[EMBEDDING][VOCAB:]) == 0
 
 
 def test_weights_are_sharded_above_the_limit_and_read_back(tmp_path: Path) -> None:
