@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
         _plan(config)
     else:
         data = open_data(config)
+        _check_samples(arguments.sample, config, arguments.config)
         print("\n\n".join(show_sample(config, data, sample, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
 
@@ -94,6 +95,21 @@ def _plan(config: Config) -> None:
 
 
 # ---- show
+
+
+def _check_samples(samples: range, config: Config, path: Path) -> None:
+    """Refuse samples after the run's last.
+
+    Raises:
+        UserError: names the last.
+    """
+    total = config.total_samples
+    if path.is_dir():  # a run whose batch size was changed may have consumed more
+        total = max(total, (RunDir.open(path).read_ledger() or {}).get("samples", 0))
+    if samples.stop > total:
+        raise UserError(
+            f"sample {samples.stop - 1}: the samples of this run are 0 to {total - 1} (train.steps x train.global_batch_size)"
+        )
 
 
 def show_sample(config: Config, data: RunData, sample: int, *, text: bool) -> str:

@@ -106,7 +106,7 @@ def test_plan_without_phases_or_data(plain: Path, tmp_path: Path, capsys: pytest
     assert rows(out, "qa")[-1][1:4] == ["1/3", "1,280", "not prepared"]
 
 
-@pytest.mark.parametrize("sample", [0, 37, 60, 93, 94, 159, 12_345])
+@pytest.mark.parametrize("sample", [0, 37, 60, 93, 94, 159])
 def test_show_names_the_file_the_documents_and_the_text(
     sample: int, phased: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +143,7 @@ def test_show_refuses_what_is_not_there(phased: Path, plain: Path, capsys: pytes
     assert "nowhere.json: no such tokenizer.json" in capsys.readouterr().err
     ending = "data.phases=[{until: 5120, ratios: {web: 1}}]"
     assert cli.main(["mix", "show", str(phased), "160", ending, "data.sources.web.max_epochs=9"]) == 2
-    assert "sample 160: the samples are 0 to 159" in capsys.readouterr().err
+    assert "sample 160: the samples of this run are 0 to 159" in capsys.readouterr().err
 
 
 # ---- audit
@@ -275,3 +275,18 @@ def test_a_source_that_joined_is_not_missing_in_what_came_before(
     run.write_ledger(Ledger.planned(data.plan, SEQUENCE_LENGTH, 80).to_json())  # as the next save writes it
     (run.path / "config.yaml").write_text(new.read_text())
     assert cli.main(["mix", "audit", str(run.path)]) == 0, capsys.readouterr().out
+
+
+def test_show_refuses_what_comes_after_the_run(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    total = load_file(Config, plain).total_samples
+    assert cli.main(["mix", "show", str(plain), f"{total - 2}-{total - 1}"]) == 0
+    capsys.readouterr()
+    for asked in (f"{total}", f"0-{total}"):
+        assert cli.main(["mix", "show", str(plain), asked]) == 2
+        assert f"sample {total}: the samples of this run are 0 to {total - 1}" in capsys.readouterr().err
+    # a run whose batch size was smaller later has consumed more than steps x batch of now
+    config = load_file(Config, plain)
+    run = RunDir.create_or_open(tmp_path / "run", config, layout="TP1", world_size=1)
+    run.write_ledger(Ledger.planned(open_data(config).plan, config.window_length, total + 3).to_json())
+    assert cli.main(["mix", "show", str(run.path), str(total + 2)]) == 0
+    assert cli.main(["mix", "show", str(run.path), str(total + 3)]) == 2
