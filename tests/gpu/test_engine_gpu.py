@@ -86,3 +86,19 @@ def test_checkpoints_written_from_pinned_memory_are_sound_and_resumed(config: Pa
     (run / "checkpoints" / "latest").write_text(found[9].name + "\n")
     resumed = [record[metrics.LOSS] for record in read_metrics(train(config, run, *settings))]
     assert resumed == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_gradient_norm_is_that_of_fp64_in_one_pass() -> None:
+    """However tensors are cut, and without a copy of them."""
+    import torch
+
+    from megatron_synth.train.grad_norm import square_sum
+
+    numbers = torch.randn(25_000_001, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    right = numbers.double().square().sum().item()
+    for parts in ([numbers], list(numbers.chunk(2)), list(numbers.split(999_999))):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert square_sum(parts).item() == pytest.approx(right, rel=1e-12)
+        assert torch.cuda.max_memory_allocated() - before < 1 << 20
