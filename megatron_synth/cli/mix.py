@@ -119,13 +119,13 @@ def _plan(config: Config, progress: Progress) -> None:
     )
     print(phase_tables(config, order, prepared, progress))
     print(f"\nin all\n{source_table(config, order, prepared, progress)}", flush=True)
-    order.check(total, length, progress.samples)
     opened = [source for source in sources.values() if source is not None]
-    if len(opened) == len(sources):
-        shared_content.check_epochs(order, opened, total)
     domains = {name: open_if_prepared(entry.path, name) for name, entry in config.data.validation.items()}
     for text in shared_content.notes(opened, {name: domain for name, domain in domains.items() if domain is not None}):
-        print(f"note: {text}")
+        print(f"note: {text}", flush=True)
+    order.check(total, length, progress.samples)
+    if len(opened) == len(sources):
+        shared_content.check_epochs(order, opened, total)
 
 
 # ---- show

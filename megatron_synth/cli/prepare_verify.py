@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
+from megatron_synth.data.preparing.prepare import RECORD, prepared_names
 from megatron_synth.data.preparing.workers import core_count
 from megatron_synth.data.shards.checksums import verify
 from megatron_synth.data.shards.manifest import FILE_NAME
@@ -18,18 +19,29 @@ SHOWN_FAULTS = 20  # of one file
 
 
 def source_folders(given: Iterable[str]) -> list[Path]:
-    """The prepared sources that folders are or hold, each once."""
-    found: dict[Path, None] = {}
+    """The prepared sources that folders are or hold, each once under whatever names.
+
+    Raises:
+        UserError: there is none, or one that the output of `prepare` has had is missing.
+    """
+    found: dict[Path, Path] = {}
     for name in given:
         folder = Path(name)
         if (folder / FILE_NAME).is_file():
-            found[folder] = None
+            found.setdefault(folder.resolve(), folder)
             continue
         inside = sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
         if not inside:
             raise UserError(f"{folder}: no prepared source and no folder of them (no {FILE_NAME}); give the output of prepare")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        missing = sorted(set(prepared_names(folder)) - {path.name for path in inside})
+        if missing:
+            raise UserError(
+                f"{folder / missing[0] / FILE_NAME}: not there, though {folder / RECORD} names this source; copy it again, or "
+                f"give the folders that are meant one by one"
+            )
+        for path in inside:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def parser() -> argparse.ArgumentParser:

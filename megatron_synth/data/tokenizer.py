@@ -53,15 +53,14 @@ class Tokenizer:
 
     @cached_property
     def backend(self) -> Backend:
-        """The `tokenizers` object."""
+        """The `tokenizers` object of the file, told to look for no special tokens in text."""
         return self._opened(self.content)
 
     @cached_property
     def _text_backend(self) -> Backend:
-        """As `backend`, set to read all text as text: what spells a special token must not become one."""
-        backend = self._opened(read_literally(self.content, self.eod))
-        backend.encode_special_tokens = True
-        return backend
+        """As `backend`, but what spells a special token becomes none in any other way: a document could end itself."""
+        content = read_literally(self.content, self.eod)
+        return self.backend if content is self.content else self._opened(content)
 
     def _opened(self, content: str) -> Backend:
         from tokenizers import Tokenizer as Backend
@@ -72,6 +71,7 @@ class Tokenizer:
             raise UserError(f"{self.where}: not a tokenizer.json, {error}") from None
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = True
         return backend
 
     @cached_property

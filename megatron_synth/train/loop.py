@@ -128,7 +128,7 @@ class Trainer:
         )
         source = None if weights is None else resume.run_of(weights)
         on_main(ranks, lambda: self.run_dir.keep(tokenizer, source))
-        for text in [*data.notes, *warnings]:  # on rank 0
+        for text in [*(data.notes if ranks.rank == 0 else ()), *warnings]:  # on rank 0
             self._warn(text)
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)

@@ -233,6 +233,17 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}
 
 
+def prepared_names(output: Path) -> list[str]:
+    """The sources that an output of `prepare` holds, holdouts included; none where it has no record of them."""
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        sources = record["config"]["sources"]
+        holdouts = [name + VALID_SUFFIX for name, source in sources.items() if source.get("holdout")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [*sources, *holdouts]
+
+
 def _config_digest(config: PrepareConfig, inputs: dict[str, Any], tokenizer: Tokenizer | None) -> str:
     """Of all that decides the output's bytes, as far as it is known before the text is read."""
     record = _record(config, "")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_synth.cli import prepare as verb
+from megatron_synth.cli.prepare_verify import source_folders
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
@@ -475,6 +476,18 @@ def test_what_was_prepared_is_verified_block_by_block(tmp_path, make):
     path.write_bytes(data)
     assert verb.main(["verify", str(tmp_path / "out")]) == 2
     assert verb.main(["duplicates", str(tmp_path / "out")]) == 0
+
+
+def test_a_source_that_is_gone_is_missed_and_one_given_twice_is_looked_at_once(tmp_path, make):
+    prepare(make({"holdout": "1/4"}))
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out / "web")
+    every = [str(out), str(out / "web"), f"{out}/../out/web", str(tmp_path / "link")]
+    assert [folder.name for folder in source_folders(every)] == ["web", "web-valid"]
+    shutil.rmtree(out / "web-valid")
+    with pytest.raises(UserError, match=r"web-valid/manifest\.json: not there, though .*prepare\.json names this source"):
+        verb.main(["verify", str(out)])
+    assert verb.main(["verify", str(out / "web")]) == 0
 
 
 def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_portion_begins(tmp_path, make, monkeypatch):

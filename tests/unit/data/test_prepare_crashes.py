@@ -89,3 +89,26 @@ def test_killed_and_damaged_at_every_step_gives_the_same_bytes_in_the_end(tmp_pa
         assert tree(output) == expected, f"killed at step {step}"
         assert not list(tmp_path.glob(".out*")), f"killed at step {step}"
     assert verify([str(output)]) == 0
+
+
+def test_an_output_that_is_being_replaced_is_never_lost(tmp_path):
+    """Killed at every step around the two renames: the old output or the new one is there, or put back by the next run."""
+    output = tmp_path / "out"
+    old, new = settings_of(tmp_path, output, PLAIN), settings_of(tmp_path, output, {**PLAIN, "shard_tokens": 10**6})
+    assert run_until(None, False, prepare_in_small_parts, old, False).refused is None
+    before = tree(output)
+    steps = run_until(None, False, prepare_in_small_parts, new, True).steps
+    after = tree(output)
+    assert before != after
+    for step in range(steps - 40, steps + 1):
+        shutil.rmtree(output)
+        for name, data in before.items():
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            (output / name).write_bytes(data)
+        assert run_until(step, False, prepare_in_small_parts, new, True).killed
+        again = run_until(None, False, prepare_in_small_parts, new, False)
+        assert tree(output) == (after if again.refused is None else before), f"killed at step {step}"
+        assert again.refused is None or "prepared from other settings" in again.refused
+        assert not list(tmp_path.glob(".out*-old")), f"killed at step {step}"
+        for left in tmp_path.glob(".out*"):
+            shutil.rmtree(left)

@@ -162,7 +162,7 @@ def find(pattern: str, where: str) -> Iterator[Path]:
             raise UserError(f"{where}: {match}: {error.strerror}; every file of the input must be readable") from None
         if stat.S_ISREG(mode):
             yield match
-        elif parts and parts[-1] != "**":
+        elif not parts or parts[-1] != "**":
             what = "a folder: name its files, such as `*.jsonl`" if stat.S_ISDIR(mode) else "no regular file"
             raise UserError(f"{where}: {match}: {what}")
 
