@@ -170,3 +170,9 @@ def test_what_megatron_core_writes_itself_is_read(ranks: RankPool, tmp_path: Pat
     """As checkpoints were written before the writer of this project."""
     (result,) = ranks.run(1, "tests.dist.jobs.read_what_megatron_writes", str(tmp_path / "checkpoint"))
     assert result.value == []
+
+
+def test_changed_files_are_refused_or_read(ranks: RankPool, tmp_path: Path) -> None:
+    """A short campaign; `python -m tests.faults.mutations` is the long one."""
+    (result,) = ranks.run(1, "tests.faults.mutations.campaign", str(tmp_path), 60, 7)
+    assert sum(result.value.values()) == 60 and result.value["refused"] > 30
