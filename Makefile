@@ -39,10 +39,14 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python $(if $(TORCH),--torch
 INSTALL_TORCH = true
 else
 MAKE_VENV = $(PYTHON) -m venv $(VENV)
-# modules are compiled when they are first imported: most of what comes never is
 INSTALL = $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
 INSTALL_TORCH = $(if $(TORCH),$(INSTALL) --index-url https://download.pytorch.org/whl/$(TORCH) torch,true)
 endif
+
+# modules are compiled when they are first imported, not on installation, as most never are: so they may not stay uncompiled
+unexport PYTHONDONTWRITEBYTECODE
+# what a run imports, so that its ranks do not all compile the same at once
+IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth.parallel.wrap, megatron_synth.train.record.plot, matplotlib.figure
 
 # ranks share the cores: more threads per rank only make them wait for each other
 export OMP_NUM_THREADS ?= 1
@@ -73,6 +77,7 @@ $(READY): setup.py pyproject.toml constraints.txt megatron_synth/data/shards/nat
 	@$(MAKE_VENV)
 	@$(INSTALL_TORCH)
 	@$(INSTALL) --editable '.[study]'
+	@$(BIN)/python -W ignore -c "import $(IMPORTS)"
 	@touch $@
 
 $(READY_TEST): $(READY)

@@ -130,10 +130,10 @@ def _run(python: str, name: str, folder: Path, workers: int) -> tuple[Run, str]:
     threads = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment = os.environ | threads | ({"PYTHONPATH": path} if python == sys.executable else {"PYTHONPATH": ""})
     with open(folder / "errors", "w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        usage = watch(process)
-        assert process.stdout is not None
-        printed = process.stdout.read()
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            usage = watch(process)
+            assert process.stdout is not None
+            printed = process.stdout.read()
         if process.returncode != 0:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]

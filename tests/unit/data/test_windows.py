@@ -173,7 +173,7 @@ def test_a_label_is_the_next_token_of_its_own_source() -> None:
         for source in range(3):
             own = (moved.sources == source)[:, None] & expected
             assert sums[LABELS, source] == own.sum() and sums[SAMPLES, source] == (moved.sources == source).sum()
-            torch.testing.assert_close(sums[LOSS, source], losses.reshape(18, LENGTH)[own].sum().double())
+            torch.testing.assert_close(sums[LOSS, source], losses.reshape(18, LENGTH)[own].double().sum())
 
 
 @given(st.integers(2, 400), st.integers(1, 20), st.integers(0, 1000))

@@ -150,7 +150,7 @@ def test_the_findings_are_what_was_put_in(reported: tuple[Study, list[Row], Path
 
 def test_tables_for_olmix(reported: tuple[Study, list[Row], Path]) -> None:
     study, rows, out = reported
-    ratios, metrics = (list(csv.DictReader((out / name).open())) for name in ("ratios.csv", "metrics.csv"))
+    ratios, metrics = (list(csv.DictReader((out / name).read_text().splitlines())) for name in ("ratios.csv", "metrics.csv"))
     assert list(ratios[0]) == ["run", *study.sources] and list(metrics[0]) == ["run", "natural_bpb", "qa_bpb", "unseen_bpb"]
     assert [row["run"] for row in ratios] == [row["run"] for row in metrics] == [row.run for row in rows]
     assert all(float(row["natural"]) + float(row["qa"]) == pytest.approx(1) for row in ratios)
