@@ -163,7 +163,7 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
             raise UserError(
                 f"{checkpoint}: {key} was {old} and is now {new}; a run cannot change it. Set {key}={old}, or {elsewhere}"
             )
-    if saved.plan_digest != data.digest and saved.prefix_digest != data.prefix_digest(saved.samples):
+    if not data.is_of(saved.plan_digest) and not data.begins_as(saved.prefix_digest, saved.samples):
         raise UserError(
             f"{checkpoint}: the mixture differs from the one that this run has consumed {saved.samples} samples of "
             f"(sources, ratios, their prepared data, data seed or sequence length; digest {saved.plan_digest} -> "
