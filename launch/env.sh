@@ -33,9 +33,23 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Tokenizers are not used by ranks; where one is, its threads must not be forked.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-# Compiled kernels go to the node's own disk: a home folder on NFS is slow, and ranks of all nodes would race in it.
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-${USER:-$(id -u)}}"
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor-${USER:-$(id -u)}}"
+# Compiled kernels go to the node's own disk: a home folder on NFS is slow, and ranks of all nodes would race in it. Code is loaded
+# from there, so the folder must be ours alone: one that somebody else made beforehand, or a link, is left for a new one.
+own_cache() {
+  local folder="${TMPDIR:-/tmp}/megatron-synth-$(id -u)"
+  mkdir -m 700 "$folder" 2>/dev/null || true # it may be there
+  if [ -L "$folder" ] || [ ! -d "$folder" ] || [ ! -O "$folder" ] || [ -n "$(find "$folder" -prune -perm /022)" ]; then
+    folder=$(mktemp -d)
+  fi
+  printf '%s' "$folder"
+}
+if [ -z "${TRITON_CACHE_DIR:-}" ] || [ -z "${TORCHINDUCTOR_CACHE_DIR:-}" ]; then
+  cache=$(own_cache)
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}"
+  unset cache
+fi
+unset -f own_cache
 
 # A crash inside a library prints the Python stack instead of nothing.
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"

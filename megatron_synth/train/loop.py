@@ -197,7 +197,7 @@ class Trainer:
 
     def _record_resume(self, plan_digest: str) -> None:
         self.run_dir.record_resume(self.step)
-        if plan_digest != self.data.digest:
+        if not self.data.is_of(plan_digest):
             mixture = f"{self.data.plan.describe()}; digest {plan_digest} -> {self.data.digest}"
             self.run_dir.event(f"mixture changed from sample {self.samples} on: {mixture}")
 

@@ -18,6 +18,7 @@ from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.checksums import BlockChecker
+from megatron_synth.data.shards.fingerprint import content_of
 from megatron_synth.data.shards.manifest import TokenizerInfo
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.data.shards.staging import stage
@@ -44,6 +45,10 @@ class RunData:
     window_length: int
     """Tokens of a sample."""
     windows_per_sequence: int
+    sizes_digest: str
+    """As `digest`, but of bare pairs the number of tokens alone: what runs recorded before pairs were read whole."""
+    contents: Mapping[str, str | int]
+    """Of each source, by name, what stands for its tokens; taken when it was opened."""
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer that made the tokens, where a manifest tells."""
     notes: tuple[str, ...] = ()
@@ -65,18 +70,27 @@ class RunData:
             )
         return self.tokenizer
 
-    @property
-    def contents(self) -> dict[str, str | int]:
-        """What names the content of each source: its manifest's digest, or the tokens of a bare shard pair."""
-        return {source.name: _content(source) for source in self.sources}
+    def is_of(self, plan_digest: str) -> bool:
+        """Whether a run that recorded this digest has this data, as far as its age tells."""
+        return plan_digest in (self.digest, self.sizes_digest)
+
+    def begins_as(self, prefix_digest: str, samples: int) -> bool:
+        """Whether a run that recorded this prefix digest had the same first `samples` samples, as far as its age tells."""
+        return prefix_digest in (
+            self.prefix_digest(samples),
+            self._prefix_digest(samples, {source.name: _size(source) for source in self.sources}),
+        )
 
     def prefix_digest(self, samples: int) -> str:
         """Of all that decides which tokens the first `samples` samples hold.
 
         Unlike `digest` it is the same for a mixture that changes only after them: a run may go on with such a one.
         """
+        return self._prefix_digest(samples, self.contents)
+
+    def _prefix_digest(self, samples: int, contents: Mapping[str, str | int]) -> str:
         used = self.plan.prefix_names(samples)
-        content = {source.name: _content(source) for source in self.sources if source.name in used}
+        content = {source.name: contents[source.name] for source in self.sources if source.name in used}
         return _hash([self.plan.prefix_digest(samples), *_shape(self.window_length, self.windows_per_sequence), content])
 
     def check_length(self, config: Config, progress: Progress) -> None:
@@ -121,15 +135,33 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in sources if source.tokenizer_path)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
-    digest = _hash([plan.digest(), *_shape(length, number), [_content(source) for source in sources]])
+    for source in (*sources, *validation.values()):
+        if source.manifest is None:
+            content_of(source.shard(0)).check_ids(source.shard(0).bin_path, vocab_size)
+    contents = {source.name: _content(source) for source in sources}
+    shape, sizes = _shape(length, number), [_size(source) for source in sources]
+    digest, sizes_digest = (_hash([plan.digest(), *shape, content]) for content in ([*contents.values()], sizes))
     if staged and config.data.staging is not None:
         folder = Path(config.data.staging)
         _check_staging([*sources, *validation.values()])
         sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
         validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
     eod_id = info.eod_id if info else None
-    fingerprint = info.fingerprint if info else None
-    return RunData(plan, sources, validation, vocab_size, eod_id, tokenizer, digest, length, number, fingerprint, notes)
+    return RunData(
+        plan=plan,
+        sources=sources,
+        validation=validation,
+        vocab_size=vocab_size,
+        eod_id=eod_id,
+        tokenizer=tokenizer,
+        digest=digest,
+        window_length=length,
+        windows_per_sequence=number,
+        sizes_digest=sizes_digest,
+        contents=contents,
+        tokenizer_fingerprint=info.fingerprint if info else None,
+        notes=notes,
+    )
 
 
 def _check_staging(sources: Sequence[Source]) -> None:
@@ -222,7 +254,10 @@ def _shape(window_length: int, windows_per_sequence: int) -> list[int]:
 
 
 def _content(source: Source) -> str | int:
-    # a bare shard pair has no checksum: its size stands for it
+    return source.manifest.digest() if source.manifest else content_of(source.shard(0)).digest
+
+
+def _size(source: Source) -> str | int:
     return source.manifest.digest() if source.manifest else source.num_tokens
 
 

@@ -12,7 +12,8 @@ Layout of the index, little-endian, as `megatron.core.datasets.indexed_dataset` 
     int64 [D] first sequence of each document; the last entry is N
     int8  [N] modality of each sequence, in multimodal datasets only
 
-The .bin file is the sequences, one after the other, without gaps. We write one sequence per document and read any.
+The .bin file is the sequences, one after the other, without gaps (`index_check` refuses others). We write one sequence per
+document and read any.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import struct
 import weakref
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +37,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.document_index import DocumentIndex
+from megatron_synth.data.shards.index_check import check_index
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -207,9 +210,23 @@ class Shard:
     num_tokens, num_documents: what the pair holds; dtype: type of the stored tokens; mapped: the tokens, once mapped.
     """
 
-    def __init__(self, prefix: Path, *, memory_map: bool = True, places: Places | None = None, number: int = 0):
-        """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards."""
-        self.places, self._number = places or Places(1), number
+    def __init__(
+        self,
+        prefix: Path,
+        *,
+        memory_map: bool = True,
+        places: Places | None = None,
+        number: int = 0,
+        one_each: bool = False,
+    ):
+        """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards.
+
+        one_each: its documents are one sequence each, as `prepare` writes them.
+        """
+        self.places, self._number, self._one_each = places or Places(1), number, one_each
+        self._index_checked = False
+        self.before_index: Callable[[], None] | None = None
+        """Called before the index is first used; what it raises reaches the reader."""
         self.prefix, self.memory_map = prefix, memory_map
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
@@ -244,6 +261,8 @@ class Shard:
             raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
         finally:
             os.close(descriptor)
+        if end % self.dtype.itemsize or end >= 2**62:
+            raise UserError(f"{self.idx_path}: its last sequence ends at byte {end}, which no token does; {AGAIN}")
         if bin_bytes != end:
             raise UserError(f"{self.bin_path}: its index announces {end} bytes, found {bin_bytes} bytes; {AGAIN}")
         self.num_tokens = end // self.dtype.itemsize
@@ -252,6 +271,21 @@ class Shard:
         self._file: OpenFile | None = None
         self.mapped: np.ndarray | None = None
         self._index: DocumentIndex | None = None
+
+    def check_index(self) -> None:
+        """Hold the whole index against the .bin file, once: before anything of the shard is handed to a reader.
+
+        Raises:
+            UserError: it contradicts itself, or leaves out or reorders parts of the .bin file; it names the byte.
+        """
+        if self._index_checked:
+            return
+        if self.before_index is not None:
+            self.before_index()
+        bin_bytes, size = self.num_tokens * self.dtype.itemsize, self.dtype.itemsize
+        entries = self._sequences, self._document_entries
+        check_index(self.idx_path, HEADER.size, *entries, bin_bytes, size, one_each=self._one_each)
+        self._index_checked = True
 
     @property
     def tokens(self) -> np.ndarray:
@@ -301,7 +335,7 @@ class Shard:
         size = self.dtype.itemsize
         try:
             os.posix_fadvise((self._file or self._opened()).fd, begin * size, count * size, os.POSIX_FADV_WILLNEED)
-        except OSError:
+        except (OSError, UserError):
             return  # a hint: the read itself will tell what is wrong
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
@@ -335,6 +369,7 @@ class Shard:
             self._file = self.mapped = self._index = None
 
     def _opened(self) -> OpenFile:
+        self.check_index()
         file = OpenFile(self.bin_path)
         self._file = file
         _open_shards.add(self)
@@ -343,6 +378,7 @@ class Shard:
     def _mapped(self) -> np.ndarray:
         tokens = self.mapped
         if tokens is None:
+            self.check_index()
             content = _mapped(self.bin_path, self.num_tokens * self.dtype.itemsize)
             content.madvise(mmap.MADV_RANDOM)  # windows come in random order: what lies beside them is not wanted
             tokens = np.frombuffer(content, self.dtype, self.num_tokens)
@@ -356,6 +392,7 @@ class Shard:
         """The index, open."""
         index = self._index
         if index is None:
+            self.check_index()
             content = _mapped(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
             whole = np.frombuffer(content, np.uint8)
             at = HEADER.size + 4 * self._sequences

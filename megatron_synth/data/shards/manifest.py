@@ -5,31 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, Split
 from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_synth.core.files import write_json
+from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION: Literal[2] = 2  # 2 added the checksums of blocks and the seed of the shuffle
 READABLE_VERSIONS = (1, 2)
 
-Sha256 = str
+MAX_BLOCK_BYTES = 2**30
+MAX_BYTES = 2**62
+"""Of all shards of a source together: byte offsets stay within 64 bits."""
+
+Sha256 = Annotated[str, Field(max_length=64)]
+Size = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+
+
+def _plain(name: str) -> str:
+    return plain_name(name, "name")
+
+
+def _beside(path: str) -> str:
+    """A file in the folder of the manifest, or in the one above it."""
+    plain_name(path.removeprefix("../"), "path")
+    return path
 
 
 class TokenizerInfo(Section):
     """The tokenizer that made the tokens."""
 
-    path: str
-    """tokenizer.json, relative to the folder of the manifest."""
+    path: Annotated[str, AfterValidator(_beside)]
+    """tokenizer.json, in the folder of the manifest or, with `../`, in the one above."""
     fingerprint: Sha256
     """SHA-256 of its canonical content; equal fingerprints give equal tokens."""
-    vocab_size: PositiveInt
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     """Largest token id + 1."""
     eod_id: NonNegativeInt
     """The token that ends each document."""
@@ -38,22 +54,22 @@ class TokenizerInfo(Section):
 class Counts(Section):
     """How much there is."""
 
-    documents: NonNegativeInt
-    tokens: NonNegativeInt
+    documents: Size
+    tokens: Size
     """End-of-document tokens included."""
-    text_bytes: NonNegativeInt
+    text_bytes: Size
     """UTF-8 bytes of the text, without what separates documents: the denominator of bits per byte."""
 
 
 class ShardInfo(Section):
     """One .bin/.idx pair."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_plain)]
     """File name without suffix."""
-    documents: NonNegativeInt
-    tokens: NonNegativeInt
-    bin_bytes: NonNegativeInt
-    idx_bytes: NonNegativeInt
+    documents: Size
+    tokens: Size
+    bin_bytes: Size
+    idx_bytes: Size
     bin_sha256: Sha256
     idx_sha256: Sha256
     bin_blocks: str | None = None
@@ -105,7 +121,7 @@ class Manifest(Section):
     counts: Counts
     packing: PackingInfo | None = None
     """Null when documents lie end to end."""
-    block_bytes: PositiveInt = BLOCK_BYTES
+    block_bytes: Annotated[int, Field(ge=1, le=MAX_BLOCK_BYTES)] = BLOCK_BYTES
     """Size of the blocks that `bin_blocks` are the checksums of."""
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
     made: Provenance
@@ -116,6 +132,19 @@ class Manifest(Section):
             count = block_count(shard.bin_bytes, self.block_bytes)
             if shard.bin_blocks is not None and len(shard.bin_blocks) != count * DIGITS:
                 raise ValueError(f"{shard.name}: {len(shard.bin_blocks) // DIGITS} checksums for {count} blocks")
+        token_bytes = {"uint16": 2, "int32": 4}[self.dtype]
+        for shard in self.shards:
+            if shard.bin_bytes != shard.tokens * token_bytes:
+                raise ValueError(f"{shard.name}: {shard.bin_bytes} bytes for {shard.tokens} tokens of {token_bytes} bytes each")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is named twice")
+        for what in ("documents", "tokens"):
+            total, counted = sum(getattr(shard, what) for shard in self.shards), getattr(self.counts, what)
+            # documents that packing had to cut are several in the shards
+            if total != counted and not (what == "documents" and self.packing is not None and total > counted):
+                raise ValueError(f"counts.{what} is {counted}, the shards have {total}")
+        if self.tokenizer.eod_id >= self.tokenizer.vocab_size:
+            raise ValueError(f"tokenizer.eod_id is {self.tokenizer.eod_id}, the vocabulary has {self.tokenizer.vocab_size}")
         return self
 
     def digest(self) -> str:
@@ -150,12 +179,12 @@ class Manifest(Section):
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again") from None
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: broken JSON, {error}; prepare the source again") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: broken JSON, {str(error)[:200]}; prepare the source again") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version not in READABLE_VERSIONS:
             known = " and ".join(map(str, READABLE_VERSIONS))
-            raise UserError(f"{path}: format_version {version}, this program reads {known}; prepare the source again")
+            raise UserError(f"{path}: format_version {version!r:.40}, this program reads {known}; prepare the source again")
         try:
             # JSON has no tuples: validate it as JSON, not as Python objects
             return cls.model_validate_json(text)

@@ -4,7 +4,8 @@
  * read of a map goes through `guarded`, which turns the signal into a return value; a bus error anywhere else stays what
  * it was. Nothing here allocates, and nothing calls Python: any number of threads may run it.
  *
- * compiled.py is the other side of each function and says what the arguments are.
+ * native.py is the other side of each function and says what the arguments are. What comes from files and says where to read
+ * is checked before (index_check.py); should an index change afterwards, what is found in it is wrong but lies within arrays.
  */
 #include <setjmp.h>
 #include <signal.h>
@@ -176,7 +177,9 @@ static int64_t load(const char *array, int64_t at) {
 /* First token of a document; without a sequence at the end of the shard it starts where that ends. */
 static int64_t first_token(const struct index *index, int64_t entry) {
     int64_t sequence = load(index->documents, entry);
-    return sequence < index->num_pointers ? load(index->pointers, sequence) / index->token_bytes : index->num_tokens;
+    /* unsigned: a negative number, in an index that was changed after it was checked, is beyond the end too */
+    if ((uint64_t)sequence >= (uint64_t)index->num_pointers) return index->num_tokens;
+    return load(index->pointers, sequence) / index->token_bytes;
 }
 
 static void sample_some(void *task) {
@@ -232,6 +235,7 @@ static void search_some(void *task) {
         for (int64_t entry = first_from(index, begin); entry < index->entries; entry++) {
             int64_t start = first_token(index, entry);
             if (start >= search->ends[row]) break;
+            if (start < begin) continue; /* only in an index that was changed after it was checked */
             if (start == previous) continue; /* an empty document starts where the next one does: one start */
             if (used == search->capacity) {
                 search->full = 1;

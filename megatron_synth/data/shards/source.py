@@ -81,16 +81,27 @@ class Source:
         if shard is None:
             assert self.manifest is not None
             shard = self._shards[number] = _open_checked(self, self.manifest, number)
+            self._check_before_index(number, shard)
         return shard
 
     def check_before_reading(self, check: Callable[[int, int, int], None]) -> None:
         """Call `check(shard number, first byte, byte after the last)` before any tokens of the .bin file are handed out.
+
+        And with an empty range before the index of a shard is used.
 
         What it raises reaches the reader instead of the tokens. The source must be open without a memory map: what the
         check itself reads, and what is handed out, then fails with a message and not with a signal.
         """
         assert not self.memory_map, "rows are copied from memory maps unasked"
         self._before_read = check
+        for number, shard in enumerate(self._shards):
+            if shard is not None:
+                self._check_before_index(number, shard)
+
+    def _check_before_index(self, number: int, shard: Shard) -> None:
+        check = self._before_read
+        if check is not None:
+            shard.before_index = partial(check, number, 0, 0)
 
     def read(self, begin: int, out: np.ndarray) -> None:
         """Fill `out` [N], of any integer type that holds the vocabulary, with tokens [begin, begin + N) of the stream.
@@ -212,7 +223,9 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
             f"{path}: source {name!r} not found; expected a folder with {FILE_NAME} (made by `megatron-synth prepare`) "
             f"or the prefix of a Megatron .bin/.idx pair"
         )
-    return Source(name, prefix, None, Shard(prefix, memory_map=memory_map), memory_map=memory_map)
+    bare = Shard(prefix, memory_map=memory_map)
+    bare.check_index()
+    return Source(name, prefix, None, bare, memory_map=memory_map)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -227,7 +240,8 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
-    shard = Shard(source.path / info.name, memory_map=source.memory_map, places=source.places, number=number)
+    prefix = source.path / info.name
+    shard = Shard(prefix, memory_map=source.memory_map, places=source.places, number=number, one_each=True)
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

@@ -4,21 +4,31 @@ system asks its server thousands of times a second, a local disk does not mind.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
+import stat
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human
+from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.indexed import file_size, with_suffix
-from megatron_synth.data.shards.manifest import FILE_NAME, Manifest
+from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
 
 COPY_BYTES = 16 * 2**20
 LOG_INTERVAL_S = 30.0
+LOCK, CHECKED = ".lock", ".checked.json"
 Progress = Callable[[int, int], None]
 
 
@@ -27,7 +37,8 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
 
     The copy is named after the digest of the source's content, so that another source of the same name never takes its
     place. Each file is whole or absent, and the manifest comes last. Of several processes on a machine that ask for the
-    same copy one makes it and the others wait.
+    same copy one makes it and the others wait. The folder of a copy is its owner's alone, and a file that was touched since its
+    checksum was compared is compared again, and copied again if it differs.
 
     Args:
         source: folder with a manifest.json.
@@ -43,53 +54,145 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
     manifest = Manifest.load(source)
     target = folder / f"{source.resolve().name}-{manifest.digest()[:16]}"
     tokenizer = source / manifest.tokenizer.path
-    wanted: list[tuple[Path, Path, int]] = []
+    wanted: list[_File] = []
     for shard in manifest.shards:
         for suffix, size in ((".idx", shard.idx_bytes), (".bin", shard.bin_bytes)):
             path = with_suffix(source / shard.name, suffix)
             if file_size(path) != size:
                 raise UserError(f"{path}: {FILE_NAME} announces {size} bytes, found {file_size(path)}; copy it again")
-            wanted.append((path, with_suffix(target / shard.name, suffix), size))
+            wanted.append(_File(path, with_suffix(target / shard.name, suffix), size, shard, manifest.block_bytes))
     show = progress or _bar(source.name)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with open(target / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            total = sum(size for _, _, size in wanted)
-            missing = [one for one in wanted if not (one[1].exists() and one[1].stat().st_size == one[2])]
-            needed, free = sum(size for _, _, size in missing), shutil.disk_usage(target).free
+        _own_folder(target)
+        with _locked(target / LOCK):
+            for left in target.glob(".*.part"):  # of a process that was killed
+                left.unlink()
+            total = sum(one.size for one in wanted)
+            known = _known(target / CHECKED)
+            missing = [one for one in wanted if not one.is_sound(known)]
+            needed, free = sum(one.size for one in missing), shutil.disk_usage(target).free
             if needed > free:
                 raise UserError(
                     f"{target}: {human(free)} bytes free, {human(needed)} needed for the copy of {source}; make room"
                 )
             done = total - needed
-            for path, copy, _ in missing:
-                done = _copy(path, copy, done, total, show)
-            if not (target / FILE_NAME).exists():
-                # the tokenizer lies beside the copy's own files, whatever its place was
-                own = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"path": tokenizer.name})})
-                if tokenizer.exists():
-                    _copy(tokenizer, target / tokenizer.name, 0, 0, lambda done, total: None)
+            for one in missing:
+                one.copy.unlink(missing_ok=True)
+                done = _copy(one.path, one.copy, done, total, show, one)
+            # the tokenizer lies beside the copy's own files, whatever its place was
+            own = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"path": tokenizer.name})})
+            copied = target / tokenizer.name
+            if tokenizer.exists() and (
+                copied.is_symlink() or not copied.is_file() or copied.read_bytes() != tokenizer.read_bytes()
+            ):
+                _copy(tokenizer, copied, 0, 0, lambda done, total: None, None)
+            checked = {one.copy.name: _identity(one.copy) for one in wanted}
+            if checked != known:
+                write_json(target / CHECKED, checked)
+            if not (target / FILE_NAME).exists() or Manifest.load(target) != own:
                 own.save(target)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
     return target
 
 
-def _copy(path: Path, copy: Path, done: int, total: int, show: Progress) -> int:
-    """Copy one file under a temporary name; returns the bytes done with it."""
-    temporary = copy.with_name(f".{copy.name}.part")
+@dataclass(frozen=True)
+class _File:
+    """One file of a source, and its copy."""
+
+    path: Path
+    copy: Path
+    size: int
+    shard: ShardInfo
+    block_bytes: int
+
+    def is_sound(self, known: Mapping[str, Any]) -> bool:
+        """Whether the copy is there and holds what it should: by its checksum, unless it is untouched since that was compared."""
+        try:
+            found = self.copy.lstat()
+        except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size != self.size:
+            return False
+        if known.get(self.copy.name) == _identity(self.copy):
+            return True
+        checksum = self.checksum()
+        with open(self.copy, "rb", buffering=0) as file:
+            while data := file.read(COPY_BYTES):
+                checksum.update(data)
+        return self.agrees(checksum)
+
+    def checksum(self) -> Any:
+        """Takes the bytes of the file."""
+        blocks = self.path.suffix == ".bin" and self.shard.bin_blocks is not None
+        return BlockHasher(self.block_bytes) if blocks else hashlib.sha256()
+
+    def agrees(self, checksum: Any) -> bool:
+        """Whether the bytes that `checksum` took are the manifest's."""
+        if isinstance(checksum, BlockHasher):
+            return checksum.finish() == self.shard.bin_blocks
+        digest: str = checksum.hexdigest()
+        return digest == (self.shard.bin_sha256 if self.path.suffix == ".bin" else self.shard.idx_sha256)
+
+
+def _own_folder(target: Path) -> None:
+    """Make a folder that nobody else can write in; refuse one that is another's, or a link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        target.mkdir(mode=0o700)
+    found = target.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise UserError(f"{target}: is not a folder of yours; remove it, or set data.staging to one that only you can write in")
+    if found.st_mode & 0o022:
+        target.chmod(0o700)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with open(path, "rb") as read, open(temporary, "wb") as write:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path) -> list[int]:
+    """What changes whenever a file is written, and cannot be put back."""
+    found = path.lstat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Files whose checksums were compared, by name, as they then were."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) and not path.is_symlink() else {}
+
+
+def _copy(path: Path, copy: Path, done: int, total: int, show: Progress, file: _File | None) -> int:
+    """Copy one file under a name that nobody can guess, and compare its checksum; returns the bytes done with it."""
+    descriptor, temporary = tempfile.mkstemp(dir=copy.parent, prefix=f".{copy.name}.", suffix=".part")
+    checksum = None if file is None else file.checksum()
+    try:
+        with open(path, "rb") as read, os.fdopen(descriptor, "wb") as write:
             while data := read.read(COPY_BYTES):
                 write.write(data)
+                if checksum is not None:
+                    checksum.update(data)
                 done += len(data)
                 show(done, total)
             write.flush()
             os.fsync(write.fileno())
+        if file is not None and not file.agrees(checksum):
+            raise UserError(
+                f"{path}: altered: its checksum is not that of {FILE_NAME}; prepare the source again, or copy it again"
+            )
         os.replace(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
     return done
 
 

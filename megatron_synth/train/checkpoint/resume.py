@@ -196,7 +196,7 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
             raise UserError(
                 f"{checkpoint}: {key} was {old} and is now {new}; a run cannot change it. Set {key}={old}, or {elsewhere}"
             )
-    if saved.plan_digest != data.digest and saved.prefix_digest != data.prefix_digest(saved.samples):
+    if not data.is_of(saved.plan_digest) and not data.begins_as(saved.prefix_digest, saved.samples):
         differences = mixture_differences(saved.config, saved.contents, config, data.contents)
         what = "; ".join(differences) or "the prepared data of a source is another"
         raise UserError(

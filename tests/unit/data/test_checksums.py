@@ -168,7 +168,8 @@ def test_a_shard_in_the_place_of_another_is_named(tmp_path):
     other.write_bytes(data)
     hasher = BlockHasher(BLOCK)
     hasher.update(data)
-    manifest["shards"][0] |= {"bin_bytes": size, "bin_blocks": hasher.finish()}
+    manifest["counts"]["tokens"] += size // 2 - manifest["shards"][0]["tokens"]
+    manifest["shards"][0] |= {"bin_bytes": size, "tokens": size // 2, "bin_blocks": hasher.finish()}
     (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
     path.write_bytes(data)
     (fault,) = verify([tmp_path / "s", tmp_path / "t"], workers=2).faults

@@ -282,4 +282,4 @@ def test_nothing_is_handed_out_that_the_check_refuses(tmp_path):
     assert out.tolist() == stream[:10].tolist()
     with pytest.raises(UserError, match="block 0 is bad"):
         source.read_window(2, np.full(10, -1, np.int64))
-    assert asked == [(0, 0, 20), (0, 36, 40), (1, 0, 16)]
+    assert asked == [(0, 0, 20), (0, 0, 0), (0, 36, 40), (1, 0, 16)]  # (0, 0, 0): the index, before the file is opened

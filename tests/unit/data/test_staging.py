@@ -18,6 +18,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
+from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.shards.staging import stage
 from tests.support import snapshot, write_config, write_corpus
@@ -134,3 +135,62 @@ def test_no_room_is_told_before_anything_is_copied(tmp_path, monkeypatch) -> Non
     with pytest.raises(UserError, match="10 bytes free, .* needed for the copy"):
         stage(tmp_path / "s", tmp_path / "local")
     assert not list((tmp_path / "local").rglob("shard-*"))
+
+
+def planted(tmp_path):
+    """A source, the folder that its copy will have, and two files of ours that a neighbor points to."""
+    make(tmp_path / "s", [[50, 30], [40]])
+    target = tmp_path / "local" / f"s-{Manifest.load(tmp_path / 's').digest()[:16]}"
+    target.mkdir(parents=True)
+    victims = [tmp_path / name for name in ("one", "two")]
+    for victim in victims:
+        victim.write_text("precious")
+    return target, victims
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path) -> None:
+    target, (victim, _) = planted(tmp_path)
+    (target / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.lock: Too many levels of symbolic links"):
+        stage(tmp_path / "s", tmp_path / "local")
+    assert victim.read_text() == "precious"
+
+
+def test_links_in_the_place_of_copies_are_replaced(tmp_path) -> None:
+    target, victims = planted(tmp_path)
+    target.chmod(0o777)
+    (target / ".shard-00000.bin.part").symlink_to(victims[0])
+    (target / "shard-00000.bin").symlink_to(victims[1])
+    copy = stage(tmp_path / "s", tmp_path / "local")
+    assert [victim.read_text() for victim in victims] == ["precious", "precious"]
+    assert not (copy / "shard-00000.bin").is_symlink() and copy.stat().st_mode & 0o777 == 0o700
+    assert (copy / "shard-00000.bin").read_bytes() == (tmp_path / "s" / "shard-00000.bin").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["shard-00001.bin", "shard-00000.idx", "manifest.json"])
+def test_a_copy_that_was_altered_is_made_again(tmp_path, name) -> None:
+    make(tmp_path / "s", [[50, 30], [40]])
+    copy = stage(tmp_path / "s", tmp_path / "local")
+    content, times = (copy / name).read_bytes(), (copy / name).stat()
+    altered = content.replace(b"natural", b"unnatur") if name == "manifest.json" else bytes([content[0] ^ 1]) + content[1:]
+    assert altered != content
+    (copy / name).write_bytes(altered)
+    os.utime(copy / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if name == "manifest.json":
+        (copy / name).write_bytes(content.replace(b'"eod_id": 0', b'"eod_id": 1'))
+    assert stage(tmp_path / "s", tmp_path / "local") == copy and (copy / name).read_bytes() == content
+
+
+def test_a_folder_that_is_a_link_and_a_damaged_original_are_refused(tmp_path) -> None:
+    target, _ = planted(tmp_path)
+    target.rmdir()
+    target.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match="is not a folder of yours"):
+        stage(tmp_path / "s", tmp_path / "local")
+    target.unlink()
+    content = bytearray((tmp_path / "s" / "shard-00000.bin").read_bytes())
+    content[7] ^= 1
+    (tmp_path / "s" / "shard-00000.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00000\.bin: altered"):
+        stage(tmp_path / "s", tmp_path / "local")
