@@ -341,7 +341,7 @@ class Trainer:
             tokenizer_fingerprint=self.data.tokenizer_fingerprint,
             config=self.config.model_dump(mode="json"),
             prefix_digest=self.data.prefix_digest(self.samples),
-            contents=self.data.contents,
+            contents=dict(self.data.contents),
         )
 
         def committed(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.shard_mutations --count 100000`: shards whose .idx, .bin or manifest.json were altered, opened and read.
+"""`python -m tests.faults.shard_mutations`: shards whose .idx, .bin or manifest.json were altered, opened and read.
 
 Each is read whole through the loader, with its documents, with compiled code and without: it is refused with a message, or,
 where there are checksums, equal to what was written. Nothing may crash. The work is done in processes of their own, so that
