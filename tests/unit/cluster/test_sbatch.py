@@ -155,7 +155,7 @@ def test_an_unknown_cluster_is_refused() -> None:
 
 
 def test_the_shell_scripts_are_valid() -> None:
-    for script in [*(ROOT / "launch").iterdir(), ROOT / "tests" / "slurm" / "install.sh"]:
+    for script in [*(ROOT / "launch").iterdir(), ROOT / "tests" / "install-system.sh"]:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
