@@ -198,6 +198,8 @@ def test_links_of_the_page_fit_a_phone(reported: tuple[Study, list[Row], Path], 
 HOSTILE = "x\"><img src=x onerror=alert(1)><script>alert(2)</script>$\\frac$ &amp; '` {0} {{7*7}}"
 
 
+# names as long as these leave no room for the axes
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied:UserWarning")
 def test_names_from_a_table_are_text(tmp_path: Path) -> None:
     """A table made by a stranger: whatever stands in its cells is shown and never read as HTML, a formula or a template."""
     study = load_study(write_study(tmp_path), ["report.bootstraps=20"])
