@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Ratio, Section
+from megatron_synth.config.schema import Amount, PositiveInt, Ratio, Section, Seed
 
 Kind = Literal["natural", "rephrased", "qa", "textbook", "other"]
 Split = Literal["train", "validation"]
@@ -54,7 +54,7 @@ class PrepareSource(Section):
     """What the source is for."""
     holdout: Ratio | None = None
     """Share of the documents, such as `1/50`, chosen by their hash, that goes to a second source `<name>-valid`."""
-    max_bytes: PositiveInt | None = None
+    max_bytes: Amount | None = None
     """Stop reading once this many bytes of text were read."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a record does that is no text (broken JSON, not UTF-8, no such field, null): end the run, or be left out, counted
@@ -79,11 +79,11 @@ class PrepareSource(Section):
 class TrainTokenizer(Section):
     """Train a byte-level BPE on the training split of the sources."""
 
-    vocab_size: Annotated[int, Field(gt=BYTE_ALPHABET)]
+    vocab_size: Annotated[int, Field(gt=BYTE_ALPHABET, le=2**24)]
     """Tokens at most: the 256 bytes, the end-of-document token, and merges."""
     sources: tuple[str, ...] = ()
     """Sources to train on. Default: all whose split is train."""
-    max_bytes: PositiveInt = 2**30
+    max_bytes: Amount = 2**30
     """Text to train on at most, an equal part of it from the start of each source."""
 
 
@@ -112,7 +112,7 @@ class TokenizerConfig(Section):
 class Shuffle(Section):
     """The order of the documents within each source: at random, all of them."""
 
-    seed: NonNegativeInt
+    seed: Seed
 
 
 class Packing(Section):
@@ -131,7 +131,7 @@ class PrepareConfig(Section):
     """The tokenizer of all sources."""
     sources: dict[str, PrepareSource] = Field(min_length=1)
     """Sources by name, which is also the name of the folder."""
-    shard_tokens: PositiveInt = 2**30
+    shard_tokens: Amount = 2**30
     """Tokens per shard at most; a longer document gets a shard of its own."""
     shuffle: Shuffle | None = None
     """Shuffle the documents of each source; none keeps the order of the input. Needs disk space for the tokens twice."""

@@ -101,6 +101,9 @@ def _data(config: Config) -> Iterator[Problem]:
         near = sorted(sorted(divisors, key=lambda n: abs(n - data.windows_per_sequence))[:2])
         message = f"{data.windows_per_sequence} does not divide train.sequence_length = {train.sequence_length}"
         yield Problem("data.windows_per_sequence", f"{message}; nearest: {' or '.join(map(str, near))}")
+    tokens = train.steps * train.tokens_per_step
+    if tokens > 2**60:
+        yield Problem("train.steps", f"{train.steps} steps are {tokens} tokens in all, at most {2**60} can be counted")
     if train.global_batch_size % train.micro_batch_size:
         nearest = nearest_multiples(train.global_batch_size, train.micro_batch_size)
         message = f"{train.global_batch_size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"

@@ -5,6 +5,7 @@ Names are Megatron's where Megatron has one. Rules that span sections are in `ru
 
 from __future__ import annotations
 
+import re
 import typing
 from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,6 +34,9 @@ def _plain_types(annotation: Any) -> set[Any]:
     return set().union(*map(_plain_types, arguments)) if arguments else {annotation}
 
 
+_RATIO = re.compile(r"[-+]?[0-9]{0,40}(/[0-9]{1,40}|(\.[0-9]{0,40})?([eE][-+]?[0-9]{1,2})?)", re.ASCII)
+
+
 def parse_ratio(value: Any) -> Fraction:
     """An exact rational from `"1/3"`, `0.337` (337/1000, by its decimal digits) or an integer."""
     if isinstance(value, Fraction):
@@ -40,6 +44,8 @@ def parse_ratio(value: Any) -> Fraction:
     elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f'expected a ratio such as "1/3" or 0.337, got {value!r}')
     else:
+        if isinstance(value, str) and not _RATIO.fullmatch(value.replace(" ", "")):
+            raise ValueError(f'expected a ratio such as "1/3" or 0.337, of at most 40 digits, got {value[:60]!r}')
         try:
             # repr gives the shortest decimal that names the float: the number that the user typed
             ratio = Fraction(value.replace(" ", "") if isinstance(value, str) else repr(value))
@@ -51,8 +57,13 @@ def parse_ratio(value: Any) -> Fraction:
 
 
 Ratio = Annotated[Fraction, BeforeValidator(parse_ratio), PlainSerializer(str, return_type=str)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Amount = Annotated[int, Field(ge=1, le=2**60)]
+"""Of tokens or bytes."""
+Seed = Annotated[int, Field(ge=0, le=2**63 - 2**32)]
+"""Ranks and stages add small numbers to it."""
 
 
 class ModelConfig(Section):
@@ -60,13 +71,13 @@ class ModelConfig(Section):
 
     name: str = "custom"
     """Name shown in the run header and in tables."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Transformer layers (L)."""
-    hidden_size: PositiveInt
+    hidden_size: Annotated[int, Field(ge=1, le=2**20)]
     """Width of the residual stream (H)."""
-    ffn_hidden_size: PositiveInt
+    ffn_hidden_size: Annotated[int, Field(ge=1, le=2**22)]
     """Width of the SwiGLU MLP (F)."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Annotated[int, Field(ge=1, le=2**16)]
     """Query heads (A)."""
     num_query_groups: PositiveInt | None = None
     """Key/value heads (G); fewer than query heads gives grouped-query attention. Default: as many as query heads."""
@@ -151,7 +162,7 @@ class SourceConfig(Section):
     """Share of the training samples: `1/3`, `0.337`. Exact; all ratios sum to 1. Required unless data.phases says it."""
     max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """How often the source may be seen; `.inf` for any number. A run that needs more is refused before training."""
-    unique_tokens: PositiveInt | None = None
+    unique_tokens: Amount | None = None
     """Use only so many tokens of the source, in whole windows chosen by the data seed; a smaller number chooses a part of
     what a larger one does. Epochs are then passes over these. Default: all."""
     shift_windows: bool = False
@@ -173,16 +184,16 @@ class RampConfig(Section):
     """Shares at the start, by source; a source that is not named has none. They sum to 1."""
     end: dict[str, Ratio] = Field(alias="to", min_length=1)
     """Shares at the end."""
-    blocks: PositiveInt = 100
+    blocks: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Steps of the line; each has the exact ratios of the line at its middle."""
 
 
 class PhaseConfig(Section):
     """A part of the run with a mixture of its own."""
 
-    tokens: PositiveInt | None = None
+    tokens: Amount | None = None
     """Length. Ends are rounded to the nearest whole sample."""
-    until: PositiveInt | None = None
+    until: Amount | None = None
     """End, in tokens since the run began, instead of `tokens`. The last phase may have neither: it does not end."""
     ratios: dict[str, Ratio] | None = Field(default=None, min_length=1)
     """Share of each source; a source that is not named has none. Default: the ratios in data.sources."""
@@ -202,7 +213,7 @@ class DataConfig(Section):
     windows_per_sequence: PositiveInt = 1
     """Windows that a sequence is made of, each of sequence_length / windows_per_sequence tokens of one source: every sequence
     then holds several sources, at their exact ratios as near as whole windows allow. A sample is one window."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """Seed of the data order. Default: train.seed."""
     verify: Literal["sizes", "blocks"] = "sizes"
     """What is checked while reading: file sizes when a source is opened, or also the checksum of every 4 MiB block before
@@ -244,18 +255,18 @@ class TrainConfig(Section):
 
     steps: PositiveInt
     """Optimizer steps."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[int, Field(ge=1, le=2**22)]
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass of one data-parallel rank."""
-    sequence_length: PositiveInt
+    sequence_length: Annotated[int, Field(ge=1, le=2**24)]
     """Tokens per sequence (S)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in the backward pass instead of kept: selective, the outputs of norms and of SwiGLU, which cost
     next to nothing to make again; full, all but each layer's input, at the cost of a third more arithmetic."""
     gc_interval: PositiveInt | None = 100
     """Collect Python's garbage every so many steps, on all ranks at once. Null: whenever Python likes, also within steps."""
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     """Seed of the initial weights and, unless data.seed is set, of the data order."""
     fused_loss: bool = True
     """Output layer and cross-entropy in one, chunk by chunk: the logits, [tokens, vocabulary], are never whole in memory."""
@@ -281,7 +292,7 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW and the learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    lr: Annotated[float, Field(gt=0, le=1000)] = 3e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end."""

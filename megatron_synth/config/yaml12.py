@@ -7,6 +7,8 @@ without a word. Duplicate keys, of which PyYAML keeps the last, are errors here,
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -26,6 +28,14 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+MAX_BYTES = 2**20
+"""Of a configuration file."""
+MAX_DEPTH = 64
+MAX_NODES = 100_000
+"""Values of a file, with what its aliases repeat."""
+MAX_DIGITS = 100
+
+
 class Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2 scalars; collects what is wrong with keys in `problems` instead of stopping."""
 
@@ -34,6 +44,24 @@ class Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.problems: list[Problem] = []
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node, unless it lies too deep."""
+        if self._depth >= MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def get_single_node(self) -> Any:
+        """The document, unless its aliases repeat too much or contain themselves."""
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {}, set())
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A dict whose keys are all text and all different."""
@@ -66,6 +94,8 @@ class Dumper(yaml.SafeDumper):
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(text)} digits")
     if text.startswith("0o"):
         return int(text[2:], 8)
     return int(text[2:], 16) if text.startswith("0x") else int(text, 10)
@@ -107,16 +137,57 @@ def parse(text: str, source: str) -> Any:
     Raises:
         ConfigError: the text is not YAML, or has duplicate keys or keys that are not text; `source` names it.
     """
-    loader = Loader(text)
+    if len(text) > MAX_BYTES:
+        raise ConfigError(source, [Problem("", f"{len(text)} characters, a configuration has {MAX_BYTES} at most")])
+    try:
+        loader = Loader(text)
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise ConfigError(source, [Problem("", _syntax_message(error))]) from None
     try:
         value = loader.get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(source, [Problem("", _syntax_message(error))]) from None
     finally:
         loader.dispose()
-    if loader.problems:
-        raise ConfigError(source, loader.problems)
+    problems = loader.problems or list(_hidden(value, ()))
+    if problems:
+        raise ConfigError(source, problems)
     return value
+
+
+def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """Values in a node, those of aliases as often as they are named."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias within what it stands for")
+    if id(node) not in known:
+        above.add(id(node))
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        total = 1 + sum(_count(part, known, above) for part in parts)
+        if total > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES} values, with what its aliases repeat")
+        known[id(node)] = total
+        above.remove(id(node))
+    return known[id(node)]
+
+
+def _hidden(value: Any, path: tuple[str, ...]) -> Iterator[Problem]:
+    """Text with characters that control a terminal, reorder or hide what is shown, or are none."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _hidden(key, path)
+            yield from _hidden(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _hidden(inner, (*path, str(number)))
+    elif isinstance(value, str):
+        for character in value:
+            if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t":
+                where = ".".join(path) if all(part.isprintable() for part in path) else ""
+                message = f"{ascii(value)[:60]} has the character U+{ord(character):04X}, which is not shown; leave it out"
+                yield Problem(where, message)
+                break
 
 
 def dump(value: Any) -> str:

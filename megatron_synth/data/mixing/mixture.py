@@ -71,7 +71,8 @@ class SourceSpec:
         if math.isinf(self.max_epochs):
             return None
         # repr names the number that the user typed: 0.29 x 100 is 29, though not in binary
-        return math.floor(Fraction(repr(self.max_epochs)) * self.epoch_windows)
+        allowed = math.floor(Fraction(repr(self.max_epochs)) * self.epoch_windows)
+        return None if allowed > 2**62 else allowed  # more than any run has
 
 
 class MixturePlan:

@@ -81,11 +81,11 @@ class PackingInfo(Section):
 
     sequence_length: PositiveInt
     """Tokens of a window; with another, windows begin inside documents again."""
-    padding_tokens: NonNegativeInt
+    padding_tokens: Size
     """End-of-document tokens that fill windows, part of the tokens counted."""
-    cut_documents: NonNegativeInt
+    cut_documents: Size
     """Documents in more than one window: those longer than one."""
-    cut_without: NonNegativeInt
+    cut_without: Size
     """Documents that would be cut had they been laid end to end."""
 
 
@@ -100,7 +100,7 @@ class Provenance(Section):
     """Where the text came from."""
     holdout: str
     """The share of the documents that the validation split got, such as 1/20; 0 when there is none."""
-    shuffle_seed: NonNegativeInt | None = None
+    shuffle_seed: Size | None = None
     """Seed of the shuffle of the documents; null when they stand in the order of the input."""
     skipped_records: NonNegativeInt = 0
     """Records of the input that were left out because they are no text; not written when there are none."""

@@ -142,7 +142,7 @@ def _own_folder(target: Path) -> None:
         target.mkdir(mode=0o700)
     found = target.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise UserError(f"{target}: is not a folder of yours; remove it, or set data.staging to one that only you can write in")
+        raise UserError(f"{target}: is not a folder of yours; remove it, or set data.staging to one of your own")
     if found.st_mode & 0o022:
         target.chmod(0o700)
 
