@@ -59,7 +59,7 @@ def _to_hf(run: Path, folder: Path) -> int:
         sequence_length,
         dtype,
         # what ends a document is what ends a text
-        eos_token_id=saved.eod_id if kept is None or not kept.ends else kept.eos_token_id,
+        eos_token_id=kept.eos_token_id if kept is not None and saved.eod_id in (None, *kept.ends) else saved.eod_id,
         bos_token_id=None if kept is None else kept.bos_token_id,
         pad_token_id=None if kept is None else kept.pad_token_id,
     )

@@ -276,9 +276,16 @@ def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> Non
     file = tokenizer_of(checkpoint, saved)
     before = saved.tokenizer_fingerprint or (fingerprint_of(file) if file else None)
     kept = companions.load(run_of(checkpoint))
-    ends = kept.ends if kept and kept.ends else [] if saved.eod_id is None else [saved.eod_id]
+    ends = [] if saved.eod_id is None else [saved.eod_id]
+    if kept is not None and (saved.eod_id in kept.ends or not ends):
+        ends = kept.ends
     fits = data.tokenizer_fingerprint is None or before in (None, data.tokenizer_fingerprint)
-    if fits and (data.eod_id is None or not ends or data.eod_id in ends):
+    same_end = data.eod_id is None or not ends or data.eod_id in ends
+    if fits and same_end:
+        return
+    if before is None:  # an import without a tokenizer: its config.json may name an end that means nothing
+        if torch.distributed.get_rank() == 0:
+            _warn(f"{checkpoint}: its texts end with token {' or '.join(map(str, ends))}, those of the data with {data.eod_id}")
         return
     old = f"{file or 'its tokenizer'}, {saved.vocab_size} tokens, end of document {' or '.join(map(str, ends)) or 'unknown'}"
     new = f"{data.tokenizer or 'its tokenizer'}, {data.vocab_size} tokens, end of document {data.eod_id}"
