@@ -101,6 +101,36 @@ def newest_sound(path: Path, verify: str, warn: Callable[[str], None]) -> Path |
     return files.first_sound(listed[0], faults_of, warn if rank == 0 else None, path)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from; nothing, with neither of the two checkpoints."""
+
+    resumed: Path | None = None
+    """The checkpoint that it goes on from."""
+    saved: TrainerState | None = None
+    """The trainer's part of it."""
+    weights: Path | None = None
+    """The checkpoint of another run whose weights it takes."""
+    warnings: tuple[str, ...] = ()
+    """Of checkpoints that are damaged and passed over; on rank 0."""
+
+
+def starting_point(config: Config, data: RunData, run_path: Path) -> Start:
+    """What the run in a directory begins from, checked. Called by all ranks; changes nothing.
+
+    Raises:
+        UserError: it cannot go on from its newest checkpoint, or cannot take the weights that it names.
+    """
+    warnings: list[str] = []
+    found = newest_sound(run_path, config.checkpoint.verify, warnings.append)
+    if found is not None:
+        saved = read_trainer(found)
+        check_resumable(found, saved, config, data)
+        return Start(found, saved, warnings=tuple(warnings))
+    weights = None if config.checkpoint.init_from is None else to_start_from(config, data.vocab_size)
+    return Start(weights=weights, warnings=tuple(warnings))
+
+
 def read_trainer(checkpoint: Path) -> TrainerState:
     """The trainer's part of a checkpoint.
 
