@@ -300,6 +300,11 @@ def activate(choices: Mapping[str, Choice]) -> None:
     _active.update(loaded)
 
 
+def are_active(choices: Mapping[str, Choice]) -> bool:
+    """Whether `choices` are those of the process."""
+    return all(_active.get(name) is OPERATIONS[name].backend(choice.backend).load() for name, choice in choices.items())
+
+
 def get(name: str) -> Any:
     """The active implementation of an operation. Ask once, when a module is built, not for every call."""
     if name not in _active:

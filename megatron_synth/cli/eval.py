@@ -72,8 +72,10 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[str, Any]:
     """Load the newest checkpoint into a model of this layout and evaluate it."""
+    from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
 
+    decided = decide(config, layout)
     with process_group(layout, config.train.seed) as ranks:
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import wrap_ddp
@@ -87,7 +89,7 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
         saved = resume.read_trainer(found)
         resume.check_architecture(found, saved, config.model, data.vocab_size)
         resume.check_tokenizer(found, saved, data)
-        chunks = wrap_ddp(build_model(config, data.vocab_size), config)
+        chunks = wrap_ddp(build_model(decided, data.vocab_size), config)
         resume.load(found, chunks, None, what="take weights")
         result = evaluate(Pipeline(config, chunks, ranks), data, layout)
         assert result is not None  # nobody asks it to stop

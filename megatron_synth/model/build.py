@@ -17,10 +17,10 @@ from megatron_synth.config.schema import Config
 from megatron_synth.model import kernels, ops
 from megatron_synth.model.fp8.linear import fuse
 from megatron_synth.model.fp8.recipe import Fp8Run
-from megatron_synth.model.fp8.setup import Fp8Plan, plan_fp8
 from megatron_synth.model.fp8.statistics import Statistics
 from megatron_synth.model.init import initialize_weights
 from megatron_synth.model.objective import Objective
+from megatron_synth.model.run_plan import RunPlan
 from megatron_synth.model.spec import Linears, block_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,11 +61,12 @@ class LlamaModel(GPTModel):
         return losses
 
 
-def transformer_config(config: Config, fp8: Fp8Plan | None = None) -> TransformerConfig:
+def transformer_config(plan: RunPlan) -> TransformerConfig:
     """megatron-core's view of the model, the layout and, for TransformerEngine's layers, FP8."""
-    model, parallel = config.model, config.parallel
+    config, layout, on_gpu = plan.config, plan.layout, plan.device.type == "cuda"
+    model = config.model
     dtype = DTYPES[config.precision.dtype]
-    interleaved = parallel.virtual_stages > 1
+    interleaved = layout.virtual > 1
     result = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -80,27 +81,27 @@ def transformer_config(config: Config, fp8: Fp8Plan | None = None) -> Transforme
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
-        sequence_parallel=parallel.uses_sequence_parallel,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
+        sequence_parallel=layout.sequence_parallel,
         # With two stages the batched sends and receives of the default, overlap_p2p_comm=False, get mismatched in the
         # interleaved schedule and training goes on with wrong numbers.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # Saves memory under NCCL, where streams order the release after the send. Gloo sends from the released tensor.
-        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        deallocate_pipeline_outputs=on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         perform_initialization=False,  # see init.py
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        **(fp8.mcore_options() if fp8 else {}),
+        **(plan.fp8.mcore_options() if plan.fp8 else {}),
         **_recompute(config),
     )
     # Without it nothing fails, but the norm weights of tensor-parallel ranks drift apart.
@@ -119,28 +120,22 @@ def _recompute(config: Config) -> dict[str, Any]:
             return {}
 
 
-def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
+def build_model(plan: RunPlan, vocab_size: int) -> list[LlamaModel]:
     """This rank's model chunks (one, or as many as virtual pipeline stages), with their initial weights.
 
     Args:
-        config: the run.
+        plan: the run, the latest plan that this process has made. Its process groups are there.
         vocab_size: tokens in the tokenizer's vocabulary; the embedding is padded as the configuration says.
-
-    Raises:
-        ConfigError: a kernel that the configuration names cannot be had on this machine.
-        UserError: FP8 was asked for that this device cannot do.
     """
-    kernels.activate(kernels.select(config))
-    ops.connect()
-    on_gpu = torch.cuda.is_available()
-    fp8 = plan_fp8(config, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    assert kernels.are_active(plan.kernels), "another plan has been made since"
+    config, fp8 = plan.config, plan.fp8
     fp8_run = fp8.start() if fp8 else None
 
     def linears(layer: int) -> Linears:
         return fp8.linears(fp8_run, layer) if fp8 else Linears()
 
-    mcore = transformer_config(config, fp8)
-    stages = config.parallel.virtual_stages
+    mcore = transformer_config(plan)
+    stages = plan.layout.virtual
     chunks = []
     for stage in range(stages):
         vp_stage = stage if stages > 1 else None
@@ -159,7 +154,7 @@ def build_model(config: Config, vocab_size: int) -> list[LlamaModel]:
         if fp8 is not None and fp8.fused:
             for layer in chunk.decoder.layers:
                 fuse(layer)
-        if kernels.joins_additions_to_norms():
+        if kernels.joins_additions_to_norms(plan.kernels):
             ops.join_additions_to_norms(chunk.decoder.layers, chunk.decoder.final_layernorm, mcore.recompute_granularity)
         chunk.fp8, chunk.precision_text = fp8_run, fp8.describe() if fp8 else ""
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())

@@ -27,7 +27,7 @@ __all__ = [
     "Compiled",
     "Sizes",
     "activate",
-    "active",
+    "are_active",
     "check_same_on_all_ranks",
     "choose_auto",
     "compile_all",
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_active: dict[str, Choice] = {}
 
 
 def device() -> torch.device:
@@ -66,27 +65,26 @@ def select(config: Config) -> dict[str, Choice]:
         raise ConfigError(f"kernels on {torch_name()}", [Problem(f"kernels.{error.operation}", f"{error}; {advice}")]) from None
 
 
-def activate(choices: dict[str, Choice]) -> None:
+def activate(choices: Mapping[str, Choice]) -> None:
     """Build models with these from now on."""
     registry.activate(choices)
-    _active.update(choices)
 
 
-def active() -> dict[str, Choice]:
-    """What models are built with; empty before the first."""
-    return dict(_active)
+def are_active(choices: Mapping[str, Choice]) -> bool:
+    """Whether models are built with these now."""
+    return registry.are_active(choices)
 
 
-def joins_additions_to_norms() -> bool:
+def joins_additions_to_norms(choices: Mapping[str, Choice]) -> bool:
     """Whether residual additions are made by the norms after them.
 
     Not where torch would make them and another backend the norms: then the addition is torch's, and the norm that backend's.
     """
-    residual, norm = (_active[name].backend for name in ("rms_norm_residual", "rms_norm"))
+    residual, norm = (choices[name].backend for name in ("rms_norm_residual", "rms_norm"))
     return residual != registry.TORCH or norm == registry.TORCH
 
 
-def check_same_on_all_ranks(choices: dict[str, Choice]) -> None:
+def check_same_on_all_ranks(choices: Mapping[str, Choice]) -> None:
     """Ranks with other kernels would train on other roundings, and tensor-parallel ones drift apart.
 
     Raises:
@@ -117,7 +115,7 @@ def torch_name() -> str:
     return f"cuda ({torch.cuda.get_device_name(where)}, {major}.{minor})"
 
 
-def summary(choices: dict[str, Choice]) -> list[str]:
+def summary(choices: Mapping[str, Choice]) -> list[str]:
     """One line for each backend and reason: `kernels torch: rms_norm, swiglu (triton needs a CUDA device)`."""
     groups: dict[tuple[str, str], list[str]] = {}
     for choice in choices.values():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from megatron_synth.parallel import engine
 from megatron_synth.parallel.placement import check_placement, node_name, spanning_group
 from megatron_synth.parallel.plan import Layout
 
@@ -40,21 +39,6 @@ class Ranks:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def import_engine() -> None:
-    """Import megatron-core once, without its page on absent optional libraries: the kernel table says what is used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.dist_checkpointing
-        import megatron.core.models.gpt.gpt_model
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel  # noqa: F401
-    # It knows the modules of its own specs by name and warns of every other MLP class, ours included.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
-    for message in (".*torch.distributed.*is deprecated", ".*deprecating ShardedTensor"):
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-
-
 @contextmanager
 def process_group(layout: Layout, seed: int, *, tensor_across_nodes: bool = False) -> Iterator[Ranks]:
     """Join the other processes, form megatron-core's groups, and leave them at the end.
@@ -69,24 +53,11 @@ def process_group(layout: Layout, seed: int, *, tensor_across_nodes: bool = Fals
     Raises:
         UserError: a tensor-parallel group spans nodes, and that is not allowed.
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        # one hardware queue, so that a layer's all-gather or reduce-scatter starts before the product it overlaps with
-        if layout.tensor > 1:
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        import_engine()
-    else:
-        device = torch.device("cpu")
-        from megatron_synth.parallel import cpu
-
-        cpu.prepare()
-        import_engine()
-        cpu.connect()
+    device = engine.start(layout)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    on_gpu = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, device_id=device if on_gpu else None)

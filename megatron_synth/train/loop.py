@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -25,10 +25,10 @@ from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.shards import native
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.model import kernels
+from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
-from megatron_synth.train.changes import check_steps, rate_jump
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -38,6 +38,9 @@ from megatron_synth.train.record.wandb import Tracker
 from megatron_synth.train.schedule import learning_rate
 from megatron_synth.train.signals import StopRequest, listen
 from megatron_synth.train.watchdog import Watch
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import and must find the device prepared
+    from megatron_synth.train.checkpoint.resume import Start
 
 T = TypeVar("T")
 
@@ -58,14 +61,18 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
     Returns:
         The exit code: 0 done, 75 stopped on request.
     """
-    choices = kernels.select(config)
     stop = listen()
+    plan = decide(config, layout)
     with stop.before_failing(), process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes) as ranks:
-        kernels.check_same_on_all_ranks(choices)
-        trainer = Trainer(config, layout, data, ranks, run_path)
+        kernels.check_same_on_all_ranks(plan.kernels)
+        from megatron_synth.train.checkpoint.resume import starting_point
+
+        # all that can be refused is refused before the run directory is made or changed
+        start = starting_point(config, data, run_path)
+        trainer = Trainer(plan, data, ranks, run_path)
         with trainer.watch:
             try:
-                trainer.build()
+                trainer.build(start)
                 with trainer.prefetcher, ManualCollection(config.train.gc_interval) as collection:
                     code = trainer.run(stop, collection)
             except UserError:  # that all ranks have met: the checkpoint in the air is worth waiting for
@@ -82,54 +89,31 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
 
 def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
-    exit_record: list[object] = [None]
+    answer: list[object] = [None]
     if ranks.rank == 0:
         try:
-            exit_record = [action()]
+            answer = [action()]
         except UserError as error:
-            exit_record = [UserError(str(error))]  # a subclass with arguments of its own may not travel
-    torch.distributed.broadcast_object_list(exit_record, src=0)
-    if isinstance(exit_record[0], UserError):
-        raise exit_record[0]
-    return exit_record[0]  # type: ignore[return-value]
+            answer = [UserError(str(error))]  # a subclass with arguments of its own may not travel
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
 
 
 class Trainer:
     """A run on this rank: model, optimizer, data position and record."""
 
-    def __init__(self, config: Config, layout: Layout, data: RunData, ranks: Ranks, run_path: Path):
-        # megatron-core takes seconds to import and must find the device prepared
-        from megatron_synth.model.fp8.setup import plan_fp8
-        from megatron_synth.train.checkpoint import resume
+    def __init__(self, plan: RunPlan, data: RunData, ranks: Ranks, run_path: Path):
         from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
-        self.config, self.layout, self.data, self.ranks = config, layout, data, ranks
-        self._checkpoint = resume
-        # all that can be refused is refused before the run directory is made or changed
-        warnings: list[str] = []
-        found = resume.newest_sound(run_path, config.checkpoint.verify, warnings.append)
-        saved = None
-        if found is not None:
-            saved = resume.read_trainer(found)
-            resume.check_resumable(found, saved, config, data)
-            check_steps(found, saved.step, config.train.steps)
-            jump = rate_jump(saved.config, config, saved.step)
-            warnings += [jump] if jump is not None and ranks.rank == 0 else []
-            data.check_length(config, Progress(saved.step, saved.samples))
-        weights = None
-        if found is None and config.checkpoint.init_from is not None:
-            weights = resume.to_start_from(config, data)
-        tokenizer = on_main(ranks, data.checked_tokenizer)
-        kernels.activate(kernels.select(config))
-        plan_fp8(config, ranks.device)
+        self.plan, self.config, self.layout, self.data, self.ranks = plan, plan.config, plan.layout, data, ranks
+        config, layout = plan.config, plan.layout
+        self._tokenizer = on_main(ranks, data.checked_tokenizer)
         on_main(ranks, lambda: self._check_disk(run_path))
         self.run_dir = on_main(
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
-        source = None if weights is None else resume.run_of(weights)
-        on_main(ranks, lambda: self.run_dir.keep(tokenizer, source))
-        for text in [*(data.notes if ranks.rank == 0 else ()), *warnings]:  # on rank 0
-            self._warn(text)
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
         self.watch = Watch(
@@ -141,17 +125,20 @@ class Trainer:
             lost_after_s=config.train.lost_rank_timeout_s,
             event=self.run_dir.event,
         )
-        self._from = (found, saved, weights)
 
-    def build(self) -> None:
+    def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
+        from megatron_synth.train.checkpoint import resume
         from megatron_synth.train.step import Stepper
 
-        config, layout, data, ranks, resume = self.config, self.layout, self.data, self.ranks, self._checkpoint
-        found, saved, weights = self._from
-        self.chunks = wrap_ddp(build_model(config, data.vocab_size), config)
+        config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
+        source = None if start.weights is None else resume.run_of(start.weights)
+        on_main(ranks, lambda: self.run_dir.keep(self._tokenizer, source))
+        for text in [*(data.notes if ranks.rank == 0 else ()), *start.warnings]:  # on rank 0
+            self._warn(text)
+        self.chunks = wrap_ddp(build_model(self.plan, data.vocab_size), config)
         self.optimizer = build_optimizer(self.chunks, config)
         self.fp8_statistics = self.chunks[0].module.fp8_statistics
         self.precision_text = self.chunks[0].module.precision_text
@@ -159,14 +146,14 @@ class Trainer:
         self.step = self.samples = 0
         self.ledger = Ledger.of(data.plan, config.window_length)
         if saved is not None:
-            assert found is not None
-            resume.load(found, self.chunks, self.optimizer)
+            assert start.resumed is not None
+            resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
             self.ledger.load_state_dict(saved.ledger)
             self.ledger.verify(data.plan, self.samples)
             on_main(ranks, lambda: self._record_resume(saved.plan_digest))
-        elif weights is not None:
-            resume.load_weights(weights, self.chunks, self.optimizer)
+        elif start.weights is not None:
+            resume.load_weights(start.weights, self.chunks, self.optimizer)
         self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
         exit_record.at_step(self.step)
         self.tracker = on_main_only(ranks, self._start_tracker)
@@ -320,6 +307,7 @@ class Trainer:
         Raises:
             UserError: a required save failed.
         """
+        from megatron_synth.train.checkpoint.resume import TrainerState, trainer_file
         from megatron_synth.train.checkpoint.sharding import collect
         from megatron_synth.train.checkpoint.writer import SaveRequest
 
@@ -328,7 +316,7 @@ class Trainer:
         self.recorder.flush()
         self.ledger.verify(self.data.plan, self.samples)
         step, ledger, began = self.step, self.ledger.to_json(), time.perf_counter()
-        trainer = self._checkpoint.TrainerState(
+        trainer = TrainerState(
             step=step,
             samples=self.samples,
             skipped=self.recorder.skipped,
@@ -358,7 +346,7 @@ class Trainer:
         waits = required or not self.config.checkpoint.async_save
         request = SaveRequest(
             step,
-            self._checkpoint.trainer_file(trainer),
+            trainer_file(trainer),
             committed,
             failed=lambda text: None if required else self._warn(f"{text}. Training goes on"),
             keep_last=self.config.checkpoint.keep_last,
@@ -392,7 +380,7 @@ class Trainer:
         if self.precision_text:
             say(self.precision_text)
         say(f"layout {self.layout.describe()} on {self.run_dir.info['device']}")
-        for line in kernels.summary(kernels.active()):
+        for line in kernels.summary(self.plan.kernels):
             say(line)
         tokens = human(config.samples_at_end(Progress(self.step, self.samples)) * config.window_length)
         if self.precision_text and self.ranks.rank == 0:

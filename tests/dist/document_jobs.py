@@ -19,12 +19,15 @@ def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int
     from megatron_synth.config.schema import Config
     from megatron_synth.data.loading.boundaries import Boundaries
     from megatron_synth.data.loading.loader import Batch
+    from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
     from tests.support import VOCAB_SIZE
 
     config = load_file(Config, config_path, settings)
-    with process_group(plan(config, int(os.environ.get("WORLD_SIZE", 1))), config.train.seed) as ranks:
+    layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+    decided = decide(config, layout)
+    with process_group(layout, config.train.seed) as ranks:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from megatron_synth.model.build import build_model
@@ -47,7 +50,7 @@ def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int
             batch = next(iterator)
             return model(batch.tokens[:, :-1], None, None, packed_seq_params=batch.documents), keep
 
-        chunks = build_model(config, VOCAB_SIZE)
+        chunks = build_model(decided, VOCAB_SIZE)
         iterators = [iter(batches) for _ in chunks]
         run = partial(
             get_forward_backward_func(),

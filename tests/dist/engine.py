@@ -3,9 +3,9 @@
 import gc
 import warnings
 
-from megatron_synth.parallel import cpu
+from megatron_synth.parallel import engine
 
-cpu.prepare()
+engine.load()
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron_synth.train.checkpoint.resume
@@ -13,9 +13,6 @@ with warnings.catch_warnings():
     import megatron_synth.train.loop
     import megatron_synth.cli.train
     import megatron_synth.train.step  # noqa: F401
-    from megatron_synth.parallel.groups import import_engine
-
-    import_engine()
 
 gc.collect()
 gc.freeze()  # what is shared with the workers stays shared

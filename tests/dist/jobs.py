@@ -25,17 +25,19 @@ def initial_weights(config_path: str, settings: list[str]) -> list[Piece]:
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
     from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
 
     config = load_file(Config, config_path, settings)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
     pieces: list[Any] = []
+    decided = decide(config, layout)
     with process_group(layout, config.train.seed):
         from megatron_synth.model.build import build_model
         from megatron_synth.model.init import parameter_shards
 
-        for chunk in build_model(config, open_data(config).vocab_size):
+        for chunk in build_model(decided, open_data(config).vocab_size):
             for shard in parameter_shards(chunk):
                 values = shard.data.detach().float().numpy()
                 lead = (1,) * shard.prepend_axis_num

@@ -25,7 +25,6 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_active", {})
-    monkeypatch.setattr(kernels, "_active", {})
     yield
 
 
@@ -128,12 +127,10 @@ def test_who_names_the_norm_means_the_one_after_an_addition_too(config_file: Pat
 
     assert chosen() == "torch" and chosen("kernels.rms_norm=compile") == "compile"
     assert chosen("kernels.rms_norm=compile", "kernels.rms_norm_residual=torch") == "torch"
-    kernels.activate(kernels.select(load_file(Config, config_file)))
-    assert kernels.joins_additions_to_norms()  # torch's both
+    assert kernels.joins_additions_to_norms(kernels.select(load_file(Config, config_file)))  # torch's both
     for backend, joined in (("compile", True), ("torch", False)):
         choices = choose({"rms_norm": "compile", "rms_norm_residual": backend}, CPU, torch.float32)
-        kernels.activate(choices)
-        assert kernels.joins_additions_to_norms() is joined
+        assert kernels.joins_additions_to_norms(choices) is joined
 
 
 def test_torch_until_something_is_activated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +138,15 @@ def test_torch_until_something_is_activated(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert registry.get("rms_norm") is norm.rms_norm
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    registry.activate(choose({"rms_norm": "triton"}, CPU, torch.float32))
+    forced, plain = choose({"rms_norm": "triton"}, CPU, torch.float32), choose({}, CPU, torch.float32)
+    registry.activate(forced)
     from megatron_synth_kernels.triton import norm as triton_norm
 
     assert registry.get("rms_norm") is triton_norm.rms_norm
-    registry.activate(choose({}, CPU, torch.float32))
+    assert registry.are_active(forced) and not registry.are_active(plain)
+    registry.activate(plain)
     assert registry.get("rms_norm") is norm.rms_norm
+    assert registry.are_active(plain) and not registry.are_active(forced)
 
 
 def test_every_backend_that_needs_no_library_loads() -> None:

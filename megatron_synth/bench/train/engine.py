@@ -58,11 +58,12 @@ class Engine:
     def __init__(self, config: Config, layout: Layout, ranks: Ranks):
         # megatron-core takes seconds to import and must find the device prepared
         from megatron_synth.model.build import build_model
+        from megatron_synth.model.run_plan import decide
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
         from megatron_synth.train.step import Stepper
 
         self._lr, self._ranks = config.optim.lr, ranks
-        self.chunks = wrap_ddp(build_model(config, vocab_size(config)), config)
+        self.chunks = wrap_ddp(build_model(decide(config, layout), vocab_size(config)), config)
         self.optimizer = build_optimizer(self.chunks, config)
         self._stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
         self._sums = torch.zeros((NUM_SUMS, 1), dtype=torch.float64)

@@ -23,7 +23,8 @@ from megatron_synth.bench.train.engine import Block, Engine, allocated, random_b
 from megatron_synth.bench.train.sweep import OUT_OF_MEMORY
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
-from megatron_synth.parallel.groups import import_engine, process_group
+from megatron_synth.parallel import engine
+from megatron_synth.parallel.groups import process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.garbage import ManualCollection
 
@@ -77,13 +78,7 @@ def prepare(on_gpu: bool) -> str:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    from megatron_synth.parallel import cpu
-
-    if not on_gpu:
-        cpu.prepare()
-    import_engine()
-    if not on_gpu:
-        cpu.connect()
+    engine.load()
     return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"
 
 

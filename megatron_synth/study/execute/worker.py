@@ -40,16 +40,9 @@ def import_once() -> None:
     os.environ.pop("RANK", None)  # a launcher's environment would be taken for that of the runs
     import torch
 
-    from megatron_synth.parallel.groups import import_engine
+    from megatron_synth.parallel import engine
 
-    if torch.cuda.is_available():
-        import_engine()
-    else:
-        from megatron_synth.parallel import cpu
-
-        cpu.prepare()
-        import_engine()
-        cpu.connect()
+    engine.load()
     import megatron_synth.model.build
     import megatron_synth.parallel.wrap
     import megatron_synth.train.checkpoint.resume

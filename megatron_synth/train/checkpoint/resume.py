@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, Progress
 from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
@@ -25,7 +25,7 @@ from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
 from megatron_synth.model import architecture
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
-from megatron_synth.train.changes import mixture_differences
+from megatron_synth.train.changes import check_steps, mixture_differences, rate_jump
 from megatron_synth.train.checkpoint import companions, files, reading
 from megatron_synth.train.checkpoint.sharding import (
     collect_tensors,
@@ -104,6 +104,41 @@ def newest_sound(path: Path, verify: str, warn: Callable[[str], None] | None = N
 
 def _warn(text: str) -> None:
     say(f"warning: {text}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from; nothing, with neither of the two checkpoints."""
+
+    resumed: Path | None = None
+    """The checkpoint that it goes on from."""
+    saved: TrainerState | None = None
+    """The trainer's part of it."""
+    weights: Path | None = None
+    """The checkpoint of another run whose weights it takes."""
+    warnings: tuple[str, ...] = ()
+    """Of checkpoints that are damaged and passed over, and of a rate that jumps; on rank 0."""
+
+
+def starting_point(config: Config, data: RunData, run_path: Path) -> Start:
+    """What the run in a directory begins from, checked. Called by all ranks; changes nothing.
+
+    Raises:
+        UserError: it cannot go on from its newest checkpoint, or cannot take the weights that it names.
+    """
+    warnings: list[str] = []
+    found = newest_sound(run_path, config.checkpoint.verify, warnings.append)
+    if found is not None:
+        saved = read_trainer(found)
+        check_resumable(found, saved, config, data)
+        check_steps(found, saved.step, config.train.steps)
+        data.check_length(config, Progress(saved.step, saved.samples))
+        jump = rate_jump(saved.config, config, saved.step)
+        if jump is not None and torch.distributed.get_rank() == 0:
+            warnings.append(jump)
+        return Start(found, saved, warnings=tuple(warnings))
+    weights = None if config.checkpoint.init_from is None else to_start_from(config, data)
+    return Start(weights=weights, warnings=tuple(warnings))
 
 
 def read_trainer(checkpoint: Path) -> TrainerState:

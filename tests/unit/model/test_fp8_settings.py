@@ -12,6 +12,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest
 from megatron_synth.config.rules import check
 from megatron_synth.config.schema import Config
+from megatron_synth.parallel.plan import Layout
 
 
 def build(fp8: str = "current", precision: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
@@ -121,12 +122,9 @@ def test_a_run_without_weights_in_fp8_keeps_its_digest() -> None:
 
 @pytest.fixture(scope="module")
 def setup() -> Any:
-    from megatron_synth.parallel import cpu
-    from megatron_synth.parallel.groups import import_engine
+    from megatron_synth.parallel import engine
 
-    cpu.prepare()
-    import_engine()
-    cpu.connect()
+    engine.load()
     from megatron_synth.model.fp8 import setup as setup_module
 
     return setup_module
@@ -214,10 +212,11 @@ def test_what_megatron_core_is_told_of_transformer_engine(
     setup: Any, cpu_device: Any, fp8: str, recipe: str, precision: Any
 ) -> None:
     from megatron_synth.model.build import transformer_config
+    from megatron_synth.model.run_plan import RunPlan
 
     config = build(fp8, precision)
     plan = setup.Fp8Plan("te", "importable", range(4), config, cpu_device)
-    told = transformer_config(config, plan)
+    told = transformer_config(RunPlan(config, Layout.single(), cpu_device, {}, plan))
     assert (told.fp8, told.fp8_recipe) == (config.precision.fp8_number_format, recipe)
     assert (told.fp8_margin, told.fp8_amax_history_len) == (config.precision.fp8_margin, config.precision.fp8_amax_history_len)
     assert told.fp8_amax_compute_algo == "max" and told.first_last_layers_bf16 is (fp8 != "delayed")
@@ -225,7 +224,7 @@ def test_what_megatron_core_is_told_of_transformer_engine(
     assert (told.num_layers_at_start_in_bf16, told.num_layers_at_end_in_bf16) == (ends, ends)
     assert told.fp8_param is config.precision.fp8_param_gather
     assert ("weights kept and gathered in FP8" in plan.describe()) is told.fp8_param
-    assert plan.start() is None and transformer_config(config).fp8 is None
+    assert plan.start() is None and transformer_config(RunPlan(config, Layout.single(), cpu_device, {}, None)).fp8 is None
 
 
 @pytest.mark.parametrize(("fp8", "recipe"), [("delayed", "delayed"), ("current", "tensorwise"), ("blockwise", "blockwise")])

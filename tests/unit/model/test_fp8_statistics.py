@@ -10,12 +10,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def te() -> Any:
-    from megatron_synth.parallel import cpu
-    from megatron_synth.parallel.groups import import_engine
+    from megatron_synth.parallel import engine
 
-    cpu.prepare()
-    import_engine()
-    cpu.connect()
+    engine.load()
     from megatron_synth.model.fp8 import te as te_module
 
     return te_module
