@@ -14,7 +14,7 @@ from megatron_synth.config.errors import EXIT_OK
 
 SHELLS = ("bash", "zsh", "fish")
 GROUPS = {"bench": ("train", "kernels", "memory", "gpu", "report"), "prepare": ("verify", "duplicates")}
-"""Verbs whose second word names a module of its own: cli/bench_train.py, cli/prepare_verify.py."""
+"""Verbs whose second word names a module of its own: cli/bench/train.py, cli/prepare/verify.py."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def whole_parser(words: list[str]) -> argparse.ArgumentParser:
             for name in GROUPS[verb]:
                 inner.add_parser(name)
             if words[1:2] and words[1] in GROUPS[verb]:
-                inner.choices[words[1]] = _of_module(f"{verb}_{words[1]}")
+                inner.choices[words[1]] = _of_module(f"{verb}.{words[1]}")
         verbs.choices[verb] = found
     return whole
 

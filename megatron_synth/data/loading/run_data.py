@@ -133,7 +133,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     notes = tuple(shared_content.notes(sources, validation))
     for domain in validation.values():
         validation_windows(domain, sequence)
-    known = (source.tokenizer_path for source in sources if source.tokenizer_path)
+    known = (source.tokenizer_path for source in (*sources, *validation.values()) if source.tokenizer_path)
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
     for source in (*sources, *validation.values()):
         if source.manifest is None:

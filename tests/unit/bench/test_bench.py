@@ -13,7 +13,8 @@ import pytest
 from megatron_synth.bench.tables import markdown_table
 from megatron_synth.bench.train.compare import Row, check_agreement
 from megatron_synth.bench.train.engine import Block, Rates
-from megatron_synth.cli import bench, bench_train
+from megatron_synth.cli import bench
+from megatron_synth.cli.bench import train as bench_train
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_synth.bench.train.ablations import LEVERS, chosen, variants
 from megatron_synth.cli import bench
-from megatron_synth.cli.bench_ablations import losses_apart
+from megatron_synth.cli.bench.ablations import losses_apart
 from megatron_synth.config.errors import UserError
 
 CONFIG = "bench/tiny-7m.yaml"

@@ -12,7 +12,8 @@ import torch
 from megatron_synth.bench.kernels import measure
 from megatron_synth.bench.kernels.cases import cases
 from megatron_synth.bench.kernels.measure import Ceilings, Row
-from megatron_synth.cli import bench, bench_kernels
+from megatron_synth.cli import bench
+from megatron_synth.cli.bench import kernels as bench_kernels
 from megatron_synth.config.errors import UserError
 from megatron_synth.model.kernels import model_sizes
 from megatron_synth_kernels.registry import OPERATIONS

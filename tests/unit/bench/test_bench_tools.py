@@ -14,7 +14,9 @@ import pytest
 from megatron_synth.bench import gpu
 from megatron_synth.bench.train import sweep
 from megatron_synth.bench.train.profile import NAMES, category, shares
-from megatron_synth.cli import bench, bench_gpu, bench_report
+from megatron_synth.cli import bench
+from megatron_synth.cli.bench import gpu as bench_gpu
+from megatron_synth.cli.bench import report as bench_report
 from megatron_synth.config.errors import UserError
 
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.vocab_size=250"]

@@ -47,10 +47,10 @@ def test_each_shell_has_a_script(shell: str) -> None:
 
 
 def test_every_verb_and_benchmark_has_a_parser_of_its_name() -> None:
-    names = [verb for verb in VERBS if verb != "bench"] + [f"{verb}_{name}" for verb, group in GROUPS.items() for name in group]
+    names = [verb for verb in VERBS if verb != "bench"] + [f"{verb}.{name}" for verb, group in GROUPS.items() for name in group]
     for name in names:
         parser = importlib.import_module(f"megatron_synth.cli.{name}").parser()
         assert isinstance(parser, argparse.ArgumentParser)
-        assert parser.prog == f"megatron-synth {name.replace('_', ' ')}", name
+        assert parser.prog == f"megatron-synth {name.replace('.', ' ')}", name
     assert set(GROUPS["bench"]) == set(bench.BENCHMARKS)
     assert whole_parser(["bench", "train"]).prog == "megatron-synth"

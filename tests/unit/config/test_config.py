@@ -72,18 +72,20 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     assert parsed == value and type(parsed) is type(value)
 
 
+# what is not shown has no place in a configuration
+_shown = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"], include_characters="\n\t"))
 _scalars = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(),
+    st.integers(-(10**90), 10**90),
     st.floats(allow_nan=False),
-    st.text(),
+    _shown,
     st.sampled_from(["3e-4", "on", "no", "NULL", "~", "0o7", "1_000", "12:30", "1e5", "", " a", ".inf", "0xF", "<<"]),
 )
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(_scalars, lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.text(), leaf, max_size=3)))
+@given(st.recursive(_scalars, lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(_shown, leaf, max_size=3)))
 def test_what_is_dumped_is_read_back(value: object) -> None:
     parsed = yaml12.parse(yaml12.dump(value), "test")
     assert parsed == value and repr(parsed) == repr(value)  # repr tells 1 from 1.0 and from True

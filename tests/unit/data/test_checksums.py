@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.cli import prepare_verify
+from megatron_synth.cli.prepare import verify as prepare_verify
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.shards import block_hash, checksums
 from megatron_synth.data.shards.block_hash import BlockHasher, checksum, expected_blocks

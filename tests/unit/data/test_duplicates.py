@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.cli import prepare_duplicates
+from megatron_synth.cli.prepare import duplicates as prepare_duplicates
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.overlap import minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates

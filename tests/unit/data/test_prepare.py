@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_synth.cli import prepare as verb
-from megatron_synth.cli.prepare_verify import source_folders
+from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig

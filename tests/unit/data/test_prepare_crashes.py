@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_synth.cli.prepare_verify import main as verify
+from megatron_synth.cli.prepare.verify import main as verify
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.preparing import pipeline, shuffle, splits
 from megatron_synth.data.preparing.prepare import prepare

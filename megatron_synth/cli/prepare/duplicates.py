@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.prepare_verify import source_folders
+from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.data.overlap.minhash import Duplicates, find_duplicates

@@ -45,10 +45,10 @@ def format_table(prepared: Sequence[Prepared]) -> str:
 
 def _check_verb(verb: str) -> Callable[[list[str]], int]:
     if verb == "verify":
-        from megatron_synth.cli.prepare_verify import main as check_files
+        from megatron_synth.cli.prepare.verify import main as check_files
 
         return check_files
-    from megatron_synth.cli.prepare_duplicates import main as count_duplicates
+    from megatron_synth.cli.prepare.duplicates import main as count_duplicates
 
     return count_duplicates
 

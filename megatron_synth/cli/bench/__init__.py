@@ -14,7 +14,7 @@ BENCHMARKS = {
     "gpu": "everything that a GPU has to show, in one command",
     "report": "tables and figures of what the others have written; regressions",
 }
-"""Name -> what it measures. `cli/bench_NAME.py` has its `parser()` and its `main(argv)`, imported when it is called."""
+"""Name -> what it measures. `cli/bench/NAME.py` has its `parser()` and its `main(argv)`, imported when it is called."""
 MOVED = ("checkpoint", "fp8", "launch", "loader", "prepare")
 
 
@@ -34,5 +34,5 @@ def main(argv: list[str]) -> int:
         raise UserError(f"bench {argv[0]} compares with other projects and is run from a clone: python -m benchmarks {argv[0]}")
     if argv[0] not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{argv[0]}'; one of: {', '.join(BENCHMARKS)}")
-    run: Callable[[list[str]], int] = importlib.import_module(f"megatron_synth.cli.bench_{argv[0]}").main
+    run: Callable[[list[str]], int] = importlib.import_module(f"megatron_synth.cli.bench.{argv[0]}").main
     return run(argv[1:])

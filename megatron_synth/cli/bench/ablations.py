@@ -14,7 +14,7 @@ from megatron_synth.bench.train.ablations import Refused, Variant, chosen, varia
 from megatron_synth.bench.train.ablations_table import render
 from megatron_synth.bench.train.engine import Block, vocab_size
 from megatron_synth.bench.train.rank_group import Job, Ready, Team, TeamFailed, prepare
-from megatron_synth.cli.bench_sweep import memory_of_a_rank, model_settings
+from megatron_synth.cli.bench.sweep import memory_of_a_rank, model_settings
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config

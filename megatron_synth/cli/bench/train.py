@@ -67,15 +67,15 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{what}: {file.parent} is not a folder")
     models = options.model.split(",") if options.model else []
     if options.ablations is not None:
-        from megatron_synth.cli.bench_ablations import run as run_ablations
+        from megatron_synth.cli.bench.ablations import run as run_ablations
 
         return run_ablations(path, overrides, models, options, argv)
     if options.sweep or options.vary or len(models) > 1:
-        from megatron_synth.cli.bench_sweep import run
+        from megatron_synth.cli.bench.sweep import run
 
         return run(path, overrides, models, options, argv)
 
-    from megatron_synth.cli.bench_sweep import model_settings
+    from megatron_synth.cli.bench.sweep import model_settings
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
     from megatron_synth.parallel.plan import plan
