@@ -74,8 +74,8 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(str(file) for file in (*above[above.index(identity) :], identity))
         raise UserError(f"{path}: a file cannot be its own base: {chain}")
     try:
-        with path.open("rb") as file:
-            text = file.read(yaml12.MAX_BYTES + 1)
+        with path.open("rb") as opened:
+            text = opened.read(yaml12.MAX_BYTES + 1)
         if len(text) > yaml12.MAX_BYTES:
             raise UserError(f"{path}: a configuration has at most {yaml12.MAX_BYTES} bytes")
         content = yaml12.parse(text.decode("utf-8").replace("\r\n", "\n"), str(path))
