@@ -107,7 +107,7 @@ class _File:
     block_bytes: int
 
     def is_sound(self, known: Mapping[str, Any]) -> bool:
-        """Whether the copy is there and holds what it should: by its checksum, unless it is untouched since that was compared."""
+        """Whether the copy is there and holds what it should: by its checksum, unless it is untouched since then."""
         try:
             found = self.copy.lstat()
         except OSError:
