@@ -100,7 +100,7 @@ def norms(settings: list[str], joined: bool) -> tuple[list[float], int, int]:
         from megatron_synth.model.ops import RMSNorm
 
         if not joined:
-            kernels.joins_additions_to_norms = lambda: False
+            kernels.joins_additions_to_norms = lambda choices: False
         [batches] = random_batches(config, layout, ranks, 1)
         engine = Engine(config, layout, ranks)
         calls: Counter[str] = Counter()

@@ -35,11 +35,12 @@ def layer(kind: str, recipe: str, number_format: str, sequence_parallel: bool) -
     with process_group(layout, 0) as ranks:
         from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
+        from megatron_synth.model.run_plan import RunPlan
         from megatron_synth.model.fp8.recipe import Fp8Run, Recipe
         from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
         ops.connect()
-        mcore = transformer_config(config)
+        mcore = transformer_config(RunPlan(config, layout, ranks.device, {}, None))
         run = Fp8Run(Recipe.of(config.precision), ranks.device)
         options: Any = {"config": mcore, "init_method": None, "bias": False, "skip_bias_add": False, "fp8": run, "name": "x"}
         column = kind == "column"
