@@ -88,9 +88,11 @@ def contract() -> None:
         train={"steps": 1, "global_batch_size": 1, "sequence_length": 32},
         precision={"dtype": "fp32", "fp8": "delayed", "fp8_amax_history_len": 2},
     )  # type: ignore[arg-type]
-    with process_group(plan(config, 1), 0) as ranks:
+    layout = plan(config, 1)
+    with process_group(layout, 0) as ranks:
         from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
+        from megatron_synth.model.run_plan import RunPlan
         from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
         from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear
 
@@ -99,7 +101,7 @@ def contract() -> None:
         run = Fp8Run(Recipe.of(config.precision), ranks.device)
         quantized: list[str] = []
         module: Any = Fp8ColumnParallelLinear(
-            64, 48, config=transformer_config(config), init_method=None, bias=False, fp8=run, name="layers.0.x"
+            64, 48, config=transformer_config(RunPlan(config, layout, ranks.device, {}, None)), init_method=None, bias=False, fp8=run, name="layers.0.x"
         )
         run.seal()
         layer, weight = module.fp8, module.weight
