@@ -170,7 +170,9 @@ class SavedState(TypedDict):
 
 
 STATE: Reader[SavedState] = Reader(
-    SavedState, "expected the trainer's state of a checkpoint; restore it, or remove the checkpoint"
+    SavedState,
+    "expected the trainer's state of a checkpoint; restore it, or remove the checkpoint",
+    nan_is_null=True,  # its configuration may have max_epochs: .inf
 )
 
 
