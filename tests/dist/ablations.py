@@ -16,7 +16,7 @@ _WAITING_OPERATIONS = {"_local_scalar_dense", "nonzero", "equal", "masked_select
 
 # megatron-core compares random states, which are on the host on a GPU machine, too; the loss looks for masked labels on a CPU
 # alone, where looking is no wait
-_HOST_ONLY = ("tensor_parallel/random.py", "megatron_synth_kernels/cross_entropy.py")
+_HOST_ONLY = ("tensor_parallel/random.py", "megatron_synth_kernels/torch/cross_entropy.py")
 
 
 def _of_the_host() -> bool:
