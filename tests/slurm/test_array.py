@@ -19,7 +19,7 @@ from tests.support import ROOT
 # fails, as a rank does, at the step that it is given
 CRASH = (
     f"{sys.executable} -c 'import sys; from megatron_synth.core import exit_record; exit_record.at_step(int(sys.argv[1])); "
-    'outcome.report(1, ValueError("bad sample at " + sys.argv[2])); sys.exit(1)\' '
+    'exit_record.report(1, ValueError("bad sample at " + sys.argv[2])); sys.exit(1)\' '
 )
 
 

@@ -93,6 +93,8 @@ class Row:
     tokens: list[int]
     starts: list[int]
     """Places in [0, L] at which a document begins."""
+    padding: list[int]
+    """Places of labels that are in no loss: in packed sources documents of one token, and what begins the next window."""
 
 
 class Reference:
@@ -104,6 +106,8 @@ class Reference:
         self.number = data["windows_per_sequence"]
         self.length = train["sequence_length"] // self.number
         self.settings, self.texts = data["sources"], texts
+        manifests = {name: Path(self.settings[name]["path"]) / "manifest.json" for name in self.names}
+        self.packed = {name for name, file in manifests.items() if file.is_file() and json.loads(file.read_text())["packing"]}
         phases = data["phases"] or [{"ratios": {name: self.settings[name]["ratio"] for name in self.names}}]
         self.order: list[str] = []
         for phase in phases:
@@ -133,7 +137,9 @@ class Reference:
             window = permuted(window, windows, keys(self.seed, "subset", name))
         first = window * length + (keys(self.seed, "shift", name, epoch)[0] % length if shifted else 0)
         inside = sorted(start - first for start in starts if first <= start <= first + length)
-        return Row(self.names.index(name), stream[first : first + length + 1], inside)
+        padding = [place for place in inside if place and (place == length or place + 1 in inside)]
+        packed = padding if name in self.packed else []
+        return Row(self.names.index(name), stream[first : first + length + 1], inside, packed)
 
     def step(self, first: int, batch: int, micro: int, rank: int, ranks: int) -> list[list[list[Row]]]:
         """Micro-batches of sequences of windows, of one rank."""
@@ -237,7 +243,7 @@ def write(folder: Path, documents: list[list[int]], draw: random.Random, packed:
     ).save(folder)
 
 
-def check(batch: TensorBatch, expected: list[list[Row]], length: int, masks: bool, loss: bool) -> None:
+def check(batch: TensorBatch, expected: list[list[Row]], length: int, masks: bool, loss: bool, packed: bool) -> None:
     """Hold what a model is given against the rows that it must be."""
     rows = [row for sequence in expected for row in sequence]
     wide = (len(expected), -1)
@@ -250,8 +256,8 @@ def check(batch: TensorBatch, expected: list[list[Row]], length: int, masks: boo
         begins = sorted({0, *(start for start in row.starts if start < length)})
         edges += [number * length + begin for begin in begins if number or begin]
         positions += [place - max(begin for begin in begins if begin <= place) for place in range(length)]
-        counted += [place + 1 not in row.starts for place in range(length)]
-    assert (batch.documents is not None) == masks and (batch.loss_mask is not None) == loss
+        counted += [place + 1 not in (row.starts if loss else row.padding) for place in range(length)]
+    assert (batch.documents is not None) == masks and (batch.loss_mask is not None) == (loss or packed)
     if batch.documents is not None:
         assert batch.documents.cu_seqlens.tolist() == [*edges, len(rows) * length]
         assert batch.documents.position_ids.flatten().tolist() == positions
@@ -296,7 +302,8 @@ def run(content: dict[str, Any], reference: Reference, progress: Progress, ranks
                 size, micro = config.train.global_batch_size, config.train.micro_batch_size
                 expected = reference.step(end.samples, size, micro, rank, ranks)
                 for batch, wanted in zip(batches, expected, strict=True):
-                    check(to_device(batch, place.device, config.data), wanted, reference.length, masks, loss)
+                    held = to_device(batch, place.device, config.data)
+                    check(held, wanted, reference.length, masks, loss, bool(reference.packed))
                 end = Progress(end.step + 1, end.samples + config.samples_per_step)
     assert end.samples == config.samples_at_end(progress)
     return end
