@@ -107,7 +107,9 @@ class Reference:
         self.length = train["sequence_length"] // self.number
         self.settings, self.texts = data["sources"], texts
         manifests = {name: Path(self.settings[name]["path"]) / "manifest.json" for name in self.names}
-        self.packed = {name for name, file in manifests.items() if file.is_file() and json.loads(file.read_text())["packing"]}
+        self.packed = {
+            name for name, file in manifests.items() if file.is_file() and json.loads(file.read_text()).get("packing")
+        }
         phases = data["phases"] or [{"ratios": {name: self.settings[name]["ratio"] for name in self.names}}]
         self.order: list[str] = []
         for phase in phases:
