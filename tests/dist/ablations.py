@@ -16,7 +16,7 @@ _WAITING_OPERATIONS = {"_local_scalar_dense", "nonzero", "equal", "masked_select
 
 # megatron-core compares random states, which are on the host on a GPU machine, too; the loss looks for masked labels on a CPU
 # alone, where looking is no wait
-_HOST_ONLY = ("tensor_parallel/random.py", "megatron_synth_kernels/cross_entropy.py")
+_HOST_ONLY = ("tensor_parallel/random.py", "megatron_synth_kernels/torch/cross_entropy.py")
 
 
 def _of_the_host() -> bool:
@@ -100,7 +100,7 @@ def norms(settings: list[str], joined: bool) -> tuple[list[float], int, int]:
         from megatron_synth.model.ops import RMSNorm
 
         if not joined:
-            kernels.joins_additions_to_norms = lambda: False
+            kernels.joins_additions_to_norms = lambda choices: False
         [batches] = random_batches(config, layout, ranks, 1)
         engine = Engine(config, layout, ranks)
         calls: Counter[str] = Counter()
