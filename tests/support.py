@@ -72,6 +72,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 """Name to ranks and settings."""
 
 
+def run_info(starts: int = 1) -> dict[str, Any]:
+    """A run.json."""
+    start = {"time": "2026-01-01T00:00:00+00:00", "layout": "TP1", "world_size": 1, "resumed_from_step": None}
+    about = {"id": "12345678", "created": "2026-01-01T00:00:00+00:00", "digest": "0" * 12, "host": "node", "device": "CPU"}
+    return {**about, "starts": [start] * starts, "layout": "TP1", "world_size": 1, "versions": {}, "git": None}
+
+
 def learnable_tokens(seed: int, count: int, vocab_size: int = VOCAB_SIZE, *, rule: int = 3) -> np.ndarray:
     """Mostly a function of the token before, which `rule` picks, else noise: uint16 [count]."""
     generator = np.random.default_rng(seed)

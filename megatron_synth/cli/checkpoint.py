@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -72,8 +71,8 @@ def _listing(root: Path, found: list[Path]) -> str:
     rows: list[tuple[str, ...]] = [("checkpoint", "samples", "files", "GiB", "written (UTC)", "state")]
     for checkpoint in found:
         try:
-            samples = str(json.loads((checkpoint / files.TRAINER).read_text(encoding="utf-8"))["samples"])
-        except (OSError, ValueError, KeyError, TypeError):
+            samples = str(files.STATE.read(checkpoint / files.TRAINER)["samples"])
+        except UserError:
             samples = "?"
         written = datetime.fromtimestamp(checkpoint.stat().st_mtime, UTC).isoformat(" ", "seconds")[:19]
         count = sum(path.is_file() for path in checkpoint.iterdir())

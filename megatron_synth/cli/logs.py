@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import tail
-from megatron_synth.cluster.status import jobs_folder
+from megatron_synth.cluster.status import newest_job
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 _FOLLOW_S = 0.3
@@ -29,9 +29,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Print what the newest job of a run has printed. Returns the exit code."""
     options = parser().parse_args(argv)
-    folder = jobs_folder(options.run)
-    file, prefix = folder / "job.log", f"[rank {options.rank}] "
-    job = (folder / "job.id").read_text().strip()
+    newest = newest_job(options.run)
+    file, prefix, job = newest.folder / "job.log", f"[rank {options.rank}] ", newest.id
     if not file.is_file() and not options.follow:
         raise UserError(f"{file}: not there yet; job {job} has not begun (megatron-synth status {options.run})")
 
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         show(lines[-options.lines :] if options.lines else lines)
         place = _whole(file, place)
     while options.follow:
-        ended = not any(state.active for state in slurm.states([job]).values())
+        ended = job is None or not any(state.active for state in slurm.states([job]).values())
         if file.is_file() and file.stat().st_size > place:
             with file.open("rb") as stream:
                 stream.seek(place)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_synth.train.checkpoint import files
 from megatron_synth.train.dryrun import open_if_prepared
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.shapes import LedgerInfo
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +84,9 @@ class Steps:
 
     def __init__(self, config: Config, progress: Progress, records: Sequence[metrics.Record] = ()):
         self._config, self._progress = config, progress
-        self._ends = [record[metrics.TOKENS] // config.window_length for record in records[: progress.step]]
+        # records of versions that did not count tokens tell nothing
+        counted = [record.get(metrics.TOKENS) for record in records[: progress.step]]
+        self._ends = [] if None in counted else [tokens // config.window_length for tokens in counted if tokens is not None]
         self.samples = config.samples_at_end(progress)
         """Of the whole run."""
 
@@ -243,12 +245,12 @@ def _audit(path: Path) -> int:
         file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
         print(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
     found = audit_ledger(plan, length, recorded, run.ledger)
-    print(f"read {run.ledger}: {recorded.get('samples')} samples, {recorded.get('tokens')} tokens")
+    print(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
     records = metrics.read_metrics(run.metrics)
-    found += audit_metrics(plan, length, records, recorded.get("tokens"), run.metrics)
+    found += audit_metrics(plan, length, records, recorded["tokens"], run.metrics)
     print(f"read {run.metrics}: {len(records):,} steps")
     for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
-        state = _read_state(file)
+        state = files.STATE.read(file)
         found += audit_checkpoint(data, state, file)
         print(f"read {file}: {state['samples']:,} samples")
     if not found:
@@ -259,9 +261,9 @@ def _audit(path: Path) -> int:
     return EXIT_DIFFERENT
 
 
-def audit_ledger(plan: MixturePlan, window_length: int, recorded: dict[str, Any], file: Path) -> list[Difference]:
+def audit_ledger(plan: MixturePlan, window_length: int, recorded: LedgerInfo, file: Path) -> list[Difference]:
     """What in a ledger.json is not as planned for its number of samples."""
-    samples = recorded.get("samples")
+    samples = recorded["samples"]
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
     planned = Ledger.planned(plan, window_length, samples).to_json()
@@ -306,7 +308,7 @@ def audit_metrics(
     return found
 
 
-def audit_checkpoint(data: RunData, state: dict[str, Any], file: Path) -> list[Difference]:
+def audit_checkpoint(data: RunData, state: files.SavedState, file: Path) -> list[Difference]:
     """What in a checkpoint's trainer.json is not as planned for its number of samples."""
     place = f"{file.parent.name}/{file.name}"
     samples = state["samples"]
@@ -327,14 +329,6 @@ def audit_checkpoint(data: RunData, state: dict[str, Any], file: Path) -> list[D
 def _is_count(samples: object, plan: MixturePlan) -> TypeGuard[int]:
     end = plan.schedule.samples
     return isinstance(samples, int) and samples >= 0 and (end is None or samples <= end)
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return {key: state[key] for key in ("samples", "ledger", "plan_digest")} | {"prefix_digest": state.get("prefix_digest")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: expected the trainer's state of a checkpoint: {error!r}") from None
 
 
 def _leaves(planned: Any, recorded: Any, place: str = "") -> list[tuple[str, str, str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import jobs_of
 from megatron_synth.cluster.status import RunStatus, find_runs, rows, status
-from megatron_synth.config.errors import EXIT_OK
+from megatron_synth.config.errors import EXIT_OK, UserError
 
 _CLEAR = "\033[H\033[J"
 
@@ -48,9 +48,17 @@ def main(argv: list[str]) -> int:
 def look(paths: Sequence[Path]) -> list[RunStatus]:
     """The state of every run in `paths`, with one request to SLURM for all."""
     runs = find_runs(paths)
-    newest = [jobs[-1].id for jobs in map(jobs_of, runs) if jobs]
-    states = slurm.states(job for job in newest if job is not None) if newest and slurm.available() else {}
+    newest = [job for job in map(_newest_job, runs) if job is not None]
+    states = slurm.states(newest) if newest and slurm.available() else {}
     return [status(run, states) for run in runs]
+
+
+def _newest_job(run: Path) -> str | None:
+    try:
+        jobs = jobs_of(run)
+    except (UserError, OSError):  # its row tells
+        return None
+    return jobs[-1].id if jobs else None
 
 
 def _table(found: Sequence[RunStatus]) -> str:

@@ -8,15 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_synth.cluster.progress import Job, jobs_of, last_records, tail
+from megatron_synth.cluster.progress import Job, job_folders, jobs_of, last_records, tail
 from megatron_synth.cluster.slurm import JobState
-from megatron_synth.cluster.verdict import read_attempts
+from megatron_synth.cluster.verdict import Attempt, read_attempts
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
 from megatron_synth.train.record import metrics
-from megatron_synth.train.record.run_dir import JOBS, RunDir
+from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
 
 _RECENT = 20
 """Steps over whose median rates are taken."""
@@ -32,7 +31,7 @@ class RunStatus:
     job: str | None
     """The newest job, or None for a run that was not submitted."""
     state: str
-    """pending, starting, running, done, stopped, failed, cancelled, ended by SLURM, lost or silent; and why."""
+    """pending, starting, running, done, stopped, failed, cancelled, ended by SLURM, lost, silent or damaged; and why."""
     step: int
     steps: int
     loss: float | None
@@ -46,7 +45,7 @@ class RunStatus:
 
 def is_run(path: Path) -> bool:
     """Whether `path` holds a run, or one that has been submitted."""
-    return (path / "run.json").is_file() or bool(jobs_of(path))
+    return (path / "run.json").is_file() or bool(job_folders(path))
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -64,7 +63,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def status(run: Path, states: Mapping[str, JobState], now: float | None = None) -> RunStatus:
-    """The state of a run.
+    """The state of a run; one whose records are damaged is in the state `damaged`, with the fault as its event.
 
     Args:
         run: its directory.
@@ -72,12 +71,26 @@ def status(run: Path, states: Mapping[str, JobState], now: float | None = None) 
         now: the time, for tests.
     """
     now = time.time() if now is None else now
+    try:
+        return _status(run, states, now)
+    except UserError as error:
+        return _damaged(run, str(error))
+    except OSError as error:
+        return _damaged(run, f"{error.filename or run}: cannot be read ({error.strerror or error})")
+
+
+def _damaged(run: Path, fault: str) -> RunStatus:
+    lines = " | ".join(line.strip() for line in fault.splitlines())
+    return RunStatus(run, None, "damaged", 0, 0, None, None, None, 0, lines.removeprefix(f"{run}/"))
+
+
+def _status(run: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
     jobs = jobs_of(run)
     job = jobs[-1] if jobs else None
     records = last_records(run)[-_RECENT:]
     steps = _steps(run, job)
     step = int(records[-1][metrics.STEP]) if records else 0
-    step_s = statistics.median(record[metrics.STEP_S] for record in records) if records else None
+    step_s = _median(records, metrics.STEP_S)
     attempts = read_attempts(job.folder, job.id) if job is not None and job.id is not None else []
     slurm = states.get(job.id or "") if job is not None else None
     state, goes_on = _state(run, slurm, attempts, step, steps, step_s, now)
@@ -89,18 +102,23 @@ def status(run: Path, states: Mapping[str, JobState], now: float | None = None) 
         state=state,
         step=step,
         steps=steps,
-        loss=records[-1][metrics.LOSS] if records else None,
-        tokens_per_s_per_gpu=statistics.median(r[metrics.TOKENS_PER_SEC] for r in records) if records else None,
-        eta_s=(steps - step) * step_s if goes_on and step_s is not None else None,
+        loss=records[-1].get(metrics.LOSS) if records else None,
+        tokens_per_s_per_gpu=_median(records, metrics.TOKENS_PER_SEC),
+        eta_s=max(steps - step, 0) * step_s if goes_on and step_s is not None else None,
         restarts=max(starts, begun, 1) - 1,
         event=_last_event(run, attempts),
     )
 
 
+def _median(records: Sequence[metrics.Record], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
 def _state(
     run: Path,
     slurm: JobState | None,
-    attempts: Sequence[Mapping[str, Any]],
+    attempts: Sequence[Attempt],
     step: int,
     steps: int,
     step_s: float | None,
@@ -139,16 +157,13 @@ def _written(run: Path) -> float:
 
 
 def _steps(run: Path, job: Job | None) -> int:
-    from megatron_synth.config import yaml12
-
     for file in (run / "config.yaml", *([job.folder / "config.yaml"] if job is not None else [])):
         if file.is_file():
-            config = yaml12.parse(file.read_text(encoding="utf-8"), str(file))
-            return int(config["train"]["steps"])
+            return read_config(file)["train"]["steps"]
     return 0
 
 
-def _last_event(run: Path, attempts: Sequence[Mapping[str, Any]]) -> str:
+def _last_event(run: Path, attempts: Sequence[Attempt]) -> str:
     lines = tail(run / "events.log")
     if lines:
         return lines[-1].partition(" ")[2]
@@ -179,9 +194,9 @@ def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
     return [(*row[:-1], row[-1] if len(row[-1]) <= left else row[-1][: left - 3] + "...") for row in table]
 
 
-def jobs_folder(run: Path) -> Path:
-    """Folder of the newest job of a run. UserError if it has none."""
+def newest_job(run: Path) -> Job:
+    """The newest job of a run. UserError if it has none, or its records are damaged."""
     jobs = jobs_of(run)
     if not jobs:
         raise UserError(f"{run}: no job was submitted for this run (no {JOBS}/ in it); its log is where it was started")
-    return jobs[-1].folder
+    return jobs[-1]

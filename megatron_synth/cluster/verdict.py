@@ -16,10 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
+
+from pydantic import TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from megatron_synth.cluster.progress import last_record, read_job
-from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from megatron_synth.core.records import OPEN, Amount, Count, Reader, Whole, read_bytes
 
 SAME_ERROR_LIMIT = 2
 """Failures in a row at one step with one error after which a job stops."""
@@ -152,33 +156,79 @@ def decide(end: End, earlier: Sequence[End], max_restarts: int) -> Decision:
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """What the ranks of one start left; a line that a crash cut short is left out."""
+    """What the ranks of one start left; a line that a crash cut short, or that says nothing of this kind, is left out."""
     reports = []
     for file in sorted(folder.glob("node-*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_bytes(file).splitlines():
             try:
-                reports.append(Report(**json.loads(line)))
-            except (ValueError, TypeError):
+                reports.append(_REPORT.validate_json(line, strict=True))
+            except ValidationError:
                 continue
     return reports
 
 
-def read_attempts(job_dir: Path, job: str) -> list[dict[str, Any]]:
-    """The lines of a job's history, oldest first: `begin` and `end` of every start."""
+@with_config(OPEN)
+class EndInfo(TypedDict):
+    """An `End` in a job's history."""
+
+    kind: Kind
+    code: Whole
+    began: Count
+    step: Count
+    signature: str
+    explained: bool
+    why: str
+
+
+@with_config(OPEN)
+class Attempt(TypedDict):
+    """A line of a job's history."""
+
+    event: Literal["begin", "end", "ended"]
+    time: Amount
+    restart: Count
+    step: Count
+    nodes: NotRequired[str]
+    end: NotRequired[EndInfo]
+    why: NotRequired[str]
+
+
+ATTEMPT: Reader[Attempt] = Reader(Attempt, "delete the line, or submit the run again from another folder")
+_REPORT = TypeAdapter(Report)
+
+
+def read_attempts(job_dir: Path, job: str) -> list[Attempt]:
+    """The lines of a job's history, oldest first: `begin` and `end` of every start. UserError if one is damaged."""
     file = job_dir / "attempts" / f"{job}.jsonl"
-    if not file.is_file():
-        return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # cut short when the node died
+    lines = ATTEMPT.read_lines(file)
+    for number, line in enumerate(lines, start=1):
+        if line["event"] == "end" and not ("end" in line and "why" in line):
+            raise UserError(f"{file}, line {number}: damaged: an end that does not say how; {ATTEMPT.remedy}")
     return lines
+
+
+def _end(info: EndInfo) -> End:
+    return End(
+        kind=info["kind"],
+        code=info["code"],
+        began=info["began"],
+        step=info["step"],
+        signature=info["signature"],
+        explained=info["explained"],
+        why=info["why"],
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Record the begin of a start, or record and judge its end."""
+    try:
+        return _main(argv)
+    except UserError as error:  # a record is damaged: no restart without a decision
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="verdict")
     parser.add_argument("event", choices=("begin", "end", "ended"))
     parser.add_argument("--job", required=True)
@@ -208,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     stopping = options.stopping or any(outcomes.glob("stopped-*"))
     code = options.code or (EXIT_STOPPED if any(outcomes.glob("stopped-*")) else EXIT_OK)
     end = classify(reports, code, stopping=stopping, began=began, step=step)
-    earlier = [End(**entry["end"]) for entry in history if entry["event"] == "end"]
+    earlier = [_end(entry["end"]) for entry in history if "end" in entry]
     decision = decide(end, earlier, options.max_restarts)
     _append(job_dir, options.job, line | {"end": asdict(end), "requeue": decision.requeue, "why": decision.why})
     if end.kind != "done":

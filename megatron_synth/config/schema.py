@@ -169,6 +169,13 @@ class SourceConfig(Section):
     """Cut each epoch into windows at an offset of its own, chosen by the data seed: documents that come again are then cut
     elsewhere. Not with unique_tokens, nor for a source that was packed."""
 
+    @field_validator("max_epochs")
+    @classmethod
+    def _no_more_than_can_be(cls, value: float) -> float:
+        if 1e12 < value < float("inf"):
+            raise ValueError(f"must be at most 1e12, or .inf for any number, got {value:g}")
+        return value
+
 
 class ValidationConfig(Section):
     """One validation domain."""

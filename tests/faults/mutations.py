@@ -74,6 +74,7 @@ def campaign(folder: str, count: int, seed: int) -> dict[str, int]:
     with process_group(Layout.single(), 0):
         import torch
 
+        from megatron_synth.model import architecture
         from megatron_synth.train.checkpoint import resume
 
         model = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, vocab_size=64)
@@ -84,8 +85,8 @@ def campaign(folder: str, count: int, seed: int) -> dict[str, int]:
             "parallel": ParallelConfig().model_dump(),
         }
         trainer = resume.TrainerState(0, 0, 0, "", "", {}, 64, 0, None, config)
-        weights = {f"decoder.layers.{layer}.mlp.linear_fc2.weight": torch.randn(16, 32) for layer in range(2)}
-        weights["embedding.word_embeddings.weight"] = torch.randn(64, 16)
+        table = architecture.by_key(model, 64).values()
+        weights = {name: torch.randn(weight.shape) for weight in table for name in weight.names(model.num_layers)}
         checkpoint = resume.save_full_weights(root / "checkpoints", weights, trainer)
         original = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 

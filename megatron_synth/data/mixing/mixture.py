@@ -246,8 +246,8 @@ class MixturePlan:
                     [
                         f"data.sources: too small for a run of {total_samples} samples{behind}:",
                         *problems,
-                        f"  or train at most {longest_run} samples{behind} (a step takes train.global_batch_size x "
-                        "data.windows_per_sequence)",
+                        f"  or train at most {longest_run} samples{behind} (train.steps, of train.global_batch_size x "
+                        "data.windows_per_sequence each)",
                     ]
                 )
             )

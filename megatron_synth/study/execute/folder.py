@@ -14,7 +14,7 @@ which the operating system releases, and its checkpoints: the next submit goes o
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,8 +26,11 @@ from typing import Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
+from megatron_synth.study.execute import shapes
+from megatron_synth.study.execute.shapes import Failure, Result
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.train.record import metrics
+from megatron_synth.train.record.shapes import LEDGER, RUN
 
 RESULT = "result.json"
 FORMAT_VERSION = 1
@@ -91,17 +94,28 @@ class Folder:
 
     # ---- reading
 
-    def result(self, run: Run) -> dict[str, Any] | None:
+    def result(self, run: Run) -> Result | None:
         """The result of a finished run; None while it is not finished.
 
         Raises:
             UserError: the file is damaged.
         """
-        return _read(self.run(run) / RESULT)
+        return shapes.RESULT.read_optional(self.run(run) / RESULT)
 
-    def failure(self, run: Run) -> dict[str, Any] | None:
-        """`attempts`, `exit_code`, `message`, `time` of the last failure; None if there is none."""
-        return _read(self.failure_file(run))
+    def failure(self, run: Run) -> Failure | None:
+        """The last failure; None if there is none. UserError if its record is damaged."""
+        return shapes.FAILURE.read_optional(self.failure_file(run))
+
+    def describe_failure(self, run: Run) -> str | None:
+        """The last failure in a line, also if its record is damaged; None if there is none."""
+        try:
+            failure = self.failure(run)
+        except UserError as error:
+            return str(error).splitlines()[0]
+        if failure is None:
+            return None
+        first_line = next(iter(failure["message"].splitlines()), "no message")
+        return f"attempt {failure['attempts']}, {first_line}"
 
     def is_locked(self, run: Run) -> bool:
         """Whether a process trains the run now."""
@@ -137,7 +151,10 @@ class Folder:
 
     def record_failure(self, run: Run, exit_code: int, message: str) -> None:
         """Note a failed attempt."""
-        before = self.failure(run)
+        try:
+            before = self.failure(run)
+        except UserError:  # damaged: this one replaces it
+            before = None
         attempts = (before["attempts"] if before else 0) + 1
         content = {"attempts": attempts, "exit_code": exit_code, "message": message, "time": _now()}
         write_json(self.failure_file(run), {"run": run.name, **content})
@@ -179,8 +196,7 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
     last = records[-1] if records else {}
     if last.get(metrics.STEP) != run.config.train.steps or not metrics.has_eval(last):
         raise UserError(f"{path}/metrics.jsonl: no evaluation after step {run.config.train.steps}; the run is not finished")
-    info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    ledger = json.loads((path / "ledger.json").read_text(encoding="utf-8"))
+    info, ledger = RUN.read(path / "run.json"), LEDGER.read(path / "ledger.json")
     seconds = sum(record[metrics.STEP_S] for record in records if record.get(metrics.STEP_S) is not None)
     content = {
         "format_version": FORMAT_VERSION,
@@ -192,10 +208,10 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
         "parameters": run.parameters,
         "vocab_size": vocab_size,
         "flops": run.flops(vocab_size),
-        "loss": metrics.parts(last, metrics.EVAL_DOMAIN_LOSS),
-        "bpb": metrics.parts(last, metrics.EVAL_DOMAIN_BPB),
+        "loss": _finite(metrics.parts(last, metrics.EVAL_DOMAIN_LOSS)),
+        "bpb": _finite(metrics.parts(last, metrics.EVAL_DOMAIN_BPB)),
         "tokens_evaluated": metrics.parts(last, metrics.EVAL_DOMAIN_TOKENS),
-        "train_loss": last[metrics.LOSS],
+        **_finite({"train_loss": last[metrics.LOSS]}),
         "skipped": last[metrics.SKIPPED],
         "sources": ledger["sources"],
         "train_seconds": seconds,
@@ -209,6 +225,11 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
     }
     write_json(path / RESULT, content)
     folder.clear_failure(run)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with None for what is not finite: JSON has no such numbers."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
 def last_step(path: Path, tail: int = 65536) -> int:
@@ -225,19 +246,6 @@ def last_step(path: Path, tail: int = 65536) -> int:
         except ValueError:
             continue
     return 0
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it, and the run is done again") from error
-    assert isinstance(value, dict), path
-    return value
 
 
 def _now() -> str:

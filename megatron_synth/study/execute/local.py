@@ -234,14 +234,13 @@ class Execution:
                 if code < 0:  # a signal, such as that of the kernel when memory runs out
                     self.folder.record_failure(run, code, f"killed by {signal.Signals(-code).name}")
                 self.failed += 1
-                failure = self.folder.failure(run)
-                first_line = str(failure["message"]).splitlines()[0] if failure else f"exit code {code}"
-                self._tell(f"{run.name} FAILED: {first_line}; see {self.folder.log(run)}", waiting)
+                why = self.folder.describe_failure(run) or f"exit code {code}"
+                self._tell(f"{run.name} FAILED: {why}; see {self.folder.log(run)}", waiting)
 
     def _losses(self, run: Run) -> str:
         result = self.folder.result(run)
         assert result is not None, run.name
-        return ", ".join(f"{name} {loss:.3f}" for name, loss in result["loss"].items())
+        return ", ".join(f"{name} {'n/a' if loss is None else f'{loss:.3f}'}" for name, loss in result["loss"].items())
 
     def _tell(self, text: str, waiting: Sequence[Run]) -> None:
         clear = "\r\033[K" if sys.stdout.isatty() else ""

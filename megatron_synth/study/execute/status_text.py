@@ -143,10 +143,7 @@ def status_text(study: Study, runs: Sequence[Run], folder: Folder, *, each: bool
     if failed:
         lines = []
         for run in failed:
-            failure = folder.failure(run)
-            if failure is not None:
-                first_line = str(failure["message"]).splitlines()[0]
-                lines.append(f"  {run.name}: attempt {failure['attempts']}, {first_line}; {folder.log(run)}")
+            lines.append(f"  {run.name}: {folder.describe_failure(run) or 'failed'}; {folder.log(run)}")
         sections += ["failed; the next submit tries them again\n" + "\n".join(lines)]
     if each:
         rest = [run for run in runs if states[run.id] in ("to do", "stopped")]

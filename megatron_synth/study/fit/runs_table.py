@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.records import read_text
 from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, Floats, Law
 from megatron_synth.study.fit.row_filter import matching, number
 
 FLOPS, LOSS = "flops", "loss"
+MAX_BYTES = 2**28
+"""Of a table of runs."""
 
 # names that a column may have, compared without case, spaces and punctuation; the first that is there is taken
 GUESSES = {
@@ -89,19 +93,14 @@ def read_table(path: Path) -> Table:
     Raises:
         UserError: no such file, no rows, two columns of one name, or a row of another length than the head.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no text in UTF-8; expected a CSV with a head") from None
-    reader = csv.reader(text.splitlines())
-    head = [name.strip() for name in next(reader, [])]
+    reader = csv.reader(read_text(path, MAX_BYTES).splitlines())
+    rows = _rows(reader, path)
+    head = [name.strip() for name in next(rows, [])]
     twice = sorted({name for name in head if head.count(name) > 1})
     if not head or twice:
         raise UserError(f"{path}: " + (f"column '{twice[0]}' stands in the head more than once" if twice else "is empty"))
     cells, lines = [], []
-    for row in reader:
+    for row in rows:
         if not row:
             continue
         if len(row) != len(head):
@@ -111,6 +110,17 @@ def read_table(path: Path) -> Table:
     if not cells:
         raise UserError(f"{path}: has a head and no rows")
     return Table(path, np.array(lines), {name: [row[i] for row in cells] for i, name in enumerate(head)})
+
+
+def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV; UserError if the format is broken, or a cell is longer than any that a table of runs has."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not a row of a CSV ({error})") from None
 
 
 def find_column(table: Table, what: str, asked: str | None, option: str) -> str | None:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from megatron_synth.config.errors import ConfigError, Problem, UserError
 from megatron_synth.config.load import apply_overrides, load_yaml
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Ratio, Section, ValidationConfig
+from megatron_synth.config.schema import Amount, PositiveInt, Ratio, Section, Seed, ValidationConfig
 from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
 
@@ -46,11 +46,11 @@ class StudySource(Section):
     """A prepared source, as in a training configuration."""
     max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """How often a run may see it; a study with a run that needs more is refused before anything runs."""
-    unique_tokens: PositiveInt | None = None
+    unique_tokens: Amount | None = None
     """Use only so many tokens of it: simulated epoching, where a small run repeats its text as the real one would."""
     shift_windows: bool = False
     """As in a training configuration."""
-    tokens: PositiveInt | None = None
+    tokens: Amount | None = None
     """How many it will have, for planning while it is not prepared."""
 
 
@@ -61,7 +61,7 @@ class Share(Section):
     """Share of the training tokens."""
     max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     """Cap of this arm. Default: the source's."""
-    unique_tokens: PositiveInt | None = None
+    unique_tokens: Amount | None = None
     """Limit of this arm. Default: the source's."""
 
 
@@ -98,13 +98,13 @@ class Cells(Section):
 
     sizes: tuple[str, ...] | None = None
     """Default: all."""
-    tokens: tuple[PositiveInt, ...] = ()
+    tokens: tuple[Amount, ...] = ()
     """Budgets in tokens."""
     tokens_per_parameter: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Budgets in tokens per non-embedding parameter."""
     arms: tuple[str, ...] | None = None
     """Default: all."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
     """Default: all."""
 
 
@@ -157,11 +157,11 @@ class ReportConfig(Section):
     """The loss that fits and answers are about: mean over domains, mean over tokens, or mean over the named domains."""
     bootstraps: PositiveInt = 1000
     """Resamples behind each interval."""
-    holdout_tokens: PositiveInt | None = None
+    holdout_tokens: Amount | None = None
     """Fit budgets up to this, and say how well the fit predicts those above."""
-    holdout_parameters: PositiveInt | None = None
+    holdout_parameters: Amount | None = None
     """The same in model size."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the resampling."""
 
 
@@ -186,7 +186,7 @@ class Study(Section):
     """Model sizes by name, or a list of names."""
     grid: tuple[Cells, ...] = Field(min_length=1)
     """Which runs."""
-    seeds: tuple[NonNegativeInt, ...] = Field(default=(1,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(1,), min_length=1)
     """Seeds of weights and data order. Runs that differ only in the mixture share both."""
     validation: dict[str, ValidationConfig] = Field(min_length=1)
     """Validation domains by name."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import parse_ratio
 from megatron_synth.core.files import write_atomic
+from megatron_synth.core.records import LARGEST
 from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.execute.shapes import Result
 from megatron_synth.study.fit.domains import aggregate
+from megatron_synth.study.fit.runs_table import read_table
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
 
@@ -52,7 +58,8 @@ class Row:
     steps: int
     flops: float
     loss: float
-    train_loss: float
+    train_loss: float | None
+    """None where the last step had none that is finite."""
     train_seconds: float
     device: str
     domains: dict[str, float] = field(default_factory=dict)
@@ -101,16 +108,17 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
     return Collected(rows, missing)
 
 
-def _row(study: Study, run: Run, result: Mapping[str, Any]) -> Row:
-    absent = [name for name in study.validation if result["loss"].get(name) is None]  # null: no label of it counted
+def _row(study: Study, run: Run, result: Result) -> Row:
+    losses = {name: loss for name, loss in result["loss"].items() if loss is not None}
+    absent = [name for name in study.validation if name not in losses]  # null: no label of it counted
     if absent:
         raise UserError(f"{result['run']}: result.json has no loss of domain {', '.join(absent)}")
     others: dict[str, float] = {}
-    for prefix, key in (("bpb/", "bpb"), ("eval_tokens/", "tokens_evaluated")):
-        others |= {f"{prefix}{name}": value for name, value in result[key].items()}
+    others |= {f"bpb/{name}": value for name, value in result["bpb"].items() if value is not None}
+    others |= {f"eval_tokens/{name}": count for name, count in result["tokens_evaluated"].items()}
     for name, source in result["sources"].items():
         others[f"tokens/{name}"], others[f"epochs/{name}"] = source["tokens"], source["epochs"]
-    domains = {name: float(result["loss"][name]) for name in study.validation}
+    domains = {name: losses[name] for name in study.validation}
     share = study.share(run.arm)
     return Row(
         run=result["run"],
@@ -170,27 +178,61 @@ def read_runs_csv(path: Path) -> list[Row]:
     Raises:
         UserError: it cannot be read, or a column or value is missing.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    table = read_table(path)
+    missing = [name for name in _ORDER if name not in table.texts]
+    if missing:
+        raise UserError(f"{path}: no column '{missing[0]}'; expected a runs.csv that `study report` wrote")
     rows = []
-    for number, cells in enumerate(csv.DictReader(io.StringIO(text)), start=2):
-        try:
-            values: dict[str, Any] = {name: cells[name] for name in _TEXT}
-            values |= {name: int(float(cells[name])) for name in _WHOLE}
-            values |= {name: float(cells[name]) for name in _NUMBERS}
-            rest = {name: float(value) for name, value in cells.items() if name not in _ORDER and value}
-        except KeyError as error:
-            raise UserError(f"{path}: no column {error}; expected a runs.csv that `study report` wrote") from None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: line {number}: {error}") from None
+    for place, line in enumerate(table.lines.tolist()):
+        cells = {name: texts[place] for name, texts in table.texts.items()}
+        values: dict[str, Any] = {name: cells[name] for name in _TEXT}
+        where = f"{path}, line {line}"
+        values |= {name: _whole(cells[name], name, where) for name in _WHOLE}
+        values |= {name: _finite(cells[name], name, where) for name in _NUMBERS if name != "train_loss"}
+        values["train_loss"] = _finite(cells["train_loss"], "train_loss", where) if cells["train_loss"] else None
+        _check(values, where)
+        rest = {name: _finite(text, name, where) for name, text in cells.items() if name not in _ORDER and text}
         domains = {name.removeprefix("loss/"): value for name, value in rest.items() if name.startswith("loss/")}
         others = {name: value for name, value in rest.items() if not name.startswith("loss/")}
         rows.append(Row(**values, domains=domains, others=others))
-    if not rows:
-        raise UserError(f"{path}: no runs in it")
+    twice = [name for name, number in Counter(row.run for row in rows).items() if number > 1]
+    if twice:
+        raise UserError(f"{path}: run {twice[0]} stands there more than once")
+    by_domains = {tuple(row.domains): row.run for row in rows}
+    if len(by_domains) > 1:
+        first, second = list(by_domains.values())[:2]
+        raise UserError(f"{path}: runs {first} and {second} have losses of different domains; a report needs those of all")
     return rows
+
+
+def _finite(text: str, column: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: column '{column}' holds {text[:60]!a}, expected a number")
+    return value
+
+
+def _whole(text: str, column: str, where: str) -> int:
+    value = _finite(text, column, where)
+    if not value.is_integer() or abs(value) > LARGEST:
+        raise UserError(f"{where}: column '{column}' holds {text[:60]!a}, expected a whole number")
+    return int(text) if text.strip().lstrip("+-").isdecimal() else int(value)
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    """What a runs.csv holds lies in a range; UserError otherwise."""
+    for name in ("n_params", "tokens", "steps", "flops", "loss"):
+        if values[name] <= 0:
+            raise UserError(f"{where}: column '{name}' holds {values[name]}, expected more than 0")
+    if not 0 <= values["ratio"] <= 1:
+        raise UserError(f"{where}: column 'ratio' holds {values['ratio']}, expected 0 to 1")
+    try:
+        parse_ratio(values["share"])
+    except ValueError as error:
+        raise UserError(f"{where}: column 'share': {error}") from None
 
 
 def ratios_csv(study: Study, rows: Sequence[Row]) -> str:

@@ -19,13 +19,17 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import xxhash
+from pydantic import with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import NOT_BEGUN, Progress
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.names import plain_name
+from megatron_synth.core.records import OPEN, Count, Reader
 
 TRAINER = "trainer.json"
 MANIFEST = "manifest.json"
@@ -154,6 +158,24 @@ def _format(checkpoint: Path) -> int:
         raise ValueError(f"{TRAINER} is damaged ({error})") from None
 
 
+@with_config(OPEN)
+class SavedState(TypedDict):
+    """trainer.json, as far as it is read without the engine; `resume.TrainerState` is the whole."""
+
+    step: Count
+    samples: Count
+    plan_digest: str
+    ledger: dict[str, Count]
+    prefix_digest: NotRequired[str]
+
+
+STATE: Reader[SavedState] = Reader(
+    SavedState,
+    "expected the trainer's state of a checkpoint; restore it, or remove the checkpoint",
+    nan_is_null=True,  # its configuration may have max_epochs: .inf
+)
+
+
 def faults(checkpoint: Path, *, checksums: bool, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint's files, one line each; empty if it is sound.
 
@@ -199,15 +221,8 @@ def progress_of(run: Path) -> Progress:
     checkpoint = first_sound(candidates(run), lambda one: faults(one, checksums=False), None, run)
     if checkpoint is None:
         return NOT_BEGUN
-    file = checkpoint / TRAINER
-    try:
-        trainer = json.loads(file.read_text(encoding="utf-8"))
-        step, samples = trainer["step"], trainer["samples"]
-        if type(step) is not int or type(samples) is not int or min(step, samples) < 0:
-            raise ValueError(f"step {step!r}, samples {samples!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: expected the trainer's state of a checkpoint: {error!r}") from None
-    return Progress(step, samples)
+    saved = STATE.read(checkpoint / TRAINER)
+    return Progress(saved["step"], saved["samples"])
 
 
 # ---- which there are

@@ -15,11 +15,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import duration, gib, human, scientific
+from megatron_synth.core.records import Count, Number, Whole, first_fault, parse_json, read_bytes
 from megatron_synth.estimate.hardware import show_mfu
 
 STEP = "step"
@@ -46,6 +49,8 @@ EVAL_DOMAIN_BPB = "eval/bpb/"  # + domain
 EVAL_DOMAIN_TOKENS = "eval/tokens/"  # + domain: tokens evaluated
 
 GIB = 2**30
+MAX_BYTES = 2**32
+"""Of a metrics.jsonl."""
 
 NON_FINITE = "non_finite"
 """Key, on disk only, of `{name: "nan" | "inf" | "-inf"}`: JSON has no such numbers, so their places hold null."""
@@ -69,14 +74,45 @@ def encode(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
+class _Line(BaseModel):
+    """A line of metrics.jsonl: numbers by name, null where one is unknown; text only under names that are no measurement."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, Whole | Number | str | None]
+
+    step: Count
+    tokens: Count | None = Field(None, alias=TOKENS)
+    non_finite: dict[str, Literal["nan", "inf", "-inf"]] = {}
+
+    @model_validator(mode="after")
+    def _measurements_are_numbers(self) -> _Line:
+        assert self.model_extra is not None
+        for name, value in self.model_extra.items():
+            if isinstance(value, str) and name.startswith(_MEASURED):
+                raise ValueError(f"{name} holds text, expected a number")
+        for name in self.non_finite:
+            if self.model_extra.get(name, 0) is not None:
+                raise ValueError(f"{NON_FINITE} names {name}, which is not null")
+        return self
+
+
+_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/")
+
+
 def decode(line: str | bytes) -> Record:
     """The record that `encode` wrote, bit for bit; ValueError if the line is not one."""
-    record = json.loads(line)
-    if not isinstance(record, dict) or STEP not in record:
-        raise ValueError(f"no object with the key {STEP!r}")
-    for name, value in record.pop(NON_FINITE, {}).items():
-        record[name] = float(value)
-    return record
+    return _checked(parse_json(line))
+
+
+def _checked(record: Any) -> Record:
+    try:
+        _Line.model_validate(record)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None
+    checked: Record = record
+    for name, value in checked.pop(NON_FINITE, {}).items():
+        checked[name] = float(value)
+    return checked
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -84,22 +120,32 @@ def read_metrics(path: Path) -> list[Record]:
 
     A last line that a crash cut short is left out. Damage anywhere else is a UserError, since it is no crash of ours.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
+    return decode_lines(path, read_bytes(path, MAX_BYTES)) if path.exists() else []
+
+
+def decode_lines(path: Path, content: bytes, skipped: int = 0) -> list[Record]:
+    """The records in the lines of a metrics.jsonl, of which `skipped` stand before; otherwise as `read_metrics`."""
+    lines = content.split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(decode(line))
+            value = parse_json(line)
         except ValueError as error:
             if number == len(lines):
-                break
-            raise UserError(
-                f"{path}: line {number} of {len(lines)} is not a step record ({error}); restore the file or delete the line"
-            ) from error
+                break  # cut short
+            raise _not_a_record(path, skipped, number, len(lines), error) from error
+        try:
+            records.append(_checked(value))
+        except ValueError as error:
+            raise _not_a_record(path, skipped, number, len(lines), error) from error
     return records
+
+
+def _not_a_record(path: Path, skipped: int, number: int, lines: int, error: ValueError) -> UserError:
+    where = f"line {skipped + number} of {skipped + lines}"
+    return UserError(f"{path}: {where} is not a step record ({error}); restore the file or delete the line")
 
 
 class MetricsFile:

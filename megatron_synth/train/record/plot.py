@@ -109,8 +109,9 @@ class _Report:
         where = f"{info['layout']} on {ranks} x {info['device']}" if ranks > 1 else f"{info['layout']} on {info['device']}"
         seed = f"seed {train['seed']}, {self.config['precision']['dtype']}"
         commit = ""
-        if info.get("git"):
-            commit = f"commit {info['git']['commit'][:9]}{' + changes' if info['git']['dirty'] else ''}"
+        git = info["git"]
+        if git is not None:
+            commit = f"commit {git['commit'][:9]}{' + changes' if git['dirty'] else ''}"
         starts = len(info["starts"])
         started = f"{starts} starts" if starts > 1 else ""
         figure.text(0.045, 0.955, self.run.name, fontsize=22, fontweight="bold", va="center")
@@ -191,9 +192,9 @@ class _Report:
         for name, (x, y) in series.items():
             # a mixture in phases has no one ratio: the dots are at its share of the whole run so far, which the ledger has
             phased = bool(self.config["data"].get("phases"))
-            shown = (self.ledger or {"sources": {}}) if phased else self.config["data"]
-            if name in shown["sources"]:
-                requested = float(Fraction(shown["sources"][name]["ratio"]))
+            asked = self._asked_of_ledger(name) if phased else self.config["data"]["sources"][name].get("ratio")
+            if asked is not None:
+                requested = float(asked)
                 ax.axhline(requested, color=INK, linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=3)
                 top = max(top, requested)
             top = max(top, *y, 0.0)
@@ -206,6 +207,10 @@ class _Report:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         label_ends(ax, labels)
 
+    def _asked_of_ledger(self, name: str) -> Fraction | None:
+        found = None if self.ledger is None else self.ledger["sources"].get(name)
+        return None if found is None else Fraction(found["ratio"])
+
     def _table(self, ax: Axes) -> None:
         if not self.ledger:
             _title(ax, "The mixture")
@@ -216,10 +221,10 @@ class _Report:
         heads = ("source", "requested", "delivered", "off by", "tokens", "epochs")
         right = (None, 0.52, 0.74, 0.9, 1.07, 1.24)
         rows = []
-        for name, row in sources.items():
-            off = float(row["samples"] - samples * Fraction(row["ratio"]))
-            shares = (f"{float(Fraction(row['ratio'])):.3%}", f"{row['share']:.3%}", f"{off:+.2f}")
-            rows.append((name, *shares, human(row["tokens"]), f"{row['epochs']:.2f}"))
+        for name, source in sources.items():
+            off = float(source["samples"] - samples * Fraction(source["ratio"]))
+            shares = (f"{float(Fraction(source['ratio'])):.3%}", f"{source['share']:.3%}", f"{off:+.2f}")
+            rows.append((name, *shares, human(source["tokens"]), f"{source['epochs']:.2f}"))
         rows.append(("total", "", "", "", human(self.ledger["tokens"]), ""))
         pitch = min(0.12, 0.9 / (len(rows) + 1))
         size = 10 if pitch > 0.06 else 8
@@ -283,7 +288,7 @@ class _Report:
         axis = metrics.TOKENS if self.by_tokens else metrics.STEP
         where = {record[metrics.STEP]: record[axis] for record in self.records}
         resumed = {start["resumed_from_step"] for start in self.run.info["starts"]}
-        for step in sorted(resumed & set(where)):
+        for step in sorted(step for step in where if step in resumed):
             ax.axvline(where[step], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=0.5)
             place: dict[str, Any] = {
                 "xytext": (3, -3),

@@ -25,7 +25,7 @@ import socket
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_synth import __version__
 from megatron_synth.config import yaml12
@@ -34,7 +34,10 @@ from megatron_synth.config.load import digest, to_yaml
 from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import say
+from megatron_synth.core.records import read_text
 from megatron_synth.train.checkpoint import companions
+from megatron_synth.train.record import shapes
+from megatron_synth.train.record.shapes import GitInfo, LedgerInfo, RunConfig, RunInfo, StartInfo
 
 JOBS = "slurm"
 """Folder in a run directory with one folder for each job that was submitted for it (cluster/)."""
@@ -46,7 +49,7 @@ _LIBRARIES = ("torch", "megatron-core", "numpy", "transformer-engine", "triton")
 class RunDir:
     """An opened run directory. Only rank 0 writes to it."""
 
-    def __init__(self, path: Path, info: dict[str, Any]):
+    def __init__(self, path: Path, info: RunInfo):
         self.path = path
         self.info = info
         """The content of run.json."""
@@ -93,12 +96,7 @@ class RunDir:
         file = path / "run.json"
         if not file.is_file():
             raise UserError(f"{path}: not a run directory, there is no run.json in it")
-        try:
-            info = json.loads(file.read_text(encoding="utf-8"))
-            assert isinstance(info["id"], str) and isinstance(info["starts"], list)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise UserError(f"{file}: damaged ({error!r}); restore it from a copy, or use another folder") from error
-        return cls(path, info)
+        return cls(path, shapes.RUN.read(file))
 
     @classmethod
     def create_or_open(cls, path: str | Path, config: Config, *, layout: str, world_size: int) -> RunDir:
@@ -134,10 +132,10 @@ class RunDir:
         else:
             cls.check_free(path)
             path.mkdir(parents=True, exist_ok=True)
-            run, changes = cls(path, {"id": secrets.token_hex(4), "created": now, "starts": []}), []
-        start = {"time": now, "layout": layout, "world_size": world_size, "resumed_from_step": None}
+            run, changes = cls(path, cast(RunInfo, {"id": secrets.token_hex(4), "created": now, "starts": []})), []
+        start: StartInfo = {"time": now, "layout": layout, "world_size": world_size, "resumed_from_step": None}
         starts = [*run.info["starts"], start]
-        run.info = {**run.info, **found, "starts": starts}
+        run.info = cast(RunInfo, {**run.info, **found, "starts": starts})
         write_json(path / "run.json", run.info)  # first: it is what makes the folder a run
         run.checkpoints.mkdir(exist_ok=True)
         run.event(f"start {len(starts)} of run {run.id}: {layout}, {world_size} ranks, {found['device']}")
@@ -161,7 +159,7 @@ class RunDir:
         file, text = self.path / "config.yaml", to_yaml(config)
         changes: list[str] = []
         if file.is_file():
-            old_text = file.read_text(encoding="utf-8")
+            old_text = read_text(file)
             if old_text == text:
                 return []
             # compared as plain data: a file of an older version need not be valid in this one
@@ -212,19 +210,20 @@ class RunDir:
         """Replace ledger.json."""
         write_json(self.ledger, ledger)
 
-    def read_ledger(self) -> dict[str, Any] | None:
-        """The content of ledger.json; None if the run has not written one yet."""
-        return _read_optional_json(self.ledger)
+    def read_ledger(self) -> LedgerInfo | None:
+        """The content of ledger.json; None if the run has not written one yet. UserError if it is damaged."""
+        return shapes.LEDGER.read_optional(self.ledger)
 
-    def read_config(self) -> dict[str, Any]:
-        """config.yaml as plain data, so that runs of older versions can be read; UserError if it is missing."""
-        file = self.path / "config.yaml"
-        if not file.is_file():
-            raise UserError(f"{file}: missing; a run directory holds its resolved configuration there")
-        config = yaml12.parse(file.read_text(encoding="utf-8"), str(file))
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: expected the sections of a configuration, found {type(config).__name__}")
-        return config
+    def read_config(self) -> RunConfig:
+        """config.yaml as plain data, so that runs of older versions can be read; UserError if it is missing or damaged."""
+        return read_config(self.path / "config.yaml")
+
+
+def read_config(file: Path) -> RunConfig:
+    """The resolved configuration of a run of any version; UserError if it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; a run directory holds its resolved configuration there")
+    return shapes.CONFIG.check(yaml12.parse(read_text(file, yaml12.MAX_BYTES), str(file)), str(file))
 
 
 def versions() -> dict[str, str]:
@@ -238,14 +237,14 @@ def versions() -> dict[str, str]:
     return result
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> GitInfo | None:
     """`{"commit": ..., "dirty": ...}` of the checkout that tracks `folder`; None if none does, or git is absent.
 
     A package that is merely installed below another project's checkout is not described by that project's commit. The
     copy of the package that a job runs is described by the commit that it was copied from.
     """
     if COMMIT_FILE.is_file() and COMMIT_FILE.parent in (folder := folder.resolve(), *folder.parents):
-        return _read_optional_json(COMMIT_FILE)
+        return shapes.COMMIT.read(COMMIT_FILE)
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -289,17 +288,6 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _read_optional_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore it from a copy or delete it") from error
-    assert isinstance(value, dict), path
-    return value
 
 
 def _now() -> str:

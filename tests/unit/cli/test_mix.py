@@ -225,7 +225,7 @@ def write_run(file: Path, path: Path, batches: list[int]) -> RunDir:
         writer.append([record])
         if step % 10 == 0:
             run.write_ledger(counted)
-            state = {"samples": samples, "plan_digest": data.digest, "ledger": ledger.state_dict()}
+            state = {"step": step, "samples": samples, "plan_digest": data.digest, "ledger": ledger.state_dict()}
             folder = run.checkpoints / f"step_{step:08d}"
             folder.mkdir()
             (folder / "trainer.json").write_text(json.dumps(state))

@@ -14,14 +14,20 @@ from megatron_synth.cluster import slurm
 from megatron_synth.cluster.slurm import JobState
 from megatron_synth.cluster.status import find_runs, rows, status
 from megatron_synth.config.errors import UserError
+from tests.support import run_info
 
 NOW = 1_800_000_000.0
+CONFIG = """model: {{name: custom, num_layers: 2, hidden_size: 32, num_attention_heads: 4}}
+data: {{sources: {{web: {{path: web, ratio: '1'}}}}}}
+train: {{steps: {steps}, sequence_length: 32, seed: 1}}
+precision: {{dtype: fp32}}
+"""
 
 
 def make_run(folder: Path, *, steps: int = 100, done: int = 40, events: tuple[str, ...] = (), age: float = 1.0) -> Path:
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"id": "12345678", "starts": [{}, {}]}))
-    (folder / "config.yaml").write_text(f"train: {{steps: {steps}}}\n")
+    (folder / "run.json").write_text(json.dumps(run_info(starts=2)))
+    (folder / "config.yaml").write_text(CONFIG.format(steps=steps))
     record = {"train/loss": 2.5, "perf/step_s": 0.5, "perf/tokens_per_sec_per_gpu": 12_345.0}
     lines = [json.dumps({"step": step, **record}) for step in range(1, done + 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "tr')  # the last line is being written
@@ -35,13 +41,14 @@ def add_job(run: Path, job: str, *attempts: dict[str, Any]) -> Path:
     folder = run / "slurm" / f"job-{job}"
     (folder / "attempts").mkdir(parents=True)
     (folder / "job.id").write_text(f"{job}\n")
-    (folder / "config.yaml").write_text("train: {steps: 100}\n")
+    (folder / "config.yaml").write_text(CONFIG.format(steps=100))
     (folder / "attempts" / f"{job}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in attempts))
     return run
 
 
 BEGIN = {"event": "begin", "time": NOW - 60, "restart": 0, "step": 0, "nodes": "n1"}
-CRASHED = {"event": "end", "time": NOW, "restart": 0, "end": {"kind": "failed"}, "requeue": False, "why": "failed twice"}
+FAILED = {"kind": "failed", "code": 1, "began": 0, "step": 0, "signature": "", "explained": True, "why": ""}
+CRASHED = {"event": "end", "time": NOW, "restart": 0, "step": 0, "end": FAILED, "requeue": False, "why": "failed twice"}
 
 
 def state(run: Path, job: JobState | None = None) -> str:

@@ -14,6 +14,7 @@ from megatron_synth.cli import main as cli
 from megatron_synth.cluster.verdict import End, Report, classify, decide, main, read_attempts, read_reports
 from megatron_synth.config.errors import UserError
 from megatron_synth.core import exit_record
+from tests.support import run_info
 
 BAD = Report(10.0, 3, "node2", 1, 7, "ValueError", "bad sample at 0x7f3a", "loop.py:12 run")
 CUT_OFF = Report(9.0, 0, "node1", 1, 7, "RuntimeError", "Connection closed by peer [10.0.0.1]:4711", "step.py:3 step")
@@ -97,7 +98,7 @@ def test_no_history_without_progress_goes_on_for_ever(events: list[tuple[int, bo
 def test_the_verdict_is_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, job = tmp_path / "run", tmp_path / "run" / "slurm" / "a"
     job.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"id": "12345678", "starts": []}))
+    (run / "run.json").write_text(json.dumps(run_info()))
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     (job / "job.json").write_text(json.dumps({"run_dir": str(run)}))
 

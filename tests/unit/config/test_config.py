@@ -72,7 +72,6 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     assert parsed == value and type(parsed) is type(value)
 
 
-# what is not shown has no place in a configuration
 _shown = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"], include_characters="\n\t"))
 _scalars = st.one_of(
     st.none(),
@@ -89,6 +88,65 @@ _scalars = st.one_of(
 def test_what_is_dumped_is_read_back(value: object) -> None:
     parsed = yaml12.parse(yaml12.dump(value), "test")
     assert parsed == value and repr(parsed) == repr(value)  # repr tells 1 from 1.0 and from True
+
+
+BOMB = "x0: &x0 [a]\n" + "".join(f"x{n}: &x{n} [*x{n - 1}, *x{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100000 values, with what its aliases repeat"),
+        ("a: &a [*a]", "an alias within what it stands for"),
+        ("a: " + "[" * 20_000, "nested deeper than 64 levels"),
+        ("{b: " * 5_000, "nested deeper than 64 levels"),
+        ("a: " + "9" * 5_000, "line 1: a number of 5000 digits"),
+        ("a: 0x" + "f" * 100_000, "line 1: a number of 100002 digits"),
+        ("a: b\0", "not YAML"),
+        ('a: {b: "\\0"}', "a.b: '\\x00' has the character U+0000"),
+        ('a: ["\\ud800"]', "a.0: '\\ud800' has the character U+D800"),
+        ("nat\u202eural: 1", "'nat\\u202eural' has the character U+202E"),
+        ("a: x\u200by", "a: 'x\\u200by' has the character U+200B"),
+        ("a" * (yaml12.MAX_BYTES + 1), "a configuration has 1048576 at most"),
+    ],
+)
+def test_a_text_that_attacks_its_reader_is_one_message(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        yaml12.parse(text, "f.yaml")
+    assert message in str(caught.value) and str(caught.value).isascii() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(f"train.steps={value}" for value in (2**31, "1e400", 10**90)),
+        *("train.global_batch_size=1000000000", "train.sequence_length=4611686018427387904", f"train.seed={2**64 - 1}"),
+        *(
+            f"data.seed={2**63}",
+            "model.num_layers=1000000000",
+            "model.hidden_size=1000000000000",
+            f"model.vocab_size={2**63 - 1}",
+        ),
+        *("model.num_attention_heads=1000000000", "optim.lr=1e308", "data.sources.web.max_epochs=1e308"),
+        *("data.sources.web.ratio=1e-999999999", f"data.sources.web.ratio='0.{'3' * 4000}'", "checkpoint.interval=2147483648"),
+        "data.phases=[{ramp: {from: {web: 1}, to: {qa: 1}, blocks: 1000000000}}]",
+    ],
+)
+def test_numbers_have_upper_limits(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(yaml12.dump(GOOD))
+    with pytest.raises(ConfigError) as caught:
+        load_file(Config, tmp_path / "f.yaml", [setting])
+    assert len(caught.value.problems) == 1 or setting.startswith("data.phases"), caught.value
+
+
+def test_a_run_has_no_more_tokens_than_can_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text(yaml12.dump(GOOD))
+    with pytest.raises(ConfigError, match="can be counted"):
+        load_file(
+            Config,
+            tmp_path / "f.yaml",
+            ["train.steps=2147483647", "train.global_batch_size=4194304", "train.sequence_length=1024"],
+        )
 
 
 def test_duplicate_and_wrong_keys_are_told_with_their_lines() -> None:

@@ -17,7 +17,8 @@ def make(root: Path, step: int, *, content: bytes = b"weights") -> Path:
     """A checkpoint of two files."""
     folder = root / files.name_of(step)
     folder.mkdir(parents=True)
-    trainer = json.dumps({"format": files.FORMAT, "samples": 8 * step}).encode()
+    state = {"format": files.FORMAT, "step": step, "samples": 8 * step, "plan_digest": "0", "ledger": {"web": 8 * step}}
+    trainer = json.dumps(state).encode()
     written = {"__0_0.distcp": files.write_hashed(folder / "__0_0.distcp", content)}
     written[files.TRAINER] = files.write_hashed(folder / files.TRAINER, trainer)
     files.write_manifest(folder, written)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,12 @@ def test_an_event_is_one_line(tmp_path: Path) -> None:
 def test_ledger_round_trip(tmp_path: Path) -> None:
     run = RunDir.create_or_open(tmp_path / "r", config(), layout="TP1", world_size=1)
     assert run.read_ledger() is None
-    run.write_ledger({"samples": 3})
-    run.write_ledger({"samples": 4})
-    assert run.read_ledger() == {"samples": 4}
-    assert run.read_config()["data"]["sources"]["web"]["ratio"] == "2/3"
+    source = {"ratio": "1", "samples": 4, "tokens": 64, "epochs": 0.5, "share": 1.0}
+    for samples in (3, 4):
+        ledger = {"samples": samples, "tokens": 16 * samples, "sequence_length": 16, "sources": {"web": source}}
+        run.write_ledger(ledger)
+        assert run.read_ledger() == ledger
+    assert run.read_config()["data"]["sources"]["web"]["ratio"] == Fraction(2, 3)
 
 
 def test_versions_are_read_without_imports() -> None:

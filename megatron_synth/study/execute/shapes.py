@@ -1,0 +1,55 @@
+"""What stands in the records of a study's runs."""
+
+from __future__ import annotations
+
+from typing import NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
+
+from megatron_synth.core.records import OPEN, Amount, Count, Number, Positive, Reader, Whole
+from megatron_synth.train.record.shapes import GitInfo, SourceCounts
+
+
+@with_config(OPEN)
+class Result(TypedDict):
+    """result.json of a finished run."""
+
+    id: str
+    run: str
+    seed: Whole
+    steps: Positive
+    tokens: Positive
+    parameters: Positive
+    vocab_size: Positive
+    flops: Amount
+    loss: dict[str, Number | None]
+    """By validation domain; None: no label of it counted."""
+    bpb: dict[str, Number | None]
+    tokens_evaluated: dict[str, Count]
+    train_loss: Number | None
+    skipped: Count
+    sources: dict[str, SourceCounts]
+    train_seconds: Amount
+    device: str
+    layout: str
+    world_size: Positive
+    git: GitInfo | None
+    versions: dict[str, str]
+    data_digest: str
+    finished: str
+
+
+@with_config(OPEN)
+class Failure(TypedDict):
+    """state/<id>.json: the last failure of a run."""
+
+    run: NotRequired[str]
+    attempts: Positive
+    exit_code: Whole
+    message: str
+    time: str
+
+
+RESULT: Reader[Result] = Reader(Result, "delete it, and the next submit makes it again", nan_is_null=True)
+FAILURE: Reader[Failure] = Reader(Failure, "delete it, and the next submit tries the run again")
