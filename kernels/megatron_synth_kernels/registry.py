@@ -205,13 +205,13 @@ OPERATIONS: dict[str, Operation] = {
         ),
         _operation(
             "cross_entropy_stats",
-            "(logits [N, V], labels [N], vocab_start) -> maximum, sum of exponentials, label's logit [3, N]",
+            "(logits [N, V], labels [N], vocab_start, valid) -> maximum, sum of exponentials, label's logit [3, N]",
             triton=".triton.cross_entropy:cross_entropy_stats",
             torch=".torch.cross_entropy:cross_entropy_stats",
         ),
         _operation(
             "cross_entropy_grad",
-            "(logits [N, V], labels, vocab_start, log_sum_exp, scale [N], z_loss) -> gradient, in the logits' memory",
+            "(logits [N, V], labels, vocab_start, log_sum_exp, scale [N], z_loss, valid) -> gradient, in the logits' memory",
             triton=".triton.cross_entropy:cross_entropy_grad_",
             torch=".torch.cross_entropy:cross_entropy_grad_",
         ),

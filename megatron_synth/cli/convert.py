@@ -63,7 +63,7 @@ def _to_hf(run: Path, folder: Path) -> int:
         bos_token_id=None if kept is None else kept.bos_token_id,
         pad_token_id=None if kept is None else kept.pad_token_id,
     )
-    write_hf(folder, to_hf_state(weights, model), settings, tokenizer, companions=kept)
+    write_hf(folder, to_hf_state(weights, model, saved.vocab_size), settings, tokenizer, companions=kept)
     if saved.tokenizer and tokenizer is None:
         say(f"warning: {saved.tokenizer} of the run is not there any more; the folder has no tokenizer")
     say(f"{found} -> {folder}: {human(sum(w.numel() for w in weights.values()))} parameters, step {saved.step}")

@@ -84,7 +84,7 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | None = None
     """Tokens in the vocabulary (V). Default: that of the data's tokenizer."""
     make_vocab_size_divisible_by: PositiveInt = 128
-    """The embedding is padded to a multiple of this. Independent of the layout, so that one seed stays one model."""
+    """The embedding is padded to a multiple of this, in every layout. Rows of padding have no probability and no gradient."""
     share_embeddings_and_output_weights: bool = False
     """Tie the output layer to the embedding."""
     rotary_base: Annotated[float, Field(gt=0)] = 10_000.0

@@ -7,20 +7,14 @@ in names and in how two matrices are stored:
   head, then its value head; Hugging Face has `q_proj` [A D, H], `k_proj` and `v_proj` [G D, H], heads in that order.
 - `linear_fc1.weight` [2 F, H] is `gate_proj` [F, H] above `up_proj` [F, H].
 
-Padding of the vocabulary. Our embedding and output layer have V' = `padded_vocab_size(V)` rows, and the rows beyond V
-take part in the softmax: a trained model's probabilities are over V' tokens. So `to_hf_state` keeps all rows and
-`hf_config` writes V' as `vocab_size`: every logit and probability stays as it was, and tokenizers never produce the ids
-beyond V. In the other direction `model_config_from_hf` picks a `make_vocab_size_divisible_by` that divides V, so that
-nothing is padded. Where a model pads all the same, `from_hf_state` fills the output layer's new rows with the mean of
-the real rows. Their logit is then the mean of the real logits, which by Jensen's inequality is at most their
-log-mean-exp, so that for any input the log-probability of a real token falls by at most log(V' / V); rows of zeros
-would have no such bound. The embedding's new rows are zeros, unless it is tied.
+Padding of the vocabulary. Our embedding and output layer have V' = `padded_vocab_size(V)` rows. Those beyond V are no tokens:
+the loss gives them no probability, and nothing depends on them. So `to_hf_state` leaves them out and `hf_config` writes V as
+`vocab_size`; `from_hf_state` adds rows of zeros.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
@@ -62,9 +56,9 @@ def _check(state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], voca
         raise UserError("the weights do not fit the model's settings:\n  " + "\n  ".join(problems[:8]) + more)
 
 
-def _places(model: ModelConfig) -> Iterator[tuple[str, list[str], Weight]]:
+def _places(model: ModelConfig, vocab_size: int | None = None) -> Iterator[tuple[str, list[str], Weight]]:
     """Every tensor of the model: our name, Hugging Face's names of what it is made of, and its row of the table."""
-    for weight in weights(model):
+    for weight in weights(model, vocab_size):
         for layer, name in enumerate(weight.names(model.num_layers)):
             yield name, weight.hf_names(layer), weight
 
@@ -91,18 +85,18 @@ def _join(parts: list[Tensor], weight: Weight) -> Tensor:
     return torch.cat([part.reshape(weight.blocks, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
 
-def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
     """Hugging Face Llama's weights from ours (full tensors, our names); every tensor has its own memory.
 
-    The vocabulary keeps its padding rows, see the module's docstring. UserError names tensors that are missing,
+    The first `vocab_size` rows of the vocabulary are tokens; its padding is left out. UserError names tensors that are missing,
     unknown or misshapen.
     """
-    places = list(_places(model))
-    vocabulary = {name for name, _, weight in places if weight.has_vocabulary}
-    _check(state, {name: weight.shape for name, _, weight in places}, vocabulary)
+    places = list(_places(model, vocab_size))
+    _check(state, {name: weight.shape for name, _, weight in places}, set())
     hf: dict[str, Tensor] = {}
     for name, theirs, weight in places:
-        hf.update(zip(theirs, _split(state[name], weight), strict=True))
+        tensor = state[name][:vocab_size] if weight.has_vocabulary else state[name]
+        hf.update(zip(theirs, _split(tensor, weight), strict=True))
     return hf
 
 
@@ -129,23 +123,19 @@ def from_hf_state(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, 
     }
     _check(state, shapes, {name for _, theirs, weight in places if weight.has_vocabulary for name in theirs})
     ours = {name: _join([state[theirs] for theirs in parts], weight) for name, parts, weight in places}
-    tied = model.share_embeddings_and_output_weights
     for name, _, weight in places:
         if weight.has_vocabulary:
-            ours[name] = _pad_rows(ours[name], model, with_mean=tied or weight.part == "head")
+            ours[name] = _pad_rows(ours[name], model)
     return ours
 
 
-def _pad_rows(table: Tensor, model: ModelConfig, *, with_mean: bool) -> Tensor:
-    """[V, H] -> [V', H]; the new rows are the mean of the real ones, or zeros."""
+def _pad_rows(table: Tensor, model: ModelConfig) -> Tensor:
+    """[V, H] -> [V', H]; the new rows are zeros."""
     import torch
 
     rows, width = table.shape
     missing = model.padded_vocab_size(rows) - rows
-    if not missing:
-        return table
-    fill = table.double().mean(dim=0).to(table.dtype) if with_mean else torch.zeros(width, dtype=table.dtype)
-    return torch.cat([table, fill.to(table.device).expand(missing, width)])
+    return torch.cat([table, table.new_zeros((missing, width))]) if missing else table
 
 
 # ---- settings
@@ -163,14 +153,14 @@ def hf_config(
 ) -> dict[str, Any]:
     """The config.json of the exported model.
 
-    vocab_size: tokens of the tokenizer (V); the file holds the padded size, as the weights do.
+    vocab_size: tokens of the tokenizer (V), as many as the exported weights have rows for.
     eos_token_id: what ends a text; of a model that was not imported, the end-of-document token of the training data.
     """
     rope = {"rope_type": "default", "rope_theta": model.rotary_base}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": model.padded_vocab_size(vocab_size),
+        "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -214,10 +204,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> ModelConfig:
-    """Our settings from a Llama's config.json; UserError names each field that our model cannot represent.
-
-    `make_vocab_size_divisible_by` becomes the largest divisor of 128 that divides the vocabulary: nothing is padded.
-    """
+    """Our settings from a Llama's config.json; UserError names each field that our model cannot represent."""
     if config.get("model_type") != "llama":
         raise UserError(f"config.json: model_type: expected 'llama', found {config.get('model_type')!r}")
     problems = [f"{field}: missing" for field in _REQUIRED if config.get(field) is None]
@@ -253,7 +240,6 @@ def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> Mod
         num_attention_heads=config["num_attention_heads"],
         num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
         vocab_size=config["vocab_size"],
-        make_vocab_size_divisible_by=math.gcd(config["vocab_size"], 128),
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
         rotary_base=10_000.0 if theta is None else theta,
         norm_epsilon=config["rms_norm_eps"],

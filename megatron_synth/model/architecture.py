@@ -192,12 +192,12 @@ def products(model: ModelConfig, tensor: int = 1) -> dict[str, tuple[int, int]]:
 
 
 _NO_PART = {"name", "vocab_size", "make_vocab_size_divisible_by", "init_method_std"}
-"""Settings of a model that neither the shapes nor the meaning of its weights depend on. Of the vocabulary see `settings`."""
+"""Settings that the meaning of the weights does not depend on; rows that pad the vocabulary have none."""
 
 
 def settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """What the shapes and the meaning of the weights depend on, by the names that a user knows."""
+    """What the meaning of the weights depends on, by the names that a user knows."""
     found = {f"model.{name}": value for name, value in model if name not in _NO_PART}
     found["model.num_query_groups"] = model.query_groups
-    found["the padded vocabulary"] = model.padded_vocab_size(vocab_size)
+    found["the vocabulary"] = vocab_size
     return found

@@ -30,7 +30,7 @@ class LlamaModel(GPTModel):
     """megatron-core's GPT with our loss at its end.
 
     Called with labels, the last stage returns `Losses`; `loss_mask` is then an `Objective`, or None for an evaluation.
-    `packed_seq_params` are `Documents`, or None. Without labels it returns logits.
+    `packed_seq_params` are `Documents`, or None. Without labels it returns logits, those of the vocabulary's padding included.
     """
 
     fp8: Fp8Run | None = None
@@ -40,9 +40,9 @@ class LlamaModel(GPTModel):
     precision_text = ""
     """Which layers run in which format, where there is more than one."""
 
-    def __init__(self, *, fused_loss: bool, **kwargs: Any):
+    def __init__(self, *, fused_loss: bool, tokens: int, **kwargs: Any):
         super().__init__(**kwargs)
-        self.fused_loss = fused_loss
+        self.fused_loss, self.tokens = fused_loss, tokens
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Objective | None, **others: Any) -> Any:
         if labels is None or not self.post_process:
@@ -51,9 +51,9 @@ class LlamaModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if not self.fused_loss:
             logits, _ = layer(hidden_states, weight=weight)
-            return ops.loss_of_logits(logits, labels, loss_mask)
+            return ops.loss_of_logits(logits, labels, loss_mask, self.tokens)
         # By the layer and not past it: hooks on it see to it that its weights have arrived.
-        layer._forward_impl = partial(ops.output_and_loss, labels=labels, objective=loss_mask)
+        layer._forward_impl = partial(ops.output_and_loss, labels=labels, objective=loss_mask, vocab_size=self.tokens)
         try:
             losses, _ = layer(hidden_states, weight=weight)
         finally:
@@ -141,6 +141,7 @@ def build_model(plan: RunPlan, vocab_size: int) -> list[LlamaModel]:
         vp_stage = stage if stages > 1 else None
         chunk = LlamaModel(
             fused_loss=config.train.fused_loss,
+            tokens=vocab_size,
             config=mcore,
             transformer_layer_spec=block_spec(mcore, vp_stage, config.model, linears),
             vocab_size=config.model.padded_vocab_size(vocab_size),

@@ -124,8 +124,6 @@ def _mark(parameter: torch.nn.Parameter, weight: Weight) -> None:
 def _in_table(entry: ShardedTensor | ShardedTensorFactory, table: dict[str, Weight], layers: int) -> Weight:
     """The row of a tensor of the model that was built; the two must agree."""
     weight = table[entry.key]
-    if isinstance(entry, ShardedTensorFactory) and fp8_params.is_quantized(entry.data):
-        return weight  # a tensor in FP8 cannot be split, which is how its place is found
     found = {tuple(shard.global_shape) for shard in _shards(entry)}
     expected = weight.saved_shape(layers)
     assert found == {expected}, f"{entry.key} is {found} in the model, {expected} in the table"
@@ -147,11 +145,11 @@ def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_siz
             if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                 continue  # TransformerEngine's extra state
             parameter = entry.data
+            quantized = fp8_params.is_quantized(parameter)
+            if quantized:  # parts of it cannot be written
+                entry = replace(entry, data=torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
             weight = _in_table(entry, table, model.num_layers)
             _mark(parameter, weight)
-            quantized = fp8_params.is_quantized(parameter)
-            if quantized:
-                entry = replace(entry, data=torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
             for shard in _shards(entry):
                 assert shard.data is not None
                 if weight.initial == "ones":

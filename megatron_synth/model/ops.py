@@ -239,6 +239,7 @@ def output_and_loss(
     *,
     labels: Tensor,
     objective: Objective | None,
+    vocab_size: int,
     sequence_parallel: bool,
     tp_group: ProcessGroup,
     **_: Any,
@@ -251,6 +252,7 @@ def output_and_loss(
         bias: none.
         labels: [B, S] of the whole sequence.
         objective: None for an evaluation: no gradients are made.
+        vocab_size: tokens of the whole vocabulary; rows beyond are padding, with no probability and no gradient.
         sequence_parallel: whether the input is a part.
         tp_group: the tensor-parallel ranks.
     """
@@ -259,7 +261,7 @@ def output_and_loss(
     gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
     hidden = gather(input, group=tp_group)
     length, batch, _ = hidden.shape
-    part = Part(tp_group.rank() * len(weight), tp_group)
+    part = Part(tp_group.rank() * len(weight), tp_group, vocab_size)
     total, losses, log_sum_exp = linear_cross_entropy(
         hidden.flatten(0, 1),
         weight,
@@ -272,14 +274,19 @@ def output_and_loss(
     return Losses(total, losses.view(length, batch).t(), log_sum_exp.view(length, batch).t())
 
 
-def loss_of_logits(logits: Tensor, labels: Tensor, objective: Objective | None) -> Losses:
+def loss_of_logits(logits: Tensor, labels: Tensor, objective: Objective | None, vocab_size: int) -> Losses:
     """The loss where the output layer has made the logits, whole.
 
     Args:
-        logits: [S, B, V / tensor-parallel size].
+        logits: [S, B, V / tensor-parallel size]; those of padding are overwritten.
         labels: [B, S], global token ids.
         objective: None for an evaluation.
+        vocab_size: tokens of the whole vocabulary; entries beyond are padding, with no probability and no gradient.
     """
+    entries = logits.shape[-1]
+    part = Part(parallel_state.get_tensor_model_parallel_rank() * entries, None, vocab_size)
+    with torch.no_grad():  # exp(-inf) is 0, and so is the gradient
+        logits[..., part.valid(entries) :] = -torch.inf
     labels = labels.t().contiguous()
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         losses = cross_entropy(logits, labels).t()

@@ -20,6 +20,7 @@ def layer(kind: str, recipe: str, number_format: str, sequence_parallel: bool) -
     from torch import Tensor
 
     from megatron_synth.config.schema import Config
+    from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
 
@@ -32,15 +33,13 @@ def layer(kind: str, recipe: str, number_format: str, sequence_parallel: bool) -
         precision={"dtype": "fp32", "fp8": recipe, "fp8_format": number_format},
     )  # type: ignore[arg-type]
     layout = plan(config, size)
+    decided = decide(config, layout)
     with process_group(layout, 0) as ranks:
-        from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
-        from megatron_synth.model.run_plan import RunPlan
         from megatron_synth.model.fp8.recipe import Fp8Run, Recipe
         from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
-        ops.connect()
-        mcore = transformer_config(RunPlan(config, layout, ranks.device, {}, None))
+        mcore = transformer_config(decided)
         run = Fp8Run(Recipe.of(config.precision), ranks.device)
         options: Any = {"config": mcore, "init_method": None, "bias": False, "skip_bias_add": False, "fp8": run, "name": "x"}
         column = kind == "column"
@@ -79,6 +78,7 @@ def contract() -> None:
     import torch
 
     from megatron_synth.config.schema import Config
+    from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan
 
@@ -89,19 +89,17 @@ def contract() -> None:
         precision={"dtype": "fp32", "fp8": "delayed", "fp8_amax_history_len": 2},
     )  # type: ignore[arg-type]
     layout = plan(config, 1)
+    decided = decide(config, layout)
     with process_group(layout, 0) as ranks:
-        from megatron_synth.model import ops
         from megatron_synth.model.build import transformer_config
-        from megatron_synth.model.run_plan import RunPlan
         from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
         from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear
 
-        ops.connect()
         torch.manual_seed(0)
         run = Fp8Run(Recipe.of(config.precision), ranks.device)
         quantized: list[str] = []
         module: Any = Fp8ColumnParallelLinear(
-            64, 48, config=transformer_config(RunPlan(config, layout, ranks.device, {}, None)), init_method=None, bias=False, fp8=run, name="layers.0.x"
+            64, 48, config=transformer_config(decided), init_method=None, bias=False, fp8=run, name="layers.0.x"
         )
         run.seal()
         layer, weight = module.fp8, module.weight

@@ -28,7 +28,7 @@ def export_initial(config_path: str, settings: list[str], folder: str) -> None:
         (model,) = build_model(decided, vocab_size)
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
         settings_json = hf_config(config.model, vocab_size, config.train.sequence_length, "fp32")
-        write_hf(Path(folder), to_hf_state(state, config.model), settings_json)
+        write_hf(Path(folder), to_hf_state(state, config.model, vocab_size), settings_json)
 
 
 def logits(run: str, tokens: np.ndarray) -> np.ndarray:

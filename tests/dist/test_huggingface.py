@@ -126,14 +126,18 @@ def test_an_optimizer_changed_at_a_resume(ranks: RankPool, train: Train, config:
     assert "changed: optim.beta1: 0.9 -> 0.3" in results[0].stdout
 
 
-def test_from_hf_starts_any_layout(ranks: RankPool, train: Train, config: Path, tmp_path: Path) -> None:
-    """A Llama of transformers' own making: its loss on the first batch is the first loss of a run from its weights."""
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, VOCAB_SIZE + 1])
+def test_from_hf_starts_any_layout(ranks: RankPool, train: Train, config: Path, tmp_path: Path, vocab_size: int) -> None:
+    """A Llama of transformers' own making: its loss on the first batch is the first loss of a run from its weights.
+
+    An odd vocabulary is padded, so that tensor-parallel ranks can share it.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=4,
@@ -155,7 +159,7 @@ def test_from_hf_starts_any_layout(ranks: RankPool, train: Train, config: Path, 
     for layout in ("single", "tp2pp2"):
         assert layout in LAYOUTS
         run = tmp_path / layout
-        train(run, layout, f"checkpoint.init_from={tmp_path / 'imported'}")
+        train(run, layout, f"checkpoint.init_from={tmp_path / 'imported'}", f"model.vocab_size={vocab_size}")
         losses = [record[metrics.LOSS] for record in read_metrics(run)[:STEPS]]
         assert losses == pytest.approx(expected, abs=1e-4, rel=0)
     # and back

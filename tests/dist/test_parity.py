@@ -50,6 +50,18 @@ def test_tied_embeddings(trained: Callable[..., Run]) -> None:
     assert reference.records[-1]["train/loss"] != trained("single").records[-1]["train/loss"]
 
 
+@pytest.mark.parametrize("more", [(), (TIED,), ("train.fused_loss=false",)])
+@pytest.mark.parametrize("layout", ["single", "tp2pp2"])
+def test_nothing_depends_on_the_padding_of_the_vocabulary(
+    layout: str, more: tuple[str, ...], trained: Callable[..., Run]
+) -> None:
+    """256 tokens in 384 rows and, of two tensor-parallel ranks, 256 rows of which the second has no token."""
+    reference = trained("single", *more)
+    for multiple in (384, 512):
+        run = trained(layout, *more, f"model.make_vocab_size_divisible_by={multiple}")
+        assert_same_losses(run.records, reference.records, RTOL)
+
+
 @pytest.mark.parametrize("layout", ["single", "tp2pp2"])
 def test_loss_from_whole_logits(layout: str, trained: Callable[..., Run]) -> None:
     """The output layer and cross-entropy of megatron-core; everywhere else here they are one, chunk by chunk."""

@@ -80,6 +80,21 @@ def test_resuming_in_another_layout(layout: str, trained: Callable[..., Run], tr
     assert read_ledger(run) == reference.ledger
 
 
+@pytest.mark.parametrize(("before", "after"), [("single", "tp2"), ("dp2", "tp2"), ("single-plain", "dp2-plain")])
+def test_resuming_with_another_padding_of_the_vocabulary(
+    before: str, after: str, trained: Callable[..., Run], train: Train, tmp_path: Path
+) -> None:
+    """Rows that pad it are no part of the model: more of them come as new, and those of a checkpoint may be left out."""
+    wide = "model.make_vocab_size_divisible_by=384"
+    reference = trained("single")
+    run = rewound(trained(before).path, tmp_path / "wider", HALF)
+    train(run, after, wide)
+    assert_same_losses(read_metrics(run), reference.records, 1e-5)
+    run = rewound(trained(before, wide).path, tmp_path / "narrower", HALF)
+    train(run, after)
+    assert_same_losses(read_metrics(run), reference.records, 1e-5)
+
+
 def test_resuming_an_interleaved_or_data_parallel_run_on_one_rank(
     trained: Callable[..., Run], train: Train, tmp_path: Path
 ) -> None:

@@ -72,6 +72,25 @@ def test_extreme_logits() -> None:
     assert grad[1:].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("valid", [0, 1, 4, 9])
+def test_padding_has_no_probability_and_no_gradient(valid: int, dtype: torch.dtype) -> None:
+    whole = torch.randn(3, 9).mul_(4).to(dtype)
+    whole[:, valid:] = torch.tensor([math.nan, math.inf, 1e30])[:, None].to(dtype)
+    labels = torch.randint(0, max(valid, 1), (3,))
+    exact = whole[:, :valid].double()
+    stats = cross_entropy_stats(whole, labels, 0, valid)
+    close(stats[0] + stats[1].log(), exact.logsumexp(1), torch.float32)
+    assert torch.equal(stats[2], whole.gather(1, labels[:, None])[:, 0].float() if valid else torch.zeros(3))
+    log_sum_exp, scale = exact.logsumexp(1).float(), torch.rand(3)
+    grad = cross_entropy_grad_(whole, labels, 0, log_sum_exp, scale, Z, valid)
+    assert grad.data_ptr() == whole.data_ptr() and grad[:, valid:].eq(0).all()
+    if valid:
+        onehot = torch.zeros_like(exact).scatter_(1, labels[:, None], 1.0)
+        softmax = exact.softmax(1) * (1 + 2 * Z * exact.logsumexp(1)[:, None])
+        close(grad[:, :valid], (softmax - onehot) * scale[:, None], dtype)
+
+
 # ---- the whole
 
 
@@ -104,6 +123,26 @@ def test_against_fp64(tokens: int, vocabulary: int, chunk: int, z_loss: float, d
     assert hidden.grad is not None and weight.grad is not None
     for ours, theirs in zip((*found, hidden.grad, weight.grad), expected, strict=True):
         close(ours.detach(), theirs.detach(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", [0, 1, 30])
+def test_a_padded_vocabulary_is_the_vocabulary(padding: int, dtype: torch.dtype) -> None:
+    hidden, weight, labels, weights = problem(9, 50, dtype)
+    expected = reference(hidden, weight, labels, weights, Z)
+    padded = torch.cat([weight.detach(), 50 * torch.randn(padding, 16).to(dtype)]).requires_grad_()
+    found = linear_cross_entropy(hidden, padded, labels, weights, z_loss=Z, chunk_tokens=4, part=module.Part(vocab_size=50))
+    found[0].backward()
+    assert hidden.grad is not None and padded.grad is not None
+    assert padded.grad[50:].eq(0).all()
+    for ours, theirs in zip((*found, hidden.grad, padded.grad[:50]), expected, strict=True):
+        close(ours.detach(), theirs.detach(), dtype)
+
+
+def test_how_much_of_a_part_is_padding() -> None:
+    parts = [module.Part(start, None, 129) for start in (0, 128, 256)]
+    assert [part.valid(128) for part in parts] == [128, 1, 0]
+    assert module.Part(128).valid(128) == 128
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

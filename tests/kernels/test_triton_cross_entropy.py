@@ -71,6 +71,29 @@ def test_parts_of_a_vocabulary_make_the_whole() -> None:
     assert torch.equal(torch.stack([part[2] for part in parts]).sum(0), whole[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("valid", [0, 1, 4096, 4097, 5000])
+def test_padding_has_no_probability_and_no_gradient(valid: int, dtype: torch.dtype) -> None:
+    from megatron_synth_kernels.triton.cross_entropy import cross_entropy_grad_, cross_entropy_stats
+
+    logits = torch.randn(3, 5000, device=DEVICE).mul_(6).to(dtype)
+    logits[:, valid:] = torch.tensor([math.nan, math.inf, 1e30], device=DEVICE)[:, None].to(dtype)
+    exact = logits[:, :valid].double()
+    labels = torch.full((3,), max(valid - 1, 0), dtype=torch.int64, device=DEVICE)
+    stats = cross_entropy_stats(logits, labels, 0, valid)
+    close(log_sum_exp(stats), exact.logsumexp(1), torch.float32)
+    own = exact[:, -1] if valid else torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(stats[2].double(), own)
+    scale = torch.rand(3, device=DEVICE)
+    log_total = exact.logsumexp(1) if valid else torch.ones(3, dtype=torch.float64, device=DEVICE)
+    grad = cross_entropy_grad_(logits, labels, 0, log_total.float(), scale, Z_LOSS, valid)
+    assert grad[:, valid:].eq(0).all()
+    if valid:
+        softmax = (exact - log_total[:, None]).exp() * (1 + 2 * Z_LOSS * log_total[:, None])
+        softmax[:, -1] -= 1.0
+        close(grad[:, :valid], softmax * scale[:, None], dtype)
+
+
 def test_extremes() -> None:
     from megatron_synth_kernels.triton.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 

@@ -1,7 +1,10 @@
 """Cross-entropy over a chunk of logits in two elementwise passes, between which tensor-parallel ranks put their parts together.
 
-N tokens, V entries of this rank's part of the vocabulary. With m the maximum of all logits, s = sum(exp(logit - m)) and
-L = m + log(s):  loss = L - logit[label];  d loss / d logit = exp(logit - L) - [logit is the label's].
+N tokens, V entries of this rank's part of the vocabulary. The first `valid` of them are tokens, the rest is padding: it has no
+probability and no gradient, so that nothing depends on how far a vocabulary is padded.
+
+With m the maximum of all logits, s = sum(exp(logit - m)) and L = m + log(s):  loss = L - logit[label];
+d loss / d logit = exp(logit - L) - [logit is the label's].
 """
 
 from __future__ import annotations
@@ -32,20 +35,26 @@ def _column(labels: Tensor, vocab_start: int, vocabulary: int) -> tuple[Tensor, 
     return column.where(here, 0), here
 
 
-def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int) -> Tensor:
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int, valid: int | None = None) -> Tensor:
     """What one rank knows of the cross-entropy of each token.
 
     Args:
         logits: [N, V], fp32 or bf16; -inf is a logit like any other.
         labels: [N] int64, ids of the whole vocabulary.
         vocab_start: id of this part's first entry.
+        valid: entries that are tokens; None: all.
 
     Returns:
-        [3, N] fp32: the local maximum m, sum(exp(logit - m)) (0 where all are -inf), the label's logit (0 where the label is
-        in another part).
+        [3, N] fp32: the local maximum m, sum(exp(logit - m)) (0 where all are -inf, or there are only padding entries), the
+        label's logit (0 where the label is in another part).
     """
     stats = torch.empty((3, len(logits)), dtype=_wide(logits.dtype), device=logits.device)
     maximum, total, own = stats.unbind(0)
+    logits = logits[:, :valid]
+    if not logits.shape[1]:
+        maximum.fill_(-torch.inf)
+        stats[1:].zero_()
+        return stats
     for rows in _blocks(logits):
         block = logits[rows]
         maximum[rows] = block.amax(dim=1)
@@ -58,7 +67,13 @@ def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int) -> Ten
 
 
 def cross_entropy_grad_(
-    logits: Tensor, labels: Tensor, vocab_start: int, log_sum_exp: Tensor, scale: Tensor, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    log_sum_exp: Tensor,
+    scale: Tensor,
+    z_loss: float,
+    valid: int | None = None,
 ) -> Tensor:
     """scale * (softmax * (1 + 2 * z_loss * L) - onehot(label)), written over the logits.
 
@@ -71,10 +86,16 @@ def cross_entropy_grad_(
         log_sum_exp: [N] fp32, L over the whole vocabulary.
         scale: [N] fp32. A token of scale 0 has no gradient, whatever its logits are.
         z_loss: weight of the square of L.
+        valid: entries that are tokens; None: all. The others get no gradient.
 
     Returns:
         `logits`.
     """
+    whole, logits = logits, logits[:, :valid]
+    if valid is not None:
+        whole[:, valid:] = 0.0
+    if not logits.shape[1]:
+        return whole
     column, here = _column(labels, vocab_start, logits.shape[1])
     factor = (scale * (1.0 + 2.0 * z_loss * log_sum_exp) if z_loss else scale)[:, None]
     shift, masked = log_sum_exp[:, None], (scale == 0)[:, None]
@@ -88,4 +109,4 @@ def cross_entropy_grad_(
             wide.masked_fill_(masked[rows], 0.0)
         if wide is not block:
             block.copy_(wide)
-    return logits
+    return whole

@@ -35,6 +35,12 @@ class Part:
     """Id of its first entry."""
     group: ProcessGroup | None = None
     """The ranks that hold the others; None: this rank holds all."""
+    vocab_size: int | None = None
+    """Tokens of the whole vocabulary. Entries beyond are padding, with no probability and no gradient. None: there are none."""
+
+    def valid(self, entries: int) -> int:
+        """How many of this rank's entries are tokens; they come first."""
+        return entries if self.vocab_size is None else min(entries, max(0, self.vocab_size - self.vocab_start))
 
 
 def linear_cross_entropy(
@@ -107,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         cross_entropy_stats, cross_entropy_grad_ = registry.get("cross_entropy_stats"), registry.get("cross_entropy_grad")
         wgrad = registry.get("wgrad")
-        tokens = len(hidden)
+        tokens, valid = len(hidden), part.valid(len(weight))
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses, log_sum_exp = torch.empty((2, tokens), dtype=wide, device=hidden.device).unbind(0)
         logits = hidden.new_empty((min(chunk_tokens, tokens), len(weight)))
@@ -120,11 +126,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, tokens, chunk_tokens):
             rows = slice(first, min(first + chunk_tokens, tokens))
             chunk = torch.mm(hidden[rows], weight.t(), out=logits[: rows.stop - first])
-            stats = cross_entropy_stats(chunk, labels[rows], part.vocab_start)
+            stats = cross_entropy_stats(chunk, labels[rows], part.vocab_start, valid)
             log_sum_exp[rows], own = _across_ranks(stats, part.group)
             torch.sub(log_sum_exp[rows], own, out=losses[rows])
             if grad_hidden is not None and sums is not None:
-                grad = cross_entropy_grad_(chunk, labels[rows], part.vocab_start, log_sum_exp[rows], scale[rows], z_loss)
+                grad = cross_entropy_grad_(chunk, labels[rows], part.vocab_start, log_sum_exp[rows], scale[rows], z_loss, valid)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 wgrad.wgrad_gemm_accum_fp32(hidden[rows], grad, sums)
         ctx.grad_scale, ctx.weight = grad_scale, weight if main_grad is not None else None

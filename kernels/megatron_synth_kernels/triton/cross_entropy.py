@@ -23,9 +23,18 @@ _GRAD_BLOCK = 4096
 
 @triton.jit
 def cross_entropy_stats_kernel(
-    logits_ptr, labels_ptr, out_ptr, tokens, stride, first, VOCABULARY: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr
+    logits_ptr,
+    labels_ptr,
+    out_ptr,
+    tokens,
+    stride,
+    first,
+    valid,
+    VOCABULARY: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One token: a row of logits, from one end to the other."""
+    """One token: a row of logits, from one end to the other. Padding is read, to keep loads aligned, and left out."""
     token = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + token * stride
     place = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -35,6 +44,7 @@ def cross_entropy_stats_kernel(
     total = tl.zeros((LANES,), dtype=tl.float32)
     for start in range(0, VOCABULARY, LANES * GROUP):
         x = tl.load(row_ptr + start + place, mask=start + place < VOCABULARY, other=float("-inf")).to(tl.float32)
+        x = tl.where(start + place < valid, x, float("-inf"))
         higher = tl.maximum(maximum, tl.max(x, axis=1))
         # while all is -inf: exp(-inf - 0) = 0, where exp(-inf + inf) would not be a number
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -44,7 +54,7 @@ def cross_entropy_stats_kernel(
     base = tl.where(highest == float("-inf"), 0.0, highest)
     total_sum = tl.sum(total * tl.exp(maximum - base), axis=0)
     label = tl.load(labels_ptr + token) - first
-    here = (label >= 0) & (label < VOCABULARY)
+    here = (label >= 0) & (label < valid)
     own = tl.load(row_ptr + label, mask=here, other=0.0).to(tl.float32)
     tl.store(out_ptr + token, highest)
     tl.store(out_ptr + tokens + token, total_sum)
@@ -59,6 +69,7 @@ def cross_entropy_grad_kernel(
     scale_ptr,
     stride,
     first,
+    valid,
     z_loss,
     VOCABULARY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,12 +86,13 @@ def cross_entropy_grad_kernel(
     label = tl.load(labels_ptr + token) - first
     softmax = tl.exp(x - log_sum_exp) * (1.0 + 2.0 * z_loss * log_sum_exp)
     grad = tl.where(column == label, softmax - 1.0, softmax) * scale
-    # a masked token has no gradient, whatever its logits are
+    # a masked token has no gradient, nor has padding, whatever the logits are
     grad = tl.where(scale == 0.0, 0.0, grad)
+    grad = tl.where(column < valid, grad, 0.0)
     tl.store(row_ptr + column, rounded(grad, logits_ptr.dtype.element_ty), mask=mask)
 
 
-def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int) -> Tensor:
+def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int, valid: int | None = None) -> Tensor:
     """As cross_entropy.cross_entropy_stats: logits [N, V], labels [N] -> [3, N] fp32."""
     tokens, vocabulary = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -93,6 +105,7 @@ def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int) -> Ten
             tokens,
             logits.stride(0),
             vocab_start,
+            vocabulary if valid is None else valid,
             VOCABULARY=vocabulary,
             LANES=_LANES,
             GROUP=_GROUP,
@@ -102,7 +115,13 @@ def cross_entropy_stats(logits: Tensor, labels: Tensor, vocab_start: int) -> Ten
 
 
 def cross_entropy_grad_(
-    logits: Tensor, labels: Tensor, vocab_start: int, log_sum_exp: Tensor, scale: Tensor, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    log_sum_exp: Tensor,
+    scale: Tensor,
+    z_loss: float,
+    valid: int | None = None,
 ) -> Tensor:
     """As cross_entropy.cross_entropy_grad_: the gradient of logits [N, V], written over them."""
     tokens, vocabulary = logits.shape
@@ -115,6 +134,7 @@ def cross_entropy_grad_(
             scale.contiguous(),
             logits.stride(0),
             vocab_start,
+            vocabulary if valid is None else valid,
             z_loss,
             VOCABULARY=vocabulary,
             BLOCK=_GRAD_BLOCK,

@@ -79,7 +79,7 @@ def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.de
         raise UserError(f"--vs hf needs transformers ({error}); pip install transformers, or --vs plain") from error
     train, dtype = config.train, config.precision.dtype
     settings = hf_config(config.model, vocab_size(config), train.sequence_length, dtype)
-    state = to_hf_state(weights, config.model)
+    state = to_hf_state(weights, config.model, vocab_size(config))
     if config.model.share_embeddings_and_output_weights:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with device:
@@ -161,9 +161,9 @@ class PlainLlama(nn.Module):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
-def plain_state(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """PlainLlama's weights from the engine's."""
-    hf = to_hf_state(weights, model)
+def plain_state(weights: Mapping[str, Tensor], model: ModelConfig, rows: int) -> dict[str, Tensor]:
+    """PlainLlama's weights, with so many rows for tokens, from the engine's."""
+    hf = to_hf_state(weights, model, rows)
     state = {"embedding.weight": hf["model.embed_tokens.weight"], "norm.weight": hf["model.norm.weight"]}
     state["head.weight"] = hf.get("lm_head.weight", state["embedding.weight"])
     for i in range(model.num_layers):
@@ -179,10 +179,10 @@ def plain_state(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, 
 
 def plain(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Rival:
     """PlainLlama; arguments as for `hugging_face`."""
-    rows = config.model.padded_vocab_size(vocab_size(config))
+    rows = vocab_size(config)
     with device:
         model = PlainLlama(config.model, rows, config.train.sequence_length).to(DTYPES[config.precision.dtype])
-    model.load_state_dict(plain_state(weights, config.model))
+    model.load_state_dict(plain_state(weights, config.model, rows))
     return Rival("plain", model, model, config)
 
 

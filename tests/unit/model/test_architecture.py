@@ -97,7 +97,9 @@ def test_a_model_is_known_by_every_setting_that_its_weights_depend_on() -> None:
     ):
         after = settings(SMALL.model_copy(update=change), 257)
         assert [key for key in before if before[key] != after[key]] == [f"model.{name}" for name in change]
-    assert settings(SMALL.model_copy(update={"name": "other", "init_method_std": 0.01}), 257) == before
+    other = {"name": "other", "init_method_std": 0.01, "make_vocab_size_divisible_by": 128}
+    assert settings(SMALL.model_copy(update=other), 257) == before
+    assert settings(SMALL, 258) != before
     # as many key/value heads as query heads, said or not said, is one model
     assert settings(SMALL.model_copy(update={"num_query_groups": None}), 257)["model.num_query_groups"] == 6
 
