@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     """Record the begin of a start, or record and judge its end."""
     try:
         return _main(argv)
-    except UserError as error:  # a record is damaged: no restart without a decision
+    except (UserError, OSError) as error:  # a record is damaged: no restart without a decision
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 
