@@ -300,7 +300,7 @@ def _table_verbs(world: World, dear: bool) -> None:
     _quietly(lambda: read_runs_csv(world.table))
     if dear:
         few = ("--starts", "4", "--bootstraps", "0")
-        _verb("fit", str(world.table), "--law", "chinchilla", *few, "--out", str(world.folder / "out"))
+        _verb("fit", str(world.table), "--law", "joint", *few, "--out", str(world.folder / "out"))
         _verb("study", "report", str(world.study_file), "--from", str(world.table), "--out", str(world.folder / "out"))
 
 
