@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.log import gib, table
+from megatron_synth.core.log import gib, show, table
 from megatron_synth.train.checkpoint import files
 
 EXIT_DAMAGED = 1
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if not found:
         raise UserError(f"{arguments.run}: expected a run directory with checkpoints, found none in {root}")
     if arguments.verb == "ls":
-        print(_listing(root, found))
+        show(_listing(root, found))
         return EXIT_OK
     if arguments.verb == "verify":
         return _verify(root, found, arguments.step)
@@ -95,11 +95,11 @@ def _verify(root: Path, found: list[Path], step: int | None) -> int:
         faults = _faults(checkpoint)
         damaged += bool(faults)
         if faults:
-            print("\n".join([f"{checkpoint.name}: damaged", *(f"  {fault}" for fault in faults)]), flush=True)
+            show("\n".join([f"{checkpoint.name}: damaged", *(f"  {fault}" for fault in faults)]))
         elif (checkpoint / files.MANIFEST).is_file():
-            print(f"{checkpoint.name}: sound, {gib(_size(checkpoint))} GiB read", flush=True)
+            show(f"{checkpoint.name}: sound, {gib(_size(checkpoint))} GiB read")
         else:
-            print(f"{checkpoint.name}: made before manifests; its files are there, their content cannot be checked", flush=True)
+            show(f"{checkpoint.name}: made before manifests; its files are there, their content cannot be checked")
     return EXIT_DAMAGED if damaged else EXIT_OK
 
 
@@ -138,15 +138,13 @@ def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_r
     for checkpoint in gone:
         linked = checkpoint.is_symlink()
         freed += 0 if linked else _size(checkpoint)
-        print(
-            f"{'would remove' if dry_run else 'removed'} {checkpoint}{' (the link, not what it points to)' if linked else ''}"
-        )
+        show(f"{'would remove' if dry_run else 'removed'} {checkpoint}{' (the link, not what it points to)' if linked else ''}")
         if not dry_run:
             files.remove(checkpoint)
     if damaged:
-        print(_left(damaged))
+        show(_left(damaged))
     stay = len(found) - len(gone)
-    print(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")
+    show(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")
 
 
 def _left(damaged: dict[Path, list[str]]) -> str:

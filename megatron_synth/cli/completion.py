@@ -11,6 +11,7 @@ import argcomplete
 
 from megatron_synth.cli.main import VERBS
 from megatron_synth.config.errors import EXIT_OK
+from megatron_synth.core.log import show
 
 SHELLS = ("bash", "zsh", "fish")
 GROUPS = {"bench": ("train", "kernels", "memory", "gpu", "report"), "prepare": ("verify", "duplicates")}
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Print the script of a shell and return the exit code."""
     options = parser().parse_args(argv)
-    print(argcomplete.shellcode(["megatron-synth"], shell=options.shell))
+    show(argcomplete.shellcode(["megatron-synth"], shell=options.shell))
     return EXIT_OK
 
 

@@ -11,6 +11,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import apply_overrides, digest, load_file, load_yaml, to_yaml
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config
+from megatron_synth.core.log import show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +35,9 @@ def main(argv: list[str]) -> int:
 
     config = _load(arguments.file, arguments.overrides)
     if arguments.verb == "show":
-        print(to_yaml(config), end="")
+        show(to_yaml(config), end="")
     else:
-        print(f"{arguments.file}: ok, digest {digest(config)}")
+        show(f"{arguments.file}: ok, digest {digest(config)}")
     return EXIT_OK
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.log import show
 
 if TYPE_CHECKING:
     from megatron_synth.model.kernels import Compiled
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     if not options.compile:
         if options.json is not None:
             raise UserError("--json goes with --compile")
-        print(choices_table(options.arguments, options.dtype))
+        show(choices_table(options.arguments, options.dtype))
         return EXIT_OK
     if options.arguments:
         raise UserError(
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     compiled = compile_kernels()
-    print(compiled_table(compiled))
+    show(compiled_table(compiled))
     if options.json is not None:
         from megatron_synth.core.files import write_atomic
 

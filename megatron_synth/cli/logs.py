@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import tail
 from megatron_synth.cluster.status import newest_job
 from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.log import show
 
 _FOLLOW_S = 0.3
 
@@ -34,11 +34,10 @@ def main(argv: list[str]) -> int:
     if not file.is_file() and not options.follow:
         raise UserError(f"{file}: not there yet; job {job} has not begun (megatron-synth status {options.run})")
 
-    def show(lines: Sequence[str]) -> None:
-        for line in lines:
-            if options.rank is None or line.startswith(prefix):
-                print(line)
-        sys.stdout.flush()
+    def tell(lines: Sequence[str]) -> None:
+        chosen = [line for line in lines if options.rank is None or line.startswith(prefix)]
+        if chosen:
+            show("\n".join(chosen))
 
     place = 0
     if file.is_file():
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
         lines = tail(file, place + 1)
         if options.rank is not None:
             lines = [line for line in lines if line.startswith(prefix)]
-        show(lines[-options.lines :] if options.lines else lines)
+        tell(lines[-options.lines :] if options.lines else lines)
         place = _whole(file, place)
     while options.follow:
         ended = job is None or not any(state.active for state in slurm.states([job]).values())
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
                 stream.seek(place)
                 data = stream.read()
             data = data[: data.rfind(b"\n") + 1]
-            show(data.decode("utf-8", errors="replace").splitlines())
+            tell(data.decode("utf-8", errors="replace").splitlines())
             place += len(data)
         if ended:
             break

@@ -6,14 +6,18 @@ configuration or input, 70 a rank hangs or is gone, 75 stopped on request.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from megatron_synth import __version__
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
+from megatron_synth.core.log import show
 from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
@@ -77,38 +81,112 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if "_ARGCOMPLETE" in os.environ:
         importlib.import_module("megatron_synth.cli.completion").complete()
+    if arguments[:1] == ["train"]:
+        listen()  # before its imports: a request to stop in the first seconds counts, too
+    return guarded(_dispatch, arguments)
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        show(usage())
         return EXIT_OK if arguments else EXIT_USER_ERROR
     if arguments[0] == "--version":
-        print(f"megatron-synth {__version__}")
+        show(f"megatron-synth {__version__}")
         return EXIT_OK
-    if arguments[0] == "train":
-        listen()  # before its imports: a request to stop in the first seconds counts, too
-    return guarded(lambda rest: load(arguments[0])(rest), arguments[1:])
+    check_environment()
+    return load(arguments[0])(arguments[1:])
+
+
+def check_environment() -> None:
+    """Refuse numbers of a launcher that are none: whoever asks for them later would fail, or stay silent.
+
+    Raises:
+        RankError: names the variable.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()) or (name == "WORLD_SIZE" and int(value) == 0 and name in os.environ):
+            expected = "a whole number, as launchers such as torchrun set it"
+            raise RankError(f"{name}={value!a} in the environment: expected {expected}; unset {name} to run without one")
 
 
 def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """What `run` returns, with the user's errors as one line and the exit recorded."""
+    """What `run` returns, with errors of users and of the system as one line and the exit recorded."""
     try:
-        code = run(arguments)
+        code = _flushed(run, arguments)
         report(code)
         return code
     except UserError as error:
         report(EXIT_USER_ERROR, error)
         # every rank ends; one of them says why
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader, such as `head`, has seen enough; keep the interpreter from flushing into the closed pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     except SystemExit as error:  # argparse
         report(error.code if isinstance(error.code, int) else EXIT_FAILURE, error)
         raise
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_OK  # the reader, such as `head`, has seen enough
+        if not _is_mishap(error):
+            report(EXIT_FAILURE, error)
+            raise
+        report(EXIT_USER_ERROR, error)
+        show(f"error: {_mishap(error)}", error=True)
+        return EXIT_USER_ERROR
     except Exception as error:
         report(EXIT_FAILURE, error)
         raise
+    finally:
+        _let_go()
+
+
+def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """What `run` returns; what Python has buffered fails here, where it can be told, and not at its exit."""
+    try:
+        return run(arguments)
+    finally:
+        if sys.stdout is not None and not isinstance(sys.exc_info()[1], OSError):
+            sys.stdout.flush()
+
+
+def _is_mishap(error: OSError) -> bool:
+    """Whether someone can mend it: a disk, a path, a permission. What comes of peers and networks is another start's to try."""
+    passing = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError)
+    return error.errno is not None and not isinstance(error, passing)
+
+
+def _mishap(error: OSError) -> str:
+    """One line that names the file."""
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if not files and _cannot_be_written(sys.stdout):
+        files = ["standard output"]
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else ""
+    return f"{rank}{' -> '.join(files) or type(error).__name__}: {error.strerror or error}"
+
+
+def _cannot_be_written(stream: TextIO | None) -> bool:
+    """Whether what waits in a stream's buffer still fails to be written."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output, or standard error, is a pipe whose reader has gone."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)  # errors are reported unasked
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _let_go() -> None:
+    """Keep the interpreter from writing at its exit what could not be written."""
+    if _cannot_be_written(sys.stdout):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

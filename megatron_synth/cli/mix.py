@@ -15,7 +15,7 @@ from megatron_synth.cli.argparse_types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
-from megatron_synth.core.log import table
+from megatron_synth.core.log import show, table
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
 from megatron_synth.data.mixing.ledger import Ledger
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         data = open_data(config, check_length=False)
         data.check_length(config, progress)
         steps = Steps(config, progress, [] if run is None else metrics.read_metrics(run / "metrics.jsonl"))
-        print("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
+        show("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
 
 
@@ -116,15 +116,13 @@ def _plan(config: Config, progress: Progress) -> None:
     number = config.data.windows_per_sequence
     sequences = "" if number == 1 else f" in sequences of {number}"
     behind = f", {progress.samples:,} samples in {progress.step:,} steps of them consumed" if progress.step else ""
-    print(
-        f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens{behind}, data seed {config.data_seed}\n"
-    )
-    print(phase_tables(config, order, prepared, progress))
-    print(f"\nin all\n{source_table(config, order, prepared, progress)}", flush=True)
+    show(f"{total:,} samples of {length} tokens{sequences} = {total * length:,} tokens{behind}, data seed {config.data_seed}\n")
+    show(phase_tables(config, order, prepared, progress))
+    show(f"\nin all\n{source_table(config, order, prepared, progress)}")
     opened = [source for source in sources.values() if source is not None]
     domains = {name: open_if_prepared(entry.path, name) for name, entry in config.data.validation.items()}
     for text in shared_content.notes(opened, {name: domain for name, domain in domains.items() if domain is not None}):
-        print(f"note: {text}", flush=True)
+        show(f"note: {text}")
     order.check(total, length, progress.samples)
     if len(opened) == len(sources):
         shared_content.check_epochs(order, opened, total)
@@ -240,24 +238,24 @@ def _audit(path: Path) -> int:
         raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
     data = open_data(config, check_length=False)
     plan, length = data.plan, config.window_length
-    print(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
+    show(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
     for spec, source in zip(plan.sources, data.sources, strict=True):
         file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
-        print(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
+        show(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
     found = audit_ledger(plan, length, recorded, run.ledger)
-    print(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
+    show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
     records = metrics.read_metrics(run.metrics)
     found += audit_metrics(plan, length, records, recorded["tokens"], run.metrics)
-    print(f"read {run.metrics}: {len(records):,} steps")
+    show(f"read {run.metrics}: {len(records):,} steps")
     for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
         state = files.STATE.read(file)
         found += audit_checkpoint(data, state, file)
-        print(f"read {file}: {state['samples']:,} samples")
+        show(f"read {file}: {state['samples']:,} samples")
     if not found:
-        print(f"equal: the run consumed what was planned, to the token, in {recorded['tokens']:,} tokens")
+        show(f"equal: the run consumed what was planned, to the token, in {recorded['tokens']:,} tokens")
         return EXIT_OK
-    print(f"{len(found)} difference{'s' if len(found) > 1 else ''}" + (f", the first {_SHOWN}" if len(found) > _SHOWN else ""))
-    print(table([("file", "at", "what", "planned", "recorded"), *found[:_SHOWN]]))
+    show(f"{len(found)} difference{'s' if len(found) > 1 else ''}" + (f", the first {_SHOWN}" if len(found) > _SHOWN else ""))
+    show(table([("file", "at", "what", "planned", "recorded"), *found[:_SHOWN]]))
     return EXIT_DIFFERENT
 
 

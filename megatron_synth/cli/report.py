@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK
+from megatron_synth.core.log import show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,5 +22,5 @@ def main(argv: list[str]) -> int:
     from megatron_synth.train.record.plot import write_report
 
     for run in runs:
-        print(write_report(run))
+        show(str(write_report(run)))
     return EXIT_OK

@@ -14,6 +14,7 @@ from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import jobs_of
 from megatron_synth.cluster.status import RunStatus, find_runs, rows, status
 from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.log import show
 
 _CLEAR = "\033[H\033[J"
 
@@ -36,10 +37,11 @@ def main(argv: list[str]) -> int:
         found = look(options.runs)
         if options.json:
             for one in found:
-                print(json.dumps(dataclasses.asdict(one) | {"run": str(one.run)}))
+                show(json.dumps(dataclasses.asdict(one) | {"run": str(one.run)}))
         else:
             text = _table(found)
-            print(f"{_CLEAR}{time.strftime('%F %T')}\n{text}" if options.watch else text, flush=True)
+            # the screen is cleared with the text at hand, so that nothing flickers
+            show(f"{time.strftime('%F %T')}\n{text}" if options.watch else text, control=_CLEAR if options.watch else "")
         if options.watch is None:
             return EXIT_OK
         time.sleep(options.watch)

@@ -146,7 +146,7 @@ def _status(arguments: argparse.Namespace) -> int:
             say(text)
             return EXIT_OK
         # the screen is cleared with the text at hand, so that nothing flickers
-        say(f"\033[H\033[2J{text}" if sys.stdout.isatty() else text)
+        say(text, control="\033[H\033[2J" if sys.stdout.isatty() else "")
         if all(folder.state(run) in ("done", "failed") for run in runs):
             return EXIT_OK
         time.sleep(arguments.watch)

@@ -48,6 +48,8 @@ def read_job(folder: Path) -> Job:
     if number and not re.fullmatch(r"[0-9]+", number):
         raise UserError(f"{file}: damaged: expected the number of a job, found {number!a}")
     run_dir = info.get("run_dir")
+    if run_dir is not None and not (run_dir.isprintable() and Path(run_dir).is_absolute()):
+        raise UserError(f"{folder / 'job.json'}: damaged: run_dir: expected an absolute path, found {run_dir!a:.60}")
     return Job(folder, number or None, Path(run_dir) if run_dir else None)
 
 

@@ -23,6 +23,8 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from megatron_synth.cluster.progress import last_record, read_job
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from megatron_synth.core.files import append_line
+from megatron_synth.core.log import show
 from megatron_synth.core.records import OPEN, Amount, Count, Reader, Whole, read_bytes
 
 SAME_ERROR_LIMIT = 2
@@ -223,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     """Record the begin of a start, or record and judge its end."""
     try:
         return _main(argv)
-    except UserError as error:  # a record is damaged: no restart without a decision
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:  # a record is damaged: no restart without a decision
+        show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
 
 
@@ -268,7 +270,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _tell(run_dir: Path | None, text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    show(text, error=True)
     if run_dir is not None and (run_dir / "run.json").is_file():
         from megatron_synth.train.record.run_dir import RunDir
 
@@ -278,8 +280,7 @@ def _tell(run_dir: Path | None, text: str) -> None:
 def _append(job_dir: Path, job: str, line: dict[str, Any]) -> None:
     folder = job_dir / "attempts"
     folder.mkdir(exist_ok=True)
-    with (folder / f"{job}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(folder / f"{job}.jsonl", json.dumps(line))
 
 
 if __name__ == "__main__":

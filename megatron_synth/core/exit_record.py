@@ -13,6 +13,8 @@ import time
 import traceback
 from pathlib import Path
 
+from megatron_synth.core.files import append_line
+
 FOLDER_VARIABLE = "MEGATRON_SYNTH_OUTCOMES"
 
 _step: int | None = None
@@ -32,7 +34,8 @@ def report(code: int, error: BaseException | None = None) -> None:
         error: what ended it, where that was an exception.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
-    rank = int(os.environ.get("RANK", 0))
+    number = os.environ.get("RANK", "0")
+    rank = int(number) if number.isdecimal() else 0
     if not folder or (code == 0 and rank != 0):
         return
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
@@ -47,12 +50,6 @@ def report(code: int, error: BaseException | None = None) -> None:
         "where": f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else None,
     }
     try:
-        # one write in append mode: lines of a node's ranks do not mix
-        path = Path(folder) / f"node-{os.environ.get('GROUP_RANK', '0')}.jsonl"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(descriptor)
+        append_line(Path(folder) / f"node-{os.environ.get('GROUP_RANK', '0')}.jsonl", json.dumps(line))
     except OSError:
         return  # the error itself still reaches the log; a full disk must not hide it behind another one

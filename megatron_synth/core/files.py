@@ -15,18 +15,42 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
     The file's mode is what the umask leaves, as of any new file. `private`: for its owner's eyes alone.
     """
     payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{_cut(path.name)}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o600 if private else 0o666)
     try:
+        descriptor = os.open(temporary, flags, 0o600 if private else 0o666)
         with os.fdopen(descriptor, "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # the file that was wanted is what its user knows; a write alone would name none
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _cut(name: str) -> str:
+    """As much of a name as leaves room for more; the limit is 255 bytes."""
+    return name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file, in one write: lines of several processes do not mix.
+
+    Raises:
+        OSError: with the name of the file.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        os.write(descriptor, (text + "\n").encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

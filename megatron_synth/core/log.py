@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import sys
+
+# What a terminal would obey, or show in another order than it stands there: C0 and C1 without line breaks and tabs, and the
+# marks of bidirectional text. Names and text of a corpus may hold them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def is_first_rank() -> bool:
@@ -11,11 +17,53 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
-    """Print `text` at once, on rank 0 only."""
+def visible(text: str) -> str:
+    r"""`text` with control characters written out, such as `\x1b`; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: _written_out(match[0]), text)
+
+
+def one_line(text: str) -> str:
+    """`text` for a cell or a line of its own: line breaks and tabs are written out, too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def show(text: str, *, error: bool = False, end: str = "\n", control: str = "") -> None:
+    """Print `text` at once, on any rank. On a terminal its control characters are written out.
+
+    Args:
+        text: of any origin.
+        error: to standard error.
+        end: what follows.
+        control: what goes before, for the terminal to obey.
+
+    Raises:
+        OSError: standard output cannot be written.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed by who started this process
+        return
+    if stream.isatty():
+        text = visible(text)
+    # what the stream cannot encode, such as half of a surrogate pair in a name, is written out as well
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    # one write: torchrun runs ranks unbuffered, where print's own line break is another one that its log tears off
+    try:
+        print(control + text + end, end="", file=stream, flush=True)
+    except OSError as failed:
+        if not error:  # else nowhere is left to tell that this cannot be told
+            raise OSError(failed.errno, failed.strerror, "standard output") from failed
+
+
+def say(text: str, *, control: str = "") -> None:
+    """`show` to standard output, on rank 0 only."""
     if is_first_rank():
-        # one write: torchrun runs ranks unbuffered, where print's own line break is another one that its log tears off
-        print(text + "\n", end="", flush=True)
+        show(text, control=control)
 
 
 def human(value: float) -> str:
@@ -57,6 +105,7 @@ def gib(size: float) -> str:
 
 def table(rows: list[tuple[str, ...]], words: bool = False) -> str:
     """Columns aligned under their heads (the first row): the first to the left, all others, unless words, to the right."""
+    rows = [tuple(map(one_line, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -145,11 +145,11 @@ def read_text(file: Path, limit: int = MAX_BYTES) -> str:
 def first_fault(error: ValidationError) -> str:
     """Where the first fault is, and what it is."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the record"
+    where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{where} is missing"
     text = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {text[:1].lower()}{text[1:]}, found {_short(first['input'])}"
+    return f"{where}{': ' if where else ''}{text[:1].lower()}{text[1:]}, found {_short(first['input'])}"
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ from typing import NoReturn
 from megatron_synth.config.errors import EXIT_RANK_LOST, RankError, UserError
 from megatron_synth.core import exit_record
 from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import show
 
 _BEAT_BYTES = 1024
 """Every beat overwrites the same bytes, so that a full disk does not stop it."""
@@ -202,14 +203,14 @@ class Watch:
             self._dump()
             report = self._summary(reason, *self._gather())
             write_atomic(self._folder / f"report-{self._attempt}.txt", report)
-            print(f"error: {report}", file=sys.stderr, flush=True)
+            show(f"error: {report}", error=True)
             # a hang is this rank's to tell; that another is gone is known best by whoever ended it
             head = report.splitlines()[0]
             exit_record.report(EXIT_RANK_LOST, RuntimeError(f"peer gone: {head}" if " lost: " in head else head))
             with contextlib.suppress(OSError):
                 self._event(report)
         except OSError as error:
-            print(f"error: rank {self._rank}: {reason}; no report could be written: {error}", file=sys.stderr, flush=True)
+            show(f"error: rank {self._rank}: {reason}; no report could be written: {error}", error=True)
         os._exit(EXIT_RANK_LOST)
 
     def _gather(self) -> tuple[dict[int, Beat], set[int]]:

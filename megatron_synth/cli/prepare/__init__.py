@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
+from megatron_synth.core.log import show
 from megatron_synth.data.preparing.pipeline import Prepared
 from megatron_synth.data.preparing.prepare import SKIPPED, prepare
 from megatron_synth.data.preparing.workers import core_count
@@ -82,19 +83,19 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     prepared = prepare(config, workers=arguments.workers, force=arguments.force)
     if prepared is None:
-        print(f"{config.output}: up to date")
+        show(f"{config.output}: up to date")
         return EXIT_OK
-    print(format_table(prepared))
+    show(format_table(prepared))
     for one in prepared:
         if one.skipped:
             listed = f"{config.output}/{one.manifest.name}/{SKIPPED}"
-            print(f"{one.manifest.name}: {len(one.skipped):,} records were no text and are left out; {listed} lists them")
+            show(f"{one.manifest.name}: {len(one.skipped):,} records were no text and are left out; {listed} lists them")
         packing, counts = one.manifest.packing, one.manifest.counts
         if packing is not None:
-            print(
+            show(
                 f"{one.manifest.name}: {packing.cut_documents:,} of {counts.documents:,} documents are longer than "
                 f"{packing.sequence_length} tokens and cut ({packing.cut_without:,} would be cut end to end); padding "
                 f"{packing.padding_tokens / counts.tokens:.3%} of the tokens"
             )
-    print(f"{config.output}: prepared in {time.perf_counter() - start:.1f} s")
+    show(f"{config.output}: prepared in {time.perf_counter() - start:.1f} s")
     return EXIT_OK

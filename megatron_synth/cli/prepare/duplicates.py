@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
+from megatron_synth.core.log import show
 from megatron_synth.data.overlap.minhash import Duplicates, find_duplicates
 
 
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     settings = {"shingle": options.shingle, "threshold": options.threshold, "ngram": options.ngram}
     found = find_duplicates(source_folders(options.folders), **settings)
-    print(render(found))
-    print(f"\n{sum(found.sources.values()):,} documents in {time.perf_counter() - start:.1f} s")
+    show(render(found))
+    show(f"\n{sum(found.sources.values()):,} documents in {time.perf_counter() - start:.1f} s")
     if options.json is not None:
         write_json(options.json, asdict(found))
     return EXIT_OK

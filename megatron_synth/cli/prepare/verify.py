@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
+from megatron_synth.core.log import show
 from megatron_synth.data.preparing.prepare import RECORD, prepared_names
 from megatron_synth.data.preparing.workers import core_count
 from megatron_synth.data.shards.checksums import verify
@@ -73,14 +74,14 @@ def main(argv: list[str]) -> int:
     for fault in result.faults:
         shown[fault.file] = shown.get(fault.file, 0) + 1
         if shown[fault.file] <= SHOWN_FAULTS:
-            print(fault)
+            show(str(fault))
     for file, count in shown.items():
         if count > SHOWN_FAULTS:
-            print(f"{file}: {count - SHOWN_FAULTS} more faults")
+            show(f"{file}: {count - SHOWN_FAULTS} more faults")
     if result.unblocked:
-        print(f"{result.unblocked} of {result.shards} shards have a checksum of the whole file only (manifest of version 1)")
+        show(f"{result.unblocked} of {result.shards} shards have a checksum of the whole file only (manifest of version 1)")
     verdict = f"{len(result.faults)} faults in {len(shown)} files" if result.faults else "all as written"
-    print(
+    show(
         f"{result.sources} sources, {result.shards} shards, {result.read_bytes / 1e9:.3f} GB in {result.seconds:.2f} s "
         f"({result.read_bytes / 1e9 / max(result.seconds, 1e-9):.2f} GB/s): {verdict}"
     )

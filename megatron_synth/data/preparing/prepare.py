@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +22,7 @@ import megatron_synth
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import sync_folder, write_atomic, write_json
-from megatron_synth.core.log import human
+from megatron_synth.core.log import human, show
 from megatron_synth.data.preparing.journal import JOURNAL, Journal
 from megatron_synth.data.preparing.output import partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
@@ -63,7 +62,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
     _check_space(config, readers, output, dtype)
     for line in notes(readers, given):
-        print(f"note: {line}", file=sys.stderr)
+        show(f"note: {line}", error=True)
     for reader in readers.values():
         check_holdout(reader)
     head = {
@@ -78,7 +77,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         output.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(output, head) as (folder, journal):
             if journal.continued:
-                print(f"{output}: continuing a run that was stopped", file=sys.stderr)
+                show(f"{output}: continuing a run that was stopped", error=True)
             targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
             remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
             tokenizer = given if given is not None else _trained(config, readers, folder, journal)

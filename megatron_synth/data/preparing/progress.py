@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from megatron_synth.core.log import human
+from megatron_synth.core.log import human, show
 
 LOG_INTERVAL_S = 30.0
 
@@ -35,7 +35,7 @@ class _Lines:
         if now - self._told >= LOG_INTERVAL_S:
             self._told = now
             line = f"{self._name}: {human(self._done)}{self._of} {self._unit} after {now - self._began:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+            show(line, error=True)
 
 
 @contextmanager

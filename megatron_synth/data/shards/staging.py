@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
-from megatron_synth.core.log import human
+from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.indexed import file_size, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
@@ -201,13 +201,13 @@ def _bar(name: str) -> Progress:
     if not sys.stderr.isatty():
         return _Lines(name).show
 
-    def show(done: int, total: int) -> None:
+    def draw(done: int, total: int) -> None:
         filled = 30 * done // max(total, 1)
         end = "\n" if done == total else ""
         bar = f"copying {name} [{'#' * filled:<30}] {human(done)} of {human(total)} bytes"
-        print(f"\r{bar}", end=end, file=sys.stderr, flush=True)
+        show(bar, error=True, control="\r", end=end)
 
-    return show
+    return draw
 
 
 class _Lines:
@@ -223,4 +223,4 @@ class _Lines:
             return
         self._told = now
         line = f"copying {self._name}: {human(done)} of {human(total)} bytes after {now - self._began:.0f} s"
-        print(line, file=sys.stderr, flush=True)
+        show(line, error=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
-from megatron_synth.core.log import compact, duration, say
+from megatron_synth.core.log import compact, duration, say, show
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.plan.runs import Run
 
@@ -154,10 +154,10 @@ class Execution:
             self._reap(waiting)
             if sys.stdout.isatty() and time.monotonic() - shown > _TICK_S:
                 shown = time.monotonic()
-                print(f"\r\033[K{self._line(waiting)}", end="", flush=True)
+                show(self._line(waiting), control="\r\033[K", end="")
             time.sleep(_POLL_S)
         if sys.stdout.isatty():
-            print("\r\033[K", end="")
+            show("", control="\r\033[K", end="")
         took = duration(time.monotonic() - self.progress.began)
         say(f"{self.finished} of {self.total} runs finished, {self.failed} failed, in {took}")
         if self.stop:
@@ -244,7 +244,7 @@ class Execution:
 
     def _tell(self, text: str, waiting: Sequence[Run]) -> None:
         clear = "\r\033[K" if sys.stdout.isatty() else ""
-        say(f"{clear}[{self.finished}/{self.total}] {text} | eta {duration(self._eta(waiting))}")
+        say(f"[{self.finished}/{self.total}] {text} | eta {duration(self._eta(waiting))}", control=clear)
 
     def _eta(self, waiting: Sequence[Run]) -> float:
         running = {child.run.id: self.folder.steps_done(child.run) for child in self.children.values()}

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from megatron_synth.config.load import shipped, to_yaml
 from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import show
 from megatron_synth.study.execute.folder import Folder, write_result
 from megatron_synth.study.plan.runs import Run
 
@@ -71,7 +72,7 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
             if code == EXIT_OK and not keep_checkpoints:
                 shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            show(f"error: {error}", error=True)
             code, message = EXIT_USER_ERROR, str(error)
         except Exception as error:  # whatever it is, the study goes on with its other runs
             traceback.print_exc()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import socket
@@ -32,7 +31,7 @@ from megatron_synth.config import yaml12
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, to_yaml
 from megatron_synth.config.schema import Config
-from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.files import append_line, write_atomic, write_json
 from megatron_synth.core.log import say
 from megatron_synth.core.records import read_text
 from megatron_synth.train.checkpoint import companions
@@ -198,13 +197,7 @@ class RunDir:
 
     def event(self, text: str) -> None:
         """Append one line to events.log: the time in UTC, a space, `text` with its line breaks replaced by ` | `."""
-        line = f"{_now()} {' | '.join(text.splitlines())}\n"
-        # one write in append mode: lines of several processes do not mix
-        descriptor = os.open(self.path / "events.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        append_line(self.path / "events.log", f"{_now()} {' | '.join(text.splitlines())}")
 
     def write_ledger(self, ledger: dict[str, Any]) -> None:
         """Replace ledger.json."""

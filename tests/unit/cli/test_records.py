@@ -1,0 +1,122 @@
+"""Damaged records of runs, jobs and studies: one message that names the file, whichever verb reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_synth.cli import main as cli
+from megatron_synth.cluster import slurm
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.records import Count, Reader, parse_json
+from megatron_synth.study.fit.runs_table import read_table
+from megatron_synth.study.report.collect import read_runs_csv
+from tests.faults.record_mutations import World, campaign, make_world
+
+DEEP = "[" * 100_000
+DAMAGE = {
+    "run.json": ["[]", '{"id":1,"starts":[]}', '{"id":"a","starts":[]}', '{"id":"a","starts":[1]}', "\xff", DEEP, "", "null"],
+    "metrics.jsonl": [
+        "[]\n",
+        '{"step":"x"}\n',
+        '{"step":NaN}\n{"step":2}\n',
+        DEEP + "\n{}\n",
+        '{"step":1e400}\n',
+        '{"step":-1}\n',
+    ],
+    "ledger.json": ["[]", "{}", DEEP, '{"tokens":"x"}', "nul"],
+    "config.yaml": ["[]", "train: 1\n", "train: {steps: x}\n", "{}", "\xff", "train: {steps: 1}\n"],
+}
+
+
+@pytest.fixture(autouse=True)
+def without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, number) for name, texts in DAMAGE.items() for number in range(len(texts))])
+def test_every_verb_names_the_damaged_file(world: World, name: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = world.run / name
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[name][number].encode("latin-1"))
+    try:
+        for verb in (["report"], ["mix", "audit"]):
+            assert cli.main([*verb, str(world.run)]) == 2
+            assert capsys.readouterr().err.startswith(f"error: {file.resolve()}"), verb
+        assert cli.main(["status", str(world.folder / "runs")]) == 0
+        _, damaged, sound = capsys.readouterr().out.splitlines()
+        assert sound.startswith("b ") and "done" in sound
+        if name != "ledger.json":  # status does not read it
+            assert damaged.startswith("a ") and " damaged " in damaged and name in damaged
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_damaged_line_is_named_by_its_number(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    file = world.run / "metrics.jsonl"
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    filler = [lines[0].replace(b'"step": 1,', b'"step": %d,' % step) for step in range(300)]
+    file.write_bytes(b"".join([*filler, b'{"step": 301, "train/loss": "x"}\n', *lines]))
+    try:
+        assert cli.main(["status", str(world.run)]) == 0
+        assert "line 301 of 321 is not a step record (train/loss holds text" in capsys.readouterr().out.replace("...", "")
+    finally:
+        file.write_bytes(whole)
+
+
+def test_changed_records_break_no_verb(tmp_path: Path) -> None:
+    """A few of those of `python -m tests.faults.record_mutations`."""
+    assert sum(campaign(tmp_path, 700, seed=1).values()) == 700
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    for content, fault in (
+        (b"a,b\n1,\xff\n", "not text in UTF-8"),
+        (b"a,b\n1," + b"9" * 200_000 + b"\n", "line 2: not a row of a CSV"),
+        (b"a,b\n1\n", "line 2: 1 cells, expected 2"),
+    ):
+        file.write_bytes(content)
+        for reader in (read_table, read_runs_csv):
+            with pytest.raises(UserError, match=f"runs.csv.*{fault}"):
+                reader(file)
+    with pytest.raises(UserError, match="not a regular file"):
+        read_table(Path("/dev/zero"))
+
+
+def test_rows_out_of_range_are_named(world: World, tmp_path: Path) -> None:
+    head, *rows = world.table.read_text().splitlines()
+    for column, value, fault in (
+        ("n_params", "inf", "expected a number"),
+        ("tokens", "-5", "expected more than 0"),
+        ("loss", "nan", "expected a number"),
+        ("ratio", "2", "expected 0 to 1"),
+        ("share", "1/0", "column 'share'"),
+        ("seed", "1.5", "expected a whole number"),
+    ):
+        cells = rows[2].split(",")
+        cells[head.split(",").index(column)] = value
+        (tmp_path / "runs.csv").write_text("\n".join([head, *rows[:2], ",".join(cells), *rows[3:]]) + "\n")
+        with pytest.raises(UserError, match=f"runs.csv, line 4: .*{fault}"):
+            read_runs_csv(tmp_path / "runs.csv")
+
+
+def test_strict_json() -> None:
+    assert parse_json(b'{"a": 1.5}') == {"a": 1.5} and parse_json("[NaN]", nan_is_null=True) == [None]
+    for text in ("NaN", DEEP, '"\\ud800"', '{"\\uD800": 1}', "[1", b"\xff"):
+        with pytest.raises(ValueError):
+            parse_json(text)
+    assert parse_json('"\\ud83d\\ude00"') == "\U0001f600"
+    reader: Reader[int] = Reader(Count, "restore it")
+    assert reader.parse("7", "f") == 7
+    for value in (True, "7", 7.0, -1, 2**63):
+        with pytest.raises(UserError, match="f: damaged: .*, found .*; restore it"):
+            reader.parse(json.dumps(value), "f")
