@@ -34,6 +34,7 @@ DAMAGE = {
 @pytest.fixture(autouse=True)
 def without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "400")  # lines are not cut
 
 
 @pytest.fixture(scope="module")
