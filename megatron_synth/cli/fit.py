@@ -19,10 +19,12 @@ from megatron_synth.core.log import say, table
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
 from megatron_synth.study.fit.laws import LAWS, N_PARAMS, RATIO, TOKENS, Law, law_named
-from megatron_synth.study.fit.runs_table import FLOPS, Table, law_columns, loss_columns, read_table
+from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, law_columns, loss_columns, read_table
+from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
+SHARES = "shares"
 CLI_AGGREGATES = ("macro", "worst")
 
 
@@ -31,11 +33,13 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="megatron-synth fit",
         description="Fit a scaling law to a CSV of runs, one row per run.",
-        epilog="laws: " + "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values()),
+        epilog="laws: "
+        + "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values())
+        + f"; {SHARES}: laws over the shares of several sources, chosen by cross-validation",
     )
     add = result.add_argument
     add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
-    add("--law", required=True, metavar="LAW", help=" | ".join(LAWS))
+    add("--law", required=True, metavar="LAW", help=" | ".join((*LAWS, SHARES)))
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
@@ -62,6 +66,17 @@ def parser() -> argparse.ArgumentParser:
     add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
     add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
     add("--seed", type=int, default=0, help="of the bootstraps; default %(default)s")
+    shares = result.add_argument_group(f"with --law {SHARES}")
+    shares.add_argument(
+        "--sources",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="columns of the sources' shares, or of their tokens; may have * and be given again",
+    )
+    shares.add_argument("--losses", type=Path, metavar="LOSSES.csv", help="losses in a table of their own")
+    shares.add_argument("--key", metavar="COLUMN", help="column that names a run in both; default run, index, id or name")
+    shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
     add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result
 
@@ -69,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb."""
     options = parser().parse_args(argv)
+    if options.law == SHARES:
+        from megatron_synth.cli.fit_shares import run
+
+        out = options.out or Path("fits") / f"{options.runs.stem}-{SHARES}"
+        return run(options, argv, out, {**_versions(), "git": git_state(Path(__file__).parent)})
     law = law_named(options.law)
     if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
         raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
@@ -135,7 +155,18 @@ def _jobs(
         for target, (loss, named) in targets.items():
             name = "/".join(part for part in (group, target) if part)
             jobs.append(
-                (name, rows, {"columns": columns, "read_from": read_from, "loss": loss, "named": named, "extra": rows.values()})
+                (
+                    name,
+                    rows,
+                    {
+                        "columns": columns,
+                        "read_from": read_from,
+                        "loss": loss,
+                        "named": named,
+                        "extra": rows.values(),
+                        "epochs": epochs_of(rows),
+                    },
+                )
             )
     return jobs
 
@@ -151,6 +182,7 @@ def _fit(law: Law, job: dict[str, Any], options: argparse.Namespace) -> Fit:
         holdout=options.holdout,
         bootstraps=options.bootstraps,
         seed=options.seed,
+        epochs=job["epochs"],
         extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
         progress=_progress() if sys.stderr.isatty() else None,
     )

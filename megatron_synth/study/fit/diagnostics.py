@@ -30,8 +30,8 @@ REJECTED = 0.01  # p-value of the lack-of-fit test, and of the hold-out's
 class Caveat:
     """One reason for doubt.
 
-    code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected` or
-    `holdout-missed`.
+    code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected`,
+    `holdout-missed` or `repetition-ignored`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
     message: with numbers, for people.
     """
 
@@ -42,7 +42,9 @@ class Caveat:
         return f"{self.code}: {self.message}"
 
 
-def find(fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Floats, Floats]) -> tuple[Caveat, ...]:
+def find(
+    fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Floats, Floats], epochs: Floats | None = None
+) -> tuple[Caveat, ...]:
     """All that speaks against `fit`.
 
     Args:
@@ -50,6 +52,7 @@ def find(fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Fl
         design: [K, M, P] of the points fitted to.
         settings: [M], equal for replications.
         rivals: theta [O, P] and objective [O] of other optima nearly as low.
+        epochs: [M] of the points fitted to, how often each run saw its text.
     """
     errors = log_errors(fit, design)
     return tuple(
@@ -61,6 +64,7 @@ def find(fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Fl
             *_signs(fit),
             *_lack_of_fit(fit, design, settings),
             *_holdout(fit, design),
+            *repetition_ignored(epochs),
         ]
     )
 
@@ -240,3 +244,19 @@ def _holdout(fit: Fit, design: Floats) -> Iterator[Caveat]:
         f"held-out points are missed by {outside:.2%} on average (predicted {side} measured by {abs(signed):.2%}, "
         f"p = {p:.1g}), points fitted to by {inside:.2%}: the law does not extrapolate here",
     )
+
+
+def repetition_ignored(epochs: Floats | None) -> Iterator[Caveat]:
+    """The warning of a law that does not know epochs, where they vary.
+
+    epochs: [M] or [M, K].
+    """
+    if epochs is None or epochs.size == 0:
+        return
+    highest = np.nanmax(np.maximum(epochs, 1).reshape(len(epochs), -1), axis=1)
+    if highest.max() > 1.05 * highest.min() and highest.max() > 2:
+        yield Caveat(
+            "repetition-ignored",
+            f"runs saw their text {highest.min():.3g} to {highest.max():.3g} times, and this law counts every token as new: "
+            "fit the law 'repetition', or use runs of equal epochs",
+        )

@@ -146,6 +146,7 @@ def fit(
     bootstraps: int = 1000,
     seed: int = 0,
     extra: Mapping[str, Sequence[Any]] | None = None,
+    epochs: ArrayLike | None = None,
     progress: Progress | None = None,
 ) -> Fit:
     """Fit `law` to M points.
@@ -161,6 +162,7 @@ def fit(
         bootstraps: draws for the intervals; 0 for none.
         seed: of the draws.
         extra: other columns [M] that a hold-out rule may name.
+        epochs: [M], how often each run saw its text, for the warning that the law does not know it.
         progress: called with what is done, how much of it, and of how much.
 
     Raises:
@@ -215,7 +217,8 @@ def fit(
         loss=losses[kept],
     )
     rivals = found.theta[optima[1:]], found.objective[optima[1:]]
-    return replace(result, warnings=diagnostics.find(result, design, settings, rivals))
+    seen = None if epochs is None else _column("epochs", epochs, len(losses))[kept]
+    return replace(result, warnings=diagnostics.find(result, design, settings, rivals, seen))
 
 
 def start_grid(law: Law, design: Floats, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:

@@ -159,6 +159,18 @@ def loss_columns(table: Table, asked: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def epochs_of(table: Table) -> Floats | None:
+    """How often each run saw its text: the highest [M] over columns `epochs` and `epochs/SOURCE`; None without any.
+
+    Cells that are no number count as one epoch: our runs.csv leaves them empty where an arm has not the source.
+    """
+    names = [name for name in table.texts if name == "epochs" or name.startswith("epochs/")]
+    if not names:
+        return None
+    cells = [[number(text) or 1.0 for text in table.texts[name]] for name in names]
+    return np.asarray(np.max(np.array(cells, dtype=np.float64), axis=0))
+
+
 def law_columns(table: Table, law: Law, asked: dict[str, str | None]) -> tuple[dict[str, Floats], dict[str, str]]:
     """The columns [M] that the law takes, and what each was read from.
 
