@@ -16,9 +16,11 @@ from typing import Any
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
+from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
-from megatron_synth.study.fit.laws import LAWS, N_PARAMS, RATIO, TOKENS, Law, law_named
+from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS
+from megatron_synth.study.fit.row_filter import number
 from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, law_columns, loss_columns, read_table
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.train.record.run_dir import git_state, versions
@@ -34,12 +36,12 @@ def parser() -> argparse.ArgumentParser:
         prog="megatron-synth fit",
         description="Fit a scaling law to a CSV of runs, one row per run.",
         epilog="laws: "
-        + "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values())
+        + "; ".join(f"{law.name}: {law.formula}" for law in ALL_LAWS.values())
         + f"; {SHARES}: laws over the shares of several sources, chosen by cross-validation",
     )
     add = result.add_argument
     add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
-    add("--law", required=True, metavar="LAW", help=" | ".join((*LAWS, SHARES)))
+    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, SHARES)))
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
@@ -52,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     add("--group", metavar="COLUMN", help="one fit per value of this column, such as arm")
     add("--n-column", metavar="NAME", help="model sizes; guessed by default, as are the following")
     add("--tokens-column", metavar="NAME", help="training tokens")
+    add(
+        "--unique-column",
+        metavar="NAME",
+        help="different tokens among those trained; default tokens / epochs",
+    )
     add("--flops-column", metavar="NAME", help="training FLOPs, from which tokens = FLOPs / (6 N)")
     add("--ratio-column", metavar="NAME", help="share of the synthetic source, 0 to 1 (mixture laws)")
     add(
@@ -62,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         help="losses; may have * and be given again: a fit for each",
     )
     add("--aggregate", choices=CLI_AGGREGATES, help="one fit, to this aggregate of the loss columns")
+    add(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="hold a parameter at a value, such as E=1.8; may be given again",
+    )
     add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
     add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
     add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
@@ -134,7 +148,7 @@ def main(argv: list[str]) -> int:
 
 
 def _jobs(
-    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: Law
+    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: AnyLaw
 ) -> list[tuple[str, Table, dict[str, Any]]]:
     """(name, rows, what to fit) of every fit, all cells read."""
     asked = {
@@ -142,6 +156,7 @@ def _jobs(
         TOKENS: options.tokens_column,
         FLOPS: options.flops_column,
         RATIO: options.ratio_column,
+        UNIQUE_TOKENS: options.unique_column,
     }
     jobs = []
     for group, rows in groups.items():
@@ -171,11 +186,12 @@ def _jobs(
     return jobs
 
 
-def _fit(law: Law, job: dict[str, Any], options: argparse.Namespace) -> Fit:
+def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
     return fit(
         law,
         job["columns"],
         job["loss"],
+        fixed=_fixed(options.fix),
         delta=options.delta,
         starts=options.starts,
         drop_highest_loss=options.drop_highest_loss,
@@ -186,6 +202,18 @@ def _fit(law: Law, job: dict[str, Any], options: argparse.Namespace) -> Fit:
         extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
         progress=_progress() if sys.stderr.isatty() else None,
     )
+
+
+def _fixed(given: Sequence[str]) -> dict[str, float]:
+    """Values by parameter of `--fix NAME=VALUE`."""
+    fixed = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        held = number(value)
+        if held is None:
+            raise UserError(f"--fix '{text}': expected a parameter and a number, such as E=1.8")
+        fixed[name.strip()] = held
+    return fixed
 
 
 def _progress() -> Progress:
@@ -201,6 +229,9 @@ def describe(result: Fit, name: str = "") -> str:
     lines = [f"{name + ': ' if name else ''}{result.law.name}: {result.law.formula}"]
     rows: list[tuple[str, ...]] = [("", "value", "std. error", "90 % interval", "95 % interval")]
     for parameter, value in result.params.items():
+        if parameter not in result.law.parameters:
+            rows.append((parameter, f"{value:.6g}", "held fixed", "", ""))
+            continue
         bounds = (result.intervals[level][parameter] for level in result.intervals)
         spans = [f"{low:.5g} to {high:.5g}" for low, high in bounds] or ["", ""]
         error = f"{result.standard_errors[parameter]:.3g}" if result.standard_errors else ""
