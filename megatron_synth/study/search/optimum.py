@@ -48,7 +48,8 @@ def objective_of(
         fits: by domain; of one domain, or of an aggregate that was fitted as such, just that.
         how: `mean`, `worst` (the highest loss) or `weighted`.
         weights: by domain, with `weighted`; they are divided by their sum.
-        n_params, tokens: where mixtures are compared, for laws that know them.
+        n_params: size at which mixtures are compared, for laws that know it.
+        tokens: budget, likewise.
 
     Raises:
         UserError: no domain, an unknown one, or weights that are none.
@@ -92,9 +93,7 @@ def minimize(space: Space, objective: Objective, *, noise: float, smooth: bool =
     lowest = float(objective(best[None])[0])
     between = np.vstack([best + part * (drawn - best) for part in (*_PARTS, 1.0)])
     good = np.vstack([best, between[objective(between) <= lowest * (1 + noise)]])
-    near = {
-        name: (float(column.min()), float(column.max())) for name, column in zip(space.sources, good.T, strict=True)
-    }
+    near = {name: (float(column.min()), float(column.max())) for name, column in zip(space.sources, good.T, strict=True)}
     at_bound = {}
     for place, name in enumerate(space.sources):
         if best[place] >= space.upper[place] - 5e-4 and space.upper[place] < 1:

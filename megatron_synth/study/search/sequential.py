@@ -38,7 +38,8 @@ def expected_improvement(
         points: the runs; M of at least three mixtures.
         loss: [M].
         count: how many.
-        n_params, tokens: where mixtures are compared, where the runs differ in them.
+        n_params: size at which mixtures are compared, where the runs differ in it.
+        tokens: budget, likewise.
         seed: of candidates.
     """
     from scipy.stats import norm
@@ -71,8 +72,8 @@ def expected_improvement(
 def d_optimal(space: Space, count: int, *, taken: Floats, fitted: FittedParametric | None = None, seed: int = 0) -> Floats:
     """Mixtures [count, K] that determine the parameters of a law best, beside those that are there.
 
-    Each is the one whose prediction is known least, which raises the determinant of the information most (Fedorov 1972). The law
-    is a fitted one, by its slopes, or before there is one Scheffe's quadratic polynomial of the shares (1958).
+    Each is the one whose prediction is known least, which raises the determinant of the information most (Fedorov 1972). The
+    law is a fitted one, by its slopes, or before there is one Scheffe's quadratic polynomial of the shares (1958).
 
     Args:
         space: where to look.
@@ -97,9 +98,10 @@ def d_optimal(space: Space, count: int, *, taken: Floats, fitted: FittedParametr
     if known is not None:
         information += (known / scale).T @ (known / scale)
     inverse = np.linalg.inv(information)
-    chosen = []
+    chosen: list[Floats] = []
     for _ in range(count):
         unknown = np.einsum("cp,pq,cq->c", offered, inverse, offered)
+        unknown[_distance(candidates, np.vstack([np.atleast_2d(taken), *chosen])) < _LEAST_DISTANCE] = -np.inf
         place = int(unknown.argmax())
         chosen.append(candidates[place])
         column = inverse @ offered[place]
