@@ -92,11 +92,16 @@ def _checked(opened: Opened) -> Sources:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from megatron_synth.study.execute.status_text import plan_text
+    from megatron_synth.study.fit.worth import worth_table
 
     study, runs, folder = _open(arguments)
     sources = open_sources(study, runs)
     uses = check_sources(study, runs, sources)
     say(plan_text(study, runs, sources, uses, folder, each=arguments.runs))
+    seen = [(arm, name, use.epochs or 0.0) for (arm, *_), use_of in uses.items() for name, use in use_of.items()]
+    repeated = worth_table(seen)
+    if repeated:
+        say(f"\n{repeated}")
     return EXIT_OK
 
 
