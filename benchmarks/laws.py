@@ -1,6 +1,6 @@
 """Laws held against public data, and against simulated studies whose truth is known.
 
-The data are published tables that the user has: RegMix's mixtures (train_mixture_1m.csv, train_pile_loss_1m.csv, and test_*), the
+The data are published tables that the user has: RegMix's mixtures (train_mixture_1m.csv, train_pile_loss_1m.csv, test_*), the
 runs of Muennighoff et al. (datablations_c4_fit.csv) and of Gadre et al. (gadre_104.csv).
 """
 

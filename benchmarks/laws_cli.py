@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
         raise UserError("give --data DIR, --simulate N, or both")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
-    head = tables.header("bench", ["laws", *argv])
+    shown = ["DIR" if options.data is not None and part == str(options.data) else part for part in argv]
+    head = {**tables.header("benchmarks", []), "command": shlex.join(["python", "-m", "benchmarks", "laws", *shown])}
     say("\n".join(tables.header_lines(head)))
     result: dict[str, Any] = {}
     if options.data is not None:
