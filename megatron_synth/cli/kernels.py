@@ -100,8 +100,7 @@ def compiled_table(compiled: list[Compiled]) -> str:
     """What came out of the assembler, as Markdown."""
     head = ["kernel", "operation", "model", "warps", "registers", "shared, B", "stack, B", "warps/SM of 64"]
     rows = [
-        [f"`{k.kernel}`", k.operation, k.shape, str(k.warps), str(k.registers), str(k.shared), str(k.stack)]
-        + [str(k.warps_per_processor)]
+        [f"`{k.kernel}`", k.operation, k.shape, *map(str, (k.warps, k.registers, k.shared, k.stack, k.warps_per_processor))]
         for k in compiled
     ]
     lines = [head, ["---", "---", "---", *["---:"] * 5], *rows]

@@ -25,7 +25,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_active", {})
-    yield
+    return
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_run_that_names_what_is_not_there_is_told_before_anything_starts(
         ConfigError, match=r"kernels.rms_norm: rms_norm by triton cannot be had on cpu: needs a CUDA device; cho"
     ):
         kernels.select(config)
-    with pytest.raises(ConfigError, match="kernels.rope: expected 'auto', 'triton', 'torch' or 'compile', got 'te'"):
+    with pytest.raises(ConfigError, match=r"kernels.rope: expected 'auto', 'triton', 'torch' or 'compile', got 'te'"):
         load_file(Config, config_file, ["kernels.rope=te"])
 
 
@@ -210,7 +210,7 @@ def test_ranks_that_chose_otherwise_are_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     kernels.check_same_on_all_ranks(mine)
     other["swiglu"] = "te"
-    with pytest.raises(UserError, match="kernels.swiglu: te on rank 2, torch on rank 0; install the same on all nodes"):
+    with pytest.raises(UserError, match=r"kernels.swiglu: te on rank 2, torch on rank 0; install the same on all nodes"):
         kernels.check_same_on_all_ranks(mine)
 
 

@@ -105,8 +105,11 @@ def table(rows: list[Row]) -> list[str]:
         rate = f"{r.rate / 1e12:.3g} TFLOP/s" if r.flops else f"{r.rate / 1e9:,.1f} GB/s"
         base = eager.get((r.operation, r.shape, r.direction))
         cells.append(
-            [r.operation, r.shape, r.direction, r.contender, f"{1e6 * r.seconds:,.1f}", rate, f"{100 * r.ceiling:.1f}%"]
-            + ["n/a" if r.peak_bytes is None else gib(r.peak_bytes)]
-            + ["" if base is None else f"x{base / r.seconds:.2f}", ""]
+            [
+                *(r.operation, r.shape, r.direction, r.contender, f"{1e6 * r.seconds:,.1f}", rate, f"{100 * r.ceiling:.1f}%"),
+                "n/a" if r.peak_bytes is None else gib(r.peak_bytes),
+                "" if base is None else f"x{base / r.seconds:.2f}",
+                "",
+            ]
         )
     return markdown_table(cells)

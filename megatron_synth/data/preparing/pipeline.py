@@ -301,16 +301,16 @@ class SourceWork:
             if number not in shards
         )
         gone = 0
-        with progress(f"{target} shards", sum(piece.tokens for piece in assembly.pieces), "tokens") as bar:
-            with closing(self.pool.run(write_shard, tasks)) as results:
-                for task, shard in results:
-                    shards[task.number] = shard
-                    told_as = {"source": self.name, "target": target, "number": task.number}
-                    self.journal.append({"kind": "shard", **told_as, "shard": shard.model_dump(mode="json")})
-                    bar.update(shard.tokens)
-                    while assembly.buckets is None and gone < task.end[0]:
-                        assembly.pieces[gone].path.unlink(missing_ok=True)
-                        gone += 1
+        tokens = sum(piece.tokens for piece in assembly.pieces)
+        with progress(f"{target} shards", tokens, "tokens") as bar, closing(self.pool.run(write_shard, tasks)) as results:
+            for task, shard in results:
+                shards[task.number] = shard
+                key = {"source": self.name, "target": target, "number": task.number}
+                self.journal.append({"kind": "shard", **key, "shard": shard.model_dump(mode="json")})
+                bar.update(shard.tokens)
+                while assembly.buckets is None and gone < task.end[0]:
+                    assembly.pieces[gone].path.unlink(missing_ok=True)
+                    gone += 1
         return [shards[number] for number in range(len(plan.cuts[target]))]
 
     def _refuse_empty(self, counts: dict[str, Counts]) -> None:

@@ -42,7 +42,7 @@ def problem(device: torch.device) -> str | None:
         return "TransformerEngine needs a GPU"
     try:
         import transformer_engine
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch
     except Exception as error:  # a library built for another torch fails in its own way
         return f"TransformerEngine cannot be imported: {(str(error) or repr(error)).splitlines()[0]}"
     release = tuple(int(part) for part in str(transformer_engine.__version__).split(".")[:2])

@@ -52,16 +52,14 @@ def find(fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Fl
         rivals: theta [O, P] and objective [O] of other optima nearly as low.
     """
     errors = log_errors(fit, design)
-    return tuple(
-        [
-            *_points(fit, settings),
-            *_flatness(fit, errors),
-            *_floor(fit),
-            *_starts(fit, errors, rivals),
-            *_signs(fit),
-            *_lack_of_fit(fit, design, settings),
-            *_holdout(fit, design),
-        ]
+    return (
+        *_points(fit, settings),
+        *_flatness(fit, errors),
+        *_floor(fit),
+        *_starts(fit, errors, rivals),
+        *_signs(fit),
+        *_lack_of_fit(fit, design, settings),
+        *_holdout(fit, design),
     )
 
 

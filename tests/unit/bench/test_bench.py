@@ -101,7 +101,7 @@ def test_ratios_are_taken_within_pairs() -> None:
     engine, rival = measured("a", (1.0, 1.0, 9.0), (4.0, 4.0, 4.0)), measured("b", (2.0, 2.0, 2.0), (8.0, 0.1, 8.0))
     assert engine.speedups_over(rival) == [2.0, 2.0]
     assert engine.cpu_speedups_over(rival) == [1.0, 1.0]
-    assert "x2.000 (2.000 to 2.000)" == bench_train._spread(engine.speedups_over(rival))
+    assert bench_train._spread(engine.speedups_over(rival)) == "x2.000 (2.000 to 2.000)"
 
 
 def test_losses_that_differ_are_refused() -> None:

@@ -495,7 +495,7 @@ def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_portion_be
     monkeypatch.setattr(splits, "PORTION_BYTES", 400)
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
         prepare(make({"input": str(path)}))
 
 
@@ -503,7 +503,7 @@ def test_a_failing_run_leaves_nothing(tmp_path, make):
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
     for workers in (1, 2):
-        with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+        with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
             prepare(make({"input": str(path)}, shard_tokens=100), workers=workers)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
 
@@ -514,7 +514,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda folder: Usage)
-        with pytest.raises(UserError, match="needs about .* are free in"):
+        with pytest.raises(UserError, match=r"needs about .* are free in"):
             prepare(make())
         assert prepare(make({"max_bytes": 100})) is not None, "max_bytes bounds the estimate"
 
@@ -651,7 +651,7 @@ def test_missing_columns_of_tables_name_what_is_there(tmp_path, make):
     (tmp_path / "in").mkdir()
     for ending in (".parquet", "disk"):
         source = write_format(tmp_path / "in", ending)
-        with pytest.raises(UserError, match="no column 'body', found .*'text'"):
+        with pytest.raises(UserError, match=r"no column 'body', found .*'text'"):
             prepare(make({**source, "text_key": "body"}))
     with pytest.raises(UserError, match="no split 'x', found"):
         source = write_format(tmp_path / "in", "disk-splits")

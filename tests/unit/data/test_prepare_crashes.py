@@ -13,7 +13,7 @@ from megatron_synth.data.preparing import pipeline, shuffle, splits
 from megatron_synth.data.preparing.prepare import prepare
 from tests.crashing import run_until
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 PLAIN = {"tokenizer": {"train": {"vocab_size": 300}}}
 SHUFFLED = {"shuffle": {"seed": 5}, "packing": {"sequence_length": 32}, **PLAIN}
 

@@ -1,5 +1,7 @@
 """The shuffle: a permutation of the documents that the seed alone decides, the same however it is cut."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def assemble(folder, assembly, shard_tokens):
         info = write_shard(None, ShardTask(prefix, DTYPE, assembly, number, start, end))
         shard = Shard(prefix)
         starts = [*shard.document_starts(0, shard.num_tokens).tolist(), shard.num_tokens]
-        found += [(int(shard.tokens[a]), b - a) for a, b in zip(starts, starts[1:], strict=False)]
+        found += [(int(shard.tokens[a]), b - a) for a, b in itertools.pairwise(starts)]
         sizes.append((info.documents, info.tokens))
     return found, sizes
 
@@ -56,7 +58,7 @@ def test_any_number_of_buckets_and_shards_gives_the_same_permutation(tmp_path_fa
     )
     assert found == [(token, length) for _, token, length in keyed]
     assert all(tokens <= shard_tokens or documents == 1 for documents, tokens in sizes)
-    for (_, one), (_, two) in zip(sizes, sizes[1:], strict=False):
+    for (_, one), (_, two) in itertools.pairwise(sizes):
         assert one + two > shard_tokens, "a shard was closed although the next document fitted"
 
 

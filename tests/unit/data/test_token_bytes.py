@@ -90,7 +90,7 @@ def test_an_end_of_document_that_is_not_special_is_no_text(tmp_path: Path) -> No
 def test_another_file_says_so(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="not a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"not a tokenizer.json"):
         token_bytes(path, None)
     with pytest.raises(ValueError, match="absent"):
         token_bytes(tmp_path / "absent", None)
