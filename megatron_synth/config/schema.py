@@ -362,7 +362,7 @@ class PrecisionConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes an operation; `megatron-synth kernels` shows what a machine has.
 
-    auto takes the first that the device allows. A backend that is named and cannot be had is an error.
+    auto takes the first that the device allows. A backend that is named and unavailable is an error.
     """
 
     rms_norm: Literal["auto", "te", "apex", "triton", "torch", "compile"] = "auto"
@@ -429,7 +429,7 @@ class WandbConfig(Section):
     project: str = "megatron-synth"
     """Project name."""
     entity: str | None = None
-    """Team or user. Default: wandb's own."""
+    """RankGroup or user. Default: wandb's own."""
     name: str | None = None
     """Display name. Default: the run directory's name."""
     tags: tuple[str, ...] = ()

@@ -33,8 +33,8 @@ BATCHES = 4
 OOM_STATUS = "out of memory"
 
 
-class TeamFailed(Exception):
-    """A team that cannot go on. `status`: `out of memory`, `too slow` or `failed`; `error`: what it said."""
+class RankGroupFailed(Exception):
+    """A group that cannot go on. `status`: `out of memory`, `too slow` or `failed`; `error`: what it said."""
 
     def __init__(self, status: str, error: str):
         self.status, self.error = status, error
@@ -43,7 +43,7 @@ class TeamFailed(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a team trains."""
+    """What a group trains."""
 
     config: Config
     layout: Layout
@@ -71,7 +71,7 @@ def prepare(on_gpu: bool) -> str:
     """Import the engine once, for all processes to come.
 
     Returns:
-        How `Team` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
+        How `RankGroup` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
         then a forked process could not use it, and each imports the engine by itself.
     """
     # torch then counts devices through the driver's library, and does not initialize CUDA
@@ -82,7 +82,7 @@ def prepare(on_gpu: bool) -> str:
     return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"
 
 
-class Team:
+class RankGroup:
     """The ranks of one configuration."""
 
     def __init__(self, job: Job, method: str, timeout_s: float):
@@ -104,7 +104,7 @@ class Team:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> RankGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -148,7 +148,7 @@ class Team:
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TeamFailed("too slow", f"no answer within {self._timeout_s:.0f} s")
+                raise RankGroupFailed("too slow", f"no answer within {self._timeout_s:.0f} s")
             for pipe in ready:
                 assert isinstance(pipe, connection.Connection)
                 rank = waiting[pipe]
@@ -159,9 +159,9 @@ class Team:
                     code = self._processes[rank].exitcode
                     # the kernel ends a process that outgrows the host with SIGKILL
                     status = OOM_STATUS if code == -9 else "failed"
-                    raise TeamFailed(status, f"rank {rank} ended with {code}{self._last_line(rank)}") from None
+                    raise RankGroupFailed(status, f"rank {rank} ended with {code}{self._last_line(rank)}") from None
                 if kind == "error":
-                    raise TeamFailed(OOM_STATUS if OUT_OF_MEMORY.search(value) else "failed", value)
+                    raise RankGroupFailed(OOM_STATUS if OUT_OF_MEMORY.search(value) else "failed", value)
                 found[rank] = value
         return [found[rank] for rank in range(len(found))]
 

@@ -115,7 +115,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
             time.sleep(0.02)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    # the children are told by the kernel, save, and leave; none is left that would write beside its successor
+    # the children are signaled by the kernel, save, and leave; none is left that would write beside its successor
     while any(folder.is_locked(run) for run in runs):
         assert time.monotonic() < deadline
         time.sleep(0.1)
