@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -23,7 +22,7 @@ from megatron_synth.bench.train.engine import Block, Engine, allocated, random_b
 from megatron_synth.bench.train.sweep import OUT_OF_MEMORY
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
-from megatron_synth.parallel import engine
+from megatron_synth.parallel import engine, local_ranks
 from megatron_synth.parallel.groups import process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.garbage import ManualCollection
@@ -87,22 +86,11 @@ class RankGroup:
 
     def __init__(self, job: Job, method: str, timeout_s: float):
         """Start the processes; `ready` waits for them."""
-        context: Any = multiprocessing.get_context(method)
-        port = _free_port()
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory()
-        self._pipes: list[connection.Connection] = []
-        self._processes: list[Any] = []
-        for rank in range(job.layout.world_size):
-            ours, theirs = context.Pipe()
-            log = Path(self._folder.name) / f"{rank}.log"
-            # the other ends of the pipes: a forked process that held one would outlive this one
-            held = [*self._pipes, ours] if method == "fork" else []
-            process = context.Process(target=_rank, args=(job, rank, port, theirs, held, log), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        context = multiprocessing.get_context(method)
+        started = local_ranks.start(context, job.layout.world_size, _rank, (job,), lambda rank: (self._log(rank), None))
+        self._processes, self._pipes = started.processes, started.pipes
 
     def __enter__(self) -> RankGroup:
         return self
@@ -165,32 +153,19 @@ class RankGroup:
                 found[rank] = value
         return [found[rank] for rank in range(len(found))]
 
+    def _log(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"{rank}.log"
+
     def _last_line(self, rank: int) -> str:
-        log = Path(self._folder.name) / f"{rank}.log"
+        log = self._log(rank)
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _rank(
-    job: Job, rank: int, port: int, pipe: connection.Connection, held: Sequence[connection.Connection], log: Path
-) -> None:
+def _rank(place: local_ranks.Place, pipe: connection.Connection, job: Job) -> None:
     """The life of a rank: join, build, warm up, then blocks as they are asked for."""
-    for other in held:
-        other.close()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    os.close(file)
-    world_size = job.layout.world_size
+    place.enter()
     os.environ.update(job.environment)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     try:
         _work(job, pipe)
     except EOFError:  # the parent is gone
