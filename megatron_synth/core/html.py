@@ -53,8 +53,8 @@ def html(template: str, *values: object) -> Markup:
     return Markup(template).format(*values)
 
 
-def document(title: str, parts: Iterable[Markup | str]) -> str:
-    """A whole page with `parts` one below the other; empty ones are left out."""
+def document(title: str, parts: Iterable[Markup | str], style: str = "") -> str:
+    """A whole page with `parts` one below the other; empty ones are left out. style: rules of its own, none from outside."""
     body = Markup("\n").join(part for part in parts if part)
     return str(
         html(
@@ -64,7 +64,7 @@ def document(title: str, parts: Iterable[Markup | str]) -> str:
             "<body>\n<main>\n{}\n</main>\n</body>\n</html>\n",
             POLICY,
             title,
-            Markup(STYLE),
+            Markup(STYLE + style),
             body,
         )
     )
