@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import Field, model_validator
 
 from megatron_synth.config.prepare import Kind
-from megatron_synth.config.schema import Section
+from megatron_synth.config.section import Section
 from megatron_synth.synthesis.filters import phrases
 from megatron_synth.synthesis.filters.language import LanguageCheck
 from megatron_synth.synthesis.filters.numbers import numbers_in, supported_by
