@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xxhash
@@ -50,7 +51,7 @@ def hashed_ngrams(texts: Sequence[str], dimensions: int = DIMENSIONS) -> np.ndar
     documents: Counter[int] = Counter()
     for text in texts:
         words = words_of(text)
-        pairs = [f"{one} {other}" for one, other in zip(words, words[1:], strict=False)]
+        pairs = [f"{one} {other}" for one, other in pairwise(words)]
         found = Counter(xxhash.xxh3_64_intdigest(part.encode("utf-8", "surrogatepass")) for part in (*words, *pairs))
         counts.append(found)
         documents.update(found.keys())
@@ -114,7 +115,7 @@ def greedy_coverage(neighbors: Neighbors, k: int, threshold: float) -> tuple[lis
         The choice in the order of choosing, and how many documents it covers.
     """
     starts, similar = neighbors.starts, neighbors.similarities >= threshold
-    around = [neighbors.others[a:b][similar[a:b]] for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
+    around = [neighbors.others[a:b][similar[a:b]] for a, b in pairwise(starts.tolist())]
     covered = np.zeros(neighbors.documents, bool)
     heap = [(-(1 + one.size), number) for number, one in enumerate(around)]
     heapq.heapify(heap)
