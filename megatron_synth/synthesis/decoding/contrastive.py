@@ -7,6 +7,7 @@ one or an earlier checkpoint. With lambda 0 it is plain sampling from the good m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,9 @@ class _Stream:
     def __init__(self, model: CausalModel, rows: Sequence[Sequence[int]]):
         self._model = model
         tokens, self._mask = padded(rows, model.device, left=True)
+        # whole prefixes times the vocabulary would fill the memory; nearly all models can leave that out
+        last_alone = "logits_to_keep" in inspect.signature(model.model.forward).parameters
+        self._options = {"logits_to_keep": 1} if last_alone else {}
         self._cache: Any = None
         self._read(tokens, (self._mask.cumsum(dim=-1) - 1).clamp(min=0))
 
@@ -151,5 +155,6 @@ class _Stream:
                 position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
+                **self._options,
             )
         self._cache, self._logits = answer.past_key_values, answer.logits[:, -1]

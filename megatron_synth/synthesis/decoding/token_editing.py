@@ -49,8 +49,8 @@ def edit(
     p: float = 0.99,
     top_k: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
-    chunk_tokens: int | None = None,
+    batch_tokens: int = 4096,
+    chunk_tokens: int = 1024,
 ) -> list[Edited]:
     """Edit texts, in the order in which they come.
 
@@ -60,19 +60,20 @@ def edit(
         p: probability from which on a token is drawn anew, above 0.
         top_k: draw among this many likeliest tokens alone; None: among all.
         seed: of the draws.
-        batch_size: chunks in a forward pass. Sums of another batch may round otherwise, which moves a probability at p.
-        chunk_tokens: texts are cut into chunks of this many tokens; None: the model's context.
+        batch_tokens: tokens of a forward pass, padding included; it holds as many rows of the vocabulary in memory, 0.8 GB for
+            4096 tokens of a vocabulary of 49,000. Sums of another batch may round otherwise, which moves a probability at p.
+        chunk_tokens: texts are cut into chunks of this many tokens, or of the model's context if that is shorter.
 
     Raises:
-        UserError: p is not above 0, top_k is below 1, or chunks are longer than the context.
+        UserError: p is not above 0, top_k is below 1, or a chunk is below two tokens or longer than a batch.
     """
-    size = prior.context if chunk_tokens is None else chunk_tokens
+    size = min(chunk_tokens, prior.context)
     if not p > 0:
         raise UserError(f"p: expected a probability above 0 (above 1 edits nothing), got {p}")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k: expected at least 1, got {top_k}")
-    if not 2 <= size <= prior.context:
-        raise UserError(f"chunk_tokens: expected 2 to {prior.context}, the context of {prior.folder}, got {size}")
+    if not 2 <= size <= batch_tokens:
+        raise UserError(f"chunk_tokens: expected 2 to {batch_tokens}, the tokens of a batch, got {size}")
     rows = [prior.encode(text) for _, text in texts]
     after = [list(row) for row in rows]
     drawn = [0] * len(rows)
@@ -83,7 +84,7 @@ def edit(
     ]
     chunks = [chunk for chunk in chunks if len(chunk.tokens) > 1]
     draws = [uniforms(seed, key, len(row)) for (key, _), row in zip(texts, rows, strict=True)]
-    for batch in _batches(chunks, batch_size):
+    for batch in _batches(chunks, batch_tokens):
         for chunk, (places, tokens) in zip(batch, _drawn(prior, batch, draws, p, top_k), strict=True):
             drawn[chunk.text] += len(places)
             for place, token in zip(places, tokens, strict=True):
@@ -128,8 +129,11 @@ def _drawn(
         yield places, draw(weights, uniform).tolist()
 
 
-def _batches(chunks: Sequence[_Chunk], size: int) -> Iterator[Sequence[_Chunk]]:
-    """Chunks of like length together, so that little is padded."""
+def _batches(chunks: Sequence[_Chunk], tokens: int) -> Iterator[Sequence[_Chunk]]:
+    """Chunks of like length together, so that little is padded, up to `tokens` in all."""
     order = sorted(chunks, key=lambda chunk: (-len(chunk.tokens), chunk.text, chunk.begin))
-    for begin in range(0, len(order), size):
-        yield order[begin : begin + size]
+    begin = 0
+    while begin < len(order):
+        count = tokens // len(order[begin].tokens)
+        yield order[begin : begin + count]
+        begin += count

@@ -119,11 +119,11 @@ def test_folders_that_hold_no_model_are_named(tmp_path: Path) -> None:
 # ---- token editing
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_tokens", [128, 4096])
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_edits_are_those_of_a_plain_loop(good: CausalModel, batch_size: int, top_k: int | None) -> None:
+def test_edits_are_those_of_a_plain_loop(good: CausalModel, batch_tokens: int, top_k: int | None) -> None:
     p = 0.004
-    found = edit(good, TEXTS, p=p, top_k=top_k, seed=7, batch_size=batch_size)
+    found = edit(good, TEXTS, p=p, top_k=top_k, seed=7, batch_tokens=batch_tokens)
     drawn = changed = 0
     for (key, text), edited in zip(TEXTS, found, strict=True):
         tokens = good.encode(text)
@@ -154,7 +154,11 @@ def test_each_chunk_is_a_text_of_its_own(good: CausalModel) -> None:
     tokens = good.encode(TEXTS[0][1])
     found = edit(good, TEXTS[:1], p=1e-30, chunk_tokens=8)[0]
     assert found.drawn == len(tokens) - -(-len(tokens) // 8)
-    for message, arguments in {"p: expected": {"p": 0.0}, "top_k": {"top_k": 0}, "2 to 128": {"chunk_tokens": 129}}.items():
+    for message, arguments in {
+        "p: expected": {"p": 0.0},
+        "top_k": {"top_k": 0},
+        "2 to 100, the tokens of a batch": {"batch_tokens": 100},
+    }.items():
         with pytest.raises(UserError, match=message):
             edit(good, TEXTS, **arguments)  # type: ignore[arg-type]
 
