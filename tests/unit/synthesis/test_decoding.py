@@ -13,6 +13,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.synthesis.decoding.contrastive import continue_texts, contrast
 from megatron_synth.synthesis.decoding.model import CausalModel, draw, load, uniforms
 from megatron_synth.synthesis.decoding.token_editing import edit, token_probabilities
+from tests.support import save_tiny_causal_model
 
 TEXTS = [
     ("a", "The tide rises twice a day, and the ferry waits for it at the pier of Ostrand."),
@@ -25,31 +26,8 @@ TEXTS = [
 ]
 
 
-def save(folder: Path, seed: int, *, layers: int = 2, family: str = "llama", vocabulary: int = 320, more: int = 0) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([text for _, text in TEXTS if "<" not in text], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    common: dict[str, Any] = {"vocab_size": len(tokenizer) + more, "eos_token_id": 0, "bos_token_id": None}
-    if family == "gpt2":
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=2, n_positions=128, **common))
-    else:
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model = LlamaForCausalLM(
-            LlamaConfig(num_hidden_layers=layers, max_position_embeddings=128, initializer_range=0.5, **shape, **common)
-        )
-    model.save_pretrained(folder)
-    return folder
+def save(folder: Path, seed: int, **more: Any) -> Path:
+    return save_tiny_causal_model(folder, [text for _, text in TEXTS if "<" not in text], seed, **more)
 
 
 @pytest.fixture(scope="module")
