@@ -12,7 +12,8 @@ from typing import Any
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.synthesis.filters.base import KINDS, PREAMBLE, REASONS, Candidate, Filters, FiltersConfig
 
-LABELED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "synthesis" / "labeled_outputs.jsonl"
+_FOLDER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "synthesis"
+WRITTEN, GENERATED = _FOLDER / "labeled_outputs.jsonl", _FOLDER / "generated_outputs.jsonl"
 HALVES = ("tune", "held_out")
 LABELS = (*(reason for reason in REASONS if reason != "equal_to_another"), PREAMBLE)
 """What a single answer can be labeled with."""
@@ -20,12 +21,17 @@ LABELS = (*(reason for reason in REASONS if reason != "equal_to_another"), PREAM
 
 @dataclass(frozen=True)
 class Labeled:
-    """An answer, its half, and what a reader found in it: reasons and `PREAMBLE`; a good document has no reason."""
+    """An answer, its half, and what a reader found in it.
+
+    labels: reasons and `PREAMBLE`; a good document has no reason.
+    faithful: whether it says what the parent says, which no filter can tell; None where nobody has looked.
+    """
 
     name: str
     half: str
     candidate: Candidate
     labels: frozenset[str]
+    faithful: bool | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def read(path: Path) -> list[Labeled]:
         try:
             row = json.loads(line)
             candidate = Candidate(row["kind"], (row["parent"],), row["output"], row["finish_reason"])
-            one = Labeled(row["id"], row["half"], candidate, frozenset(row["labels"]))
+            one = Labeled(row["id"], row["half"], candidate, frozenset(row["labels"]), row.get("faithful"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}:{number}: not a labeled answer, {error!r}") from None
         if one.half not in HALVES or candidate.kind not in KINDS or not one.labels <= set(LABELS):
@@ -89,23 +95,37 @@ def _score(pairs: Sequence[tuple[bool, bool]]) -> Score:
     return Score(right, sum(found for found, _ in pairs) - right, sum(wanted for _, wanted in pairs) - right)
 
 
-def rows(filters: Filters, answers: Sequence[Labeled]) -> list[list[str]]:
-    """The table: for each half how often a label stands, precision and recall."""
-    head = ["reason", *(f"{half.replace('_', '-')}: {what}" for half in HALVES for what in ("labeled", "precision", "recall"))]
-    scores = [score(filters, [one for one in answers if one.half == half]) for half in HALVES]
-    table = [head]
+def rows(filters: Filters, columns: dict[str, Sequence[Labeled]]) -> list[list[str]]:
+    """The table: precision and recall by label, for each named group of answers."""
+    scores = [score(filters, answers) for answers in columns.values()]
+    table = [["reason", *(f"{name}: {what}" for name in columns for what in ("precision", "recall"))]]
     for label in (*LABELS, "rejected"):
         cells = []
-        for half in scores:
-            one = half[label]
-            cells += [str(one.right + one.missed), _fraction(one.right, one.wrong), _fraction(one.right, one.missed)]
+        for one in (found[label] for found in scores):
+            cells += [_fraction(one.right, one.wrong), _fraction(one.right, one.missed)]
         table.append([label, *cells])
     return table
 
 
+def grouped() -> dict[str, Sequence[Labeled]]:
+    """The groups of the table: written and generated answers, each in its halves."""
+    files = {"": read(WRITTEN), "SmolLM2 ": read(GENERATED)}
+    return {
+        f"{name}{half.replace('_', '-')}": [one for one in answers if one.half == half]
+        for name, answers in files.items()
+        for half in HALVES
+    }
+
+
+def unfaithful(filters: Filters, answers: Sequence[Labeled]) -> tuple[int, int]:
+    """Of answers whose truth was looked at: how many are kept, and how many of these say what the parent does not."""
+    kept = [one for one in answers if one.faithful is not None and filters.judge(one.candidate).kept]
+    return len(kept), sum(not one.faithful for one in kept)
+
+
 def _fraction(right: int, others: int) -> str:
     total = right + others
-    return f"{right / total:.2f} ({right}/{total})" if total else "n/a"
+    return f"{right / total:.2f} ({right}/{total})" if total else "none"
 
 
 def main(argv: list[str]) -> int:
@@ -114,20 +134,22 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks filters",
         description="Precision and recall of the filters of synthetic text on answers that were labeled by hand.",
     )
-    parser.add_argument("--labeled", type=Path, default=LABELED, metavar="FILE", help="default: the 200 of the tests")
     parser.add_argument("--wrong", choices=HALVES, help="also list what is judged wrongly in a half")
     options = parser.parse_args(argv)
     from megatron_synth.bench import tables
     from megatron_synth.core.log import one_line, say
 
-    answers = read(options.labeled)
+    columns = grouped()
     filters = Filters(FiltersConfig())
     head: dict[str, Any] = tables.header("", [])
     head["command"] = " ".join(["python -m benchmarks filters", *argv])
     about = tables.header_lines(head)[:2]
-    about.append(f"- {len(answers)} answers to {len({one.candidate.parents for one in answers})} parents, {language(filters)}")
-    say("\n".join([*about, "", *tables.markdown_table(rows(filters, answers))]))
-    for one in answers:
+    sizes = ", ".join(f"{name}: {len(answers)}" for name, answers in columns.items())
+    about.append(f"- answers: {sizes}; {language(filters)}")
+    kept, untrue = unfaithful(filters, [one for answers in columns.values() for one in answers])
+    about.append(f"- of SmolLM2's answers {kept} are kept, of which {untrue} say what the parent does not")
+    say("\n".join([*about, "", *tables.markdown_table(rows(filters, columns))]))
+    for one in (one for answers in columns.values() for one in answers):
         found = found_in(filters, one.candidate)
         if one.half == options.wrong and found != one.labels:
             say(f"{one.name}: labeled {sorted(one.labels)}, found {sorted(found)}: {one_line(one.candidate.text[:200])}")

@@ -135,6 +135,11 @@ def levers() -> str:
     return "\n".join([f"- command: `megatron-synth {' '.join(base)}` on each layout", *lines, "", markdown(rows)])
 
 
+def coverage() -> str:
+    """What coverage selection covers of the built-in corpus, as `python -m benchmarks coverage` prints it."""
+    return printed("coverage", start=BENCHMARKS)
+
+
 def filters() -> str:
     """Precision and recall of the filters of synthetic text, as `python -m benchmarks filters` prints them."""
     return printed("filters", start=BENCHMARKS)
@@ -247,6 +252,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "loader-peers": loader_peers,
     "prepare": prepare,
     "levers": levers,
+    "coverage": coverage,
     "filters": filters,
     "launch": launch,
     "kernels-compiled": kernels_compiled,

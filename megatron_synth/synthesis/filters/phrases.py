@@ -43,6 +43,8 @@ _PREAMBLES = (
     ),
     # Sure!   Here you go:
     re.compile(rf"{_AGREED}?(?:here (?:you go|it is|you are)|{_AGREED})\s*[:.!]?\s*\n+", _FLAGS),
+    # The following text was reworded to say the same.
+    re.compile(rf"(?:the following|this) {_TEXT} (?:was|is|has been) {_MADE}\b[^\n]*\n+", _FLAGS),
     # **Rephrased text:**
     re.compile(rf"\W{{0,4}}(?:the |my )?{_MADE} {_TEXT}\W{{0,3}}:\W{{0,4}}", _FLAGS),
     re.compile(r"\W{0,4}(?:rewrite|paraphrase|rephrasing)\W{0,3}:\W{0,4}", _FLAGS),

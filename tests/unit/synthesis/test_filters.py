@@ -206,7 +206,7 @@ def test_hostile_text_is_judged_in_linear_time(filters: Filters, text: str) -> N
 
 
 def test_labeled_answers() -> None:
-    answers = benchmark.read(benchmark.LABELED)
+    answers = benchmark.read(benchmark.WRITTEN)
     assert len(answers) == 200 and len({one.name for one in answers}) == 200
     halves = [{one.candidate.parents for one in answers if one.half == half} for half in benchmark.HALVES]
     assert not halves[0] & halves[1]
@@ -218,8 +218,20 @@ def test_labeled_answers() -> None:
         assert one.recall is not None and one.recall >= 0.9, (label, one)
 
 
+def test_labeled_answers_of_a_small_model() -> None:
+    answers = benchmark.read(benchmark.GENERATED)
+    written = {one.candidate.parents: one.half for one in benchmark.read(benchmark.WRITTEN)}
+    assert all(written[one.candidate.parents] == one.half and one.faithful is not None for one in answers)
+    filters = Filters(FiltersConfig())
+    rejected = benchmark.score(filters, answers)["rejected"]
+    assert rejected.precision is not None and rejected.precision >= 0.9
+    assert rejected.recall is not None and rejected.recall >= 0.9
+    kept, untrue = benchmark.unfaithful(filters, answers)
+    assert 0 <= untrue <= kept == sum(filters.judge(one.candidate).kept for one in answers)
+
+
 def test_a_broken_file_of_labels_names_its_line(tmp_path: Path) -> None:
-    line = benchmark.LABELED.read_text(encoding="utf-8").splitlines()[0]
+    line = benchmark.WRITTEN.read_text(encoding="utf-8").splitlines()[0]
     for broken, match in [("{", "not a labeled"), (line.replace('"rephrased"', '"hq"'), "unknown half, kind or label")]:
         (tmp_path / "labels.jsonl").write_text(f"{line}\n{broken}\n", encoding="utf-8")
         with pytest.raises(UserError, match=rf"labels.jsonl:2: {match}"):
