@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,16 @@ def test_kernels_are_bit_equal_to_their_definition(shape: tuple[int, int], forma
 
     from megatron_synth_kernels.torch import fp8
     from megatron_synth_kernels.triton import quantize as triton_quantize
-    from tests.kernels.test_quantize import bits, matrix
+    from tests.kernels.test_quantize import bits, by_scale, matrix
 
     dtype = getattr(fp8, format_name)
     x = matrix(*shape, torch.bfloat16).cuda()
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 2
     assert torch.equal(triton_quantize.amax_of(x), fp8.amax_of(x))
-    for found, expected in zip(
-        triton_quantize.quantize_tensorwise(x, scale, dtype), fp8.quantize_tensorwise(x, scale, dtype), strict=True
-    ):
-        assert torch.equal(bits(found), bits(expected))
-    row, _, _ = fp8.quantize_tensorwise(x, scale, dtype)
+    found, expected = (by_scale(partial(one.quantize_tensorwise, x), scale, dtype) for one in (triton_quantize, fp8))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    row = expected[0]
     assert row is not None and torch.equal(bits(triton_quantize.transpose(row)), bits(fp8.transpose(row)))
     for name in ("quantize_1x128", "quantize_128x128"):
         for ours, theirs in zip(getattr(triton_quantize, name)(x, dtype), getattr(fp8, name)(x, dtype), strict=True):
@@ -101,7 +101,7 @@ def test_what_quantizes_as_it_makes_is_bit_equal_to_making_and_quantizing(width:
     from megatron_synth_kernels.triton import (
         swiglu_quantize as triton_swiglu_quantize,
     )
-    from tests.kernels.test_quantize import bits, matrix
+    from tests.kernels.test_quantize import bits, by_scale, matrix
 
     x = matrix(1024, width, torch.bfloat16).clamp(-60, 60).cuda()
     grad = matrix(1024, width // 2, torch.bfloat16, seed=1).clamp(-60, 60).cuda()
@@ -115,11 +115,16 @@ def test_what_quantizes_as_it_makes_is_bit_equal_to_making_and_quantizing(width:
         (lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), leaf.grad, fp8.E5M2),
     ]
     for make, expected, dtype in cases:
-        amax = make().amax()
+        amax = make().amax(torch.zeros((), device="cuda"))
         assert torch.equal(amax, fp8.amax_of(expected))
         scale = fp8.scale_for(amax, dtype)
-        for ours, theirs in zip(make().tensorwise(scale, dtype), fp8.quantize_tensorwise(expected, scale, dtype), strict=True):
+        found = by_scale(make().tensorwise, scale, dtype)
+        for ours, theirs in zip(found, by_scale(partial(fp8.quantize_tensorwise, expected), scale, dtype), strict=True):
             assert torch.equal(bits(ours), bits(theirs))
+        ours, theirs = (fp8.Scaling(torch.zeros((), device="cuda"), amax=amax) for _ in range(2))
+        current, definition = make().tensorwise(ours, dtype), fp8.quantize_tensorwise(expected, theirs, dtype)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(current, definition, strict=True))
+        assert torch.equal(ours.inverse, theirs.inverse)
         for ours, theirs in zip(make().blocks(dtype), fp8.quantize_1x128(expected, dtype), strict=True):
             assert torch.equal(bits(ours.data), bits(theirs.data)) and torch.equal(ours.scale, theirs.scale)
             assert ours.scale.stride() == theirs.scale.stride()

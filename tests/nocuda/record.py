@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import subprocess
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -91,14 +93,22 @@ def short(name: str) -> str:
     """A kernel's name as a person reads it: of torch's mangled templates, the words that tell them apart."""
     if name.startswith("triton:"):
         return name
-    words = re.findall(r"[A-Za-z_]\w*?(?:kernel|Kernel|functor|Functor)\w*|direct_copy\w*|\w*flash\w*|\w*fmha\w*", name)
-    return " ".join(dict.fromkeys(word[:60] for word in words))[:140] or name[:140]
+    plain = _demangled(name)
+    plain = re.sub(r"\(anonymous namespace\)::|at::native::|at_cuda_detail::|std::|void |c10::", "", plain)
+    return plain[:170]
+
+
+@cache
+def _demangled(name: str) -> str:
+    return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def table(entries: Sequence[Entry], most: int = 40) -> str:
     """The most frequent calls, one to a line."""
     kinds = Counter((entry.kind, short(entry.name), entry.one_block) for entry in entries)
-    lines = [f"{n:7d}  {kind:10s} {'1 block ' if one else '        '}{name}" for (kind, name, one), n in kinds.most_common(most)]
+    lines = [
+        f"{n:7d}  {kind:10s} {'1 block ' if one else '        '}{name}" for (kind, name, one), n in kinds.most_common(most)
+    ]
     return "\n".join(lines)
 
 
@@ -120,10 +130,14 @@ def _locate(out: int, size: int) -> None:
 
 
 @contextmanager
-def recording(file: Path) -> Iterator[None]:
-    """Within, what the host asks of the device is recorded; it is in `file` afterwards."""
+def recording(file: Path, trace: str = "") -> Iterator[None]:
+    """Within, what the host asks of the device is recorded; it is in `file` afterwards.
+
+    Launches whose names hold `trace` are told with their place, too.
+    """
     library = _library()
     library.nocuda_locate(_locate)
+    library.nocuda_trace(trace.encode())
     library.nocuda_record(1)
     try:
         yield

@@ -20,7 +20,17 @@ static volatile int recording;
 // Python's side gives the lines of its stack for records that need one: waits, faults and pageable copies.
 static void (*locator)(char* out, int size);
 
+static char traced[200]; // launches whose names hold this are located, too
+
 void nocuda_locate(void (*function)(char*, int)) { locator = function; }
+
+void nocuda_trace(const char* part) { snprintf(traced, sizeof traced, "%s", part); }
+
+static int needs_place(Kind kind, const char* name) {
+    if (kind == COPY) return strstr(name, "pageable") != NULL;
+    if (kind == LAUNCH) return traced[0] && strstr(name, traced);
+    return kind == WAIT || kind == FAULT;
+}
 
 void nocuda_record(int on) {
     pthread_mutex_lock(&lock);
@@ -53,7 +63,7 @@ const char* kept(const char* text) {
 void record(Kind kind, const char* name, dim3 grid, dim3 block, size_t shared, const void* stream, long a, long b, long c) {
     if (!recording) return;
     const char* where = "";
-    if (locator && (kind == WAIT || kind == FAULT || (kind == COPY && strstr(name, "pageable")))) {
+    if (locator && needs_place(kind, name)) {
         char text[2048] = "";
         locator(text, sizeof text); // before the lock: it runs Python
         where = kept(text);
