@@ -142,10 +142,8 @@ class HostBuffer:
             part = min(PINNED_AT_ONCE, size - begin)
             error = torch.cuda.cudart().cudaHostRegister(address + begin, part, 0)
             if int(error):
-                raise OSError(
-                    f"{human(size)} bytes of the host's memory cannot be pinned, {human(begin)} could (CUDA error {int(error)}); "
-                    "see `ulimit -l` and the memory limit of the job"
-                )
+                done = f"{human(begin)} of {human(size)} bytes of the host's memory could be pinned"
+                raise OSError(f"{done} (CUDA error {int(error)}); see `ulimit -l` and the memory limit of the job")
             self._pinned.append(address + begin)
 
     def _release(self) -> None:
