@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -18,6 +19,7 @@ from megatron_synth import __version__
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
+from megatron_synth.core.processes import end_with_parent
 from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
@@ -83,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module("megatron_synth.cli.completion").complete()
     if arguments[:1] == ["train"]:
         listen()  # before its imports: a request to stop in the first seconds counts, too
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose launcher was killed would meet those of the next start
+        end_with_parent(signal.SIGKILL)
     return guarded(_dispatch, arguments)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
-from megatron_synth.core.log import say
+from megatron_synth.core.log import is_first_rank, say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +45,11 @@ def main(argv: list[str]) -> int:
 
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
+    from megatron_synth.train.record.run_lock import refuse_used
 
     layout = plan(config, world_size)
+    if is_first_rank():
+        refuse_used(run_path)
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
     # how long a run that goes on is follows from its checkpoint, which all ranks read together
     data = open_data(config, staged=True, check_length=not files.candidates(run_path))
