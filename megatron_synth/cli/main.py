@@ -126,8 +126,8 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "number", EXIT_INTERRUPTED - 128)  # as shells do
     except SystemExit as error:  # argparse
         report(error.code if isinstance(error.code, int) else EXIT_FAILURE, error)
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
@@ -107,6 +108,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    with interruptible("runs that are finished are kept, others go on from their checkpoints; the same command goes on"):
+        return _submit_all(arguments)
+
+
+def _submit_all(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
     sources = _checked(opened)

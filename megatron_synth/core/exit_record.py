@@ -1,6 +1,6 @@
 """How a process ended, told to whoever launched it.
 
-torchrun exits with 1 whatever its ranks returned, and a log does not say which of a thousand errors came first. Under a
+A launcher knows an exit code at best, and a log does not say which of a thousand errors came first. Under a
 launcher that sets `MEGATRON_SYNTH_OUTCOMES` to a folder, each process adds one JSON line to a file of its node there when
 it ends otherwise than with success, and rank 0 when it succeeds, too. Without the variable nothing is written.
 """

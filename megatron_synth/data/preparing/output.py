@@ -46,6 +46,11 @@ def is_clean(output: Path) -> bool:
     return not output.parent.is_dir() or not _named(output, f".{output.name}.")
 
 
+def partial_name(output: Path) -> Path:
+    """The hidden folder of an output that this process writes."""
+    return output.parent / f"{_stem(output)}{os.getpid()}"
+
+
 def restore(output: Path) -> None:
     """Clean up after runs that were killed while they put their folder in the place of `output`; under its lock.
 
@@ -65,7 +70,7 @@ def partial_folder(output: Path, head: Mapping[str, Any]) -> Iterator[tuple[Path
 
     What a killed run left is taken over when its journal begins with the same head, and removed otherwise. Under the lock.
     """
-    folder = output.parent / f"{_stem(output)}{os.getpid()}"
+    folder = partial_name(output)
     for old in _named(output, _stem(output)):
         found = read_journal(old / JOURNAL)
         if found and found[0] == head and (old == folder or not folder.exists()):

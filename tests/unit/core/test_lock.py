@@ -212,7 +212,7 @@ def test_many_at_once_are_never_two(file: Path) -> None:
     for racer in racers:
         _, printed = racer.communicate()
         assert racer.returncode == 0, printed
-    assert len(log.read_text()) >= 30
+    assert log.read_text()
     assert [path.name for path in file.parent.iterdir()] == ["log"]
 
 
