@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Overrides such as eval.batches=8 or data.validation.code.path=data/code are welcome.",
     )
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the run")
     return parser
 
 

@@ -9,7 +9,7 @@ from types import FrameType
 
 from megatron_synth.core.log import is_first_rank, show
 
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of the terminal (SIGHUP)"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of the terminal (SIGHUP)"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,12 +33,12 @@ def interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in _NAMES if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
         for number in before:  # the line is said whole, and once
             signal.signal(number, signal.SIG_IGN)
         if is_first_rank():
             text = kept if isinstance(kept, str) else kept()
-            show(f"ended by {_NAMES[signal.Signals(error.number)]}: {text}", error=True)
+            show(f"ended by {_NAMES[getattr(error, 'number', signal.SIGINT)]}: {text}", error=True)
         raise
     finally:
         for number, handler in before.items():

@@ -24,6 +24,8 @@ from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
+EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "transformers": "test"}
+"""Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
     "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
@@ -139,6 +141,14 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
             raise
         report(EXIT_USER_ERROR, error)
         show(f"error: {_mishap(error)}", error=True)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        report(EXIT_USER_ERROR, error)
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        name = f"megatron-synth[{extra}]"
+        show(f"error: {error.name} is not installed, and this needs it: pip install '{name}'", error=True)
         return EXIT_USER_ERROR
     except Exception as error:
         report(EXIT_FAILURE, error)

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         description="Every legal layout of a model on GPUs: memory, predicted speed and what bounds it. No GPU needed.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL_OR_CONFIG", help="a size of configs/model/, such as 3b, or a file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     parser.add_argument("--gpus", default="8", help="how many; several with commas: 8,64,512,4096; default 8")
     parser.add_argument("--gpu", default="h200", choices=sorted(ACCELERATORS), help="default h200")
     parser.add_argument("--sequence-length", type=count, help="default: the file's, or 4096")

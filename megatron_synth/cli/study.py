@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="prepare the text that the study names")
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
-        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     return parser
 
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.log import show
@@ -73,9 +74,11 @@ def parser() -> argparse.ArgumentParser:
         "counts texts that several share.",
     )
     parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
     parser.add_argument(
-        "--workers", type=int, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to replace, such as output=data/mine"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     return parser
@@ -86,8 +89,6 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("verify", "duplicates"):
         return _check_verb(argv[0])(argv[1:])
     arguments = parser().parse_intermixed_args(argv)
-    if arguments.workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
 
     config = load_file(PrepareConfig, arguments.file, arguments.overrides)
     start = time.perf_counter()
