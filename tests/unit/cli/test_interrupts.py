@@ -25,6 +25,7 @@ from tests.support import ROOT
         (signal.SIGHUP, 129, "the end of the terminal (SIGHUP)"),
     ],
 )
+@pytest.mark.usefixtures("unheard")
 def test_one_line_and_the_exit_code(number: int, code: int, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
 
@@ -39,6 +40,7 @@ def test_one_line_and_the_exit_code(number: int, code: int, named: str, capsys: 
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("unheard")
 def test_one_rank_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(KeyboardInterrupt), interruptible("all is kept"):
@@ -78,6 +80,7 @@ def test_an_interrupted_preparation_is_kept_and_goes_on(tmp_path: Path) -> None:
     assert again.returncode == 0 and "continuing a run that was stopped" in again.stderr, again.stderr
 
 
+@pytest.mark.usefixtures("unheard")
 def test_an_interrupted_fit_has_written_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,6 +234,7 @@ def _insist(*arguments: Any) -> int:
 
 
 @pytest.mark.parametrize("work", [_ask_parent_to_stop, _insist])
+@pytest.mark.usefixtures("unheard")
 def test_ctrl_c_lets_runs_save_and_a_second_one_ends_them(
     work: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
