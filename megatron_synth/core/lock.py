@@ -292,10 +292,9 @@ class Lock:
 
     def _clear(self) -> None:
         """Remove what others that died while they took the lock have left."""
-        for entry in os.scandir(self._file.parent):
-            if entry.name.startswith(f"{self._file.name}."):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)
+        for path in self._file.parent.iterdir():
+            if path.name.startswith(f"{self._file.name}."):
+                path.unlink(missing_ok=True)
 
     # ---- holding
 

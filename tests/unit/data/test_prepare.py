@@ -141,7 +141,7 @@ FORMATS = [".txt", "lines.txt.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parque
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("ending", FORMATS)
-def test_portions_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_path, monkeypatch, ending, shuffled):
+def test_splits_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_path, monkeypatch, ending, shuffled):
     """Cut as finely as can be: a line may straddle two ranges, a file may be streamed, row groups are taken apart."""
     (tmp_path / "in").mkdir()
     source = write_format(tmp_path / "in", ending) | {"holdout": "1/4"}
@@ -149,12 +149,12 @@ def test_portions_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_
     whole = PrepareConfig.model_validate(make(source, shuffle=shuffle, shard_tokens=700).model_dump())
     prepare(whole)
     for size in (1, 100, 1000):
-        monkeypatch.setattr(splits, "PORTION_BYTES", size)
+        monkeypatch.setattr(splits, "SPLIT_BYTES", size)
         monkeypatch.setattr(splits, "STREAMED_ABOVE", size)
         monkeypatch.setattr(splits, "STREAMED_BYTES", size)
         monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", size)
-        monkeypatch.setattr(pipeline, "PIECE_BYTES", size)
-        if shuffled:  # the shuffle depends on the portions; what it holds does not
+        monkeypatch.setattr(pipeline, "RUN_BYTES", size)
+        if shuffled:  # the shuffle depends on the splits; what it holds does not
             prepare(whole, force=True)
             for name in ("web", "web-valid"):
                 found = stored_texts(tmp_path / "out" / name, tokenizer_path)
@@ -193,9 +193,9 @@ SHUFFLED_AND_PACKED = {"shuffle": {"seed": 5}, "packing": {"sequence_length": 64
 @pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
 def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypatch, order):
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", 2000)
-    monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", 500)  # many pieces
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 400)
-    monkeypatch.setattr(splits, "SMALL_PORTION", 1500)  # many portions, so that they could come out of order
+    monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", 500)  # many runs
+    monkeypatch.setattr(pipeline, "RUN_BYTES", 400)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 1500)  # many splits, so that they could come out of order
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "web.jsonl")
     for number, workers in enumerate([1, 2, 4]):
@@ -356,10 +356,10 @@ class Killed(KeyboardInterrupt):
 @pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, monkeypatch, capsys, step, order):
-    for name, size in (("CHUNK_CHARACTERS", 300), ("PIECE_BYTES", 200)):
+    for name, size in (("CHUNK_CHARACTERS", 300), ("RUN_BYTES", 200)):
         monkeypatch.setattr(pipeline, name, size)
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     source = {"holdout": "1/4", "max_bytes": 2500}
     settings = {"shard_tokens": 150, "tokenizer": {"train": {"vocab_size": 300}}, **order}
     prepare(make(source, **settings))
@@ -388,15 +388,15 @@ def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, m
             assert not (tmp_path / "out").exists()
             (partial,) = tmp_path.glob(".out.partial-*")
             with open(partial / "journal.jsonl", "a") as file:
-                file.write('{"kind": "portion", "sou')  # a line torn by the kill
+                file.write('{"kind": "split", "sou')  # a line torn by the kill
     assert total >= 1 and "continuing a run that was stopped" in capsys.readouterr().err
     assert tree(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".out*"))
 
 
 def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     done = {"tokenize": [], "shard": []}
     real_tokenize, real_shard = pipeline._tokenize_task, pipeline.write_shard
 
@@ -423,9 +423,9 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
     assert len(set(done["shard"])) == len(done["shard"]) - 1
 
 
-def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+def test_a_stopped_run_of_other_settings_or_with_a_damaged_run_is_not_trusted(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     real = pipeline._count
     prepare(make(shard_tokens=300))
     expected = tree(tmp_path / "out")
@@ -439,7 +439,7 @@ def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(
         prepare(make(shard_tokens=300))
     monkeypatch.setattr(pipeline, "_count", real)
     (partial,) = tmp_path.glob(".out.partial-*")
-    victim = sorted((partial / pipeline.STAGING / "web").glob("*.piece"))[1]
+    victim = sorted((partial / pipeline.STAGING / "web").glob("*.run"))[1]
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
@@ -490,12 +490,12 @@ def test_a_source_that_is_gone_is_missed_and_one_given_twice_is_looked_at_once(t
     assert verb.main(["verify", str(out / "web")]) == 0
 
 
-def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_portion_begins(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 400)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 400)
+def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_split_begins(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 400)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 400)
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
         prepare(make({"input": str(path)}))
 
 
@@ -503,7 +503,7 @@ def test_a_failing_run_leaves_nothing(tmp_path, make):
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
     for workers in (1, 2):
-        with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+        with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
             prepare(make({"input": str(path)}, shard_tokens=100), workers=workers)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
 
@@ -514,7 +514,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda folder: Usage)
-        with pytest.raises(UserError, match="needs about .* are free in"):
+        with pytest.raises(UserError, match=r"needs about .* are free in"):
             prepare(make())
         assert prepare(make({"max_bytes": 100})) is not None, "max_bytes bounds the estimate"
 
@@ -651,7 +651,7 @@ def test_missing_columns_of_tables_name_what_is_there(tmp_path, make):
     (tmp_path / "in").mkdir()
     for ending in (".parquet", "disk"):
         source = write_format(tmp_path / "in", ending)
-        with pytest.raises(UserError, match="no column 'body', found .*'text'"):
+        with pytest.raises(UserError, match=r"no column 'body', found .*'text'"):
             prepare(make({**source, "text_key": "body"}))
     with pytest.raises(UserError, match="no split 'x', found"):
         source = write_format(tmp_path / "in", "disk-splits")
