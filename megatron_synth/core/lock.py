@@ -74,6 +74,8 @@ class Holder:
     content: bytes
     touched: float
     """When the last sign of life came, by the clock of the disk."""
+    copied: bool = False
+    """It is a copy, made along with a folder that is locked or was."""
 
     @property
     def name(self) -> str:
@@ -101,7 +103,12 @@ class Holder:
 
 
 def holder(file: Path) -> Holder | None:
-    """Who has made the lock in `file`; None if nobody has."""
+    """Who has made the lock in `file`; None if nobody has, as where it was copied along with its folder."""
+    found = _read(file)
+    return None if found is None or found.copied else found
+
+
+def _read(file: Path) -> Holder | None:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -113,9 +120,8 @@ def holder(file: Path) -> Holder | None:
         info = _INFO.validate_python(parse_json(content), strict=True)
     except (ValueError, ValidationError):
         return Holder(None, content, found.st_mtime)
-    if info["inode"] != found.st_ino and info["path"] != str(file.resolve()):
-        return None  # copied along with its folder
-    return Holder(info, content, found.st_mtime)
+    copied = info["inode"] != found.st_ino and info["path"] != str(file.resolve())
+    return Holder(info, content, found.st_mtime, copied)
 
 
 def refuse_held(file: Path) -> None:
@@ -164,11 +170,10 @@ class Lock:
         """
         try:
             while not self._made():
-                found = holder(self._file)
+                found = _read(self._file)
                 if found is None:
-                    self._remove_copy()
                     continue
-                if not self._is_gone(found):
+                if not (found.copied or self._is_gone(found)):
                     raise _held(self._file, found)
                 self._take_over(found)
             self._clear()
@@ -204,7 +209,7 @@ class Lock:
             try:
                 os.link(temporary, self._file)
             except FileExistsError:
-                return os.stat(temporary).st_nlink == 2  # NFS may repeat what has succeeded, and then fail
+                return self._is_mine()  # NFS may repeat what has succeeded, and then fail
             except FileNotFoundError:
                 if not self._file.parent.is_dir():
                     raise
@@ -220,7 +225,8 @@ class Lock:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _write(self, file: Path) -> None:
+    def _write(self, file: Path) -> float:
+        """Make `file`; the time of that, by the clock of the disk."""
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             info: LockInfo = {
@@ -236,6 +242,7 @@ class Lock:
                 "inode": os.fstat(descriptor).st_ino,
             }
             os.write(descriptor, (json.dumps(info) + "\n").encode())
+            return os.fstat(descriptor).st_mtime
         finally:
             os.close(descriptor)
 
@@ -262,8 +269,7 @@ class Lock:
         """The time by the clock of the disk: that of a file that was just written."""
         probe = self._file.with_name(f"{self._file.name}.{secrets.token_hex(8)}")
         try:
-            self._write(probe)
-            return probe.stat().st_mtime
+            return self._write(probe)
         finally:
             probe.unlink(missing_ok=True)
 
@@ -276,19 +282,16 @@ class Lock:
             return
         try:
             if aside.read_bytes()[:_MAX_BYTES] != found.content:  # that of the faster one: back with it
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self._file)
+                os.link(aside, self._file)
                 return
+        except (FileExistsError, FileNotFoundError):  # a third one holds it by now
+            return
         finally:
             aside.unlink(missing_ok=True)
+        if found.copied:
+            return
         self.taken_over = found
         self._note(f"{self._file.parent}: {found.name}, since {found.since}, died without a word; its lock is taken over")
-
-    def _remove_copy(self) -> None:
-        """Remove what `holder` does not take for a lock, a copy of another folder's."""
-        with contextlib.suppress(FileNotFoundError):
-            if holder(self._file) is None:
-                self._file.unlink()
 
     def _clear(self) -> None:
         """Remove what others that died while they took the lock have left."""
