@@ -53,7 +53,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if not file.is_file():
         raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")
     # unlike training, an evaluation covers each domain whole unless an option says otherwise
-    config = load_file(Config, file, (*_ONE_RANK_PER_COPY, "eval.batches=null", *arguments.overrides))
+    config = load_file(Config, file, arguments.overrides, first=(*_ONE_RANK_PER_COPY, "eval.batches=null"))
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
 

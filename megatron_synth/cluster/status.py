@@ -196,7 +196,7 @@ def _last_event(run: Path, attempts: Sequence[Attempt]) -> str:
 
 def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
     """Cells of a table, its head first; the last column is cut so that a line has `width` characters at most."""
-    table = [("run", "job", "state", "step", "loss", "tokens/s/GPU", "ETA", "restarts", "last event")]
+    table = [("run", "job", "state", "step", "loss", "tokens/s/rank", "ETA", "restarts", "last event")]
     for one in found:
         share = f" {100 * one.step // one.steps:3d}%" if one.steps else ""
         table.append(
