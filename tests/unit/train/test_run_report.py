@@ -18,8 +18,8 @@ from megatron_synth.config.schema import Config
 from megatron_synth.train.record import plot, run_dir
 from megatron_synth.train.record.metrics import MetricsFile
 from megatron_synth.train.record.plot import write_report
-from megatron_synth.train.record.summary import summary
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.summary import summary
 
 RATIOS = {"web": "67/100", "rephrased": "1/5", "qa": "1/10", "textbook": "3/100"}
 BATCH, LENGTH = 64, 2048
