@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         description="Tokens per second of the training engine on random tokens, beside plain loops of the same model.",
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench train ... --vs none",
     )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
+    parser.add_argument("arguments", nargs="*", default=[], metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
     parser.add_argument("--vs", default=None, help="baselines: hf, plain, both with a comma (default on one rank), or none")
     parser.add_argument("--pairs", type=count, default=5, help="blocks of steps of each contender, in turn; default 5")
     parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps in a block; default 8")
