@@ -1,4 +1,4 @@
-"""Token ids beyond the vocabulary never leave a source, whatever way they are read: files that changed after they were opened."""
+"""Token ids beyond the vocabulary never leave a source, whatever way they are read, also from a file that has changed."""
 
 from __future__ import annotations
 
