@@ -71,18 +71,20 @@ typedef int (*copier)(const char *from, char *to, int64_t count, const char *nex
  * places as fast as rows in order. A prefetch of an address that is not mapped does nothing.
  *
  * Each id is held against the vocabulary as it passes, in the type WIDE: the sign bit of `negative` is set by a negative id,
- * that of `above` by one for which last - id is negative. */
+ * that of `above` by one for which last - id is negative. Compilers add up both after each round of the inner loop: rounds of 32
+ * numbers of four bytes make that free, rounds of 16 cost a sixth of the time. */
 #define COPIER(NAME, FROM, TO, WIDE)                                                                       \
     static int NAME(const char *from_, char *to_, int64_t count, const char *next, int64_t last_) {        \
         const FROM *from = (const FROM *)from_;                                                            \
         TO *to = (TO *)to_;                                                                                \
         const WIDE last = (WIDE)last_;                                                                     \
-        enum { LINE = 64 / sizeof(FROM) };                                                                 \
+        enum { LINE = 64, BYTES = sizeof(FROM) < 4 ? LINE : 2 * LINE, STEP = BYTES / sizeof(FROM) };       \
         WIDE negative = 0, above = 0;                                                                      \
         int64_t i = 0;                                                                                     \
-        for (; i + LINE <= count; i += LINE) {                                                             \
-            __builtin_prefetch(next + i * (int64_t)sizeof(FROM));                                          \
-            for (int k = 0; k < LINE; k++) {                                                               \
+        for (; i + STEP <= count; i += STEP) {                                                             \
+            for (int at = 0; at < BYTES; at += LINE)                                                       \
+                __builtin_prefetch(next + i * (int64_t)sizeof(FROM) + at);                                 \
+            for (int k = 0; k < STEP; k++) {                                                               \
                 negative |= (WIDE)from[i + k];                                                             \
                 above |= last - (WIDE)from[i + k];                                                         \
                 to[i + k] = (TO)from[i + k];                                                               \

@@ -129,7 +129,12 @@ class RowCopier:
         addresses = np.array([address_of(one) for one in maps], dtype=np.int64)
         code_array = np.array(codes, dtype=np.int64)
         last_array = np.array([-1 if size is None else min(size - 1, _INT32_MAX) for size in vocab_sizes], dtype=np.int64)
-        arrays = [addresses, code_array, last_array, *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins))]
+        arrays = [
+            addresses,
+            code_array,
+            last_array,
+            *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins)),
+        ]
         self._keep = (arrays, tuple(maps))  # the structure holds addresses only
         self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide))
         self._address = ctypes.addressof(self._rows)
