@@ -1,4 +1,4 @@
-"""Checks that what documents name exists: files of the repository, tests, Python modules, verbs of the command line and make targets.
+"""Checks that what documents name exists: files and tests of the repository, Python modules, verbs and make targets.
 
 `python docs/references.py` prints what does not exist, with file and line; `make docs` runs it, and a test as well.
 """

@@ -52,7 +52,10 @@ AGAIN = "prepare the source again, or copy it again"
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path, offset: int) -> None:
-    """Refuse (UserError) ids that a vocabulary of this size does not have. tokens: [N] as they stand at byte `offset` of `path`."""
+    """Refuse (UserError) ids that a vocabulary of this size does not have.
+
+    tokens: [N] as they stand in the file `path` from byte `offset` on.
+    """
     unsigned = tokens.view(f"u{tokens.itemsize}")  # negative ids read as large ones
     if not unsigned.size or int(unsigned.max()) < vocab_size:
         return
