@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.dist.pool import RankPool
+from megatron_synth.config.load import load_file
+from megatron_synth.config.schema import Config
+from megatron_synth.data.loading.loader import deal
+from megatron_synth.data.loading.run_data import open_data
+from tests.dist.pool import RankPool, RanksFailed
 from tests.support import LAYOUTS, checkpoint_names, read_metrics, write_config, write_corpus
 
 PADDED = 384
@@ -51,3 +55,21 @@ def test_an_evaluation_refuses_them_after_the_weights_are_saved(layout: str, ran
     options = ["train.steps=4", f"model.make_vocab_size_divisible_by={PADDED}", "--run-dir", str(tmp_path / "run")]
     _refused(ranks, world_size, ["train", str(config), *settings, *options], message, "val/shard-00001.bin, byte ")
     assert checkpoint_names(tmp_path / "run") == ["step_00000004"]
+
+
+def test_a_rank_that_alone_reads_such_an_id_tells_it(ranks: RankPool, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", write_corpus(tmp_path / "corpus"))
+    config = load_file(Config, file)
+    data = open_data(config)
+    dealt = {"micro_batch_size": config.train.micro_batch_size, "data_parallel_rank": 1, "data_parallel_size": 2}
+    samples = deal(config.data_seed, 0, config.train.global_batch_size, **dealt).ravel()
+    sources, windows, _ = data.plan.places(samples)
+    window = int(windows[list(sources).index(data.plan.names.index("web"))])
+    place = window * data.window_length + 16
+    shard = data.sources[data.plan.names.index("web")].shard(0)
+    assert place < shard.num_tokens
+    tokens = np.fromfile(shard.bin_path, np.uint16)
+    tokens[place] = 65535
+    tokens.tofile(shard.bin_path)
+    with pytest.raises(RanksFailed, match=rf"(?s)output of rank 1.*web/shard-00000\.bin, byte {2 * place}: token id 65535"):
+        ranks.run(2, "megatron_synth.cli.main.main", ["train", str(file), "--run-dir", str(tmp_path / "run")])
