@@ -18,7 +18,7 @@ from megatron_synth.data.shards import native
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# what torch.compile has built for the processor as it is must not be taken for the one that tests are told to see
+# what torch.compile has built for the processor as it is must not be taken for the one that tests are made to see
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_tests_{capability}"))
 

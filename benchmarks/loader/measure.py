@@ -252,7 +252,7 @@ def _first_batches(contender: Contender, sources: Sources, samples: int) -> list
 def package_lines(results: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
     """Which versions of others were measured, as a line of a Markdown list; none without others.
 
-    versions: of this environment: only what differs from it is told of another one.
+    versions: of this environment: only what differs from it is reported of another one.
     """
     found: dict[str, str] = {}
     for result in results:

@@ -126,7 +126,7 @@ def fp8_settings(backend: str, smoke: bool) -> tuple[list[str], str]:
 
 
 def _tests(smoke: bool) -> Part:
-    """The gpu-marked tests of the clone, or, on a smoke run, one quick file of tests through the same door."""
+    """The gpu-marked tests of the clone, or, on a smoke run, one quick file of tests in the same way."""
     folder = Path(__file__).resolve().parents[2] / "tests"
     chosen = (str(folder / "unit" / "data" / "test_permutation.py"),) if smoke else ("-m", "gpu", str(folder))
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)

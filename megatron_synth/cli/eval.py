@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     file = arguments.run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")
-    # unlike training, an evaluation covers each domain whole unless it is told otherwise
+    # unlike training, an evaluation covers each domain whole unless an option says otherwise
     config = load_file(Config, file, (*_ONE_RANK_PER_COPY, "eval.batches=null", *arguments.overrides))
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan

@@ -165,7 +165,7 @@ def _progress() -> Progress:
 
 
 def describe(result: Fit, name: str = "") -> str:
-    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the caveats."""
+    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the diagnostics."""
     lines = [f"{name + ': ' if name else ''}{result.law.name}: {result.law.formula}"]
     rows: list[tuple[str, ...]] = [("", "value", "std. error", "90 % interval", "95 % interval")]
     for parameter, value in result.params.items():
@@ -185,7 +185,7 @@ def describe(result: Fit, name: str = "") -> str:
             f"  hold-out {held.rule}: {held.points} points, mean absolute relative error "
             f"{held.mean_absolute_relative_error:.3%}, worst {held.worst:.3%}"
         )
-    lines += [f"  warning: {caveat}" for caveat in result.warnings]
+    lines += [f"  warning: {diagnostic}" for diagnostic in result.warnings]
     return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ def choices_table(arguments: list[str], dtype: str) -> str:
     """The choices for a configuration, or for a data type alone, as text.
 
     Raises:
-        ConfigError: the configuration is wrong, or names a backend that cannot be had.
+        ConfigError: the configuration is wrong, or names a backend that is unavailable.
     """
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
@@ -89,7 +89,7 @@ def compile_kernels() -> list[Compiled]:
     """Every Triton kernel at the shapes of COMPILED_FOR, in bf16.
 
     Raises:
-        UserError: Triton is not installed, or is told to interpret.
+        UserError: Triton is not installed, or set to interpret.
     """
     from megatron_synth.model import kernels
 
@@ -100,8 +100,7 @@ def compiled_table(compiled: list[Compiled]) -> str:
     """What came out of the assembler, as Markdown."""
     head = ["kernel", "operation", "model", "warps", "registers", "shared, B", "stack, B", "warps/SM of 64"]
     rows = [
-        [f"`{k.kernel}`", k.operation, k.shape, str(k.warps), str(k.registers), str(k.shared), str(k.stack)]
-        + [str(k.warps_per_processor)]
+        [f"`{k.kernel}`", k.operation, k.shape, *map(str, (k.warps, k.registers, k.shared, k.stack, k.warps_per_processor))]
         for k in compiled
     ]
     lines = [head, ["---", "---", "---", *["---:"] * 5], *rows]

@@ -154,7 +154,7 @@ def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _is_mishap(error: OSError) -> bool:
-    """Whether someone can mend it: a disk, a path, a permission. What comes of peers and networks is another start's to try."""
+    """Whether a user can fix it: a disk, a path, a permission. Faults of peers and networks may pass at another start."""
     passing = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError)
     return error.errno is not None and not isinstance(error, passing)
 

@@ -312,8 +312,8 @@ def audit_checkpoint(data: RunData, state: files.SavedState, file: Path) -> list
     samples = state["samples"]
     if not _is_count(samples, data.plan):
         return [(place, "run", "samples", "samples of the plan", str(samples))]
-    planned = {name: count for name, count in zip(data.plan.names, data.plan.counts(samples).tolist(), strict=True)}
-    recorded = {name: 0 for name in planned} | state["ledger"]
+    planned = dict(zip(data.plan.names, data.plan.counts(samples).tolist(), strict=True))
+    recorded = dict.fromkeys(planned, 0) | state["ledger"]
     found = [(place, *difference) for difference in _leaves(planned, recorded, "ledger")]
     # a mixture that changed after the checkpoint leaves the digest of what came before as it is
     prefix = state.get("prefix_digest")

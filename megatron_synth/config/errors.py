@@ -1,4 +1,4 @@
-"""The errors that a user causes and can mend: they end the program with exit code 2 and one clear message."""
+"""The errors that a user causes and can fix: they end the program with exit code 2 and one clear message."""
 
 from __future__ import annotations
 

@@ -47,16 +47,16 @@ def resolve(path: str | Path, beside: Path | None = None) -> Path:
         UserError: there is no such file.
     """
     path = Path(path)
-    shelf = shipped("configs")
+    shipped_folder = shipped("configs")
     inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
-    candidates = [(beside or Path()) / path, shelf / inside]
+    candidates = [(beside or Path()) / path, shipped_folder / inside]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = [str(file.relative_to(shelf)) for file in sorted(shelf.rglob("*.yaml"))]
+    known = [str(file.relative_to(shipped_folder)) for file in sorted(shipped_folder.rglob("*.yaml"))]
     close = difflib.get_close_matches(str(inside), known, n=1, cutoff=0.6)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shelf}{hint}")
+    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shipped_folder}{hint}")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

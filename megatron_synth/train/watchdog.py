@@ -171,7 +171,7 @@ class Watch:
         """Why this rank sees trouble; None: all is well."""
         if self._mark.exists():
             return "another rank has seen trouble"
-        name, step, since, patience = self._phase
+        _name, _step, since, patience = self._phase
         if self._limit_s is not None and now - since > patience * max(self._limit_s, 3 * self._longest_step_s):
             return f"no progress for {now - since:.0f} s in {self._own().place}"
         if self._world_size == 1 or self._broken:

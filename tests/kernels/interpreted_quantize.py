@@ -6,10 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from megatron_synth_kernels.torch import fp8  # noqa: E402
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized  # noqa: E402
+from megatron_synth_kernels.torch import fp8
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized
 from megatron_synth_kernels.triton import quantize as triton_quantize
-from tests.kernels.test_quantize import FORMATS, bits, matrix  # noqa: E402
+from tests.kernels.test_quantize import FORMATS, bits, matrix
 
 
 def same(found: Quantized | None, expected: Quantized | None) -> None:

@@ -347,7 +347,7 @@ class Loader:
         library = native.library()
         if library is not None:
 
-            def stuck(row: int) -> Int64 | None:
+            def unresolved(row: int) -> Int64 | None:
                 source = self.sources[int(source_ids[row])]
                 if shards[row] >= 0:
                     source.open_index(int(shards[row]))
@@ -357,7 +357,7 @@ class Loader:
             indexes = [source.places.indexes for source in self.sources]
             ends = begins + (self.window_length + 1)
             try:
-                return native.document_starts(library, indexes, source_ids, shards, begins, ends, stuck)
+                return native.document_starts(library, indexes, source_ids, shards, begins, ends, unresolved)
             except native.BusError as error:
                 raise self._unreadable(source_ids, shards, error) from None
         rows_of, offsets_of = [], []

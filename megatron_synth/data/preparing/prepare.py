@@ -1,6 +1,6 @@
 """`megatron-synth prepare`: text to token shards.
 
-Workers read and tokenize portions of a source into pieces on disk; then they assemble the shards from the pieces, in
+Workers read and tokenize splits of a source into token runs on disk; then they assemble the shards from these, in
 order or shuffled. Memory does not grow with the text. The output is written into a hidden folder beside it and renamed
 when all is done, manifests last: a run that fails or is killed leaves nothing that opens, and one that was killed is
 continued by the next. The bytes depend on the settings and the text alone, not on the number of workers.
@@ -30,7 +30,7 @@ from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -71,7 +71,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         "program": megatron_synth.__version__,
         "config_digest": digest,
         "tokenizer": given.fingerprint if given is not None else "trained",
-        "cuts": [CHUNK_CHARACTERS, PIECE_BYTES],
+        "cuts": [CHUNK_CHARACTERS, RUN_BYTES],
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _check_space(config: PrepareConfig, readers: Mapping[str, Reader], output: P
     sizes = [reader.text_bytes() for reader in readers.values()]
     limits = [source.max_bytes for source in config.sources.values()]
     text = sum(size if limit is None else min(size, limit) for size, limit in zip(sizes, limits, strict=True))
-    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all pieces until its last shard
+    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all token runs until its last shard
     needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free

@@ -109,7 +109,7 @@ class ShardWriter:
         self._lengths = array("i")
         self._hash = hashlib.sha256()
         self._blocks = BlockHasher()
-        self._bin = open(with_suffix(prefix, ".bin"), "wb")  # until finish or abandon
+        self._bin = open(with_suffix(prefix, ".bin"), "wb")  # noqa: SIM115 (open until finish or abandon)
 
     @property
     def documents(self) -> int:

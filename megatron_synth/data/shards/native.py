@@ -195,7 +195,7 @@ def document_starts(
     shards: Int64,
     begins: Int64,
     ends: Int64,
-    stuck: Callable[[int], Int64 | None] | None = None,
+    unresolved: Callable[[int], Int64 | None] | None = None,
 ) -> tuple[Int64, Int64]:
     """Where documents start in each of N rows.
 
@@ -206,7 +206,7 @@ def document_starts(
         shards: [N] its shard, -1 for a row that lies in several.
         begins: [N] first token of each row in its shard.
         ends: [N] token after the last.
-        stuck: called with a row whose shard has no open index, or that lies in several: gives its offsets, or None once
+        unresolved: called with a row whose shard has no open index, or that lies in several: gives its offsets, or None once
             the index is open. Not needed where there is no such row.
 
     Returns:
@@ -232,8 +232,8 @@ def document_starts(
             return offsets[:used], counts
         found = None
         if not search.full:
-            assert stuck is not None
-            found = stuck(row)
+            assert unresolved is not None
+            found = unresolved(row)
         needed = 2 * len(offsets) if search.full else used + (0 if found is None else len(found))
         if needed > len(offsets):
             offsets = np.concatenate([offsets, np.empty(needed, np.int64)])

@@ -141,10 +141,10 @@ def test_a_sweep_survives_what_runs_out_of_memory(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "--sweep", "--vs", "hf"], "--vs: rivals run beside one configuration"),
+        (["train", "--sweep", "--vs", "hf"], "--vs: baselines run beside one configuration"),
         (["train", "--vary", "train.recompute"], "--vary: expected KEY=V1,V2"),
         (["train", "--model", "tiny-9m"], "no configuration file model/tiny-9m.yaml"),
-        (["train", "--data", "real", "--vs", "hf"], "the rivals have no loader"),
+        (["train", "--data", "real", "--vs", "hf"], "the baselines have no loader"),
         (["train", "--trace", "no/such/x.json"], "no/such is not a folder"),
         (["gpu", "--smoke", "--only", "nothing"], "no such part; there are: numerics tests"),
         (["memory", "--json", "no/such/x.json"], "no/such is not a folder"),
@@ -172,7 +172,7 @@ def test_the_gpu_script_runs_on_a_cpu_and_loses_nothing(tmp_path: Path, monkeypa
     assert parts["tiny-1m bf16, real loader"]["result"]["data"] == "real"
     assert bench_report.main([str(tmp_path / "gpu.json")]) == 0
 
-    # a part that hangs and one that crashes are told as such, and the file has both
+    # a part that hangs and one that crashes are reported as such, and the file has both
     made = [
         gpu.Part("hangs", ("-c", "import time; time.sleep(60)"), 0.1),
         gpu.Part("crashes", ("-c", "raise SystemExit('broken')"), 600),

@@ -21,7 +21,7 @@ from megatron_synth.data.shards.indexed import TOKEN_TYPES, ShardWriter
 from megatron_synth.data.shards.source import open_source
 
 PAGE = 4096
-SIZES = dict(sequence_length=64, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1)
+SIZES = {"sequence_length": 64, "micro_batch_size": 4, "data_parallel_rank": 0, "data_parallel_size": 1}
 
 needs_compiled = pytest.mark.skipif(native.library() is None, reason="nothing was compiled: there was no C compiler")
 

@@ -88,7 +88,7 @@ def test_a_file_that_changed_is_refused_by_the_batch_that_would_hold_it(
                 refused |= held & windows
             else:  # other windows are read as before
                 (batch,) = loader.micro_batches(step * 4, 4)
-                assert 0 <= batch.tokens.min() and batch.tokens.max() < VOCAB_SIZE
+                assert batch.tokens.min() >= 0 and batch.tokens.max() < VOCAB_SIZE
         assert refused == windows
         with Prefetcher(loader, 40) as prefetcher, pytest.raises(UserError, match=message):
             prefetcher.step(0)

@@ -91,9 +91,8 @@ def test_results_say_what_was_trained(whole: tuple[Folder, list[Run]]) -> None:
         assert result is not None and folder.state(run) == "done"
         assert (result["id"], result["tokens"], result["steps"]) == (run.id, TOKENS, STEPS)
         assert result["tokens_evaluated"] == {"val": 384} and 0 < result["loss"]["val"] < 6
-        assert {name: source["tokens"] for name, source in result["sources"].items()} == {
-            name: TOKENS for name in run.config.data.sources
-        }
+        tokens = {name: source["tokens"] for name, source in result["sources"].items()}
+        assert tokens == dict.fromkeys(run.config.data.sources, TOKENS)
         assert result["flops"] == run.flops(result["vocab_size"])
     by_arm = {run.arm: losses(folder, run) for run in runs if run.seed == 1}
     assert len(by_arm["natural"]) == STEPS and by_arm["natural"] != by_arm["synthetic"]
@@ -116,7 +115,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
             time.sleep(0.02)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    # the children are told by the kernel, save, and leave; none is left that would write beside its successor
+    # the children are signaled by the kernel, save, and leave; none is left that would write beside its successor
     while any(folder.is_locked(run) for run in runs):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -63,7 +63,7 @@ FORMATS = [".txt", "lines.txt.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parque
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("ending", FORMATS)
-def test_portions_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_path, monkeypatch, ending, shuffled):
+def test_splits_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_path, monkeypatch, ending, shuffled):
     """Cut as finely as can be: a line may straddle two ranges, a file may be streamed, row groups are taken apart."""
     (tmp_path / "in").mkdir()
     source = write_format(tmp_path / "in", ending) | {"holdout": "1/4"}
@@ -71,12 +71,12 @@ def test_portions_of_any_size_give_the_same_documents(tmp_path, make, tokenizer_
     whole = PrepareConfig.model_validate(make(source, shuffle=shuffle, shard_tokens=700).model_dump())
     prepare(whole)
     for size in (1, 100, 1000):
-        monkeypatch.setattr(splits, "PORTION_BYTES", size)
+        monkeypatch.setattr(splits, "SPLIT_BYTES", size)
         monkeypatch.setattr(splits, "STREAMED_ABOVE", size)
         monkeypatch.setattr(splits, "STREAMED_BYTES", size)
         monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", size)
-        monkeypatch.setattr(pipeline, "PIECE_BYTES", size)
-        if shuffled:  # the shuffle depends on the portions; what it holds does not
+        monkeypatch.setattr(pipeline, "RUN_BYTES", size)
+        if shuffled:  # the shuffle depends on the splits; what it holds does not
             prepare(whole, force=True)
             for name in ("web", "web-valid"):
                 found = stored_texts(tmp_path / "out" / name, tokenizer_path)
@@ -112,9 +112,9 @@ def test_every_format_gives_its_documents_in_order(tmp_path, make, tokenizer_pat
 @pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
 def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypatch, order):
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", 2000)
-    monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", 500)  # many pieces
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 400)
-    monkeypatch.setattr(splits, "SMALL_PORTION", 1500)  # many portions, so that they could come out of order
+    monkeypatch.setattr(pipeline, "CHUNK_CHARACTERS", 500)  # many runs
+    monkeypatch.setattr(pipeline, "RUN_BYTES", 400)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 1500)  # many splits, so that they could come out of order
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "web.jsonl")
     for number, workers in enumerate([1, 2, 4]):
@@ -138,12 +138,12 @@ def test_bytes_do_not_depend_on_the_workers_nor_on_the_place(tmp_path, monkeypat
     assert reports[0] == reports[1]
 
 
-def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_portion_begins(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 400)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 400)
+def test_a_line_number_counts_from_the_start_of_the_file_wherever_the_split_begins(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 400)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 400)
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
         prepare(make({"input": str(path)}))
 
 
@@ -216,7 +216,7 @@ def test_missing_columns_of_tables_name_what_is_there(tmp_path, make):
     (tmp_path / "in").mkdir()
     for ending in (".parquet", "disk"):
         source = write_format(tmp_path / "in", ending)
-        with pytest.raises(UserError, match="no column 'body', found .*'text'"):
+        with pytest.raises(UserError, match=r"no column 'body', found .*'text'"):
             prepare(make({**source, "text_key": "body"}))
     with pytest.raises(UserError, match="no split 'x', found"):
         source = write_format(tmp_path / "in", "disk-splits")

@@ -90,10 +90,10 @@ class Killed(KeyboardInterrupt):
 @pytest.mark.parametrize("order", [{}, SHUFFLED_AND_PACKED])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, monkeypatch, capsys, step, order):
-    for name, size in (("CHUNK_CHARACTERS", 300), ("PIECE_BYTES", 200)):
+    for name, size in (("CHUNK_CHARACTERS", 300), ("RUN_BYTES", 200)):
         monkeypatch.setattr(pipeline, name, size)
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     source = {"holdout": "1/4", "max_bytes": 2500}
     settings = {"shard_tokens": 150, "tokenizer": {"train": {"vocab_size": 300}}, **order}
     prepare(make(source, **settings))
@@ -122,15 +122,15 @@ def test_a_run_stopped_anywhere_is_continued_to_the_same_bytes(tmp_path, make, m
             assert not (tmp_path / "out").exists()
             (partial,) = tmp_path.glob(".out.partial-*")
             with open(partial / "journal.jsonl", "a") as file:
-                file.write('{"kind": "portion", "sou')  # a line torn by the kill
+                file.write('{"kind": "split", "sou')  # a line torn by the kill
     assert total >= 1 and "continuing a run that was stopped" in capsys.readouterr().err
     assert tree(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".out*"))
 
 
 def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     done = {"tokenize": [], "shard": []}
     real_tokenize, real_shard = pipeline._tokenize_task, pipeline.write_shard
 
@@ -157,9 +157,9 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
     assert len(set(done["shard"])) == len(done["shard"]) - 1
 
 
-def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(splits, "SMALL_PORTION", 900)
-    monkeypatch.setattr(splits, "PORTION_BYTES", 900)
+def test_a_stopped_run_of_other_settings_or_with_a_damaged_run_is_not_trusted(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     real = pipeline._count
     prepare(make(shard_tokens=300))
     expected = tree(tmp_path / "out")
@@ -173,7 +173,7 @@ def test_a_stopped_run_of_other_settings_or_with_a_damaged_piece_is_not_trusted(
         prepare(make(shard_tokens=300))
     monkeypatch.setattr(pipeline, "_count", real)
     (partial,) = tmp_path.glob(".out.partial-*")
-    victim = sorted((partial / pipeline.STAGING / "web").glob("*.piece"))[1]
+    victim = sorted((partial / pipeline.STAGING / "web").glob("*.run"))[1]
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
@@ -194,7 +194,7 @@ def test_a_failing_run_leaves_nothing(tmp_path, make):
     path = jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
     for workers in (1, 2):
-        with pytest.raises(UserError, match="a.jsonl, line 61: broken JSON"):
+        with pytest.raises(UserError, match=r"a.jsonl, line 61: broken JSON"):
             prepare(make({"input": str(path)}, shard_tokens=100), workers=workers)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing.shutil, "disk_usage", lambda folder: Usage)
-        with pytest.raises(UserError, match="needs about .* are free in"):
+        with pytest.raises(UserError, match=r"needs about .* are free in"):
             prepare(make())
         assert prepare(make({"max_bytes": 100})) is not None, "max_bytes bounds the estimate"
 
