@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
@@ -98,6 +99,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb."""
     options = parser().parse_args(argv)
+    written: list[Path] = []
+
+    def kept() -> str:
+        return f"{len(written)} of the fits are written, {written[-1]} the last" if written else "no file was written"
+
+    with interruptible(lambda: f"{kept()}; the same command starts again"):
+        return _main(options, argv, written)
+
+
+def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> int:
     if options.law == SHARES:
         from megatron_synth.cli.fit_shares import run
 
@@ -142,6 +153,7 @@ def main(argv: list[str]) -> int:
     for name, (result, about) in fitted.items():
         folder = out / _file_name(name)
         _write(folder, result, about, name)
+        written.append(folder)
         say(describe(result, name))
         say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
     return EXIT_OK
@@ -225,7 +237,7 @@ def _progress() -> Progress:
 
 
 def describe(result: Fit, name: str = "") -> str:
-    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the caveats."""
+    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the diagnostics."""
     lines = [f"{name + ': ' if name else ''}{result.law.name}: {result.law.formula}"]
     rows: list[tuple[str, ...]] = [("", "value", "std. error", "90 % interval", "95 % interval")]
     for parameter, value in result.params.items():
@@ -248,7 +260,7 @@ def describe(result: Fit, name: str = "") -> str:
             f"  hold-out {held.rule}: {held.points} points, mean absolute relative error "
             f"{held.mean_absolute_relative_error:.3%}, worst {held.worst:.3%}"
         )
-    lines += [f"  warning: {caveat}" for caveat in result.warnings]
+    lines += [f"  warning: {diagnostic}" for diagnostic in result.warnings]
     return "\n".join(lines)
 
 

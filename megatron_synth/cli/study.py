@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.cli.study_propose import add_options as add_propose_options
 from megatron_synth.cli.study_propose import run as propose
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add_propose_options(verbs.add_parser("propose", help="the mixtures to run next, written as arms into a study file"))
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
-        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     return parser
 
 
@@ -117,6 +118,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    with interruptible("runs that are finished are kept, others go on from their checkpoints; the same command goes on"):
+        return _submit_all(arguments)
+
+
+def _submit_all(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
     sources = _checked(opened)

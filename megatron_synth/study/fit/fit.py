@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit import bootstrap, diagnostics
 from megatron_synth.study.fit.catalog import AnyLaw, law_named
-from megatron_synth.study.fit.diagnostics import Caveat
+from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.laws import Columns, Floats
 from megatron_synth.study.fit.newton import Solutions
 from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
@@ -24,7 +24,7 @@ from megatron_synth.study.fit.solver import Solver
 DELTA = 1e-3
 SAME_OBJECTIVE = 1e-6  # relative; starts that end this close ended at one optimum
 SINGLE_STARTS = 24  # of a law that is fitted one start at a time
-RIVALS, RIVAL_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
+MOST_OPTIMA, OPTIMUM_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
 
 Progress = Callable[[str, int, int], object]
 
@@ -82,7 +82,7 @@ class Fit:
     dropped: NDArray[np.int64]
     residuals: Floats
     holdout: Holdout | None
-    warnings: tuple[Caveat, ...]
+    warnings: tuple[Diagnostic, ...]
     starts: Starts
     theta: Floats = field(repr=False)
     theta_samples: Floats = field(repr=False)
@@ -134,7 +134,7 @@ class Fit:
             "mean_absolute_relative_error": self.mean_absolute_relative_error,
             "holdout": None if self.holdout is None else self.holdout.to_json(),
             "starts": dict(self.starts.__dict__),
-            "warnings": [{"code": caveat.code, "message": caveat.message} for caveat in self.warnings],
+            "warnings": [{"code": diagnostic.code, "message": diagnostic.message} for diagnostic in self.warnings],
         }
 
 
@@ -227,9 +227,9 @@ def fit(
         columns=used,
         loss=losses[kept],
     )
-    rivals = found.theta[optima[1:]], found.objective[optima[1:]]
+    other_optima = found.theta[optima[1:]], found.objective[optima[1:]]
     seen = None if epochs is None else _column("epochs", epochs, len(losses))[kept]
-    return replace(result, warnings=diagnostics.find(result, solve, settings, rivals, seen))
+    return replace(result, warnings=diagnostics.find(result, solve, settings, other_optima, seen))
 
 
 def start_grid(law: AnyLaw, columns: Columns, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:
@@ -268,7 +268,7 @@ def distinct_optima(found: Solutions) -> list[int]:
     kept = [int(order[0])]
     for index in order[1:]:
         value = found.objective[index]
-        if value > lowest * RIVAL_MARGIN or len(kept) == RIVALS:
+        if value > lowest * OPTIMUM_MARGIN or len(kept) == MOST_OPTIMA:
             break
         if found.converged[index] and value > found.objective[kept[-1]] * (1 + SAME_OBJECTIVE):
             kept.append(int(index))

@@ -125,7 +125,7 @@ class Analysis:
 def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
     """Fit and answer what the runs allow.
 
-    tell: is told what is being done.
+    tell: called with what is being done.
     """
     result = Analysis(study, list(rows), noise_floor([row.cell for row in rows], [row.loss for row in rows]))
     arms = [arm for arm in study.arms if any(row.arm == arm for row in rows)]

@@ -135,6 +135,6 @@ def draw_numbers(axes: Axes, fit: Fit) -> None:
         lines.append(f"hold-out {held.rule}: {held.mean_absolute_relative_error:.2%} ({held.points} points)")
     axes.text(0, 1, "\n".join(lines), family="DejaVu Sans Mono", fontsize=9.5, va="top", transform=axes.transAxes)
     if fit.warnings:
-        text = "\n".join(textwrap.fill(str(caveat), 66) for caveat in fit.warnings)
+        text = "\n".join(textwrap.fill(str(diagnostic), 66) for diagnostic in fit.warnings)
         axes.text(0, 0, text, color=ACCENT, fontsize=8.5, va="bottom", transform=axes.transAxes)
     axes.set_title("Parameters, 90 % intervals", loc="left")

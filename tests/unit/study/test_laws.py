@@ -130,7 +130,7 @@ def test_terms_that_cannot_be_told_from_the_floor_are_left_out() -> None:
     assert law.reduced(COLUMNS) == law
     with pytest.raises(UserError, match="'mixture' needs points of different ratio; all 4 have 0"):
         law.reduced({**COLUMNS, "ratio": np.zeros(4)})
-    with pytest.raises(UserError, match="'joint' needs points of different n_params.*'data' or 'model' instead"):
+    with pytest.raises(UserError, match=r"'joint' needs points of different n_params.*'data' or 'model' instead"):
         LAWS["joint"].reduced(one_size)
 
 

@@ -49,11 +49,11 @@ def test_mixtures_are_drawn_inside_and_reach_the_faces() -> None:
 
 
 def test_spaces_that_hold_no_mixture_are_refused() -> None:
-    with pytest.raises(UserError, match="the highest shares sum to 0.6.*web its text ends"):
+    with pytest.raises(UserError, match=r"the highest shares sum to 0\.6.*web its text ends"):
         space(web=0.2, qa=0.2, code=0.2)
-    with pytest.raises(UserError, match="the lowest shares sum to 1.2"):
+    with pytest.raises(UserError, match=r"the lowest shares sum to 1\.2"):
         make_space(SOURCES, bounds={"web": (0.6, 1), "qa": (0.6, 1)})
-    with pytest.raises(UserError, match="qa: at least 0.5 is asked for, and its text allows 0.3"):
+    with pytest.raises(UserError, match=r"qa: at least 0\.5 is asked for, and its text allows 0\.3"):
         make_space(SOURCES, bounds={"qa": (0.5, 1)}, caps={"qa": (0.3, "small")})
     with pytest.raises(UserError, match="no source is called 'books'"):
         make_space(SOURCES, bounds={"books": (0, 1)})

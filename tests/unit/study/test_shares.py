@@ -160,9 +160,9 @@ def test_trees_where_they_are_installed_and_a_clear_word_where_not(monkeypatch: 
 
 
 def test_impossible_mixtures_are_refused() -> None:
-    with pytest.raises(UserError, match="row 1 sum to 0.7, expected 1: is a source missing"):
+    with pytest.raises(UserError, match=r"row 1 sum to 0.7, expected 1: is a source missing"):
         normalized([[0.5, 0.5], [0.5, 0.2]])
-    with pytest.raises(UserError, match="row 0, source 1: expected a share of 0 or more, got -0.5"):
+    with pytest.raises(UserError, match=r"row 0, source 1: expected a share of 0 or more, got -0.5"):
         normalized([[1.5, -0.5]])
     np.testing.assert_allclose(normalized([[3e9, 1e9], [2e9, 2e9]]), [[0.75, 0.25], [0.5, 0.5]])
     with pytest.raises(UserError, match="unknown law over shares 'adaptive'; did you mean 'additive'"):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.study.fit.diagnostics import REJECTED, Caveat, repetition_ignored
+from megatron_synth.study.fit.diagnostics import REJECTED, Diagnostic, repetition_ignored
 from megatron_synth.study.fit.fit import checked_losses
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.fit.shares.laws import AUTO, SHARE_LAWS, FittedShareLaw, ShareLaw, share_law_named
@@ -60,7 +60,7 @@ class ShareFit:
     points: Mixtures = field(repr=False)
     loss: Floats = field(repr=False)
     holdout: ShareHoldout | None = None
-    warnings: tuple[Caveat, ...] = ()
+    warnings: tuple[Diagnostic, ...] = ()
 
     @property
     def law(self) -> ShareLaw:
@@ -187,26 +187,26 @@ def _judge(chosen: Validation, points: Mixtures, losses: Floats, rule: str) -> S
     )
 
 
-def _doubts(fit: ShareFit, epochs: Floats | None) -> Iterator[Caveat]:
+def _doubts(fit: ShareFit, epochs: Floats | None) -> Iterator[Diagnostic]:
     """All that speaks against a fit."""
     points, chosen = fit.points, fit.chosen
     number, parameters = int(points.settings.max()) + 1, len(fit.law.parameters(points))
     if number < parameters:
-        yield Caveat(
+        yield Diagnostic(
             "few-points",
             f"{number} different settings for {parameters} parameters: the rest is decided by the law's priors. Quote no "
             "parameters; the error is that of the cross-validation",
         )
     rare = [name for name, shares in zip(points.sources, points.shares.T, strict=True) if (shares >= _SEEN).sum() < _OFTEN]
     if rare:
-        yield Caveat(
+        yield Diagnostic(
             "source-rarely-seen",
             f"{', '.join(rare)}: above 1 % in fewer than {_OFTEN} runs, so nothing is known of mixtures that use more",
         )
     log_loss = chosen.log_loss
     naive = float(np.mean(np.abs(np.expm1(np.mean(log_loss) - log_loss))))
     if chosen.error > _EXPLAINS * naive:
-        yield Caveat(
+        yield Diagnostic(
             "explains-nothing",
             f"the cross-validated error is {chosen.error:.2%}, that of predicting the same loss for all {naive:.2%}: choose no "
             "mixture by this law",
@@ -218,14 +218,14 @@ def _doubts(fit: ShareFit, epochs: Floats | None) -> Iterator[Caveat]:
         from scipy.stats import binom
 
         if float(binom.cdf(held.covered, held.points, LEVEL / 100)) < REJECTED:
-            yield Caveat(
+            yield Diagnostic(
                 "holdout-missed",
                 f"{held.covered} of {held.points} held-out runs lie in their {LEVEL:g} % intervals: they are not like the runs "
                 "fitted to",
             )
 
 
-def _beyond_noise(fit: ShareFit) -> Iterator[Caveat]:
+def _beyond_noise(fit: ShareFit) -> Iterator[Diagnostic]:
     """Whether unseen mixtures are missed by more than seeds scatter."""
     from scipy.stats import f as f_distribution
 
@@ -239,7 +239,7 @@ def _beyond_noise(fit: ShareFit) -> Iterator[Caveat]:
     misses = np.bincount(settings, fit.chosen.predicted - log_loss) / counts
     misfit = float(np.mean(counts * misses**2))
     if scatter > 0 and float(f_distribution.sf(misfit / scatter, len(counts), pure)) < REJECTED:
-        yield Caveat(
+        yield Diagnostic(
             "law-rejected",
             f"unseen mixtures are missed by {np.sqrt(np.mean(misses**2)):.2%}, seeds scatter by {np.sqrt(scatter):.2%}: the "
             "law leaves something out",
