@@ -66,9 +66,9 @@ def read_regmix(folder: Path) -> RegMix:
     tables = {}
     for part in ("train", "test"):
         tables[part] = read_mixtures(folder / f"{part}_mixture_1m.csv", folder / f"{part}_pile_loss_1m.csv")
-    columns = [name for name in tables["train"].texts if name.startswith(LOSSES)]
-    found = {part: np.column_stack([table.numbers(name) for name in columns]) for part, table in tables.items()}
-    mixtures = {part: mixtures_of(table, [SOURCES]) for part, table in tables.items()}
+    columns = [name for name in tables["train"].table.texts if name.startswith(LOSSES)]
+    found = {part: np.column_stack([read.table.numbers(name) for name in columns]) for part, read in tables.items()}
+    mixtures = {part: mixtures_of(read, [SOURCES]) for part, read in tables.items()}
     domains = tuple(name.removeprefix(LOSSES).removesuffix("_val_loss") for name in columns)
     return RegMix(mixtures["train"], found["train"], mixtures["test"], found["test"], domains)
 

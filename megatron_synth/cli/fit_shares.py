@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
-from megatron_synth.core.log import say, table
+from megatron_synth.core.log import say
+from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import holdout_mask
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS
@@ -39,17 +40,20 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     if options.drop_highest_loss:
         raise UserError("--drop-highest-loss is no option of --law shares, which is robust against single runs; see --where")
     runs = read_mixtures(options.runs, options.losses, options.key)
+    if runs.left_out:
+        say(f"{runs.left_out} rows stand in {options.runs} or {options.losses} alone and are left out")
     if options.where:
         runs = runs.where(options.where)
     asked = {N_PARAMS: options.n_column, TOKENS: options.tokens_column, FLOPS: options.flops_column}
     points = mixtures_of(runs, options.sources, asked)
-    targets = _targets(runs, options)
-    held = None if options.holdout is None else holdout_mask(options.holdout, runs.values(), len(runs))
+    table = runs.table
+    targets = _targets(table, options)
+    held = None if options.holdout is None else holdout_mask(options.holdout, table.values(), len(table))
     files = [options.runs, *([options.losses] if options.losses else [])]
     about = {
         "data": {
             "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            "rows": len(runs),
+            "rows": len(table),
             "where": options.where,
         },
         "command": shlex.join(["megatron-synth", "fit", *argv]),
@@ -65,7 +69,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
                 law=options.method,
                 holdout=held,
                 rule=options.holdout or "",
-                epochs=epochs_of(runs),
+                epochs=epochs_of(table),
                 seed=options.seed,
                 progress=_progress(name) if sys.stderr.isatty() else None,
             )
@@ -100,7 +104,7 @@ def describe(result: ShareFit, name: str) -> str:
     lines = [
         f"{name}: {len(result.loss)} runs of {len(result.points.sources)} sources; cross-validated in "
         f"{len(result.chosen.folds)} folds",
-        table(rows),
+        text_table(rows),
         f"  * {result.law.name}: {result.law.formula}",
     ]
     lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
@@ -122,7 +126,7 @@ def summary(found: dict[str, ShareFit]) -> str:
     ranks = [result.chosen.rank for result in found.values() if result.chosen.rank is not None]
     mean = float(np.mean([result.chosen.error for result in found.values()]))
     rows.append(("mean", "", f"{mean:.2%}", _rank(float(np.mean(ranks)) if ranks else None)))
-    return table(rows)
+    return text_table(rows)
 
 
 def _rank(value: float | None) -> str:

@@ -13,14 +13,13 @@ import pytest
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.laws import Floats
-from megatron_synth.study.fit.runs_table import read_table
 from megatron_synth.study.fit.shares import trees
 from megatron_synth.study.fit.shares.fit import fit_shares
 from megatron_synth.study.fit.shares.gaussian import GaussianProcess, _features, _negative_likelihood, _prior
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS, share_law_named
 from megatron_synth.study.fit.shares.parametric import PARAMETRIC, ParametricLaw, _value
 from megatron_synth.study.fit.shares.points import Mixtures, normalized
-from megatron_synth.study.fit.shares.table import source_columns
+from megatron_synth.study.fit.shares.table import read_mixtures, source_columns
 
 SOURCES = ("web", "code", "qa", "books")
 QUICK = ("log-linear", "exponential", "additive", "gaussian-process")
@@ -227,7 +226,7 @@ def test_our_own_table_is_read_by_its_tokens(tmp_path: Path) -> None:
     ]
     head = ["n_params", "tokens", "loss", *(f"tokens/{name}" for name in SOURCES), *(f"epochs/{name}" for name in SOURCES)]
     path = write(tmp_path / "runs.csv", head, rows)
-    assert source_columns(read_table(path), ["tokens/*"]) == {name: f"tokens/{name}" for name in SOURCES}
+    assert source_columns(read_mixtures(path), ["tokens/*"]) == {name: f"tokens/{name}" for name in SOURCES}
     out = tmp_path / "out"
     options = ["--law", "shares", "--sources", "tokens/*", "--method", "exponential", "--out", str(out)]
     assert cli.main(["fit", str(path), *options]) == 0
@@ -260,6 +259,24 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 def test_tables_that_do_not_belong_together(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = write(tmp_path / "other.csv", ["index", "loss"], [[0, 2.0], [99, 2.0]])
-    assert cli.main(["fit", str(pair[0]), "--law", "shares", "--losses", str(other), "--sources", "train_*"]) == 2
-    assert "rows stand in one of the two tables only" in capsys.readouterr().err
+    for rows, message in (
+        ([[98, 2.0], [99, 2.0]], "no index stands in both"),
+        ([[0, 2.0], [0, 2.1]], "index '0' stands there twice"),
+    ):
+        other = write(tmp_path / "other.csv", ["index", "loss"], rows)
+        assert cli.main(["fit", str(pair[0]), "--law", "shares", "--losses", str(other), "--sources", "train_*"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tables_of_olmix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sources and metrics without a prefix, a name beside the key, and a run without metrics."""
+    points = mixtures(31)
+    ratios = [[f"r{place}", "x", *shares] for place, shares in enumerate(points.shares)]
+    metrics = [[f"r{place}", "x", loss] for place, loss in enumerate(noisy(points, 0.003)[:30])]
+    first = write(tmp_path / "ratios.csv", ["run_id", "name", *SOURCES], ratios)
+    second = write(tmp_path / "metrics.csv", ["run_id", "name", "arc_bpb"], metrics)
+    base = ["fit", str(first), "--law", "shares", "--losses", str(second), "--sources", "*", "--loss-column", "*_bpb"]
+    assert cli.main([*base, "--method", "exponential", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "law.json").read_text())
+    assert found["sources"] == list(SOURCES) and found["points"] == 30
+    assert "1 rows stand in" in capsys.readouterr().out
