@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import resolve
 from megatron_synth.core.log import say
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     runs = expand(study)
     sources = open_sources(study, runs)
     tokens = _tokens("--tokens", arguments.tokens)
-    space = space_of(study, runs, sources, _bounds(arguments.bounds), tokens)
+    space = space_of(study, runs, sources, bounds_of(arguments.bounds), tokens)
     rows = _rows(study, runs, arguments.table)
     measured = None
     if rows:
@@ -104,16 +105,3 @@ def _tokens(option: str, text: str | None) -> float | None:
     if text is not None and (value is None or value <= 0):
         raise UserError(f"{option} '{text}': expected a number of tokens, such as 20B")
     return value
-
-
-def _bounds(given: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Bounds by source of `--bounds SOURCE=LOW:HIGH`."""
-    bounds = {}
-    for text in given:
-        name, _, span = text.partition("=")
-        low, colon, high = span.partition(":")
-        values = [number(part) for part in (low or "0", high or "1")]
-        if not colon or None in values:
-            raise UserError(f"--bounds '{text}': expected SOURCE=LOW:HIGH, such as web=0.2:0.9")
-        bounds[name.strip()] = (float(values[0] or 0), float(values[1] or 0))
-    return bounds

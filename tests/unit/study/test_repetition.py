@@ -113,6 +113,9 @@ def test_the_rectified_law_is_told_from_the_plain_one() -> None:
     assert "law-rejected" in {doubt.code for doubt in plain.warnings}
     assert "law-rejected" not in {doubt.code for doubt in rectified.warnings}
     np.testing.assert_allclose(rectified.predict({"tokens": d}), truth, rtol=3e-3)
+    assert "simpler-law-does" not in {doubt.code for doubt in rectified.warnings}
+    without = (1.6 + 2000 / d**0.36) * np.exp(0.002 * np.random.default_rng(1).standard_normal(len(d)))
+    assert "simpler-law-does" in {doubt.code for doubt in fit("rectified", {"tokens": d}, without, bootstraps=0).warnings}
 
 
 def test_one_exponent_for_both_determines_what_two_do_not() -> None:
