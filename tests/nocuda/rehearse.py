@@ -1,4 +1,4 @@
-"""`make gpu-rehearsal`: every configuration of CASES on the device that computes nothing, and what a step may ask of the device.
+"""`make gpu-rehearsal`: steps of every configuration in CASES on the device that computes nothing, held against limits.
 
     python -m tests.nocuda.rehearse [--only TEXT] [--out FOLDER]
 
@@ -50,13 +50,14 @@ _PARALLEL = (
     *("--world", "8"),
 )
 CASES = (
-    Case("1.3B BF16", (_SMALL,), 5000),
-    Case("1.3B BF16, documents of 512", (_SMALL, "--documents", "512"), 6200),
+    Case("1.3B BF16", (_SMALL,), 4200),
+    # two of a layer's three more one-block kernels are torch's own: it zeroes a random state that nobody draws from
+    Case("1.3B BF16, documents of 512", (_SMALL, "--documents", "512"), 6200, one_block=600),
     Case("1.3B FP8 current", (_SMALL, *_fp8("current")), 9000),
     Case("1.3B FP8 delayed", (_SMALL, *_fp8("delayed")), 7800, one_block=220),
     Case("1.3B FP8 blockwise", (_SMALL, *_fp8("blockwise", "e4m3")), 7800),
     Case("3B BF16", (_LARGE,), 6200),
-    Case("3B BF16, documents of 512", (_LARGE, "--documents", "512"), 7600),
+    Case("3B BF16, documents of 512", (_LARGE, "--documents", "512"), 7600, one_block=700),
     Case("3B FP8 current", (_LARGE, *_fp8("current")), 11000),
     Case("1.3B BF16, TP2 x PP2 x DP2, first rank", (_SMALL, *_PARALLEL, "--rank", "0"), 5000),
     Case("1.3B BF16, TP2 x PP2 x DP2, last rank", (_SMALL, *_PARALLEL, "--rank", "7"), 5000, one_block=500),
@@ -86,7 +87,16 @@ def run(case: Case, library: Path, out: Path) -> tuple[dict[str, Any] | None, li
     name = "".join(letter if letter.isalnum() else "-" for letter in case.name.lower())
     file = out / f"{name}.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.nocuda.step", *case.arguments, "--record", str(out / f"{name}.tsv"), "--json", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.nocuda.step",
+        *case.arguments,
+        "--record",
+        str(out / f"{name}.tsv"),
+        "--json",
+        str(file),
+    ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(command, env={**environment(library), "PYTHONPATH": paths}, capture_output=True, text=True, cwd=ROOT)
     if done.returncode or not file.exists():

@@ -37,11 +37,14 @@ FAULTS = {
     "a tensor from a list": ("torch.tensor([1.0, 2.0], device='cuda')", ("pageable", "host to device, pageable")),
     "a number into an element": ("x[3, 3] = 1.0", ("pageable", "host to device, pageable")),
     "a pageable copy": ("host.copy_(x, non_blocking=True)", ("pageable", "device to host, pageable")),
-    "memory that is not the device's": ("library.cudaMemsetAsync(ctypes.c_void_p(host.data_ptr()), 0, 4, None)", ("faults", "host")),
+    "memory that is not the device's": (
+        "library.cudaMemsetAsync(ctypes.c_void_p(host.data_ptr()), 0, 4, None)",
+        ("faults", "host"),
+    ),
     "a product of the host's memory": (
-        "library.cublasSgemm_v2(ctypes.c_void_p(torch.cuda.current_blas_handle()), 0, 0, 8, 8, 8, ctypes.byref(ctypes.c_float(1)), "
-        "ctypes.c_void_p(host.data_ptr()), 8, ctypes.c_void_p(x.data_ptr()), 8, ctypes.byref(ctypes.c_float(0)), "
-        "ctypes.c_void_p(x.data_ptr()), 8)",
+        "at = lambda t: ctypes.c_void_p(t.data_ptr()); one = ctypes.byref(ctypes.c_float(1)); "
+        "handle = ctypes.c_void_p(torch.cuda.current_blas_handle()); "
+        "library.cublasSgemm_v2(handle, 0, 0, 8, 8, 8, one, at(host), 8, at(x), 8, one, at(x), 8)",
         ("faults", "operand on the host: gemm fp32"),
     ),
     "a grid over 65,535": ("kernel[(1, 70000)](x)", ("faults", "with a grid of 1 x 70000 x 1")),
