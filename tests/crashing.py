@@ -105,7 +105,7 @@ class _Disk:
             half()
             if self._power_fails:
                 for path in self._not_synced:
-                    if os.path.exists(path):
+                    if Path(path).exists():
                         self._truncate(path, 0)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -120,7 +120,7 @@ class _Disk:
         def moving(old: Any, new: Any, **options: Any) -> Any:
             self.step()
             real(old, new, **options)
-            before, after = os.path.abspath(old), os.path.abspath(new)
+            before, after = os.path.abspath(old), os.path.abspath(new)  # noqa: PTH100 (links stay)
             self._not_synced = {
                 after + path.removeprefix(before) if path == before or path.startswith(before + os.sep) else path
                 for path in self._not_synced

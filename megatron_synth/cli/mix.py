@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("sample", type=_samples, help="number of the sample, from 0, or FIRST-LAST")
     show.add_argument("--text", action="store_true", help="decode its tokens")
     for one in (plan, show):
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
+        one.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change: train.steps=10")
     audit = verbs.add_parser("audit", help="recompute what a run should have consumed and compare it with its records")
     audit.add_argument("run", type=Path, help="run directory")
     return parser
@@ -312,8 +312,8 @@ def audit_checkpoint(data: RunData, state: files.SavedState, file: Path) -> list
     samples = state["samples"]
     if not _is_count(samples, data.plan):
         return [(place, "run", "samples", "samples of the plan", str(samples))]
-    planned = {name: count for name, count in zip(data.plan.names, data.plan.counts(samples).tolist(), strict=True)}
-    recorded = {name: 0 for name in planned} | state["ledger"]
+    planned = dict(zip(data.plan.names, data.plan.counts(samples).tolist(), strict=True))
+    recorded = dict.fromkeys(planned, 0) | state["ledger"]
     found = [(place, *difference) for difference in _leaves(planned, recorded, "ledger")]
     # a mixture that changed after the checkpoint leaves the digest of what came before as it is
     prefix = state.get("prefix_digest")

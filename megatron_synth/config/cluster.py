@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_synth.config.prepare import as_tuple
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 
 # minutes, minutes:seconds, hours:minutes:seconds; after days: hours, hours:minutes, hours:minutes:seconds
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
@@ -30,10 +30,7 @@ def time_limit_s(text: str) -> int | None:
     if match is None:
         return None
     parts = [int(part) for part in match.group("first", "second", "third") if part is not None]
-    if match["days"] is not None:
-        scale = (3600, 60, 1)
-    else:
-        scale = (3600, 60, 1) if len(parts) == 3 else (60, 1, 0)
+    scale = (3600, 60, 1) if match["days"] is not None else (3600, 60, 1) if len(parts) == 3 else (60, 1, 0)
     return int(match["days"] or 0) * 86_400 + sum(part * factor for part, factor in zip(parts, scale, strict=False))
 
 

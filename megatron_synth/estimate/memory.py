@@ -286,10 +286,7 @@ def _layer_backward(config: Config, tokens: int, device: Device, fp8: bool) -> i
     sizes = Dimensions.of(config.model)
     tensor, element = config.parallel.tensor_model_parallel_size, _element(config)
     hidden, width = sizes.hidden, sizes.ffn // tensor
-    if fp8:
-        working = _fp8_backward(config, tokens, device)
-    else:
-        working = element * (tokens * (width + 2 * hidden) + hidden * width)
+    working = _fp8_backward(config, tokens, device) if fp8 else element * (tokens * (width + 2 * hidden) + hidden * width)
     if config.train.recompute == "full":
         working += round(sum(_all_kept(config, device, fp8).values()) * tokens)
     elif config.train.recompute == "selective" and not (fp8 and _fuses(config)):

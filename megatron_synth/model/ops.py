@@ -1,4 +1,4 @@
-"""The only door to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
+"""The only way to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
 
 Shapes: S tokens, B sequences, H hidden size, A query heads, G key/value heads, D channels of a head, V vocabulary, F MLP width.
 Under tensor parallelism A, G, V and F are a rank's own part; under sequence parallelism S is too, outside attention and MLP.

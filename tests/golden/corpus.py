@@ -31,7 +31,6 @@ UNSEEN = ("asyncio", "email")
 TOPICS = "pydoc_data.topics"
 # tests; packages that distributions split off; tables of characters; files about one installation
 SKIPPED = frozenset(
-    # fmt: off
     [
         "test",
         "tests",
@@ -53,7 +52,6 @@ SKIPPED = frozenset(
         "sitecustomize",
         "usercustomize",
     ]
-    # fmt: on
 )
 
 

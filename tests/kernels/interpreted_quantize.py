@@ -8,10 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from megatron_synth_kernels.torch import fp8  # noqa: E402
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized, Scaling  # noqa: E402
+from megatron_synth_kernels.torch import fp8
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized, Scaling
 from megatron_synth_kernels.triton import quantize as triton_quantize
-from tests.kernels.test_quantize import FORMATS, bits, by_scale, matrix  # noqa: E402
+from tests.kernels.test_quantize import FORMATS, bits, by_scale, matrix
 
 
 def same(found: Quantized | None, expected: Quantized | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from megatron_synth_kernels.torch import fp8, norm_quantize, swiglu_quantize
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, Source  # noqa: E402
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, Source
 from megatron_synth_kernels.triton import (
     norm as triton_norm,
 )
@@ -26,9 +26,9 @@ from megatron_synth_kernels.triton import (
 from megatron_synth_kernels.triton import (
     swiglu_quantize as triton_swiglu_quantize,
 )
-from tests.kernels.interpreted_quantize import same  # noqa: E402
-from tests.kernels.test_quantize import bits, by_scale, matrix  # noqa: E402
-from tests.kernels.triton_support import poisoned  # noqa: E402
+from tests.kernels.interpreted_quantize import same
+from tests.kernels.test_quantize import bits, by_scale, matrix
+from tests.kernels.triton_support import poisoned
 
 EPS = 1e-5
 

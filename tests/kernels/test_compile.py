@@ -67,5 +67,5 @@ def test_mistakes_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         kernels.main(["--json", "x.json"])
     with pytest.raises(UserError, match="is not a folder"):
         kernels.main(["--compile", "--json", str(tmp_path / "no" / "x.json")])
-    with pytest.raises(UserError, match="takes no configuration, found 'train/quickstart.yaml'"):
+    with pytest.raises(UserError, match=r"takes no configuration, found 'train/quickstart.yaml'"):
         kernels.main(["--compile", "train/quickstart.yaml"])

@@ -1,4 +1,4 @@
-"""The engine and its rivals in one process, in turn, so that what disturbs the machine disturbs them alike.
+"""The engine and its baselines in one process, in turn, so that what disturbs the machine disturbs them alike.
 
 One pair is one block of steps of every contender, right after each other: A B C, in the next pair C B A, so that a
 drift of the machine favors nobody. A ratio compares two blocks of one pair. Whatever a table says of the spread is the
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_synth.bench.train.baselines import RIVALS
+from megatron_synth.bench.train.baselines import BASELINES
 from megatron_synth.bench.train.engine import (
     Block,
     Contender,
@@ -90,7 +90,7 @@ class Comparison:
 def compare(
     config: Config,
     layout: Layout,
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     *,
     pairs: int,
     steps: int,
@@ -100,12 +100,12 @@ def compare(
     trace: Path | None = None,
     so_far: Callable[[Comparison], None] = lambda result: None,
 ) -> Comparison:
-    """Measure the engine, and rivals by name (keys of `rivals.RIVALS`).
+    """Measure the engine, and baselines by name (keys of `baselines.BASELINES`).
 
     Args:
         config: what to train; its data are not read.
-        layout: of the engine; rivals are possible on a single rank alone.
-        rivals: names, none for the engine alone.
+        layout: of the engine; baselines are possible on a single rank alone.
+        baselines: names, none for the engine alone.
         pairs: blocks of each contender.
         steps: timed optimizer steps in a block.
         warmup: optimizer steps before the first block, at least 1.
@@ -116,9 +116,9 @@ def compare(
     """
     vocab_size(config)  # refuse before anything is built
     assert pairs >= 1 and steps >= 1 and warmup >= 1
-    if rivals and layout.world_size > 1:
-        raise UserError(f"rivals run on a single rank, this launch has {layout.world_size}: give --vs none")
-    assert data is None or not rivals
+    if baselines and layout.world_size > 1:
+        raise UserError(f"baselines run on a single rank, this launch has {layout.world_size}: give --vs none")
+    assert data is None or not baselines
     with process_group(layout, config.train.seed) as ranks:
         from megatron_synth.bench.train.data import real_batches
 
@@ -128,7 +128,7 @@ def compare(
         else:
             source = real_batches(config, layout, ranks, data)
         with source as batches:
-            return _compare(config, layout, ranks, batches, rivals, pairs, steps, warmup, profiled, trace, so_far)
+            return _compare(config, layout, ranks, batches, baselines, pairs, steps, warmup, profiled, trace, so_far)
 
 
 def _compare(
@@ -136,7 +136,7 @@ def _compare(
     layout: Layout,
     ranks: Ranks,
     batches: Sequence[Sequence[TensorBatch]],
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     pairs: int,
     steps: int,
     warmup: int,
@@ -149,14 +149,14 @@ def _compare(
     losses: list[tuple[float, ...]] = []
     held: list[int] = []
     weights: dict[str, Tensor] = {}
-    for name in ("engine", *rivals):
+    for name in ("engine", *baselines):
         before = allocated(device)
         if name == "engine":
             engine = Engine(config, layout, ranks)
-            weights = engine.weights() if rivals else {}
+            weights = engine.weights() if baselines else {}
             contenders.append(engine)
         else:
-            contenders.append(RIVALS[name](config, weights, device))
+            contenders.append(BASELINES[name](config, weights, device))
         losses.append(_warm_up(contenders[-1], batches, warmup))
         # weights and optimizer states, which exist since the first step
         held.append(allocated(device) - before)

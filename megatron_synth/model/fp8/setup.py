@@ -113,7 +113,7 @@ class Fp8Plan:
         return f"own layers ({self.reason}), {made if self.fused else 'quantized apart'}, {how}"
 
     def mcore_options(self) -> dict[str, Any]:
-        """What megatron-core's TransformerConfig is told: nothing for our layers, all for TransformerEngine's."""
+        """What megatron-core's TransformerConfig is given: nothing for our layers, all for TransformerEngine's."""
         if self.backend == "own":
             return {}
         precision = self.config.precision
@@ -192,7 +192,7 @@ def _check_own(config: Config, device: torch.device, dtype: torch.dtype) -> None
             able.append(f"{name} ({number_format})")
     what = f"on {_device_name(device)} with torch {torch.__version__}"
     advice = f"what works here: {', '.join(able)}" if able else "no FP8 recipe works here; set precision.fp8: off"
-    raise UserError(f"precision.fp8: {precision.fp8} ({precision.fp8_number_format}) cannot be had {what}: {asked}. {advice}")
+    raise UserError(f"precision.fp8: {precision.fp8} ({precision.fp8_number_format}) is unavailable {what}: {asked}. {advice}")
 
 
 def _device_name(device: torch.device) -> str:
@@ -203,7 +203,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def refusal(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the products of a recipe cannot be had; None if each kind of layer was tried and agrees with the definition."""
+    """Why the products of a recipe are unavailable; None if each kind of layer was tried and agrees with the definition."""
     recipe = Recipe.of(config.precision)
     for kind, (n, k) in products(config.model, config.parallel.tensor_model_parallel_size).items():
         generator = torch.Generator().manual_seed(0)

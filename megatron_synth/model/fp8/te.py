@@ -42,7 +42,7 @@ def problem(device: torch.device) -> str | None:
         return "TransformerEngine needs a GPU"
     try:
         import transformer_engine
-        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine.pytorch
     except Exception as error:  # a library built for another torch fails in its own way
         return f"TransformerEngine cannot be imported: {(str(error) or repr(error)).splitlines()[0]}"
     release = tuple(int(part) for part in str(transformer_engine.__version__).split(".")[:2])
@@ -100,7 +100,7 @@ def check(config: Config, device: torch.device, device_name: str) -> None:
             raise RuntimeError(f"the weight is a {type(layer.weight).__name__}")
     except Exception as error:  # whatever it raises, the run cannot have what it asked for
         advice = "precision.fp8_param_gather: false" if precision.fp8_param_gather else "precision.fp8_backend: own"
-        raise UserError(f"{head} cannot be had: {(str(error) or repr(error)).splitlines()[0]}. Try {advice}") from error
+        raise UserError(f"{head} is unavailable: {(str(error) or repr(error)).splitlines()[0]}. Try {advice}") from error
     exact = (x.float() @ weight.float().t(), grad.float() @ weight.float(), grad.float().t() @ x.float())
     for name, found, wanted in zip(
         ("output", "input gradient", "weight gradient"), (y, x.grad, layer.weight.grad), exact, strict=True

@@ -95,9 +95,7 @@ class _Unpickler(_InPython):
             raise Refused("it has a dictionary whose keys are neither texts nor objects")
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    dispatch = {  # noqa: RUF012
-        getattr(pickle, name)[0]: _InPython.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS
-    } | {
+    dispatch = {getattr(pickle, name)[0]: _InPython.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS} | {
         pickle.STACK_GLOBAL[0]: load_stack_global,
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_newobj,

@@ -367,7 +367,7 @@ class CheckpointWriter:
             free = ""
         return (
             f"{folder}: the checkpoint of step {step} could not be written: {error}{free}. Older checkpoints are untouched. "
-            "Make room or mend the path; the same command, started again, resumes from the last one"
+            "Make room or fix the path; the same command, started again, resumes from the last one"
         )
 
 

@@ -150,14 +150,16 @@ class _Report:
                 _line(ax, x, curves[-1], self.colors[name])
                 labels.append((curves[-1][-1], f"{_short(name)} {curves[-1][-1]:.3f}", self.colors[name]))
         if not curves:
-            return _say(ax, "no loss by source was recorded")
+            _say(ax, "no loss by source was recorded")
+            return
         _limit_loss(ax, curves, [])
         label_ends(ax, labels)
 
     def _validation(self, ax: Axes) -> None:
         if not self.evals:
             _title(ax, "Validation loss by domain")
-            return _say(ax, "no evaluation yet")
+            _say(ax, "no evaluation yet")
+            return
         if len(self.evals) > 1:
             self._frame(ax, "Validation loss by domain", "nats per token")
             labels = []
@@ -166,7 +168,8 @@ class _Report:
                 if len(x):
                     ax.plot(x, y, color=self.colors[name], marker="o", markersize=4.5, markeredgecolor="white")
                     labels.append((y[-1], f"{_short(name)} {y[-1]:.3f}", self.colors[name]))
-            return label_ends(ax, labels)
+            label_ends(ax, labels)
+            return
         record = self.evals[0]
         _title(ax, "Validation loss by domain", f"nats per token, after step {record[metrics.STEP]:,}")
         losses = {name: value for name, value in parts(record, metrics.EVAL_DOMAIN_LOSS).items() if _finite(value)}
@@ -187,7 +190,8 @@ class _Report:
         self._frame(ax, "Share of the training tokens", "delivered (line), requested (dots)")
         series = {name: self._series(metrics.SHARE + name) for name in self.sources}
         if not any(len(x) for x, _ in series.values()):
-            return _say(ax, "no shares were recorded")
+            _say(ax, "no shares were recorded")
+            return
         labels, top = [], 0.0
         for name, (x, y) in series.items():
             # a mixture in phases has no one ratio: the dots are at its share of the whole run so far, which the ledger has
@@ -214,7 +218,8 @@ class _Report:
     def _table(self, ax: Axes) -> None:
         if not self.ledger:
             _title(ax, "The mixture")
-            return _say(ax, "no ledger yet")
+            _say(ax, "no ledger yet")
+            return
         ax.set_axis_off()
         _title(ax, "The mixture", f"{self.ledger['samples']:,} samples of {self.ledger['sequence_length']:,} tokens")
         samples, sources = self.ledger["samples"], self.ledger["sources"]
@@ -253,7 +258,8 @@ class _Report:
         self._frame(ax, "Throughput", "tokens per second per device")
         x, y = self._series(metrics.TOKENS_PER_SEC)
         if not len(x):
-            return _say(ax, "no throughput was recorded")
+            _say(ax, "no throughput was recorded")
+            return
         _line(ax, x, y, INK, linewidth=1.2)
         median = float(np.median(y))
         ax.axhline(median, color=ACCENT, linewidth=1.2, zorder=3)

@@ -77,7 +77,7 @@ def test_names_are_of_levers_and_differences_are_relative() -> None:
 @pytest.mark.slow
 def test_a_lever_is_measured_beside_the_base_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "distributed optimizer,sequence parallelism,torch.compile"
-    counts = "--ranks 2 --warmup 2 --pairs 2 --steps 2".split()
+    counts = ["--ranks", "2", "--warmup", "2", "--pairs", "2", "--steps", "2"]
     more = [*counts, "--ablations", names, "--json", str(tmp_path / "l.json")]
     command = [sys.executable, "-m", "megatron_synth", "bench", "train", CONFIG, *TINY, *more]
     # no compiler: the variant that needs one fails alone, and says why

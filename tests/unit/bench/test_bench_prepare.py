@@ -55,7 +55,7 @@ def test_other_tokens_void_the_comparison(quick, monkeypatch):
 
 
 def test_a_contender_that_fails_says_why(tmp_path):
-    with pytest.raises(UserError, match="datatrove: failed with exit code 1: .*No module named 'datatrove'"):
+    with pytest.raises(UserError, match=r"datatrove: failed with exit code 1: .*No module named 'datatrove'"):
         bench._run(sys.executable, "datatrove", tmp_path, 1)
 
 

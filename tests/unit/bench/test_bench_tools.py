@@ -141,10 +141,10 @@ def test_a_sweep_survives_what_runs_out_of_memory(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "--sweep", "--vs", "hf"], "--vs: rivals run beside one configuration"),
+        (["train", "--sweep", "--vs", "hf"], "--vs: baselines run beside one configuration"),
         (["train", "--vary", "train.recompute"], "--vary: expected KEY=V1,V2"),
         (["train", "--model", "tiny-9m"], "no configuration file model/tiny-9m.yaml"),
-        (["train", "--data", "real", "--vs", "hf"], "the rivals have no loader"),
+        (["train", "--data", "real", "--vs", "hf"], "the baselines have no loader"),
         (["train", "--trace", "no/such/x.json"], "no/such is not a folder"),
         (["gpu", "--smoke", "--only", "nothing"], "no such part; there are: numerics of kernels"),
         (["memory", "--json", "no/such/x.json"], "no/such is not a folder"),
@@ -197,7 +197,7 @@ def test_the_gpu_script_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch
     assert mark.read_text() == "xxx" and list(json.loads(file.read_text())["parts"]) == ["counts"]
     document = json.loads(file.read_text())
     file.write_text(json.dumps({**document, "device": "another"}))
-    with pytest.raises(UserError, match="gpu.json is of another device"):
+    with pytest.raises(UserError, match=r"gpu.json is of another device"):
         bench_gpu.main(["--smoke", "--json", str(file)])
     file.write_text("[]")
     with pytest.raises(UserError, match="expected what `bench gpu` wrote"):
@@ -214,7 +214,7 @@ def test_the_gpu_script_runs_on_a_cpu_and_loses_nothing(tmp_path: Path, monkeypa
     assert parts["tiny-1m bf16, real loader"]["result"]["data"] == "real"
     assert bench_report.main([str(tmp_path / "gpu.json")]) == 0
 
-    # a part that hangs and one that crashes are told as such, and the file has both
+    # a part that hangs and one that crashes are reported as such, and the file has both
     made = [
         gpu.Part("hangs", ("-c", "import time; time.sleep(60)"), 0.1),
         gpu.Part("crashes", ("-c", "raise SystemExit('broken')"), 600),

@@ -113,11 +113,11 @@ def test_rows_out_of_range_are_named(world: World, tmp_path: Path) -> None:
 def test_strict_json() -> None:
     assert parse_json(b'{"a": 1.5}') == {"a": 1.5} and parse_json("[NaN]", nan_is_null=True) == [None]
     for text in ("NaN", DEEP, '"\\ud800"', '{"\\uD800": 1}', "[1", b"\xff"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"."):
             parse_json(text)
     assert parse_json('"\\ud83d\\ude00"') == "\U0001f600"
     reader: Reader[int] = Reader(Count, "restore it")
     assert reader.parse("7", "f") == 7
     for value in (True, "7", 7.0, -1, 2**63):
-        with pytest.raises(UserError, match="f: damaged: .*, found .*; restore it"):
+        with pytest.raises(UserError, match=r"f: damaged: .*, found .*; restore it"):
             reader.parse(json.dumps(value), "f")

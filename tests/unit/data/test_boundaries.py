@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def check(found, documents: np.ndarray) -> None:
 def test_tables_equal_a_walk(rows: int, batches: int, length: int, random) -> None:
     starts = [sorted({at for at in range(length + 1) if random.random() < 0.3}) for _ in range(rows * batches)]
     counts = np.array([len(row) for row in starts])
-    table = BoundaryTable(np.array(sum(starts, []), dtype=np.int64), counts, length, rows)
+    table = BoundaryTable(np.array(list(itertools.chain.from_iterable(starts)), dtype=np.int64), counts, length, rows)
     for number in range(batches):
         documents = [
             np.cumsum([at in starts[row] for at in range(length + 1)]) for row in range(number * rows, (number + 1) * rows)

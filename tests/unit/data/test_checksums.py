@@ -119,7 +119,7 @@ def test_a_flipped_bit_of_an_index_is_found_and_located(tmp_path_factory, share,
     else:
         base, width = (34, 4) if at < 34 + 4 * 40 else (34 + 4 * 40, 8)
         assert fault.first_byte == base + (at - base) // width * width
-    with pytest.raises(UserError, match="shard-00001.idx"):
+    with pytest.raises(UserError, match=r"shard-00001.idx"):
         BlockChecker(folder, manifest).check(1, 0, 1)
 
 
@@ -263,7 +263,7 @@ def test_a_manifest_with_too_few_checksums_is_refused(tmp_path):
     data = json.loads(path.read_text())
     data["shards"][1]["bin_blocks"] = data["shards"][1]["bin_blocks"][:-16]
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match="shard-00001: .* checksums for .* blocks"):
+    with pytest.raises(UserError, match=r"shard-00001: .* checksums for .* blocks"):
         Manifest.load(tmp_path / "s")
 
 

@@ -81,7 +81,7 @@ def test_equal_ngrams_have_equal_hashes_and_others_do_not(documents, size):
 
 def test_exact_duplicates_within_and_between_sources(tmp_path, monkeypatch):
     a, b = random_documents(1, 30), random_documents(2, 20)
-    web = a + [a[3], a[3], a[5]]
+    web = [*a, a[3], a[3], a[5]]
     book = [*b, a[5], a[7], b[0]]
     folders = [make(tmp_path / "web", web), make(tmp_path / "book", book)]
     for partition in (2**20, 64):  # records in one file, in many

@@ -20,7 +20,7 @@ from megatron_synth.data.shards.native import BusError
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
 
-FIRST: dict[str, Any] = dict(sequence_length=16, micro_batch_size=8, data_parallel_rank=0, data_parallel_size=1)
+FIRST: dict[str, Any] = {"sequence_length": 16, "micro_batch_size": 8, "data_parallel_rank": 0, "data_parallel_size": 1}
 
 
 class MemorySource:
@@ -41,6 +41,7 @@ class MemorySource:
         self.read(window * (len(out) - 1), out)
 
     dtype = np.dtype(np.int32)
+    vocab_size = None
     places = Places(1)
 
     def open_index(self, shard: int) -> None:
@@ -146,7 +147,7 @@ def test_without_tokens_nothing_is_read() -> None:
     for batch in loader.micro_batches(8, 12):
         assert batch.tokens.shape == (2, 0)
         np.testing.assert_array_equal(batch.source_ids, plan.locate(batch.samples)[0])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"."):
         list(loader_of(2, 1, sources=sources).micro_batches(8, 12))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from fractions import Fraction
 
@@ -261,7 +262,7 @@ def test_a_limit_of_unique_windows_is_nested_and_the_same_for_every_mixture() ->
     sizes = [1, 7, 100, 499, 500]
     subsets = [subset(size, "1/2") for size in sizes]
     assert [len(windows) for windows in subsets] == sizes
-    assert all(small < large for small, large in zip(subsets, subsets[1:], strict=False))
+    assert all(small < large for small, large in itertools.pairwise(subsets))
     assert subset(100, "1/5") == subsets[2] != subset(100, "1/2", seed=2)
     # spread over the whole source: 100 draws of 500, cut into fifths
     assert min(np.bincount([window // 100 for window in subsets[2]], minlength=5)) > 8

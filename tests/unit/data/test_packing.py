@@ -142,7 +142,7 @@ optim: {{lr: 1e-3}}
 """
     )
     assert open_data(load_file(Config, path, [])).plan.num_windows[0] > 0
-    with pytest.raises(UserError, match="was packed for windows of 64 tokens, train.sequence_length is 32"):
+    with pytest.raises(UserError, match=r"was packed for windows of 64 tokens, train.sequence_length is 32"):
         open_data(load_file(Config, path, ["train.sequence_length=32"]))
     # windows of the packed length, several in a sequence, are whole; shifted ones are not
     assert open_data(load_file(Config, path, ["train.sequence_length=256", "data.windows_per_sequence=4"])).window_length == 64

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import pickle
 import subprocess
@@ -86,7 +87,7 @@ def test_windows_and_document_starts_equal_brute_force(tmp_path_factory, shards,
 
 def test_loaders_copy_from_open_shards_what_reading_gives(tmp_path):
     stream, _ = make(tmp_path / "s", [[30, 11], [25], [40, 3]])
-    sizes = dict(sequence_length=6, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1)
+    sizes = {"sequence_length": 6, "micro_batch_size": 4, "data_parallel_rank": 0, "data_parallel_size": 1}
     mapped, read = open_source(tmp_path / "s", "s"), open_source(tmp_path / "s", "s", memory_map=False)
     plan = MixturePlan([SourceSpec("s", Fraction(1), mapped.num_windows(6), 100.0)], 0)
     for first in (0, 4, 8, 12, 40):
@@ -116,7 +117,7 @@ def test_opening_maps_no_tokens(tmp_path):
     for shard in (tmp_path / "s").glob("*.bin"):
         shard.unlink()
     assert source.document_starts(0, 16).tolist() == [0, 5, 14]
-    with pytest.raises(UserError, match="shard-00000.bin: .*No such file or directory.* while mapping it"):
+    with pytest.raises(UserError, match=r"shard-00000.bin: .*No such file or directory.* while mapping it"):
         source.read_window(0, np.empty(17, np.int64))
 
 
@@ -183,7 +184,7 @@ def test_broken_manifests_are_refused(tmp_path, text, message):
 def test_nothing_there_and_no_manifest(tmp_path):
     with pytest.raises(UserError, match="source 'web' not found; expected a folder"):
         open_source(tmp_path / "none", "web")
-    with pytest.raises(UserError, match="manifest.json: No such file"):
+    with pytest.raises(UserError, match=r"manifest.json: No such file"):
         open_source(tmp_path, "web")
 
 
@@ -246,7 +247,8 @@ def test_many_shards_are_opened_when_needed_and_never_all(tmp_path, monkeypatch,
     offsets, counts = source.document_starts_of(windows * 9, 9)
     expected = [[at - window * 9 for at in starts if 0 <= at - window * 9 <= 9] for window in windows.tolist()]
     assert np.split(offsets, np.cumsum(counts)[:-1])[3].tolist() == expected[3]
-    assert offsets.tolist() == sum(expected, []) and counts.tolist() == [len(one) for one in expected]
+    assert offsets.tolist() == list(itertools.chain.from_iterable(expected))
+    assert counts.tolist() == [len(one) for one in expected]
     del source
     gc.collect()
     assert not open_files(tmp_path)
@@ -257,12 +259,12 @@ def test_a_shard_that_is_another_than_announced_is_refused_when_it_is_first_need
     data = bytearray((tmp_path / "s" / "shard-00001.idx").read_bytes())
     data[0] ^= 1
     (tmp_path / "s" / "shard-00001.idx").write_bytes(data)
-    with pytest.raises(UserError, match="shard-00001.idx: not a Megatron index"):
+    with pytest.raises(UserError, match=r"shard-00001.idx: not a Megatron index"):
         open_source(tmp_path / "s", "s")
     monkeypatch.setattr(source_module, "EAGER_SHARDS", 1)
     source = open_source(tmp_path / "s", "s")
     source.read_window(0, np.empty(5, np.int64))
-    with pytest.raises(UserError, match="shard-00001.idx: not a Megatron index"):
+    with pytest.raises(UserError, match=r"shard-00001.idx: not a Megatron index"):
         source.read_window(2, np.empty(5, np.int64))
 
 

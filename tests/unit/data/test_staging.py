@@ -67,7 +67,7 @@ def test_a_bare_pair_is_not_copied(tmp_path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     write_config(tmp_path / "run.yaml", corpus)
     bare = [f"data.validation.val.path={corpus / 'val' / 'shard-00000'}", f"data.staging={tmp_path / 'local'}"]
-    with pytest.raises(UserError, match="data.staging: .*shard-00000: source 'val' has no manifest.json"):
+    with pytest.raises(UserError, match=r"data.staging: .*shard-00000: source 'val' has no manifest.json"):
         open_data(load_file(Config, tmp_path / "run.yaml", bare), staged=True)
     assert not (tmp_path / "local").exists()
 
@@ -83,7 +83,7 @@ def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(UserError, match="shard-00001.bin: No space left on device while .*/s was copied"):
+        with pytest.raises(UserError, match=r"shard-00001.bin: No space left on device while .*/s was copied"):
             stage(tmp_path / "s", tmp_path / "local")
     (unfinished,) = (tmp_path / "local").iterdir()
     assert not list(unfinished.glob(".*.part")) and not (unfinished / "manifest.json").exists()
@@ -132,7 +132,7 @@ def test_another_source_of_the_same_name_gets_another_copy(tmp_path) -> None:
 def test_no_room_is_told_before_anything_is_copied(tmp_path, monkeypatch) -> None:
     make(tmp_path / "s", [[50]])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="10 bytes free, .* needed for the copy"):
+    with pytest.raises(UserError, match=r"10 bytes free, .* needed for the copy"):
         stage(tmp_path / "s", tmp_path / "local")
     assert not list((tmp_path / "local").rglob("shard-*"))
 

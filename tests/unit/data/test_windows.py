@@ -190,7 +190,7 @@ def test_a_shifted_epoch_is_each_window_once_at_an_offset_of_its_own(num_tokens:
     _, found, offsets = plan.places(np.arange(30 * windows))
     np.testing.assert_array_equal(np.sort(found.reshape(30, windows), axis=1), np.tile(np.arange(windows), (30, 1)))
     by_epoch = offsets.reshape(30, windows)
-    assert (by_epoch == by_epoch[:, :1]).all() and 0 <= offsets.min() and offsets.max() < length
+    assert (by_epoch == by_epoch[:, :1]).all() and offsets.min() >= 0 and offsets.max() < length
     assert (found * length + offsets).max() + length + 1 <= num_tokens
     assert length < 4 or len(np.unique(offsets)) > 1
     plain_plan = MixturePlan([SourceSpec("web", Fraction(1), windows, float("inf"))], seed)

@@ -167,7 +167,7 @@ def test_a_product_that_is_wrong_is_found(setup: Any, cpu_device: Any, monkeypat
     monkeypatch.setattr(setup.ops.fp8, "product", without_scale)
     with pytest.raises(
         UserError,
-        match=r"fp8: delayed \(hybrid\) cannot be had on this CPU.*forward product is off.*works here: blockwise .hybrid., bl",
+        match=r"fp8: delayed \(hybrid\) is unavailable on this CPU.*forward product is off.*works here: blockwise .hybrid., bl",
     ):
         setup.plan_fp8(build("delayed"), cpu_device)
 
@@ -184,7 +184,7 @@ def test_a_format_that_the_device_lacks_is_named(setup: Any, cpu_device: Any, mo
 
     monkeypatch.setattr(setup.ops.fp8, "product", without_e5m2)
     with pytest.raises(
-        UserError, match="no e5m2 here. what works here: delayed .e4m3., current .e4m3., blockwise .hybrid., blockwise .e4m3."
+        UserError, match=r"no e5m2 here. what works here: delayed .e4m3., current .e4m3., blockwise .hybrid., blockwise .e4m3."
     ) as caught:
         setup.plan_fp8(build("current"), cpu_device)
     assert "more text" not in str(caught.value)
@@ -195,7 +195,7 @@ def test_transformer_engine_is_not_promised_where_it_cannot_be(setup: Any, cpu_d
     with pytest.raises(UserError, match="fp8_backend: te: TransformerEngine needs a GPU"):
         setup.plan_fp8(build("current", {"fp8_backend": "te"}), cpu_device)
     for backend in ("auto", "te"):  # and nobody trains with bf16 weights who asked for others
-        with pytest.raises(UserError, match="fp8_param_gather: true needs .* TransformerEngine needs a GPU. Set it to false"):
+        with pytest.raises(UserError, match=r"fp8_param_gather: true needs .* TransformerEngine needs a GPU. Set it to false"):
             setup.plan_fp8(build("current", {"fp8_backend": backend, "fp8_param_gather": True}), cpu_device)
 
 

@@ -64,7 +64,7 @@ def test_every_planned_layout_adds_up_and_every_refusal_has_a_reason() -> None:
 
 
 def test_wrong_numbers_of_ranks_name_the_nearest_that_work() -> None:
-    with pytest.raises(ConfigError, match="6 ranks are not a multiple of TP2 x PP2 = 4 .* nearest: 4 or 8 ranks"):
+    with pytest.raises(ConfigError, match=r"6 ranks are not a multiple of TP2 x PP2 = 4 .* nearest: 4 or 8 ranks"):
         plan(config(2, 2), 6)
     with pytest.raises(ConfigError, match="nearest: 4 ranks"):
         plan(config(2, 2), 3)

@@ -30,7 +30,7 @@ def chinchilla() -> tuple[dict[str, Floats], Floats]:
 
 
 def codes(result: Fit) -> set[str]:
-    return {caveat.code for caveat in result.warnings}
+    return {diagnostic.code for diagnostic in result.warnings}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_fit_that_one_start_found_is_doubted() -> None:
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     columns, loss = {"tokens": np.array(BUDGETS)}, np.linspace(3, 2, 10)
-    with pytest.raises(UserError, match="'data' has 3 parameters.*needs points at 3 different settings.*got 4 points at 2"):
+    with pytest.raises(UserError, match=r"'data' has 3 parameters.*needs points at 3 different settings.*got 4 points at 2"):
         fit("data", {"tokens": np.array([1e9, 1e9, 2e9, 2e9])}, loss[:4])
     with pytest.raises(UserError, match=r"loss: expected numbers above 0; 1 are not, first at point 4: nan"):
         fit("data", columns, np.where(np.arange(10) == 4, np.nan, loss))
