@@ -163,7 +163,8 @@ test-gpu: $(READY_TEST)
 # faults that are planted, runs whose numbers the CPU computes, steps of 1.3B and 3B held against their limits
 REHEARSAL := build/rehearsal
 REHEARSAL_TORCH := 2.11.0
-REHEARSAL_PYTHON ?= $(or $(shell command -v python3.12),$(PYTHON))
+REHEARSAL_PYTHON ?= $(or $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    $$python -c '' 2>/dev/null && echo $$python && break; done),$(PYTHON))
 REHEARSE = PYTHONPATH=.:kernels TRITON_INTERPRET=0 $(REHEARSAL)/bin/python
 
 $(REHEARSAL)/ready: pyproject.toml constraints.txt

@@ -22,8 +22,6 @@ from tests.nocuda.build import build, environment
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "stream at train/step.py"
 """Where the one wait of a step is: its gradient norm decides whether it is taken."""
-NEAR = 0.05
-"""How far the allocator's peak may be from the memory model's, of the latter."""
 _SMALL, _LARGE = "bench/h200.yaml", "bench/h200-3b.yaml"
 
 
@@ -37,8 +35,8 @@ class Case:
     """At most; measured, and rounded up to hundreds."""
     one_block: int = 200
     """torch kernels of one block, at most."""
-    modeled: bool = True
-    """Whether the memory model is of this rank."""
+    near: float = 0.05
+    """How far the allocator's peak may be from the memory model's, of the latter."""
 
 
 def _fp8(recipe: str, number_format: str = "hybrid") -> tuple[str, ...]:
@@ -56,12 +54,14 @@ CASES = (
     Case("1.3B FP8 current", (_SMALL, *_fp8("current")), 9000),
     Case("1.3B FP8 delayed", (_SMALL, *_fp8("delayed")), 7800, one_block=220),
     Case("1.3B FP8 blockwise", (_SMALL, *_fp8("blockwise", "e4m3")), 7800),
-    Case("3B BF16", (_LARGE,), 6200),
+    Case("3B BF16", (_LARGE,), 5800),
     Case("3B BF16, documents of 512", (_LARGE, "--documents", "512"), 7600, one_block=700),
     Case("3B FP8 current", (_LARGE, *_fp8("current")), 11000),
-    Case("1.3B BF16, TP2 x PP2 x DP2, first rank", (_SMALL, *_PARALLEL, "--rank", "0"), 5000),
-    Case("1.3B BF16, TP2 x PP2 x DP2, last rank", (_SMALL, *_PARALLEL, "--rank", "7"), 5000, one_block=500),
-    Case("1.3B FP8 current, TP2 x PP2 x DP2, first rank", (_SMALL, *_fp8("current"), *_PARALLEL, "--rank", "0"), 7000),
+    Case("1.3B BF16, TP2 x PP2 x DP2, first rank", (_SMALL, *_PARALLEL, "--rank", "0"), 2100, near=0.08),
+    Case("1.3B BF16, TP2 x PP2 x DP2, last rank", (_SMALL, *_PARALLEL, "--rank", "7"), 5000, one_block=500, near=0.08),
+    Case(
+        "1.3B FP8 current, TP2 x PP2 x DP2, first rank", (_SMALL, *_fp8("current"), *_PARALLEL, "--rank", "0"), 7000, near=0.08
+    ),
 )
 
 
@@ -77,7 +77,7 @@ def problems(case: Case, found: dict[str, Any]) -> list[str]:
     for kind, most in (("launches", case.launches), ("one_block", case.one_block)):
         if found[kind] > most:
             told.append(f"{kind}: {found[kind]:,}, expected {most:,} at most")
-    if case.modeled and abs(found["peak_bytes"] / found["modeled_bytes"] - 1) > NEAR:
+    if abs(found["peak_bytes"] / found["modeled_bytes"] - 1) > case.near:
         told.append(f"peak of {found['peak_bytes'] / 1e9:.2f} GB, the memory model has {found['modeled_bytes'] / 1e9:.2f}")
     return told
 
