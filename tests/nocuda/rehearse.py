@@ -14,9 +14,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.train.record.run_dir import device_name
 from tests.nocuda.build import build, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +142,8 @@ def main() -> int:
         if found is not None:
             lines.append(row(case, found))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    lines += ["", f"`make gpu-rehearsal`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}."]
+    used = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "megatron-core"))
+    lines += ["", f"`make gpu-rehearsal`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}, {used}, on {device_name()}."]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), f"{len(lines) - len(HEAD) - 2 - failed} passed, {failed} failed", sep="\n")
     return int(failed > 0)
