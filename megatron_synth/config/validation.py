@@ -62,9 +62,17 @@ def examine(model_class: type[Model], data: Any) -> tuple[list[Problem], Model |
         model = model_class.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        problems = [Problem(_dotted(item["loc"]), _message(model_class, dict(item))) for item in errors]
+        problems = [
+            # what nobody reads gets no hint: looking for close names takes its time
+            Problem(_dotted(item["loc"]), _message(model_class, dict(item), hint=number < _HINTS))
+            for number, item in enumerate(errors)
+        ]
         return problems, _salvage(model_class, data, errors)
     return [], model
+
+
+_HINTS = 50
+"""Unknown keys that get a hint."""
 
 
 def suggest(word: str, candidates: list[str]) -> str:
@@ -88,13 +96,13 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _message(model_class: type[BaseModel], error: dict[str, Any]) -> str:
+def _message(model_class: type[BaseModel], error: dict[str, Any], *, hint: bool = True) -> str:
     """One pydantic error in a user's words; https://docs.pydantic.dev/latest/errors/validation_errors/ lists them."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     got = f", got {_show(value)}"
     match kind:
         case "extra_forbidden":
-            return "unknown key" + _suggest_key(model_class, tuple(error["loc"]))
+            return "unknown key" + (_suggest_key(model_class, tuple(error["loc"])) if hint else "")
         case "missing":
             return "required, but not set"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
