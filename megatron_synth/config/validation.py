@@ -34,6 +34,23 @@ _SYNONYMS = {
     "vp": "virtual_pipeline_model_parallel_size",
     "weight": "ratio",
 }
+_TOKENIZER = (
+    "a tokenizer is one tokenizer.json, named in the data file (tokenizer.path); docs/from-megatron-lm.md converts others"
+)
+_ABSENT = {
+    "exit_duration_in_mins": "the time limit is the launcher's: `--time` of submit, or `timeout -s USR1 90m` before the "
+    "command; the run saves, and the same command resumes",
+    "lr_warmup_fraction": "give steps: optim.warmup_steps = fraction x train.steps",
+    "lr_warmup_samples": "give steps: optim.warmup_steps = samples / train.global_batch_size",
+    "merge_file": _TOKENIZER,
+    "qk_layernorm": "queries and keys have no norms here; CONTRIBUTING.md says what such a model takes",
+    "rampup_batch_size": "the batch size is constant; stop the run, and go on with another train.global_batch_size",
+    "tensorboard_dir": "every step is in metrics.jsonl of the run directory, and in wandb where log.wandb says so",
+    "tokenizer_model": _TOKENIZER,
+    "train_samples": "give steps: train.steps = samples / train.global_batch_size",
+    "vocab_file": _TOKENIZER,
+}
+"""Settings of Megatron-LM that have no counterpart of their own -> what to do instead."""
 
 
 def validate(model_class: type[Model], data: Any, source: str) -> Model:
@@ -141,6 +158,9 @@ def _message(model_class: type[BaseModel], error: dict[str, Any], *, hint: bool 
 def _suggest_key(model_class: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """A hint for an unknown key: its synonym here, the same name elsewhere, a close one here, a close one elsewhere."""
     word, here = str(location[-1]), location[:-1]
+    instead = _ABSENT.get(word.lower().lstrip("-").replace("-", "_"))
+    if instead is not None:
+        return f"; {instead}"
     keys = list(_keys(model_class))
     siblings = [path[-1] for path in keys if len(path) == len(location) and _matches(path[:-1], here)]
     name = _SYNONYMS.get(word.lower(), word)
