@@ -26,7 +26,7 @@ import psutil
 from megatron_synth.core.lock import holder
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.train.record.run_lock import LOCK
-from tests.support import ROOT, assert_same_losses, read_ledger, read_metrics, write_config, write_corpus
+from tests.support import ROOT, assert_same_losses, read_ledger, read_metrics, write_config, write_corpus, write_source
 from tests.unit.study.test_study_run import opened
 from tests.unit.study.test_study_run import write as write_study
 
@@ -177,9 +177,17 @@ def kill_runs(folder: Path, count: int, draw: random.Random) -> str:
 # ---- studies
 
 
+def _corpus_of_studies(folder: Path) -> Path:
+    """Sources that suffice for the runs of a study."""
+    for seed, name in enumerate(("web", "qa")):
+        write_source(folder / name, seed, 20_000)
+    write_source(folder / "val", 9, 400)
+    return folder
+
+
 def kill_studies(folder: Path, count: int, draw: random.Random) -> str:
     """Kill the program of a study, or a run of it."""
-    corpus = write_corpus(folder / "corpus")
+    corpus = _corpus_of_studies(folder / "corpus")
 
     def words(file: Path) -> list[str]:
         return [sys.executable, "-m", "megatron_synth", "study", "submit", str(file), "--local", "--jobs", "2"]
@@ -221,7 +229,7 @@ def _same_study(one: Path, other: Path) -> None:
 def pairs(folder: Path, count: int, draw: random.Random) -> str:
     """Two programs on one folder, of each kind."""
     config = write_config(folder / "run.yaml", write_corpus(folder / "corpus"))
-    happened: Counter[str] = Counter()
+    for_study, happened = _corpus_of_studies(folder / "study-corpus"), Counter[str]()
     for number in range(count):
         output, run, study = folder / f"out-{number}", folder / f"run-{number}", folder / f"study-{number}"
         kinds = {
@@ -233,7 +241,7 @@ def pairs(folder: Path, count: int, draw: random.Random) -> str:
                 "megatron_synth",
                 "study",
                 "submit",
-                str(write_study(folder / "corpus", study)),
+                str(write_study(for_study, study)),
                 "--local",
             ],
         }

@@ -20,6 +20,8 @@ def test_documents_name_what_exists() -> None:
         ("runs/first/config.yaml", []),
         ("[laws](laws.md) and https://host/page.md", []),
         ("megatron_synth.train.loop", []),
+        ("tests/unit/docs/test_references.py::test_documents_name_what_exists", []),
+        ("tests/unit/docs/test_references.py::test_no", [(1, "no test test_no in tests/unit/docs/test_references.py")]),
         ("megatron_synth.train.loops", [(1, "no module megatron_synth.train.loops")]),
         ("`megatron-synth trian x.yaml`", [(1, "no verb trian")]),
         ("`make quickstart` and `make quick`", [(1, "no target quick in the Makefile")]),
