@@ -1,5 +1,4 @@
-"""Checks that what documents name exists: files of the repository, tests, Python modules, verbs of the command
-line and make targets.
+"""Checks that what documents name exists: files and tests of the repository, Python modules, verbs and make targets.
 
 `python docs/references.py` prints what does not exist, with file and line; `make docs` runs it, and a test as well.
 """
@@ -21,8 +20,8 @@ ELSEWHERE = re.compile(r"(runs|RUN|data|text|corpus|qa|exported|build|transforme
 PATH = re.compile(rf"(?<![\w/.<{{*-])((?:[\w.-]+/)+[\w.-]+\.(?:{SUFFIXES}))(?![\w/*])")
 MODULE = re.compile(r"(?<![\w/.])((?:megatron_synth|megatron_synth_kernels|benchmarks)(?:\.(?!md\b)\w+)+)")
 VERB = re.compile(r"(?:`|^ *|&& )megatron-synth ([a-z]+)", re.MULTILINE)
-TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 EXAMPLE = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
+TEST = re.compile(r"(?<![\w/])(tests/[\w/]+\.py)::(\w+)")
 TARGET = re.compile(r"`make ([a-z][a-z-]*)`")
 
 
@@ -75,7 +74,7 @@ def missing(text: str, folder: Path) -> Iterator[tuple[int, str]]:
             yield line(match), f"no file {path}"
     for match in TEST.finditer(text):
         file = ROOT / match[1]
-        if not (file.is_file() and re.search(rf"^def {match[2]}\(", file.read_text(), re.MULTILINE)):
+        if file.is_file() and f"\ndef {match[2]}(" not in file.read_text():
             yield line(match), f"no test {match[2]} in {match[1]}"
     for match in MODULE.finditer(text):
         if not is_module(match[1]):

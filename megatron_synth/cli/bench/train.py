@@ -100,6 +100,11 @@ def main(argv: list[str]) -> int:
     from megatron_synth.core.log import is_first_rank, say
 
     head = tables.header("bench", ["train", *argv])
+
+    def keep(result: Comparison) -> None:
+        if options.json is not None and is_first_rank():
+            write_json(options.json, to_json(head, config, layout, result))
+
     result = compare(
         config,
         layout,
@@ -110,10 +115,10 @@ def main(argv: list[str]) -> int:
         data=data,
         profiled=options.profile or options.trace is not None,
         trace=options.trace,
+        so_far=keep,
     )
     say("\n" + render(head, config, layout, result))
-    if options.json is not None and is_first_rank():
-        write_json(options.json, to_json(head, config, layout, result))
+    keep(result)
     return EXIT_OK
 
 
