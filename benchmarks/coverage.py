@@ -1,4 +1,4 @@
-"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside random choices of the same size."""
+"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside random choices of its size."""
 
 from __future__ import annotations
 
