@@ -1,4 +1,4 @@
-"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside random choices of its size."""
+"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside random choices as large."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -31,6 +32,14 @@ LLAMA3_8B = ModelConfig(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Environment of a process that imports this clone, and what this process finds: its packages may be carried along."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **more}
+
+
 VOCAB_SIZE = 256
 EOD = "<|endoftext|>"
 SEQUENCE_LENGTH = 32

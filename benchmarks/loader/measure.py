@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.loader.memory import anonymous_bytes
 from benchmarks.loader.peers import CONTENDERS, EOD, ROWS, SHARES, VALUES, Contender, Sources
-from benchmarks.loader.startup import anonymous_bytes
 from megatron_synth.core.log import say
-from megatron_synth.data.shards.indexed import ShardWriter
 
 SEQUENCE_LENGTH = 4096
 SHORT = 32
@@ -47,6 +46,10 @@ TIME_LIMIT_S = 600
 
 def write_sources(folder: Path, tokens: int) -> None:
     """The benchmark's sources: random tokens in documents of log-normal length, `tokens` of them each."""
+    from megatron_synth.data.shards.indexed import (
+        ShardWriter,
+    )  # other environments, which only read, need not have what it needs
+
     for number, prefix in enumerate(Sources(folder, SEQUENCE_LENGTH).prefixes):
         generator = np.random.default_rng(number)
         stream = generator.integers(number * VALUES, (number + 1) * VALUES, tokens, dtype=np.uint16)

@@ -143,8 +143,8 @@ def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_r
             files.remove(checkpoint)
     if damaged:
         show(_left(damaged))
-    stay = len(found) - len(gone)
-    show(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")
+    left = len(found) - len(gone)
+    show(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {left} checkpoint{'' if left == 1 else 's'} left")
 
 
 def _left(damaged: dict[Path, list[str]]) -> str:

@@ -26,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
         description="The implementation of each operation on this machine, the reason, and why not the others.",
     )
     parser.add_argument(
-        "arguments", nargs="*", metavar="[CONFIG] a.b=c", help="a run's configuration: its precision and its kernels section"
+        "arguments",
+        nargs="*",
+        default=[],
+        metavar="[CONFIG] a.b=c",
+        help="a run's configuration: its precision and its kernels section",
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="without CONFIG; default bf16")
     parser.add_argument(

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -18,10 +19,13 @@ from megatron_synth import __version__
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
+from megatron_synth.core.processes import end_with_parent
 from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
+EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "transformers": "test"}
+"""Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
     "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
@@ -83,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module("megatron_synth.cli.completion").complete()
     if arguments[:1] == ["train"]:
         listen()  # before its imports: a request to stop in the first seconds counts, too
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose launcher was killed would meet those of the next start
+        end_with_parent(signal.SIGKILL)
     return guarded(_dispatch, arguments)
 
 
@@ -122,8 +128,8 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "number", EXIT_INTERRUPTED - 128)  # as shells do
     except SystemExit as error:  # argparse
         report(error.code if isinstance(error.code, int) else EXIT_FAILURE, error)
         raise
@@ -135,6 +141,14 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
             raise
         report(EXIT_USER_ERROR, error)
         show(f"error: {_mishap(error)}", error=True)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        report(EXIT_USER_ERROR, error)
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        name = f"megatron-synth[{extra}]"
+        show(f"error: {error.name} is not installed, and this needs it: pip install '{name}'", error=True)
         return EXIT_USER_ERROR
     except Exception as error:
         report(EXIT_FAILURE, error)

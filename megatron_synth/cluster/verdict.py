@@ -102,7 +102,7 @@ def classify(reports: Sequence[Report], code: int, *, stopping: bool, began: int
 
     Args:
         reports: of this start; any number, also none.
-        code: exit code of srun. torchrun's is 1 for whatever its ranks returned.
+        code: exit code of srun: of ranks what cluster/agent.py makes of theirs.
         stopping: a stop was asked for.
         began: steps of the run when the job began.
         step: steps in the run's record now.

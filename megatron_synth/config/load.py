@@ -152,8 +152,8 @@ def _at(data: Any, path: Sequence[str]) -> Any:
     return data
 
 
-def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[str] = ()) -> Model:
-    """The configuration in a file, with overrides applied.
+def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[str] = (), *, first: Iterable[str] = ()) -> Model:
+    """The configuration in a file, with overrides applied; before them those of the program, `first`, which no message counts.
 
     A `Config` is also held against `rules.check`; what it finds stands in the same report.
 
@@ -164,7 +164,7 @@ def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[st
     overrides = tuple(overrides)
     changes = " ".join(overrides) if len(overrides) <= 3 else f"{len(overrides)} overrides"
     source = f"{path} with {changes}" if overrides else str(path)
-    problems, model = examine(model_class, apply_overrides(load_yaml(path), overrides))
+    problems, model = examine(model_class, apply_overrides(load_yaml(path), (*first, *overrides)))
     if isinstance(model, Config):
         # a section with a mistake in it was completed with defaults: rules would speak of values nobody chose
         doubtful = {part.split(".")[0] for problem in problems for part in (problem.path, *_quoted(problem.message))}

@@ -36,6 +36,7 @@ from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
 from megatron_synth_kernels.torch.fp8 import Pair as Pair
 from megatron_synth_kernels.torch.fp8 import Quantized as Quantized
+from megatron_synth_kernels.torch.fp8 import Scaling as Scaling
 from megatron_synth_kernels.torch.fp8 import Source as Source
 from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.torch.loss import cross_entropy

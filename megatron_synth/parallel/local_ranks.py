@@ -15,7 +15,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 
 @dataclass(frozen=True)
-class Place:
+class LocalRank:
     """What a process needs to become a rank.
 
     held: ends of other ranks' pipes that a forked process has to close, or it would outlive its parent.
@@ -63,12 +63,12 @@ def start(
     arguments: Sequence[Any],
     logs: Callable[[int], tuple[Path, Path | None]],
 ) -> Started:
-    """Start `target(place, pipe, *arguments)` in `world_size` processes.
+    """Start `target(local_rank, pipe, *arguments)` in `world_size` processes.
 
     Args:
         context: of multiprocessing: `fork`, `spawn` or `forkserver`.
         world_size: number of ranks.
-        target: what a process runs, with its Place and its end of a two-way pipe first. It calls `place.enter`.
+        target: what a process runs, with its LocalRank and its end of a two-way pipe first. It calls `local_rank.enter`.
         arguments: further arguments.
         logs: rank -> the files for standard output and error.
     """
@@ -77,8 +77,8 @@ def start(
     for rank in range(world_size):
         ours, theirs = context.Pipe()
         held = (*started.pipes, ours) if context.get_start_method() == "fork" else ()
-        place = Place(rank, world_size, port, *logs(rank), held=held)
-        process = context.Process(target=target, args=(place, theirs, *arguments), daemon=True)
+        local_rank = LocalRank(rank, world_size, port, *logs(rank), held=held)
+        process = context.Process(target=target, args=(local_rank, theirs, *arguments), daemon=True)
         process.start()
         theirs.close()
         started.processes.append(process)

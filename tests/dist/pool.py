@@ -70,9 +70,9 @@ def _environment(values: dict[str, str]) -> Any:
         os.environ.update(saved)
 
 
-def _work(place: local_ranks.Place, results: connection.Connection, timeout: float, function: str, args: Any) -> None:
+def _work(local_rank: local_ranks.LocalRank, results: connection.Connection, timeout: float, function: str, args: Any) -> None:
     """The life of a rank."""
-    place.enter(alone=place.world_size == 1)
+    local_rank.enter(alone=local_rank.world_size == 1)
     # the server's own are bound to what it was started with
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.dump_traceback_later(timeout, file=sys.stderr)

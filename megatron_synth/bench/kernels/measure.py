@@ -28,6 +28,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import say
 from megatron_synth.model.kernels import Sizes
 from megatron_synth_kernels.registry import COMPILE, OPERATIONS
+from megatron_synth_kernels.torch.fp8 import Scaling
 
 _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _WAIT_CYCLES = 40_000_000  # about 20 ms, in which a burst of calls is queued
@@ -192,17 +193,27 @@ def _adapted(operation: str, loaded: Any) -> Any:
 
         return accumulate
     if operation == "quantise_fp8":
-        return partial(loaded.quantize_tensorwise, dtype=torch.float8_e4m3fn)
+
+        def apart(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+            return _quantized(partial(loaded.quantize_tensorwise, x), scale)
+
+        return apart
     if operation == "rms_norm_quantise":
-        return lambda x, weight, scale: loaded.Normalized(x, weight, EPS).tensorwise(scale, torch.float8_e4m3fn)
+        return lambda x, weight, scale: _quantized(loaded.Normalized(x, weight, EPS).tensorwise, scale)
     if operation == "swiglu_quantise":
 
         def both(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
             sources = loaded.SwiGLU(gate_and_up), loaded.SwiGLUGradient(grad, gate_and_up)
-            return tuple(part for source in sources for part in source.tensorwise(scale, torch.float8_e4m3fn))
+            return tuple(part for source in sources for part in _quantized(source.tensorwise, scale))
 
         return both
     return loaded
+
+
+def _quantized(quantize: Callable[..., Any], scale: Tensor) -> tuple[Tensor, ...]:
+    """Both orders in e4m3, by a known scale, and the largest magnitude."""
+    inverse, noted = torch.zeros(2, dtype=torch.float32, device=scale.device).unbind()
+    return *quantize(Scaling(inverse, scale=scale, noted=noted), torch.float8_e4m3fn), noted
 
 
 def _measure(

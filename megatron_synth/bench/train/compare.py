@@ -11,9 +11,9 @@ the first one and those after updates: then what is timed is the same computatio
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -98,6 +98,7 @@ def compare(
     data: RunData | None = None,
     profiled: bool = False,
     trace: Path | None = None,
+    so_far: Callable[[Comparison], None] = lambda result: None,
 ) -> Comparison:
     """Measure the engine, and baselines by name (keys of `baselines.BASELINES`).
 
@@ -111,6 +112,7 @@ def compare(
         data: read these with the loader, as part of the step; the engine alone. Default: random tokens on the device.
         profiled: also profile one step of the engine, after all others.
         trace: a file for the profile of rank 0.
+        so_far: given the result after each pair, on every rank: what was measured outlives a run that is cut off.
     """
     vocab_size(config)  # refuse before anything is built
     assert pairs >= 1 and steps >= 1 and warmup >= 1
@@ -126,7 +128,7 @@ def compare(
         else:
             source = real_batches(config, layout, ranks, data)
         with source as batches:
-            return _compare(config, layout, ranks, batches, baselines, pairs, steps, warmup, profiled, trace)
+            return _compare(config, layout, ranks, batches, baselines, pairs, steps, warmup, profiled, trace, so_far)
 
 
 def _compare(
@@ -140,6 +142,7 @@ def _compare(
     warmup: int,
     profiled: bool,
     trace: Path | None,
+    so_far: Callable[[Comparison], None],
 ) -> Comparison:
     device = ranks.device
     contenders: list[Contender] = []
@@ -165,8 +168,29 @@ def _compare(
         for index in order if pair % 2 == 0 else reversed(order):
             blocks[index].append(run_block(contenders[index], batches, steps, device))
         say(f"pair {pair + 1}/{pairs}: " + ", ".join(_progress(c, b[-1]) for c, b in zip(contenders, blocks, strict=True)))
+        result = Comparison(
+            _rows(config, ranks, contenders, blocks, losses, held),
+            device_name(),
+            ranks.world_size,
+            real_data=not isinstance(batches, list),
+        )
+        so_far(result)
+    if profiled:
+        shares = profile(lambda: contenders[0].step(batches[0]), device, trace if ranks.rank == 0 else None)
+        return replace(result, shares=shares)
+    return result
 
-    where = device_name()
+
+def _rows(
+    config: Config,
+    ranks: Ranks,
+    contenders: Sequence[Contender],
+    blocks: Sequence[Sequence[Block]],
+    losses: Sequence[tuple[float, ...]],
+    held: Sequence[int],
+) -> tuple[Row, ...]:
+    """The rows of what was measured so far. Called by all ranks."""
+    device, where, alone = ranks.device, device_name(), len(contenders) == 1
     rows = []
     for contender, measured, warm_losses, static in zip(contenders, blocks, losses, held, strict=True):
         all_steps = [seconds for block in measured for seconds in block.step_s]
@@ -176,13 +200,10 @@ def _compare(
         peak: int | None = None
         if device.type == "cuda":
             peak = busiest(static + max(block.peak_bytes for block in measured), ranks)
-        elif not baselines:
+        elif alone:
             peak = busiest(resident_bytes(), ranks)
         rows.append(Row(contender.name, rates, cpu_s, tuple(measured), peak, warm_losses))
-    shares = None
-    if profiled:
-        shares = profile(lambda: contenders[0].step(batches[0]), device, trace if ranks.rank == 0 else None)
-    return Comparison(tuple(rows), where, ranks.world_size, shares, real_data=not isinstance(batches, list))
+    return tuple(rows)
 
 
 def _progress(contender: Contender, block: Block) -> str:

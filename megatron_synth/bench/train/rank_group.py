@@ -162,9 +162,9 @@ class RankGroup:
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
-def _rank(place: local_ranks.Place, pipe: connection.Connection, job: Job) -> None:
+def _rank(local_rank: local_ranks.LocalRank, pipe: connection.Connection, job: Job) -> None:
     """The life of a rank: join, build, warm up, then blocks as they are asked for."""
-    place.enter()
+    local_rank.enter()
     os.environ.update(job.environment)
     try:
         _work(job, pipe)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", metavar="TEXT", help="operations whose name holds TEXT")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--tokens", type=int, help="of the micro-batch; default 8192, on a CPU 256")
+    parser.add_argument("--tokens", type=count, help="of the micro-batch; default 8192, on a CPU 256")
     parser.add_argument(
         "--vs", help=f"baselines: any of {', '.join(BASELINES)} with commas, or none; default all, on a CPU eager"
     )

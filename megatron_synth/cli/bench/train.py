@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         description="Tokens per second of the training engine on random tokens, beside plain loops of the same model.",
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench train ... --vs none",
     )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
+    parser.add_argument("arguments", nargs="*", default=[], metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
     parser.add_argument("--vs", default=None, help="baselines: hf, plain, both with a comma (default on one rank), or none")
     parser.add_argument("--pairs", type=count, default=5, help="blocks of steps of each contender, in turn; default 5")
     parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps in a block; default 8")
@@ -100,6 +100,11 @@ def main(argv: list[str]) -> int:
     from megatron_synth.core.log import is_first_rank, say
 
     head = tables.header("bench", ["train", *argv])
+
+    def keep(result: Comparison) -> None:
+        if options.json is not None and is_first_rank():
+            write_json(options.json, to_json(head, config, layout, result))
+
     result = compare(
         config,
         layout,
@@ -110,10 +115,10 @@ def main(argv: list[str]) -> int:
         data=data,
         profiled=options.profile or options.trace is not None,
         trace=options.trace,
+        so_far=keep,
     )
     say("\n" + render(head, config, layout, result))
-    if options.json is not None and is_first_rank():
-        write_json(options.json, to_json(head, config, layout, result))
+    keep(result)
     return EXIT_OK
 
 

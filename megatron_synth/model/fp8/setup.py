@@ -24,7 +24,7 @@ from megatron_synth.model.fp8 import te
 from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import Quantized
+from megatron_synth.model.ops import Quantized, Scaling
 from megatron_synth.model.spec import Linears
 from megatron_synth.parallel.fp8_params import RECIPES as MCORE_RECIPES
 
@@ -245,8 +245,7 @@ def _quantized(recipe: Recipe, role: str, x: torch.Tensor, quantizer: Any) -> tu
         row, transposed = (quantizer.quantize_128x128 if role == WEIGHT else quantizer.quantize_1x128)(x, dtype)
     else:
         amax = quantizer.amax_of(x)
-        scale = recipe.scale_for(amax, role)
-        data, other, _ = quantizer.quantize_tensorwise(x, scale, dtype)
-        inverse = ops.fp8.inverse_scale(scale, amax)
+        inverse = torch.zeros_like(amax)
+        data, other = quantizer.quantize_tensorwise(x, Scaling(inverse, amax=amax, margin=recipe.margin), dtype)
         row, transposed = Quantized(data, inverse), Quantized(other, inverse)
     return row, transposed

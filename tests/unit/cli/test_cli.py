@@ -108,7 +108,7 @@ def test_an_interrupted_eval_says_what_is_kept(
     run.mkdir()
     write_config(run / "config.yaml", write_corpus(tmp_path / "corpus"))
     assert cli.main(["eval", str(run)]) == 130
-    assert "nothing was written" in capsys.readouterr().out and [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert "nothing was written" in capsys.readouterr().err and [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
 def test_train_says_what_it_does_before_the_engine_is_loaded(tmp_path: Path) -> None:
