@@ -45,6 +45,9 @@ class Behavior:
     refuse: str | None = None
     """Prompts that hold this get the status 400."""
     finish: str | None = None
+    """Why every answer ends, where it is set."""
+    missing: bool = False
+    """Whether it does not know its models, as a server that is starting."""
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Stub(asyncio.Protocol):
         self.seen.in_flight -= 1
 
     def _get(self, path: bytes) -> None:
-        if path == b"/v1/models":
+        if path == b"/v1/models" and not self.behavior.missing:
             one = {"id": self.behavior.model, "object": "model", "max_model_len": self.behavior.context}
             self._send(200, {"object": "list", "data": [one]})
         elif path == b"/health":

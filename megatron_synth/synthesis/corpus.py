@@ -123,20 +123,20 @@ def _judged(
         tally.take(line)
         if line["finish"] == REFUSED:
             tally.refused += 1
-            _spool(spool, request, "", REFUSED, line)
+            _spool(spool, request, line["text"], REFUSED)
             continue
-        text = line["text"].encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+        text = line["text"]
         verdict = filters.judge(Candidate(setup.template.source_kind, request.material, text, line["finish"]))
         if verdict.kept:
             tally.kept += 1
         else:
             assert verdict.reason is not None
             tally.rejected[verdict.reason] += 1
-        _spool(spool, request, verdict.text if verdict.kept else text, verdict.reason, line)
+        _spool(spool, request, verdict.text if verdict.kept else text, verdict.reason)
         yield request.key, verdict
 
 
-def _spool(spool: IO[str], request: Request, text: str, reason: str | None, line: Line) -> None:
+def _spool(spool: IO[str], request: Request, text: str, reason: str | None) -> None:
     parents = [parent.id for parent in request.chunk.parents]
     first = request.chunk.parents[0]
     entry = {
@@ -148,7 +148,7 @@ def _spool(spool: IO[str], request: Request, text: str, reason: str | None, line
         "of": request.chunk.of,
         "sample": request.sample,
         "reason": reason,
-        "text": text if reason != REFUSED else line["text"].encode("utf-8", "replace").decode(),
+        "text": text,
     }
     spool.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

@@ -117,9 +117,10 @@ class Answers:
                 continue
             data = asdict(answer)
             text = data.pop("text")
-            # ASCII: half of a surrogate pair, which a server may send, survives as it came
+            if not text.isascii():  # half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD
+                text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
             record = {"key": key, "parents": list(parents), "chunk": chunk, "sample": sample, **data, "text": text}
-            line = json.dumps(record).encode() + b"\n"
+            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             assert line[_KEY] == key.encode()
             fresh.append((key, length))
             lines.append(line)
