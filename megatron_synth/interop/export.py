@@ -23,6 +23,14 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import Layout
+
+    with process_group(Layout.single(), seed=0):
+        return _newest(run)
+
+
+def _newest(run: Path) -> Path:
     from megatron_synth.train.checkpoint import resume
 
     found = resume.newest_sound(run, "checksums")
@@ -45,7 +53,7 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
     with process_group(Layout.single(), seed=0):
         from megatron_synth.train.checkpoint import resume
 
-        found = newest_checkpoint(run)
+        found = _newest(run)
         saved = resume.read_trainer(found)
         model = resume.saved_model(found, saved)
         sequence_length, dtype = resume.saved_shape(found, saved)

@@ -114,6 +114,7 @@ def _judged(
     setup: Setup, answers: Answers, counted: Counted, tally: Tally, filters: Filters, spool: IO[str]
 ) -> Iterator[tuple[str, Verdict]]:
     """Verdicts by key; what is needed of each to write it later goes to `spool`."""
+    beginning = setup.template.beginning(setup.config.generator.api)
     for request in setup.requests(counted):
         tally.asked += 1
         line = answers.read(request.key)
@@ -125,7 +126,7 @@ def _judged(
             tally.refused += 1
             _spool(spool, request, line["text"], REFUSED)
             continue
-        text = line["text"]
+        text = beginning + line["text"]
         verdict = filters.judge(Candidate(setup.template.source_kind, request.material, text, line["finish"]))
         if verdict.kept:
             tally.kept += 1

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from megatron_synth.config import yaml12
 from megatron_synth.config.errors import ConfigError, Problem, UserError
+from megatron_synth.config.load import resolve
 from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_synth.config.validation import suggest, validate
 from megatron_synth.core.records import read_text
@@ -65,6 +66,8 @@ class Template(Section):
     """Jinja: the user's message, with the slot."""
     answer: str = ""
     """api completions only: what stands before the answer, as a base model continues a text."""
+    keep_answer: bool = False
+    """Whether `answer` is the beginning of the text, too."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=4)] = ()
     """An answer ends before these; servers take up to four."""
 
@@ -80,6 +83,10 @@ class Template(Section):
     def digest(self) -> str:
         """SHA-256 of all that it says."""
         return canonical_digest(self.model_dump(mode="json"))
+
+    def beginning(self, api: str) -> str:
+        """What stands before an answer in the text: what the prompt has of it already."""
+        return self.answer.rstrip() if api == "completions" and self.keep_answer else ""
 
     def render(self, slots: Mapping[str, str | Sequence[str]]) -> str:
         """The user's message.
@@ -171,7 +178,7 @@ def template_of(kind: str | None, file: str | None) -> Template:
     if kind is not None:
         return Kinds().load(kind)
     assert file is not None
-    return load_template(Path(file))
+    return load_template(resolve(file))
 
 
 def as_json(template: Template) -> dict[str, Any]:
