@@ -15,6 +15,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "prepare": ("benchmarks.prepare.cli:main", "tokens/s of turning text into shards, beside Megatron-LM's way"),
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
     "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
+    "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),
+    "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 

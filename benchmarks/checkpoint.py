@@ -4,8 +4,8 @@ Conventions, stated again in the table:
 
 - waited for: from the end of a step until the checkpoint is whole on the disk (flushed, renamed), training standing still.
 - meanwhile: from the end of a step until the next one may begin; files are written while steps go on. The time until the
-  checkpoint is whole is told beside it, and how much longer steps take in it than those without a save.
-- Saves of the two kinds take turns in one process, so that both meet the same disk. The first save of all is told apart: it
+  checkpoint is whole is reported beside it, and how much longer steps take in it than those without a save.
+- Saves of the two kinds take turns in one process, so that both meet the same disk. The first save of all is reported apart: it
   asks the system for the host memory that the later ones use again.
 - All ranks save; times are rank 0's.
 """

@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
         description="How long a save keeps training waiting, when files are waited for and when they are written meanwhile.",
         epilog="On several processes: torchrun --nproc-per-node N -m benchmarks checkpoint ...",
     )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help="default CONFIG: bench/checkpoint-100m.yaml")
+    parser.add_argument(
+        "arguments", nargs="*", default=[], metavar="[CONFIG] a.b=c", help="default CONFIG: bench/checkpoint-100m.yaml"
+    )
     parser.add_argument("--saves", type=count, default=3, help="of each kind; default 3")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure; default: the current one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks fp8",
         description="Losses at the end of training in each FP8 recipe, beside BF16's, over several seeds; not speed.",
     )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
+    parser.add_argument("arguments", nargs="*", default=[], metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
     parser.add_argument(
         "--recipes", default="fp32,delayed,current,blockwise", help=f"of {', '.join(RECIPES)}; default %(default)s"
     )

@@ -20,7 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (sys.executable, "-m", "benchmarks")
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "docs/benchmarks.md", "docs/cluster.md", "docs/fp8.md", "docs/kernels.md", "docs/throughput.md")
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/cluster.md",
+        "docs/fp8.md",
+        "docs/kernels.md",
+        "docs/synthesis-filters.md",
+        "docs/throughput.md",
+    )
 ]
 
 
@@ -125,6 +133,16 @@ def levers() -> str:
                 layout = document["layout"].split(",")[0]
                 rows.append([one["lever"], f"`{one['turned_to']}`", layout, *times, f"x{one['peak_ratio']:.3f}", apart])
     return "\n".join([f"- command: `megatron-synth {' '.join(base)}` on each layout", *lines, "", markdown(rows)])
+
+
+def coverage() -> str:
+    """What coverage selection covers of the built-in corpus, as `python -m benchmarks coverage` prints it."""
+    return printed("coverage", start=BENCHMARKS)
+
+
+def filters() -> str:
+    """Precision and recall of the filters of synthetic text, as `python -m benchmarks filters` prints them."""
+    return printed("filters", start=BENCHMARKS)
 
 
 def launch() -> str:
@@ -234,6 +252,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "loader-peers": loader_peers,
     "prepare": prepare,
     "levers": levers,
+    "coverage": coverage,
+    "filters": filters,
     "launch": launch,
     "kernels-compiled": kernels_compiled,
     "memory": memory,

@@ -4,7 +4,8 @@
 # torchrun by itself dies of SIGUSR1, and 30 s after SIGTERM it kills ranks that are still writing a checkpoint. Here both
 # signals, and Ctrl-C, reach the ranks, which save and exit, and they get SHUTDOWN_TIMEOUT seconds for it (default 600).
 # A second Ctrl-C ends them at once. Nothing listens on a network.
-# Exit code: 0 done, 2 wrong configuration or input, 75 stopped on request: the same command resumes.
+# Exit code: 0 done, 2 wrong configuration or input, 70 a rank hangs or is gone, 75 stopped on request; after 70 and 75 the same
+# command resumes.
 set -uo pipefail
 agent='' asked='' stopping=0 interrupts=0
 hand_on() { # the signal that was asked for last, once there is somebody to hand it to
@@ -50,4 +51,8 @@ while kill -0 "$agent" 2>/dev/null; do # a trapped signal ends `wait` before the
 done
 if [ "$interrupts" -gt 1 ]; then exit 130; fi
 if [ "$stopping" = 1 ]; then exit 75; fi
+if [ "$code" -gt 128 ]; then # killed, and its ranks with it
+  echo "error: the launcher was ended by signal $((code - 128)), and its ranks with it; the same command resumes" >&2
+  exit 70
+fi
 exit "$code"

@@ -6,6 +6,7 @@ Triton decides when it is first imported, and other libraries import it too.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_synth.data.shards import native
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# what torch.compile has built for the processor as it is must not be taken for the one that tests are told to see
+# what torch.compile has built for the processor as it is must not be taken for the one that tests are made to see
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_tests_{capability}"))
 
@@ -36,3 +37,11 @@ def compiled_and_not(request: pytest.FixtureRequest) -> Iterator[None]:
         elif native.library() is None:
             pytest.skip("nothing was compiled: no C compiler when the package was installed")
         yield
+
+
+@pytest.fixture
+def unheard() -> Iterator[None]:
+    """Signals reach handlers alone: `train`, called in this process before, listens to all of them for the rest of its life."""
+    before = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(before, warn_on_full_buffer=False)

@@ -37,7 +37,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update
-# one that cannot be had does not keep the others away
+# one that is unavailable does not keep the others away
 for package in "${packages[@]}"; do
   apt-get -qq install --yes --no-install-recommends "$package" >/dev/null ||
     echo "$package could not be installed (see above); tests that need it will be skipped" >&2

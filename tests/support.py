@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -31,6 +32,14 @@ LLAMA3_8B = ModelConfig(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Environment of a process that imports this clone, and what this process finds: its packages may be carried along."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **more}
+
+
 VOCAB_SIZE = 256
 EOD = "<|endoftext|>"
 SEQUENCE_LENGTH = 32
@@ -237,3 +246,37 @@ def warnings_in(printed: str) -> list[str]:
     """Lines that warn about the run; not the one about the machine, which has no compiled functions of the data."""
     lines = [line for line in printed.splitlines() if line.startswith("warning:")]
     return [line for line in lines if line != f"warning: {native.missing()}"]
+
+
+def save_tiny_causal_model(
+    folder: Path, texts: list[str], seed: int, *, layers: int = 2, family: str = "llama", vocabulary: int = 320, more: int = 0
+) -> Path:
+    """A Hugging Face folder with a model of random weights and a tokenizer trained on `texts`.
+
+    vocabulary: tokens at most; more: rows of the model's vocabulary beyond the tokenizer's.
+    """
+    import torch
+    from tokenizers import trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    common: dict[str, Any] = {"vocab_size": len(tokenizer) + more, "eos_token_id": 0, "bos_token_id": None}
+    if family == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=2, n_positions=128, **common))
+    else:
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(
+            LlamaConfig(num_hidden_layers=layers, max_position_embeddings=128, initializer_range=0.5, **shape, **common)
+        )
+    model.save_pretrained(folder)
+    return folder

@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.loader.memory import anonymous_bytes
 from benchmarks.loader.peers import CONTENDERS, EOD, ROWS, SHARES, VALUES, Contender, Sources
-from benchmarks.loader.startup import anonymous_bytes
 from megatron_synth.core.log import say
-from megatron_synth.data.shards.indexed import ShardWriter
 
 SEQUENCE_LENGTH = 4096
 SHORT = 32
@@ -47,6 +46,10 @@ TIME_LIMIT_S = 600
 
 def write_sources(folder: Path, tokens: int) -> None:
     """The benchmark's sources: random tokens in documents of log-normal length, `tokens` of them each."""
+    from megatron_synth.data.shards.indexed import (
+        ShardWriter,
+    )  # other environments, which only read, need not have what it needs
+
     for number, prefix in enumerate(Sources(folder, SEQUENCE_LENGTH).prefixes):
         generator = np.random.default_rng(number)
         stream = generator.integers(number * VALUES, (number + 1) * VALUES, tokens, dtype=np.uint16)
@@ -252,7 +255,7 @@ def _first_batches(contender: Contender, sources: Sources, samples: int) -> list
 def package_lines(results: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
     """Which versions of others were measured, as a line of a Markdown list; none without others.
 
-    versions: of this environment: only what differs from it is told of another one.
+    versions: of this environment: only what differs from it is reported of another one.
     """
     found: dict[str, str] = {}
     for result in results:

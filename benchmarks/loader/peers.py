@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_synth.data.loading.loader import Loader
-from megatron_synth.data.loading.prefetch import Prefetcher
-from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
-from megatron_synth.data.shards.source import open_source
+if TYPE_CHECKING:  # an environment with other loaders need not have what ours needs
+    from megatron_synth.data.loading.loader import Loader
 
 ROWS = 8
 """B"""
@@ -100,6 +98,10 @@ def _global_batch(sources: Sources) -> int:
 
 
 def _our_loader(sources: Sources, **options: Any) -> Loader:
+    from megatron_synth.data.loading.loader import Loader
+    from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
+    from megatron_synth.data.shards.source import open_source
+
     opened = [open_source(prefix, prefix.name) for prefix in sources.prefixes]
     length = sources.sequence_length
     specs = [
@@ -137,6 +139,8 @@ def _ours(sources: Sources, samples: int, *, arrays: bool = False, **options: An
 
 
 def _ours_thread(sources: Sources, samples: int, **options: Any) -> Stream:
+    from megatron_synth.data.loading.prefetch import Prefetcher
+
     loader, size = _our_loader(sources, **options), _global_batch(sources)
     prefetcher = Prefetcher(loader, size)
 

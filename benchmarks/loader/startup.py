@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.loader.memory import anonymous_bytes
 from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.mixing.apportionment import Apportionment
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
@@ -133,14 +134,6 @@ def mixture_rows(results: list[dict[str, Any]]) -> list[list[str]]:
         ratios = [f"{result['smallest'][place]:.1e}" for place in (MIXTURES // 2, 0)]
         rows.append([str(result["sources"]), *times, *ratios])
     return rows
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is not pages of files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: the benchmark runs on Linux")
 
 
 def table_rows(results: list[dict[str, Any]]) -> list[list[str]]:

@@ -27,7 +27,7 @@ from megatron_synth.data.tokenizer import train_tokenizer
 EOD = "<|endoftext|>"
 VOCABULARY = 16384
 CONTENDERS = {
-    "megatron-synth": "the whole verb: checks, pieces, shards, checksums, manifest",
+    "megatron-synth": "the whole verb: checks, token runs, shards, checksums, manifest",
     "megatron-lm": "one encode per document in a multiprocessing Pool, imap with chunks of 32, IndexedDatasetBuilder",
     "datatrove": "JsonlReader and DocumentTokenizer, one task per worker",
 }

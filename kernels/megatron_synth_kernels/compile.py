@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from megatron_synth_kernels.registry import interpreted
 from megatron_synth_kernels.sizes import Sizes
 from megatron_synth_kernels.torch.adam_reference import Coefficients, Rounding
-from megatron_synth_kernels.torch.fp8 import E4M3, E5M2, Source
+from megatron_synth_kernels.torch.fp8 import E4M3, E5M2, Scaling, Source
 from megatron_synth_kernels.triton import (
     adam as triton_adam,
 )
@@ -130,10 +130,20 @@ def _adam(sizes: Sizes) -> None:
     triton_adam.adamw_(narrow, wide[1], wide[2], wide[3], coefficients, rounding=Rounding(1, 2, 3))
 
 
+def _scalings(number: Tensor) -> list[Scaling]:
+    """Current and delayed scaling, in a training step and in an evaluation."""
+    return [
+        Scaling(number, amax=number),
+        Scaling(number, scale=number, noted=number),
+        Scaling(number, scale=number),
+    ]
+
+
 def _quantize_fp8(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, sizes.hidden), dtype=torch.bfloat16, device="meta")
     for dtype in (E4M3, E5M2):
-        triton_quantize.quantize_tensorwise(x, triton_quantize.amax_of(x), dtype)
+        for scaling in _scalings(triton_quantize.amax_of(x)):
+            triton_quantize.quantize_tensorwise(x, scaling, dtype)
         row, _ = triton_quantize.quantize_1x128(x, dtype)
         triton_quantize.quantize_128x128(x, dtype)
         assert row is not None
@@ -142,8 +152,11 @@ def _quantize_fp8(sizes: Sizes) -> None:
 
 def _quantized_every_way(make: Callable[[], Source]) -> None:
     for dtype in (E4M3, E5M2):
-        make().tensorwise(make().amax(), dtype)
-        make().tensorwise(make().amax(), dtype, transposed=False)  # evaluations, and parts that are gathered
+        number = torch.empty((), device="meta")
+        make().amax(number)
+        for scaling in _scalings(number):
+            make().tensorwise(scaling, dtype)
+            make().tensorwise(scaling, dtype, transposed=False)  # evaluations, and parts that are gathered
         make().blocks(dtype)
 
 

@@ -28,7 +28,7 @@ AUTO = "auto"
 TE, APEX, TRITON, TORCH, COMPILE = BACKENDS = ("te", "apex", "triton", "torch", "compile")
 
 Test = Callable[[torch.device, torch.dtype], "str | None"]
-"""Says why something cannot be had on a device for a data type; None: it can be had."""
+"""Says why something is unavailable on a device for a data type; None: it is available."""
 
 
 class KernelUnavailable(ValueError):
@@ -262,7 +262,7 @@ def choose(forced: Mapping[str, str], device: torch.device, dtype: torch.dtype) 
         dtype: of activations and weights.
 
     Raises:
-        KernelUnavailable: a forced backend cannot be had, or there is no such operation or backend.
+        KernelUnavailable: a forced backend is unavailable, or there is no such operation or backend.
     """
     for name in forced:
         if name not in OPERATIONS:
@@ -276,7 +276,7 @@ def _choose(operation: Operation, forced: str, device: torch.device, dtype: torc
         operation.backend(forced)
         refusal = refusals[forced]
         if refusal is not None:
-            message = f"{operation.name} by {forced} cannot be had on {device.type}: {refusal}"
+            message = f"{operation.name} by {forced} is unavailable on {device.type}: {refusal}"
             raise KernelUnavailable(operation.name, message)
         chosen, reason = forced, "forced by the configuration"
     else:

@@ -1,13 +1,17 @@
-"""`megatron-synth bench gpu`: everything that one GPU has to show, in one command and within eight minutes.
+"""`megatron-synth bench gpu`: everything that one GPU has to show, in one command and within ten minutes.
 
 Every part runs in processes of its own, within a budget of its own, and the file is written after each: a part that crashes or
-hangs loses only itself. `--smoke` runs the same parts with tiny models on whatever there is, a CPU included.
+hangs loses only itself. Cheap parts that tell most come first. A command that was cut off goes on where it was, part by part;
+a part that was cut off keeps the blocks of steps that it had measured. `--smoke` runs the same parts with tiny models on
+whatever there is, a CPU included.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -48,56 +52,130 @@ class Part:
     """Why it cannot run here; empty when it can."""
 
 
-def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str]) -> bool:
+ADVICE: tuple[tuple[str, str], ...] = (
+    (r"out of memory|OutOfMemory", "train.micro_batch_size=1, then train.recompute=selective, then train.recompute=full"),
+    (r"CompilationError|ptxas|OutOfResources", "`megatron-synth kernels` names the kernels; kernels.NAME=torch leaves one out"),
+    (r"cannot be had", "the message says which recipes work here: precision.fp8 and precision.fp8_format"),
+    (r"not finite", "the same with kernels.NAME=torch, one after the other, then precision.fp8=off: who makes the NaN?"),
+    (r"cuBLAS|CUBLAS|cublas", "CUBLAS_WORKSPACE_CONFIG unset; the same with precision.fp8=off; a newer nvidia-cublas"),
+    (r"No module named|is not installed", "the package is missing from this environment: `megatron-synth kernels` lists them"),
+)
+"""What to try when a part fails, by what it printed; the first that is found."""
+
+
+def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str], *, again: bool = False) -> bool:
     """Run parts and write `file` after each; whether none failed.
 
     Args:
         selected: of `parts`.
         smoke: whether they are those of a smoke run.
-        file: JSON to write.
+        file: JSON to write. Parts that it has, done, by the same commit on the same device, are not run again.
         command: how this was called, for the head of the table.
+        again: leave out nothing, and what `file` holds.
 
     Raises:
-        UserError: there is no GPU, and this is no smoke run.
+        UserError: there is no GPU, and this is no smoke run; or `file` is of another commit or device.
     """
-    if not smoke and _gpus() == 0:
+    if not smoke and not memory_of_gpus():
         raise UserError("no GPU is visible; `bench gpu --smoke` runs the same on a CPU with tiny models")
 
     from megatron_synth.bench.tables import header, header_lines
 
     document: dict[str, Any] = {**header("bench", ["gpu", *command]), "parts": {}}
+    if not again:
+        document["parts"] = _parts_before(file, document)
     with tempfile.TemporaryDirectory() as folder:
-        data = random_source(Path(folder) / "data", 400_000 if smoke else 40_000_000)
+        data: Path | None = None
         for part in selected:
-            document["parts"][part.name] = _run(part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if smoke else 1))
+            before = document["parts"].get(part.name)
+            if before is not None and before["status"] in ("done", "skipped") and before.get("command") == list(part.command):
+                say(f"{part.name}: {before['status']} before")
+                continue
+            if data is None and any("{data}" in argument for argument in part.command):
+                data = random_source(Path(folder) / "data", 400_000 if smoke else 40_000_000)
+            found = _run(part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if smoke else 1))
+            document["parts"][part.name] = {"command": list(part.command), **found}
             write_json(file, document)
     say("\n" + "\n".join([*header_lines(document), "", *_table(document)]))
     say(f"\nwritten to {file}; `megatron-synth bench report {file}` draws and compares")
     return not any(part["status"] in ("failed", "over its budget") for part in document["parts"].values())
 
 
-def parts(smoke: bool) -> list[Part]:
-    """All parts, the most wanted first within each kind. Budgets sum to eight minutes."""
+def _parts_before(file: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has left in `file`."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        parts: dict[str, Any] = found["parts"]
+        same = [key for key in ("git", "device", "versions") if found[key] != document[key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected what `bench gpu` wrote, found {error!r}; name another file, or --again") from None
+    if same:
+        raise UserError(f"{file} is of another {same[0]}; name another file with --json, or write it anew with --again")
+    return parts
+
+
+def fitting(file: str, overrides: Sequence[str], memory: int, engines: int = 1) -> tuple[list[str], str]:
+    """The largest micro-batch that a GPU has room for, as an override, and why there is none, if so.
+
+    Args:
+        file: a configuration.
+        overrides: of it.
+        memory: bytes of the GPU; 0: unknown, and nothing is changed.
+        engines: models with their optimizers that are there at a time.
+    """
+    from megatron_synth.config.load import load_file
+    from megatron_synth.config.schema import Config
+    from megatron_synth.estimate.memory import memory_per_rank
+
+    if not memory:
+        return [], ""
+    for settings in (["train.micro_batch_size=2"], ["train.micro_batch_size=1"], ["train.micro_batch_size=1", _RECOMPUTE]):
+        config = load_file(Config, file, [*overrides, *settings])
+        estimate = memory_per_rank(config, 1, config.model.vocab_size)[0]
+        # what the engines hold all the time, and the passes of the one that runs
+        if engines * estimate.static + (estimate.total - estimate.static) <= _ROOM * memory - _CONTEXT:
+            return settings, ""
+    return [], f"needs {estimate.total / 1e9:.0f} GB, the GPU has {memory / 1e9:.0f}"
+
+
+_RECOMPUTE = "train.recompute=full"
+_ROOM, _CONTEXT = 0.95, 10**9  # share that fragmentation leaves; CUDA's context and libraries, bytes
+
+
+def parts(smoke: bool, memory: int = 0) -> list[Part]:
+    """All parts, cheap and telling ones first. Budgets sum to less than ten minutes.
+
+    Args:
+        smoke: tiny models.
+        memory: bytes of the GPU, for which micro-batches are chosen; 0: as the configurations have them.
+    """
     # a file for each model: its vocabulary belongs to the row
     files = {"llama-1.3b": "bench/h200.yaml", "llama-3b": "bench/h200-3b.yaml"}
     if smoke:
         files = dict.fromkeys(("tiny-1m", "tiny-4m"), "bench/tiny-7m.yaml")
     sizes = tuple(files)
     small = ("train.sequence_length=32", "model.vocab_size=256", "--warmup", "1", "--pairs", "1", "--steps", "2")
-    counts = small if smoke else ("--warmup", "4", "--pairs", "3", "--steps", "4")
+    # a step of 1.3B and 65,536 tokens takes a second, so few tell enough; a start takes half of the budget
+    counts = small if smoke else ("--warmup", "2", "--pairs", "3", "--steps", "2")
     found = []
 
-    def train(name: str, model: str, *more: str, budget_s: float, skipped: str = "") -> None:
-        command = ("-m", "megatron_synth", "bench", "train", files[model], "--model", model, *counts, *more)
-        found.append(Part(name, (*command, "--vs", "none", "--json", "{json}"), budget_s, skipped))
+    def train(name: str, model: str, *more: str, budget_s: float, skipped: str = "", engines: int = 1) -> None:
+        overrides = [argument for argument in more if re.match(r"(train|precision)\.\w+=", argument)]
+        room, why = fitting(files[model], overrides, memory, engines)
+        command = ("-m", "megatron_synth", "bench", "train", files[model], "--model", model, *counts, *room, *more)
+        found.append(Part(name, (*command, "--vs", "none", "--json", "{json}"), budget_s, skipped or why))
 
-    found.append(_tests(smoke))
+    found.append(_tests("numerics of kernels", smoke, _QUICK_TESTS, 50))
+    own, _ = fp8_settings("own", smoke)
     for model in sizes:
-        train(f"{model} bf16", model, "precision.dtype=bf16", "--profile", budget_s=40)
+        train(f"{model} bf16", model, "precision.dtype=bf16", "--profile", budget_s=48)
+        train(f"{model} fp8 own", model, *own, "--profile", budget_s=48)
+    found.append(_kernels(smoke))
+    theirs, skipped = fp8_settings("te", smoke)
     for model in sizes:
-        for backend in ("te", "own"):
-            settings, skipped = fp8_settings(backend, smoke)
-            train(f"{model} fp8 {backend}", model, *settings, "--profile", budget_s=40, skipped=skipped)
+        train(f"{model} fp8 te", model, *theirs, "--profile", budget_s=40, skipped=skipped)
     real = ("data.sources.random.path={data}", "data.sources.random.max_epochs=.inf", "--data", "real")
     train(f"{sizes[0]} bf16, real loader", sizes[0], "precision.dtype=bf16", *real, budget_s=40)
     # a lever takes the time of a start beside that of its steps, so those are few; all that end within the budget are turned
@@ -105,9 +183,14 @@ def parts(smoke: bool) -> list[Part]:
     # a CPU compiles longer than all the rest takes
     names = [name for name in LEVERS if not (smoke and name == "torch.compile")]
     levers = ("--ablations", ",".join(names), "--budget", "65", *few)
-    train(f"{sizes[0]} bf16, levers", sizes[0], "precision.dtype=bf16", *real, *levers, budget_s=80)
-    found.append(_kernels(smoke))
+    train(f"{sizes[0]} bf16, levers", sizes[0], "precision.dtype=bf16", *real, *levers, budget_s=80, engines=2)
+    if not smoke:
+        found.append(_tests("numerics of runs", smoke, ("-m", "gpu", "gpu"), 65))
     return found
+
+
+_QUICK_TESTS = ("-m", "gpu", "gpu/test_kernels_gpu.py", "gpu/test_fp8_gpu.py", "-k", "not trains and not fused and not weights")
+"""Those that start no process of their own."""
 
 
 def fp8_settings(backend: str, smoke: bool) -> tuple[list[str], str]:
@@ -125,12 +208,14 @@ def fp8_settings(backend: str, smoke: bool) -> tuple[list[str], str]:
     return ["precision.dtype=bf16", "precision.fp8=current", f"precision.fp8_backend={backend}", *more], ""
 
 
-def _tests(smoke: bool) -> Part:
-    """The gpu-marked tests of the clone, or, on a smoke run, one quick file of tests through the same door."""
+def _tests(name: str, smoke: bool, chosen: Sequence[str], budget_s: float) -> Part:
+    """Tests of the clone, or, on a smoke run, one quick file of tests in the same way."""
     folder = Path(__file__).resolve().parents[2] / "tests"
-    chosen = (str(folder / "unit" / "data" / "test_permutation.py"),) if smoke else ("-m", "gpu", str(folder))
-    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
-    return Part("numerics tests", command, 70, "" if folder.is_dir() else "no tests beside the package: run it from a clone")
+    if smoke:
+        chosen = ("unit/data/test_permutation.py",)
+    paths = [str(folder / one) if one.startswith(("gpu/", "unit/")) or chosen[-1] == one == "gpu" else one for one in chosen]
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths)
+    return Part(name, command, budget_s, "" if folder.is_dir() else "no tests beside the package: run it from a clone")
 
 
 def _kernels(smoke: bool) -> Part:
@@ -138,7 +223,7 @@ def _kernels(smoke: bool) -> Part:
     return Part("kernels", (*command, "--smoke") if smoke else command, 50)
 
 
-def _run(part: Part, folder: Path, data: Path, budget_s: float) -> dict[str, Any]:
+def _run(part: Part, folder: Path, data: Path | None, budget_s: float) -> dict[str, Any]:
     if part.skipped:
         say(f"{part.name}: skipped, {part.skipped}")
         return {"status": "skipped", "why": part.skipped}
@@ -161,13 +246,27 @@ def _run(part: Part, folder: Path, data: Path, budget_s: float) -> dict[str, Any
     took = time.perf_counter() - began
     say(f"{part.name}: {status} in {took:.1f} s")
     printed = log.read_text(errors="replace")
-    return {
+    found: dict[str, Any] = {
         "status": status,
         "took_s": took,
         "budget_s": budget_s,
         "result": json.loads(file.read_text()) if file.exists() else None,
         "printed": "" if status == "done" and file.exists() else printed[-4000:],
     }
+    if status != "done":
+        found["advice"] = _advice(printed, status, command)
+        say(f"  {(printed.strip().splitlines() or ['it printed nothing'])[-1]}\n  try: {found['advice']}")
+    return found
+
+
+def _advice(printed: str, status: str, command: Sequence[str]) -> str:
+    """What to try when a part has failed."""
+    for pattern, text in ADVICE:
+        if re.search(pattern, printed):
+            return text
+    if status == "over its budget":
+        return "the same command again: what it compiled is kept, so it starts faster; or alone, without a budget"
+    return f"alone: {shlex.join(['python', *command])}"
 
 
 def random_source(prefix: Path, tokens: int) -> Path:
@@ -184,9 +283,13 @@ def random_source(prefix: Path, tokens: int) -> Path:
     return prefix
 
 
-def _gpus() -> int:
-    code = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def memory_of_gpus() -> list[int]:
+    """Bytes of each GPU that torch sees; empty without any. By another process: this one takes none of them."""
+    code = "import torch; print(*(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"torch does not start: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
+    return [int(size) for size in done.stdout.split()]
 
 
 def _table(document: dict[str, Any]) -> Sequence[str]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+_DIGITS = 19
+"""More than a whole number of 64 bits surely holds."""
+
 
 def count(text: str) -> int:
     """A whole number of 1 or more, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found '{text}'")
-    return int(text)
+    return _whole(text, 1)
 
 
 def count_or_zero(text: str) -> int:
     """A whole number of 0 or more, for argparse."""
-    return 0 if text == "0" else count(text)
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, found '{text}'")
+    return int(text)
 
 
 def file_and_overrides(arguments: list[str], default: str) -> tuple[str, list[str]]:

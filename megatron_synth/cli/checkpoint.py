@@ -126,7 +126,8 @@ def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_r
     sound: list[Path] = []
     for checkpoint in reversed(found):
         # of those that may go, sizes tell whether someone should look at them
-        faults = _faults(checkpoint) if len(sound) < keep else files.faults(checkpoint, checksums=False)
+        read = len({one.resolve() for one in sound}) < keep
+        faults = _faults(checkpoint) if read else files.faults(checkpoint, checksums=False)
         if faults:
             damaged[checkpoint] = faults
         else:
@@ -143,8 +144,8 @@ def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_r
             files.remove(checkpoint)
     if damaged:
         show(_left(damaged))
-    stay = len(found) - len(gone)
-    show(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {stay} checkpoint{'' if stay == 1 else 's'} stay")
+    left = len(found) - len(gone)
+    show(f"{gib(freed)} GiB {'would be' if dry_run else 'were'} freed, {left} checkpoint{'' if left == 1 else 's'} left")
 
 
 def _left(damaged: dict[Path, list[str]]) -> str:

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="tell all problems of a file, or its digest when there are none")
     for verb in (show, check):
         verb.add_argument("file", type=Path, help="a YAML file; also looked for in the shipped configs/ folder")
-        verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change: train.steps=10")
     return parser
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cluster import sbatch, slurm
 from megatron_synth.cluster.diagnosis import Finding, diagnose
 from megatron_synth.cluster.probe import MARK
@@ -50,15 +51,19 @@ def parser() -> argparse.ArgumentParser:
         description="Versions, devices and their rates, disks, clocks and the network: of this machine, or of SLURM nodes. "
         "Names what is wrong and where. Inside a SLURM allocation its nodes are examined, otherwise some are asked for.",
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="SLURM nodes; default: this machine alone")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="default: the cluster's, else those of this machine")
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks in the network test; default: one per GPU, or 1")
+    parser.add_argument("--nodes", type=count, metavar="N", help="SLURM nodes; default: this machine alone")
+    parser.add_argument(
+        "--gpus-per-node", type=count_or_zero, metavar="G", help="default: the cluster's, else those of this machine"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=count, metavar="R", help="ranks in the network test; default: one per GPU, or 1"
+    )
     parser.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
     for option in ("partition", "account", "qos"):
         parser.add_argument(f"--{option}", help=f"the cluster's `{option}`")
     parser.add_argument("--shared", type=Path, default=Path(), metavar="DIR", help="a shared folder; default: this one")
-    parser.add_argument("--disk-mib", type=int, default=256, help="size of the files that are written; default 256")
-    parser.add_argument("--timeout", type=int, default=180, metavar="S", help="for each of the two parts; default 180")
+    parser.add_argument("--disk-mib", type=count, default=256, help="size of the files that are written; default 256")
+    parser.add_argument("--timeout", type=count, default=180, metavar="S", help="for each of the two parts; default 180")
     parser.add_argument("--json", action="store_true", help="all that was measured, for programs")
     return parser
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
@@ -36,18 +37,23 @@ def parser() -> argparse.ArgumentParser:
         epilog="Overrides such as eval.batches=8 or data.validation.code.path=data/code are welcome.",
     )
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the run")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
     arguments = parser().parse_intermixed_args(argv)
+    with interruptible(f"nothing was written, {arguments.run} is as it was; the same command starts again"):
+        return _main(arguments)
+
+
+def _main(arguments: argparse.Namespace) -> int:
     file = arguments.run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")
-    # unlike training, an evaluation covers each domain whole unless it is told otherwise
-    config = load_file(Config, file, (*_ONE_RANK_PER_COPY, "eval.batches=null", *arguments.overrides))
+    # unlike training, an evaluation covers each domain whole unless an option says otherwise
+    config = load_file(Config, file, arguments.overrides, first=(*_ONE_RANK_PER_COPY, "eval.batches=null"))
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
 
@@ -58,11 +64,7 @@ def main(argv: list[str]) -> int:
     data = open_data(config, training=False)
     if not data.validation:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
-    try:
-        result = _evaluate(config, layout, data, arguments.run)
-    except KeyboardInterrupt:
-        say(f"interrupted: nothing was written, {arguments.run} is as it was; the same command starts again")
-        raise
+    result = _evaluate(config, layout, data, arguments.run)
     say(_table(result, list(data.validation)))
     if is_first_rank():
         write_json(arguments.run / "eval.json", result)

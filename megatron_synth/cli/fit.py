@@ -13,16 +13,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
+from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
-from megatron_synth.study.fit.laws import LAWS, N_PARAMS, RATIO, TOKENS, Law, law_named
-from megatron_synth.study.fit.runs_table import FLOPS, Table, law_columns, loss_columns, read_table
+from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS
+from megatron_synth.study.fit.row_filter import number
+from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, law_columns, loss_columns, read_table
+from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
+SHARES = "shares"
 CLI_AGGREGATES = ("macro", "worst")
 
 
@@ -31,11 +36,13 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="megatron-synth fit",
         description="Fit a scaling law to a CSV of runs, one row per run.",
-        epilog="laws: " + "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values()),
+        epilog="laws: "
+        + "; ".join(f"{law.name}: {law.formula}" for law in ALL_LAWS.values())
+        + f"; {SHARES}: laws over the shares of several sources, chosen by cross-validation",
     )
     add = result.add_argument
     add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
-    add("--law", required=True, metavar="LAW", help=" | ".join(LAWS))
+    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, SHARES)))
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
@@ -48,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add("--group", metavar="COLUMN", help="one fit per value of this column, such as arm")
     add("--n-column", metavar="NAME", help="model sizes; guessed by default, as are the following")
     add("--tokens-column", metavar="NAME", help="training tokens")
+    add(
+        "--unique-column",
+        metavar="NAME",
+        help="different tokens among those trained; default tokens / epochs",
+    )
     add("--flops-column", metavar="NAME", help="training FLOPs, from which tokens = FLOPs / (6 N)")
     add("--ratio-column", metavar="NAME", help="share of the synthetic source, 0 to 1 (mixture laws)")
     add(
@@ -58,10 +70,28 @@ def parser() -> argparse.ArgumentParser:
         help="losses; may have * and be given again: a fit for each",
     )
     add("--aggregate", choices=CLI_AGGREGATES, help="one fit, to this aggregate of the loss columns")
+    add(
+        "--fix",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="hold a parameter at a value, such as E=1.8; may be given again",
+    )
     add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
     add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
     add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
     add("--seed", type=int, default=0, help="of the bootstraps; default %(default)s")
+    shares = result.add_argument_group(f"with --law {SHARES}")
+    shares.add_argument(
+        "--sources",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="columns of the sources' shares, or of their tokens; may have * and be given again",
+    )
+    shares.add_argument("--losses", type=Path, metavar="LOSSES.csv", help="losses in a table of their own")
+    shares.add_argument("--key", metavar="COLUMN", help="column that names a run in both; default run, index, id or name")
+    shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
     add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result
 
@@ -69,6 +99,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the verb."""
     options = parser().parse_args(argv)
+    written: list[Path] = []
+
+    def kept() -> str:
+        return f"{len(written)} of the fits are written, {written[-1]} the last" if written else "no file was written"
+
+    with interruptible(lambda: f"{kept()}; the same command starts again"):
+        return _main(options, argv, written)
+
+
+def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> int:
+    if options.law == SHARES:
+        from megatron_synth.cli.fit_shares import run
+
+        out = options.out or Path("fits") / f"{options.runs.stem}-{SHARES}"
+        return run(options, argv, out, {**_versions(), "git": git_state(Path(__file__).parent)})
     law = law_named(options.law)
     if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
         raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
@@ -108,13 +153,14 @@ def main(argv: list[str]) -> int:
     for name, (result, about) in fitted.items():
         folder = out / _file_name(name)
         _write(folder, result, about, name)
+        written.append(folder)
         say(describe(result, name))
         say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
     return EXIT_OK
 
 
 def _jobs(
-    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: Law
+    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: AnyLaw
 ) -> list[tuple[str, Table, dict[str, Any]]]:
     """(name, rows, what to fit) of every fit, all cells read."""
     asked = {
@@ -122,6 +168,7 @@ def _jobs(
         TOKENS: options.tokens_column,
         FLOPS: options.flops_column,
         RATIO: options.ratio_column,
+        UNIQUE_TOKENS: options.unique_column,
     }
     jobs = []
     for group, rows in groups.items():
@@ -135,25 +182,50 @@ def _jobs(
         for target, (loss, named) in targets.items():
             name = "/".join(part for part in (group, target) if part)
             jobs.append(
-                (name, rows, {"columns": columns, "read_from": read_from, "loss": loss, "named": named, "extra": rows.values()})
+                (
+                    name,
+                    rows,
+                    {
+                        "columns": columns,
+                        "read_from": read_from,
+                        "loss": loss,
+                        "named": named,
+                        "extra": rows.values(),
+                        "epochs": epochs_of(rows),
+                    },
+                )
             )
     return jobs
 
 
-def _fit(law: Law, job: dict[str, Any], options: argparse.Namespace) -> Fit:
+def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
     return fit(
         law,
         job["columns"],
         job["loss"],
+        fixed=_fixed(options.fix),
         delta=options.delta,
         starts=options.starts,
         drop_highest_loss=options.drop_highest_loss,
         holdout=options.holdout,
         bootstraps=options.bootstraps,
         seed=options.seed,
+        epochs=job["epochs"],
         extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
         progress=_progress() if sys.stderr.isatty() else None,
     )
+
+
+def _fixed(given: Sequence[str]) -> dict[str, float]:
+    """Values by parameter of `--fix NAME=VALUE`."""
+    fixed = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        held = number(value)
+        if held is None:
+            raise UserError(f"--fix '{text}': expected a parameter and a number, such as E=1.8")
+        fixed[name.strip()] = held
+    return fixed
 
 
 def _progress() -> Progress:
@@ -165,10 +237,13 @@ def _progress() -> Progress:
 
 
 def describe(result: Fit, name: str = "") -> str:
-    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the caveats."""
+    """A fit for the console: parameters with intervals, what was left out, the hold-out, and the diagnostics."""
     lines = [f"{name + ': ' if name else ''}{result.law.name}: {result.law.formula}"]
     rows: list[tuple[str, ...]] = [("", "value", "std. error", "90 % interval", "95 % interval")]
     for parameter, value in result.params.items():
+        if parameter not in result.law.parameters:
+            rows.append((parameter, f"{value:.6g}", "held fixed", "", ""))
+            continue
         bounds = (result.intervals[level][parameter] for level in result.intervals)
         spans = [f"{low:.5g} to {high:.5g}" for low, high in bounds] or ["", ""]
         error = f"{result.standard_errors[parameter]:.3g}" if result.standard_errors else ""
@@ -185,7 +260,7 @@ def describe(result: Fit, name: str = "") -> str:
             f"  hold-out {held.rule}: {held.points} points, mean absolute relative error "
             f"{held.mean_absolute_relative_error:.3%}, worst {held.worst:.3%}"
         )
-    lines += [f"  warning: {caveat}" for caveat in result.warnings]
+    lines += [f"  warning: {diagnostic}" for diagnostic in result.warnings]
     return "\n".join(lines)
 
 

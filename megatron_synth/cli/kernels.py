@@ -26,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
         description="The implementation of each operation on this machine, the reason, and why not the others.",
     )
     parser.add_argument(
-        "arguments", nargs="*", metavar="[CONFIG] a.b=c", help="a run's configuration: its precision and its kernels section"
+        "arguments",
+        nargs="*",
+        default=[],
+        metavar="[CONFIG] a.b=c",
+        help="a run's configuration: its precision and its kernels section",
     )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="without CONFIG; default bf16")
     parser.add_argument(
@@ -64,7 +68,7 @@ def choices_table(arguments: list[str], dtype: str) -> str:
     """The choices for a configuration, or for a data type alone, as text.
 
     Raises:
-        ConfigError: the configuration is wrong, or names a backend that cannot be had.
+        ConfigError: the configuration is wrong, or names a backend that is unavailable.
     """
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
@@ -89,7 +93,7 @@ def compile_kernels() -> list[Compiled]:
     """Every Triton kernel at the shapes of COMPILED_FOR, in bf16.
 
     Raises:
-        UserError: Triton is not installed, or is told to interpret.
+        UserError: Triton is not installed, or set to interpret.
     """
     from megatron_synth.model import kernels
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import tail
 from megatron_synth.cluster.status import newest_job
@@ -20,9 +21,9 @@ def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(prog="megatron-synth logs", description="What the newest job of a run has printed.")
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--rank", type=int, help="only the lines of this rank")
+    parser.add_argument("--rank", type=count_or_zero, help="only the lines of this rank")
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the job has ended")
-    parser.add_argument("--lines", "-n", type=int, help="only so many, the last ones")
+    parser.add_argument("--lines", "-n", type=count, help="only so many, the last ones")
     return parser
 
 

@@ -1,7 +1,7 @@
 """The command line: a verb names a function, which is imported only when it is called.
 
 A function takes the arguments after its verb and returns the exit code: 0 done, 1 a check found differences, 2 wrong
-configuration or input, 70 a rank hangs or is gone, 75 stopped on request.
+configuration or input, 70 a rank hangs or is gone, 75 stopped on request, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ import contextlib
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
 from megatron_synth import __version__
-from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
+from megatron_synth.core.processes import end_with_parent
 from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
+EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "transformers": "test"}
+"""Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
     "synthesize": "plan | run | status | report: make synthetic text from natural documents",
@@ -84,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module("megatron_synth.cli.completion").complete()
     if arguments[:1] == ["train"]:
         listen()  # before its imports: a request to stop in the first seconds counts, too
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose launcher was killed would meet those of the next start
+        end_with_parent(signal.SIGKILL)
     return guarded(_dispatch, arguments)
 
 
@@ -123,19 +129,28 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "number", EXIT_INTERRUPTED - 128)  # as shells do
     except SystemExit as error:  # argparse
         report(error.code if isinstance(error.code, int) else EXIT_FAILURE, error)
         raise
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return EXIT_OK  # the reader, such as `head`, has seen enough
+            report(EXIT_UNREAD, error)
+            return EXIT_UNREAD  # quietly: the reader, such as `head`, has seen enough; but what was begun is not done
         if not _is_mishap(error):
             report(EXIT_FAILURE, error)
             raise
         report(EXIT_USER_ERROR, error)
         show(f"error: {_mishap(error)}", error=True)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        report(EXIT_USER_ERROR, error)
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        name = f"megatron-synth[{extra}]"
+        show(f"error: {error.name} is not installed, and this needs it: pip install '{name}'", error=True)
         return EXIT_USER_ERROR
     except Exception as error:
         report(EXIT_FAILURE, error)
@@ -154,7 +169,7 @@ def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _is_mishap(error: OSError) -> bool:
-    """Whether someone can mend it: a disk, a path, a permission. What comes of peers and networks is another start's to try."""
+    """Whether a user can fix it: a disk, a path, a permission. Faults of peers and networks may pass at another start."""
     passing = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError)
     return error.errno is not None and not isinstance(error, passing)
 

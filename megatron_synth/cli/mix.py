@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("sample", type=_samples, help="number of the sample, from 0, or FIRST-LAST")
     show.add_argument("--text", action="store_true", help="decode its tokens")
     for one in (plan, show):
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: train.steps=10")
+        one.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change: train.steps=10")
     audit = verbs.add_parser("audit", help="recompute what a run should have consumed and compare it with its records")
     audit.add_argument("run", type=Path, help="run directory")
     return parser

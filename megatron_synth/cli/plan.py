@@ -31,13 +31,13 @@ def parser() -> argparse.ArgumentParser:
         description="Every legal layout of a model on GPUs: memory, predicted speed and what bounds it. No GPU needed.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL_OR_CONFIG", help="a size of configs/model/, such as 3b, or a file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     parser.add_argument("--gpus", default="8", help="how many; several with commas: 8,64,512,4096; default 8")
     parser.add_argument("--gpu", default="h200", choices=sorted(ACCELERATORS), help="default h200")
     parser.add_argument("--sequence-length", type=count, help="default: the file's, or 4096")
     parser.add_argument("--global-batch-size", type=count, help="sequences per step; default: the file's, or 4M tokens")
     parser.add_argument("--micro-batch-size", type=count, help="default: 1 to 16 are tried")
-    parser.add_argument("--vocab-size", type=count, help=f"default: the file's, or {VOCABULARY}")
+    parser.add_argument("--vocab-size", type=count, help=f"default: the file's, that of its data, or {VOCABULARY}")
     parser.add_argument("--fp8", action="store_true", help="products of the layers in FP8")
     parser.add_argument("--no-overlap", action="store_true", help="gradients and weights travel beside nothing")
     parser.add_argument("--top", type=count, default=8, help="rows to show; default 8")
@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
     for gpus in _counts(options.gpus):
         config = configuration(options, gpus)
         fp8 = options.fp8 or config.precision.fp8 != "off"
+        if fp8 and config.precision.dtype == "fp32":
+            raise UserError(f"--fp8: {options.model} has precision.dtype fp32; add precision.dtype=bf16")
         if fp8 and chip.fp8_flops is None:
             raise UserError(f"FP8 was asked for, and {chip.name} has no FP8 products; leave it out, or choose another --gpu")
         micro = (options.micro_batch_size,) if options.micro_batch_size else (1, 2, 4, 8, 16)
@@ -94,6 +96,7 @@ def configuration(options: argparse.Namespace, gpus: int) -> Config:
     bare = not name.endswith(".yaml") and "/" not in name
     path = resolve(f"model/{name}.yaml" if bare else name)
     data = apply_overrides(load_yaml(path), options.overrides)
+    of_data = "data" in data
     data.setdefault("data", {"sources": {"none": {"path": "none", "ratio": 1}}})
     model, train = data.setdefault("model", {}), data.setdefault("train", {})
     train.setdefault("steps", 1)
@@ -103,10 +106,21 @@ def configuration(options: argparse.Namespace, gpus: int) -> Config:
         whole = max(1, round(TOKENS_PER_STEP / length / gpus)) * gpus
         train["global_batch_size"] = options.global_batch_size or whole
     train["micro_batch_size"] = options.micro_batch_size or 1
-    if options.vocab_size or not model.get("vocab_size"):
-        model["vocab_size"] = options.vocab_size or VOCABULARY
-    data.setdefault("precision", {})["dtype"] = "bf16"
-    return validate(Config, data, str(path))
+    if options.vocab_size:
+        model["vocab_size"] = options.vocab_size
+    elif not of_data:
+        model["vocab_size"] = model.get("vocab_size") or VOCABULARY
+    config = validate(Config, data, str(path))
+    if config.model.vocab_size is not None:
+        return config
+    # that of the data, as far as it is prepared; a bare model needs none of these imports
+    from megatron_synth.data.loading.run_data import vocab_size_of
+    from megatron_synth.data.shards.source import check_compatible
+    from megatron_synth.train.dryrun import open_if_prepared
+
+    opened = [open_if_prepared(source.path, name) for name, source in config.data.sources.items()]
+    size = vocab_size_of(config, check_compatible([source for source in opened if source])) or VOCABULARY
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def render(config: Config, gpus: int, chip: Accelerator, found: list[Candidate], fp8: bool, top: int) -> str:
@@ -116,7 +130,8 @@ def render(config: Config, gpus: int, chip: Accelerator, found: list[Candidate],
     rest = sorted((one for one in found if not one.fits), key=lambda one: one.needed)
     head = (
         f"{config.model.name} ({human(parameters.total)} parameters) on {gpus} x {chip.name.upper()}, "
-        f"{'FP8' if fp8 else 'BF16'}: {train.global_batch_size} sequences x {train.sequence_length} = "
+        f"{'FP8' if fp8 else config.precision.dtype.upper()}, vocabulary {config.model.vocab_size:,}: "
+        f"{train.global_batch_size} sequences x {train.sequence_length} = "
         f"{human(train.tokens_per_step)} tokens per step; {len(fitting)} of {len(found)} layouts fit"
     )
     columns = ("layout", "GiB", "step", "tok/s/GPU", "MFU", "largest parts")
@@ -126,6 +141,8 @@ def render(config: Config, gpus: int, chip: Accelerator, found: list[Candidate],
         shown = table([columns, *((*_row(one)[:5], _reason(one, chip)) for one in rest[: top - len(fitting)])])
         lines += [_grey(line) for line in shown.splitlines()[1:]]
     parts = [head, "\n".join(lines)]
+    if config.precision.dtype == "fp32":
+        parts.append("in FP32 products are slower than predicted: speeds are those of BF16, memory is that of FP32")
     if fitting:
         best = fitting[0]
         sizes = ", ".join(f"{name} {gib(size)}" for name, size in asdict(best.memory).items() if size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="prepare the text that the study names")
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
-        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     return parser
 
 
@@ -107,6 +108,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    with interruptible("runs that are finished are kept, others go on from their checkpoints; the same command goes on"):
+        return _submit_all(arguments)
+
+
+def _submit_all(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
     sources = _checked(opened)

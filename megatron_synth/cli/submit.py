@@ -8,7 +8,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.train import default_run_dir
 from megatron_synth.cluster import sbatch, slurm, snapshot
 from megatron_synth.cluster.progress import jobs_of
@@ -85,16 +85,18 @@ def parser() -> argparse.ArgumentParser:
         "and when a node is lost, and resumes exactly; an error that comes again stops it.",
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     parser.add_argument("--nodes", type=count, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="0 for nodes without GPUs; default: the cluster's")
+    parser.add_argument(
+        "--gpus-per-node", type=count_or_zero, metavar="G", help="0 for nodes without GPUs; default: the cluster's"
+    )
     parser.add_argument("--ranks-per-node", type=count, metavar="R", help="on nodes without GPUs: processes on each")
     parser.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
     for option in ("partition", "account", "qos", "time"):
         parser.add_argument(f"--{option}", help=f"the cluster's `{option}`, for this job")
     parser.add_argument("--container", metavar="IMAGE", help="image that ranks run in")
-    parser.add_argument("--stop-lead", type=int, metavar="SECONDS", help="before the time limit, to save and stop")
-    parser.add_argument("--max-restarts", type=int, metavar="N", help="restarts after failures")
+    parser.add_argument("--stop-lead", type=count_or_zero, metavar="SECONDS", help="before the time limit, to save and stop")
+    parser.add_argument("--max-restarts", type=count_or_zero, metavar="N", help="restarts after failures")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the file>-<digest of the configuration>")
     parser.add_argument("--name", help="name in the queue; default: that of the run directory")
     parser.add_argument("--allow-tp-across-nodes", action="store_true", help="tensor-parallel groups may span nodes")

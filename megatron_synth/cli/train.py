@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.core.log import say
@@ -19,10 +20,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth train CONFIG ...",
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the file>-<digest of the configuration>")
     parser.add_argument("--dry-run", action="store_true", help="no GPU, no tokens read: check and describe the run")
-    parser.add_argument("--world-size", type=int, help="ranks that a dry run plans for; default: this launch's")
+    parser.add_argument("--world-size", type=count, help="ranks that a dry run plans for; default: this launch's")
     parser.add_argument(
         "--allow-tp-across-nodes", action="store_true", help="train even if tensor-parallel groups span nodes, which is slow"
     )
@@ -45,8 +46,10 @@ def main(argv: list[str]) -> int:
 
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
+    from megatron_synth.train.record.run_lock import refuse_used
 
     layout = plan(config, world_size)
+    refuse_used(run_path)  # all ranks of a machine, before they wait for each other
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
     # how long a run that goes on is follows from its checkpoint, which all ranks read together
     data = open_data(config, staged=True, check_length=not files.candidates(run_path))

@@ -12,9 +12,18 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
+
+from megatron_synth.config.errors import EXIT_RANK_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from megatron_synth.core.log import show
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LOCAL = "--local"
 _LOOPBACK = "127.0.0.1"
@@ -22,8 +31,9 @@ _SECRET = "MEGATRON_SYNTH_SECRET"
 
 
 def main(argv: list[str]) -> int:
-    """Run the ranks of this node. Returns 0 if all of them did, and 1 after a signal; raises what torchrun raises else."""
+    """Run the ranks of this node. Returns 0 if all did well, 1 after a signal, else what `_code_of` makes of their codes."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     if argv[:1] == [LOCAL]:
@@ -32,7 +42,33 @@ def main(argv: list[str]) -> int:
         torchrun(argv)
     except SignalException:
         return 1
+    except ChildFailedError as error:
+        show(f"error: {_words(error)}", error=True)
+        return _code_of([failure.exitcode for failure in error.failures.values()])
     return 0
+
+
+def _code_of(codes: Sequence[int]) -> int:
+    """One exit code for those of ranks, of which torchrun knows some: it ends the others when it sees the first.
+
+    What only a user can mend comes first. A rank that a signal ended is one that is gone.
+    """
+    if EXIT_USER_ERROR in codes:
+        return EXIT_USER_ERROR
+    if EXIT_RANK_LOST in codes or any(code < 0 for code in codes):
+        return EXIT_RANK_LOST
+    return EXIT_STOPPED if set(codes) == {EXIT_STOPPED} else 1
+
+
+def _words(error: ChildFailedError) -> str:
+    """Which ranks ended how."""
+    ends = []
+    for rank, failure in sorted(error.failures.items()):
+        how = f"ended with exit code {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        ends.append(f"rank {rank} {how}")
+    return f"{', '.join(ends[:8])}{' ...' if len(ends) > 8 else ''}; what ranks printed is above"
 
 
 def _on_this_machine() -> list[str]:

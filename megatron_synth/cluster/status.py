@@ -16,11 +16,14 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
+from megatron_synth.train.record.run_lock import user_of
 
 _RECENT = 20
 """Steps over whose median rates are taken."""
 _SILENT_STEPS, _SILENT_S = 10, 120.0
 """A run outside SLURM that wrote nothing for so long, in steps and in seconds, is not called running."""
+_END = re.compile(r"^\S+ (done|stopped on request.*|failed|interrupted) at step ")
+_START = re.compile(r"^\S+ start [0-9]+ of run ")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class RunStatus:
     job: str | None
     """The newest job, or None for a run that was not submitted."""
     state: str
-    """pending, starting, running, done, stopped, failed, cancelled, ended by SLURM, lost, silent or damaged; and why."""
+    """pending, starting, running, done, stopped, failed, interrupted, killed, cancelled, ended by SLURM, lost, silent or
+    damaged; and why."""
     step: int
     steps: int
     loss: float | None
@@ -130,8 +134,10 @@ def _state(
             return slurm.state.lower() + (f" ({slurm.reason})" if slurm.reason not in ("", "None") else ""), True
         began = next((line["time"] for line in reversed(attempts) if line["event"] == "begin"), now)
         return ("running" if _written(run) > began else "starting"), True
-    events = tail(run / "events.log")
-    ended = next((line for line in reversed(events) if re.search(r"^\S+ (done|stopped on request).* at step ", line)), "")
+    user = user_of(run)
+    if user is not None and user.is_fresh(now):
+        return "running", True
+    ended = _own_end(run)
     if step >= steps > 0 and " done at step " in ended:
         return "done", False
     end = next((line for line in reversed(attempts) if line["event"] == "end"), None)
@@ -146,9 +152,26 @@ def _state(
             known = slurm.reason not in ("", "None")
             return slurm.state.lower() + (f" ({slurm.reason})" if known else " before its script began"), False
         return "lost", False  # SLURM has forgotten the job, and it never said how it ended
-    if now - _written(run) < max(_SILENT_S, _SILENT_STEPS * (step_s or 0)):
-        return ("stopped" if events and events[-1] == ended else "running"), not (events and events[-1] == ended)
-    return ("stopped" if ended else f"silent for {duration(now - _written(run))}"), False
+    if ended:
+        word = ended.split()[1]
+        return ("stopped" if word == "done" else word), False  # done, and then asked for more steps
+    if user is not None:
+        return ("killed" if user.lives is False else f"lost, no sign of life for {duration(now - user.touched)}"), False
+    # written by a version that kept no lock
+    silence = now - _written(run)
+    if -_SILENT_S < silence < max(_SILENT_S, _SILENT_STEPS * (step_s or 0)):
+        return "running", True
+    return (f"silent for {duration(silence)}" if silence > 0 else "silent, with a clock that is ahead"), False
+
+
+def _own_end(run: Path) -> str:
+    """The line of events.log in which the newest start told how it ended; empty if it has not."""
+    for line in reversed(tail(run / "events.log")):
+        if _END.search(line):
+            return line
+        if _START.search(line):
+            break
+    return ""
 
 
 def _written(run: Path) -> float:
@@ -173,7 +196,7 @@ def _last_event(run: Path, attempts: Sequence[Attempt]) -> str:
 
 def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
     """Cells of a table, its head first; the last column is cut so that a line has `width` characters at most."""
-    table = [("run", "job", "state", "step", "loss", "tokens/s/GPU", "ETA", "restarts", "last event")]
+    table = [("run", "job", "state", "step", "loss", "tokens/s/rank", "ETA", "restarts", "last event")]
     for one in found:
         share = f" {100 * one.step // one.steps:3d}%" if one.steps else ""
         table.append(

@@ -102,7 +102,7 @@ def classify(reports: Sequence[Report], code: int, *, stopping: bool, began: int
 
     Args:
         reports: of this start; any number, also none.
-        code: exit code of srun. torchrun's is 1 for whatever its ranks returned.
+        code: exit code of srun: of ranks what cluster/agent.py makes of theirs.
         stopping: a stop was asked for.
         began: steps of the run when the job began.
         step: steps in the run's record now.
@@ -135,7 +135,7 @@ def decide(end: End, earlier: Sequence[End], max_restarts: int) -> Decision:
     if end.kind == "done":
         return Decision(False, EXIT_OK, "done")
     if end.kind == "refused":
-        return Decision(False, EXIT_USER_ERROR, f"not started again, since only a user can mend this: {end.why}")
+        return Decision(False, EXIT_USER_ERROR, f"not started again, since only a user can fix this: {end.why}")
     row = [end]
     for past in reversed(earlier):
         if past.kind != end.kind or (end.kind == "failed" and (past.signature, past.step) != (end.signature, end.step)):

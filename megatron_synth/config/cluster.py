@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_synth.config.prepare import as_tuple
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 
 # minutes, minutes:seconds, hours:minutes:seconds; after days: hours, hours:minutes, hours:minutes:seconds
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")

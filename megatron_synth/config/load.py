@@ -47,16 +47,16 @@ def resolve(path: str | Path, beside: Path | None = None) -> Path:
         UserError: there is no such file.
     """
     path = Path(path)
-    shelf = shipped("configs")
+    shipped_folder = shipped("configs")
     inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
-    candidates = [(beside or Path()) / path, shelf / inside]
+    candidates = [(beside or Path()) / path, shipped_folder / inside]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = [str(file.relative_to(shelf)) for file in sorted(shelf.rglob("*.yaml"))]
+    known = [str(file.relative_to(shipped_folder)) for file in sorted(shipped_folder.rglob("*.yaml"))]
     close = difflib.get_close_matches(str(inside), known, n=1, cutoff=0.6)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shelf}{hint}")
+    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shipped_folder}{hint}")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def _at(data: Any, path: Sequence[str]) -> Any:
     return data
 
 
-def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[str] = ()) -> Model:
-    """The configuration in a file, with overrides applied.
+def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[str] = (), *, first: Iterable[str] = ()) -> Model:
+    """The configuration in a file, with overrides applied; before them those of the program, `first`, which no message counts.
 
     A `Config` is also held against `rules.check`; what it finds stands in the same report.
 
@@ -164,7 +164,7 @@ def load_file(model_class: type[Model], path: str | Path, overrides: Iterable[st
     overrides = tuple(overrides)
     changes = " ".join(overrides) if len(overrides) <= 3 else f"{len(overrides)} overrides"
     source = f"{path} with {changes}" if overrides else str(path)
-    problems, model = examine(model_class, apply_overrides(load_yaml(path), overrides))
+    problems, model = examine(model_class, apply_overrides(load_yaml(path), (*first, *overrides)))
     if isinstance(model, Config):
         # a section with a mistake in it was completed with defaults: rules would speak of values nobody chose
         doubtful = {part.split(".")[0] for problem in problems for part in (problem.path, *_quoted(problem.message))}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_synth.config.schema import Amount, PositiveInt, Ratio, Section, Seed
+from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, Seed
 
 Kind = Literal["natural", "rephrased", "qa", "textbook", "other"]
 Split = Literal["train", "validation"]

@@ -5,65 +5,12 @@ Names are Megatron's where Megatron has one. Rules that span sections are in `ru
 
 from __future__ import annotations
 
-import re
-import typing
 from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, field docstrings kept as descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true for 1: `steps: true` would train one step
-        if isinstance(value, bool) and info.field_name is not None:
-            types = _plain_types(cls.model_fields[info.field_name].annotation)
-            if bool not in types and types & {int, float}:
-                raise ValueError(f"expected a number, got {str(value).lower()}")
-        return value
-
-
-def _plain_types(annotation: Any) -> set[Any]:
-    arguments = typing.get_args(annotation)
-    return set().union(*map(_plain_types, arguments)) if arguments else {annotation}
-
-
-_RATIO = re.compile(r"[-+]?[0-9]{0,40}(/[0-9]{1,40}|(\.[0-9]{0,40})?([eE][-+]?[0-9]{1,2})?)", re.ASCII)
-
-
-def parse_ratio(value: Any) -> Fraction:
-    """An exact rational from `"1/3"`, `0.337` (337/1000, by its decimal digits) or an integer."""
-    if isinstance(value, Fraction):
-        ratio = value
-    elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f'expected a ratio such as "1/3" or 0.337, got {value!r}')
-    else:
-        if isinstance(value, str) and not _RATIO.fullmatch(value.replace(" ", "")):
-            raise ValueError(f'expected a ratio such as "1/3" or 0.337, of at most 40 digits, got {value[:60]!r}')
-        try:
-            # repr gives the shortest decimal that names the float: the number that the user typed
-            ratio = Fraction(value.replace(" ", "") if isinstance(value, str) else repr(value))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f'expected a ratio such as "1/3" or 0.337, got {value!r}') from None
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"a ratio lies between 0 and 1, got {value}")
-    return ratio
-
-
-Ratio = Annotated[Fraction, BeforeValidator(parse_ratio), PlainSerializer(str, return_type=str)]
-LARGEST = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-Amount = Annotated[int, Field(ge=1, le=2**60)]
-"""Of tokens or bytes."""
-Seed = Annotated[int, Field(ge=0, le=2**63 - 2**32)]
-"""Ranks and stages add small numbers to it."""
+from megatron_synth.config.section import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
 
 
 class ModelConfig(Section):
@@ -224,7 +171,7 @@ class DataConfig(Section):
     """Seed of the data order. Default: train.seed."""
     verify: Literal["sizes", "blocks"] = "sizes"
     """What is checked while reading: file sizes when a source is opened, or also the checksum of every 4 MiB block before
-    anything of it is used, at 0.5 to 1 times the reading speed."""
+    anything of it is used, at 0.5 to 1 times the reading speed. Token ids beyond the vocabulary are refused either way."""
     memory_map: bool = True
     """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but some network file systems
     like it better. With `verify: blocks` it is always so."""
@@ -362,7 +309,7 @@ class PrecisionConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes an operation; `megatron-synth kernels` shows what a machine has.
 
-    auto takes the first that the device allows. A backend that is named and cannot be had is an error.
+    auto takes the first that the device allows. A backend that is named and unavailable is an error.
     """
 
     rms_norm: Literal["auto", "te", "apex", "triton", "torch", "compile"] = "auto"
@@ -429,7 +376,7 @@ class WandbConfig(Section):
     project: str = "megatron-synth"
     """Project name."""
     entity: str | None = None
-    """Team or user. Default: wandb's own."""
+    """RankGroup or user. Default: wandb's own."""
     name: str | None = None
     """Display name. Default: the run directory's name."""
     tags: tuple[str, ...] = ()

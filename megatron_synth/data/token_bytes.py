@@ -33,7 +33,7 @@ def token_bytes(path: Path, eod_id: int | None) -> TokenBytes:
         eod_id: the token that ends a document, which is no text.
 
     Raises:
-        ValueError: the file cannot be read, or the text cannot be had back from its tokens; says why.
+        ValueError: the file cannot be read, or the text cannot be recovered from its tokens; says why.
     """
     from tokenizers import Tokenizer, pre_tokenizers
 
@@ -64,7 +64,7 @@ def token_bytes(path: Path, eod_id: int | None) -> TokenBytes:
 
         space = _SPACE
     else:
-        raise ValueError(f"{path}: text cannot be had back to the byte from tokens of this kind")
+        raise ValueError(f"{path}: text cannot be recovered to the byte from tokens of this kind")
     vocab = backend.get_vocab(with_added_tokens=True)
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     added = np.zeros_like(sizes)

@@ -89,6 +89,9 @@ def transformer_config(plan: RunPlan) -> TransformerConfig:
         # interleaved schedule and training goes on with wrong numbers.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # The default waits for the device after each batched exchange, for a fault that torch mended in 2022 (its pull request
+        # 82450): the requests that are waited for now order this stream after NCCL's.
+        batch_p2p_sync=False,
         # Saves memory under NCCL, where streams order the release after the send. Gloo sends from the released tensor.
         deallocate_pipeline_outputs=on_gpu,
         params_dtype=dtype,

@@ -52,7 +52,7 @@ def select(config: Config) -> dict[str, Choice]:
     """The backend of every operation of a run on this machine.
 
     Raises:
-        ConfigError: a backend that `kernels` names cannot be had here.
+        ConfigError: a backend that `kernels` names is unavailable here.
     """
     forced = {name: backend for name, backend in config.kernels.model_dump().items() if backend != registry.AUTO}
     if "rms_norm" in forced and "rms_norm_residual" not in forced:  # who names the norm means all of them
@@ -137,7 +137,7 @@ def compile_all(sizes: list[Sizes]) -> list[Compiled]:
     """Every Triton kernel, compiled for Hopper at these sizes. Give it a process of its own.
 
     Raises:
-        UserError: Triton is not installed, or is told to interpret.
+        UserError: Triton is not installed, or set to interpret.
     """
     if registry.interpreted():
         raise UserError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")

@@ -1,4 +1,4 @@
-"""The only door to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
+"""The only way to the kernels: the operations that a model is made of, and the seams of megatron-core they go into.
 
 Shapes: S tokens, B sequences, H hidden size, A query heads, G key/value heads, D channels of a head, V vocabulary, F MLP width.
 Under tensor parallelism A, G, V and F are a rank's own part; under sequence parallelism S is too, outside attention and MLP.
@@ -36,6 +36,7 @@ from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
 from megatron_synth_kernels.torch.fp8 import Pair as Pair
 from megatron_synth_kernels.torch.fp8 import Quantized as Quantized
+from megatron_synth_kernels.torch.fp8 import Scaling as Scaling
 from megatron_synth_kernels.torch.fp8 import Source as Source
 from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.torch.loss import cross_entropy

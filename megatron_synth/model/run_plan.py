@@ -38,7 +38,7 @@ def decide(config: Config, layout: Layout) -> RunPlan:
     before the next one is made.
 
     Raises:
-        ConfigError: a kernel that the configuration names cannot be had on this machine.
+        ConfigError: a kernel that the configuration names is unavailable on this machine.
         UserError: FP8 was asked for that this device cannot do.
     """
     choices = kernels.select(config)

@@ -45,12 +45,13 @@ def start(layout: Layout) -> torch.device:
     Returns:
         The GPU that the launcher's LOCAL_RANK names, or the CPU.
     """
+    # One hardware queue, so that a layer's all-gather or reduce-scatter starts before the product it overlaps with. The driver
+    # reads it when it is first asked for anything, if only for the number of devices.
+    if layout.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         load()
         return torch.device("cpu")
-    # one hardware queue, so that a layer's all-gather or reduce-scatter starts before the product it overlaps with
-    if layout.tensor > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     load()

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.lock import Lock
 from megatron_synth.core.log import duration, human, show
 from megatron_synth.core.records import Reader
 from megatron_synth.data.preparing.progress import progress
@@ -20,13 +21,13 @@ from megatron_synth.synthesis.answers.parts import Answer, Answers
 from megatron_synth.synthesis.canary import check_engine
 from megatron_synth.synthesis.corpus import make_corpus
 from megatron_synth.synthesis.engines.base import Engine, EngineGone
-from megatron_synth.synthesis.lock import only_one
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 SETTINGS = "synthesis.yaml"
 ENGINE = "engine.json"
+LOCK = "run.lock"
 
 _FACTS: Reader[dict[str, Any]] = Reader(dict[str, Any], "remove it: the engine is asked again")
 
@@ -61,7 +62,8 @@ def run(config: SynthesisConfig, stop: Callable[[], bool] = lambda: False) -> Ou
     Raises:
         UserError: something is wrong with the file, the input, the engine or the disk. All answers that came are kept.
     """
-    with only_one(config.folder):
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with Lock(config.folder / LOCK, "synthesize run"):
         setup = Setup.of(config, export=True)
         setup.warn()
         write_atomic(config.folder / SETTINGS, to_yaml(config))

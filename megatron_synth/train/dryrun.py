@@ -20,7 +20,7 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
 
     progress: of a run that would go on.
 
-    Sources that are not prepared yet are told as such. Those that are prepared are checked as for training.
+    Sources that are not prepared yet are reported as such. Those that are prepared are checked as for training.
 
     Raises:
         ConfigError: the layout is impossible.

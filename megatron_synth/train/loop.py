@@ -28,12 +28,13 @@ from megatron_synth.model import kernels
 from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from megatron_synth.train.batch import TensorBatch, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.recorder import Recorder
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.run_lock import RunLock
 from megatron_synth.train.record.wandb import Tracker
 from megatron_synth.train.schedule import learning_rate
 from megatron_synth.train.signals import StopRequest, listen
@@ -63,13 +64,15 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
     """
     stop = listen()
     plan = decide(config, layout)
-    with stop.before_failing(), process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes) as ranks:
+    group = process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes)
+    with stop.before_failing(), group as ranks, RunLock(run_path) as lock:
         kernels.check_same_on_all_ranks(plan.kernels)
         from megatron_synth.train.checkpoint.resume import starting_point
 
-        # all that can be refused is refused before the run directory is made or changed
+        # from here on what is in the run directory is ours; all that can be refused is refused before it is changed
+        on_main(ranks, lock.take)
         start = starting_point(config, data, run_path)
-        trainer = Trainer(plan, data, ranks, run_path)
+        trainer = Trainer(plan, data, ranks, run_path, lock)
         with trainer.watch:
             try:
                 trainer.build(start)
@@ -104,7 +107,7 @@ def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
 class Trainer:
     """A run on this rank: model, optimizer, data position and record."""
 
-    def __init__(self, plan: RunPlan, data: RunData, ranks: Ranks, run_path: Path):
+    def __init__(self, plan: RunPlan, data: RunData, ranks: Ranks, run_path: Path, lock: RunLock):
         from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
         self.plan, self.config, self.layout, self.data, self.ranks = plan, plan.config, plan.layout, data, ranks
@@ -114,6 +117,7 @@ class Trainer:
         self.run_dir = on_main(
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
+        on_main(ranks, lambda: lock.begin(self.run_dir))
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
         self.watch = Watch(
@@ -268,7 +272,9 @@ class Trainer:
 
     def _batches(self) -> list[TensorBatch]:
         # a step ends with a wait for the device: nothing reads the buffers of the last step any more
-        return [to_device(batch, self.ranks.device, self.config.data) for batch in self.prefetcher.step(self.samples)]
+        with reading(self.layout):
+            batches = self.prefetcher.step(self.samples)
+        return [to_device(batch, self.ranks.device, self.config.data) for batch in batches]
 
     def _is_written(self) -> bool:
         """Wait for the save that is being written, if there is one; False: it failed."""

@@ -175,6 +175,8 @@ class Stepper(Pipeline):
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
         self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else data_size
         self._clock = _Clock(ranks.device)
+        # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
+        self._agreed = torch.zeros(4, dtype=torch.float64, pin_memory=ranks.device.type == "cuda")
         for model in {id(chunk.config): chunk.config for chunk in chunks}.values():
             model.finalize_model_grads_func = self._clock.stopped_by(model.finalize_model_grads_func)
 
@@ -223,9 +225,14 @@ class Stepper(Pipeline):
         if gradients:
             stats[0] = square_sum(gradients) / self._gradient_copies
         stats[1] = (~torch.isfinite(sums[LOSS])).sum()
-        stats[2], stats[3] = float(stop_requested), float(save_requested)
+        for place, asked in ((2, stop_requested), (3, save_requested)):
+            if asked:  # by a kernel; assigning a number to an element copies it from the host, which waits
+                stats[place].fill_(1.0)
         torch.distributed.all_reduce(stats)
-        square, not_finite, stop, save = stats.tolist()
+        self._agreed.copy_(stats, non_blocking=True)
+        if stats.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        square, not_finite, stop, save = self._agreed.tolist()
         return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0, save > 0
 
     @torch.no_grad()

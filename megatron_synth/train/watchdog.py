@@ -9,7 +9,6 @@ writes the summary and prints it, and all leave with exit code 70. The main thre
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from megatron_synth.config.errors import EXIT_RANK_LOST, RankError, UserError
@@ -240,8 +240,7 @@ class Watch:
 
     def _frames(self) -> Iterator[str]:
         """The innermost three lines of the main thread, torch's and megatron-core's left out unless there are no others."""
-        frame = sys._current_frames().get(self._main or 0)
-        lines = []
+        frame, lines = sys._current_frames().get(self._main or 0), []
         while frame is not None:
             file = frame.f_code.co_filename
             lines.append(("/torch/" in file, f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"))
@@ -277,8 +276,13 @@ class Watch:
         beat = self._own()
         with (self._folder / f"rank-{self._rank}.txt").open("w") as file:
             file.write(f"rank {beat.rank} on {beat.host}, pid {beat.pid}: {beat.place} for {beat.since_s:.0f} s\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+            frames = sys._current_frames()
+            threads = sorted(threading.enumerate(), key=lambda thread: thread.ident != self._main)  # the main one first
+            for thread in threads:
+                if thread.ident in frames and thread is not self._thread:
+                    file.write(f"{thread.name}, the innermost line first\n")
+                    file.writelines(f"  {line}\n" for line in _lines(frames[thread.ident]))
+                    file.write("\n")
 
     # ---- what the beats say
 
@@ -325,6 +329,13 @@ class Watch:
             lines.append(f"  no beat of rank {_some(missing)}: ended, or never begun")
         lines.append(f"Stacks: {self._folder}/rank-N.txt. Started again, the run resumes from its last checkpoint")
         return "\n".join(lines)
+
+
+def _lines(frame: FrameType | None) -> Iterator[str]:
+    """The lines of a stack, without their source: the disk that it is on may be what all wait for."""
+    while frame is not None:
+        yield f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
 
 
 def _waits(where: str) -> bool:

@@ -40,7 +40,8 @@ class Quantized(torch.Tensor):
     def write(self, values: Tensor, begin: int = 0, amax: Tensor | None = None) -> None:
         amax = fp8.amax_of(values) if amax is None else amax
         scale = fp8.scale_for(amax, fp8.E4M3)
-        data, _, _ = fp8.quantize_tensorwise(values.reshape(1, -1), scale, fp8.E4M3, transposed=False)
+        scaling = fp8.Scaling(torch.zeros(()), amax=amax)
+        data, _ = fp8.quantize_tensorwise(values.reshape(1, -1), scaling, fp8.E4M3, transposed=False)
         assert data is not None
         self._data.view(-1)[begin : begin + values.numel()] = data.view(torch.uint8).view(-1)
         self._scale_inv.fill_(1 / scale)

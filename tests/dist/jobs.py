@@ -212,6 +212,24 @@ def train_with_a_full_disk(arguments: list[str], saves: Sequence[int], target: i
     return cli.main(arguments)
 
 
+def train_without_room_for_a_copy(arguments: list[str], saves: Sequence[int], target: int) -> int:
+    """Train; for its saves of these numbers, rank `target` gets no memory of the host."""
+    from megatron_synth.cli import main as cli
+    from megatron_synth.train.checkpoint.writer import HostBuffer
+
+    number, reserve = 0, HostBuffer.reserve
+
+    def limited(self: Any, size: int) -> None:
+        nonlocal number
+        number += 1
+        if number in saves and rank() == target:
+            raise OSError("the host has no memory left")
+        reserve(self, size)
+
+    HostBuffer.reserve = limited  # type: ignore[method-assign]
+    return cli.main(arguments)
+
+
 def train_with_a_slow_disk(arguments: list[str], interval: int, steps: int) -> tuple[int, int]:
     """Train where the file of a save, every `interval` steps, is not written before the next step has begun.
 

@@ -11,7 +11,6 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -23,10 +22,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.parallel import local_ranks
 from tests.support import ROOT
 
 _PRELOAD = ["pytest", "tests.dist.engine"]
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ENGINE = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",
@@ -71,23 +70,9 @@ def _environment(values: dict[str, str]) -> Any:
         os.environ.update(saved)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _work(
-    results: connection.Connection, environment: dict[str, str], output: str, timeout: float, function: str, args: Any
-) -> None:
+def _work(local_rank: local_ranks.LocalRank, results: connection.Connection, timeout: float, function: str, args: Any) -> None:
     """The life of a rank."""
-    for name in _LAUNCHER:
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    for descriptor, suffix in ((1, "out"), (2, "err")):
-        file = os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        os.dup2(file, descriptor)
-        os.close(file)
+    local_rank.enter(alone=local_rank.world_size == 1)
     # the server's own are bound to what it was started with
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.dump_traceback_later(timeout, file=sys.stderr)
@@ -136,23 +121,15 @@ class RankPool:
         """
         assert 1 <= world_size <= 4
         self._jobs += 1
-        port = str(_free_port())
-        processes: list[BaseProcess] = []
-        pipes: list[connection.Connection] = []
         output = [str(Path(self._folder.name) / f"{self._jobs}-{rank}") for rank in range(world_size)]
-        for rank in range(world_size):
-            environment = {}
-            if world_size > 1:
-                values = (rank, rank, world_size, world_size, "127.0.0.1", port)
-                environment = dict(zip(_LAUNCHER, map(str, values), strict=True))
-            receiver, sender = self._context.Pipe(duplex=False)
-            process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
-                target=_work, args=(sender, environment, output[rank], timeout, function, args), daemon=True
-            )
-            process.start()
-            sender.close()
-            processes.append(process)
-            pipes.append(receiver)
+        started = local_ranks.start(
+            self._context,
+            world_size,
+            _work,
+            (timeout, function, args),
+            lambda rank: (Path(f"{output[rank]}.out"), Path(f"{output[rank]}.err")),
+        )
+        processes, pipes = started.processes, started.pipes
         try:
             return self._collect(function, processes, pipes, output, timeout)
         finally:

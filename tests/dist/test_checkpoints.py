@@ -166,6 +166,18 @@ def test_a_full_disk_is_a_warning_and_training_goes_on(
     assert checkpoint_names(run) == ["step_00000015", LAST]
 
 
+def test_a_host_without_room_for_the_copy_is_a_warning_and_training_goes_on(
+    ranks: RankPool, config: Path, trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, arguments = tmp_path / "run", _arguments(config, tmp_path / "run", "tp2", "checkpoint.interval=5")
+    results = ranks.run(2, "tests.dist.jobs.train_without_room_for_a_copy", arguments, [2], 1)
+    assert [result.value for result in results] == [0, 0]
+    told = "the checkpoint of step 10 could not be written: rank 1: the host has no memory left"
+    assert told in results[0].stdout and told in (run / "events.log").read_text()
+    assert_same_losses(read_metrics(run), trained("tp2").records, 0)
+    assert checkpoint_names(run) == ["step_00000015", LAST]
+
+
 @pytest.mark.parametrize(("layout", "target"), [("single", 0), ("tp2", 1)])
 def test_a_full_disk_at_the_end_is_an_error_and_leaves_the_checkpoint_before(
     layout: str, target: int, ranks: RankPool, config: Path, trained: Callable[..., Run], train: Train, tmp_path: Path

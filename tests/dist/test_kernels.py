@@ -42,6 +42,6 @@ def test_the_same_run(layout: str, settings: tuple[str, ...], trained: Callable[
 
 def test_a_kernel_that_cannot_be_had_is_told_once_and_nothing_is_written(train: Train, tmp_path: Path) -> None:
     results = train(tmp_path / "run", "tp2", *SMALL, "kernels.wgrad=apex", code=2)
-    told = "kernels.wgrad: wgrad by apex cannot be had on cpu: needs a CUDA device"
+    told = "kernels.wgrad: wgrad by apex is unavailable on cpu: needs a CUDA device"
     assert told in results[0].stderr and results[1].stderr == ""
     assert not (tmp_path / "run").exists()

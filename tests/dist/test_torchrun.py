@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
+from megatron_synth.cluster.status import status
+from megatron_synth.train.checkpoint import files
 from tests.dist.conftest import Run
 from tests.support import ROOT, assert_same_losses, checkpoint_names, read_metrics
 
@@ -98,6 +103,38 @@ def test_the_launch_script_stops_and_resumes(config: Path, tmp_path: Path) -> No
     )
     assert again.returncode == 0, again.stderr
     assert [record["step"] for record in read_metrics(run)] == list(range(1, stopped + 3))
+
+
+def test_ranks_end_with_a_launcher_that_is_killed_and_the_next_start_takes_over(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("optim.schedule=constant", "checkpoint.interval=2", "log.interval=1", "eval.interval=null")
+    settings += ("data.sources.web.max_epochs=.inf", "data.sources.qa.max_epochs=.inf")
+    script = [str(ROOT / "launch" / "local.sh"), "2", str(config), *settings, "--run-dir", str(run)]
+    with subprocess.Popen(
+        [*script, "train.steps=100000"], env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 5/"):
+                break
+        (agent,) = [child for child in psutil.Process(process.pid).children() if "agent" in " ".join(child.cmdline())]
+        ranks = agent.children()
+        assert len(ranks) == 2
+        second = _start("-m", "megatron_synth", "train", str(config), *settings, "--run-dir", str(run))
+        assert second.returncode == 2 and "in use by `megatron-synth train` of " in second.stderr, second.stderr
+        assert re.search(rf"pid ({'|'.join(str(rank.pid) for rank in ranks)}), since", second.stderr)
+        agent.kill()
+        rest = process.stdout.read()
+        assert process.wait(timeout=120) == 70, rest
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive and "ended by signal 9, and its ranks with it; the same command resumes" in rest
+    assert status(run, {}).state == "killed"
+    more = files.step_of(files.candidates(run)[0]) + 2
+    again = _start("-m", "megatron_synth", "train", str(config), *settings, f"train.steps={more}", "--run-dir", str(run))
+    assert again.returncode == 0, again.stderr
+    assert "died without a word; its lock is taken over" in again.stderr
+    assert "the start before this one died without a word" in (run / "events.log").read_text()
+    assert status(run, {}).state == "done" and not (run / ".lock").exists()
 
 
 _LISTENING = """

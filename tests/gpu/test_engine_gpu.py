@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_synth.train.record import metrics
-from tests.support import ROOT, read_ledger, read_metrics, write_config, write_corpus
+from tests.support import child_environment, read_ledger, read_metrics, write_config, write_corpus
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +29,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: Path, run: Path, *settings: str, gpu: bool = True) -> Path:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment = child_environment()
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "megatron_synth", "train", str(config), *settings, "--run-dir", str(run)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from megatron_synth_kernels.torch import fp8
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, Quantized, Scaling
 from megatron_synth_kernels.triton import quantize as triton_quantize
-from tests.kernels.test_quantize import FORMATS, bits, matrix
+from tests.kernels.test_quantize import FORMATS, bits, by_scale, matrix
 
 
 def same(found: Quantized | None, expected: Quantized | None) -> None:
@@ -26,16 +28,31 @@ def test_tensorwise_kernel(shape: tuple[int, int], source: torch.dtype, dtype: t
     wide = matrix(shape[0], shape[1] + 16, source)
     for x in (wide[:, : shape[1]].contiguous(), wide[:, 16:]):  # the second with rows apart
         scale = fp8.scale_for(fp8.amax_of(x), dtype) * 3
-        expected = fp8.quantize_tensorwise(x, scale, dtype)
-        found = triton_quantize.quantize_tensorwise(x, scale, dtype)
-        for ours, theirs in zip(found[:2], expected[:2], strict=True):
-            assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
-        assert torch.equal(found[2], expected[2]) and torch.equal(triton_quantize.amax_of(x), expected[2])
+        expected = by_scale(partial(fp8.quantize_tensorwise, x), scale, dtype)
+        found = by_scale(partial(triton_quantize.quantize_tensorwise, x), scale, dtype)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(bits(ours), bits(theirs))
+        assert torch.equal(triton_quantize.amax_of(x), expected[3])
         assert torch.equal(bits(triton_quantize.transpose(found[0])), bits(found[1]))
-    only_row = triton_quantize.quantize_tensorwise(x, scale, dtype, transposed=False)
+    quantize = partial(triton_quantize.quantize_tensorwise, x)
+    only_row = by_scale(quantize, scale, dtype, transposed=False)
     assert only_row[1] is None and torch.equal(bits(only_row[0]), bits(found[0]))
-    only_transposed = triton_quantize.quantize_tensorwise(x, scale, dtype, row=False)
+    only_transposed = by_scale(quantize, scale, dtype, row=False)
     assert only_transposed[0] is None and torch.equal(bits(only_transposed[1]), bits(found[1]))
+
+
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("amax", [3.0, 2.0**-140, 0.0, torch.inf])
+def test_a_scale_that_follows_from_the_magnitude(amax: float, margin: int) -> None:
+    """Of whatever size: the bits of the scale, its inverse and what is noted are those of the definition."""
+    x = matrix(32, 48).clamp(-3, 3)
+    results = []
+    for quantizer in (fp8, triton_quantize):
+        scaling = Scaling(torch.zeros(()), amax=torch.tensor(amax), noted=torch.tensor(2.0), margin=margin)
+        results.append((*quantizer.quantize_tensorwise(x, scaling, E4M3), scaling.inverse.nan_to_num(-1.0), scaling.noted))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(bits(found), bits(expected))
+    assert results[0][3] == max(amax, 2.0)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -65,4 +82,5 @@ def test_kernels_report_what_is_not_finite(bad: float) -> None:
     x = matrix(32, 32)
     x[7, 7] = bad
     assert triton_quantize.amax_of(x) == torch.inf
-    assert triton_quantize.quantize_tensorwise(x, torch.tensor(1.0), E4M3)[2] == torch.inf
+    _, _, inverse, noted = by_scale(partial(triton_quantize.quantize_tensorwise, x), torch.tensor(1.0), E4M3)
+    assert noted == torch.inf and torch.isnan(inverse)

@@ -5,6 +5,7 @@ test_quantize.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from megatron_synth_kernels.triton import (
     swiglu_quantize as triton_swiglu_quantize,
 )
 from tests.kernels.interpreted_quantize import same
-from tests.kernels.test_quantize import bits, matrix
+from tests.kernels.test_quantize import bits, by_scale, matrix
 from tests.kernels.triton_support import poisoned
 
 EPS = 1e-5
@@ -64,17 +65,22 @@ def test_one_scale(made: Callable[..., tuple[Callable[[], Source], Tensor]], num
     source, expected = made(144, 96, torch.bfloat16)
     with poisoned():
         current = source()
-        amax = current.amax()
+        amax = current.amax(torch.zeros(()))
         assert torch.equal(amax, fp8.amax_of(expected))
         scale = fp8.scale_for(amax, number_format) * 3  # the largest do not fit
-        found = current.tensorwise(scale, number_format)
-    for ours, theirs in zip(found[:2], fp8.quantize_tensorwise(expected, scale, number_format)[:2], strict=True):
+        scaling = fp8.Scaling(torch.zeros(()), amax=amax)
+        found = current.tensorwise(scaling, number_format)
+    defined = fp8.Scaling(torch.zeros(()), amax=amax)
+    for ours, theirs in zip(found, fp8.quantize_tensorwise(expected, defined, number_format), strict=True):
         assert ours is not None and theirs is not None and torch.equal(bits(ours), bits(theirs))
-    assert torch.equal(found[2], amax)
+    assert torch.equal(scaling.inverse, defined.inverse)
     # delayed scaling asks for no magnitude first
-    row, nothing, seen = source().tensorwise(scale, number_format, transposed=False)
-    assert nothing is None and row is not None and found[0] is not None and torch.equal(bits(row), bits(found[0]))
-    assert torch.equal(seen, amax)
+    known = by_scale(source().tensorwise, scale, number_format)
+    for ours, theirs in zip(known, by_scale(partial(fp8.quantize_tensorwise, expected), scale, number_format), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    assert torch.equal(known[3], amax)
+    row, nothing, _, seen = by_scale(source().tensorwise, scale, number_format, transposed=False)
+    assert nothing is None and torch.equal(bits(row), bits(known[0])) and torch.equal(seen, amax)
 
 
 @SOURCES
@@ -95,7 +101,7 @@ def test_what_is_not_finite_is_reported() -> None:
         triton_swiglu_quantize.SwiGLUGradient(grad, x),
         triton_norm_quantize.Normalized(x, torch.ones(64), EPS),
     ):
-        assert source.amax() == torch.inf
+        assert source.amax(torch.zeros(())) == torch.inf
 
 
 def test_gradients_of_the_norm_are_those_of_the_definition() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from megatron_synth.cli import kernels
 from megatron_synth.config.errors import UserError
 from megatron_synth_kernels.registry import OPERATIONS, TRITON
-from tests.support import ROOT
+from tests.support import ROOT, child_environment
 
 pytest.importorskip("triton")
 MODELS = list(kernels.COMPILED_FOR)
@@ -24,7 +23,7 @@ MODELS = list(kernels.COMPILED_FOR)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
     """What --json wrote and what was printed; in a process without the interpreter."""
     file = tmp_path_factory.mktemp("compile") / "kernels.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment = child_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-m", "megatron_synth", "kernels", "--compile", "--json", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

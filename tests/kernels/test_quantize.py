@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_synth_kernels.torch import fp8
-from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantized
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, E5M2, LARGEST, Quantized, Scaling
 from tests.support import ROOT
 
 FORMATS = [E4M3, E5M2]
@@ -28,6 +31,14 @@ def matrix(n: int, k: int, dtype: torch.dtype = torch.float32, *, seed: int = 0)
     x = torch.randn(n, k, generator=generator) * torch.exp(4 * torch.randn(n, k, generator=generator))
     x[torch.rand(n, k, generator=generator) < 0.05] = 0
     return x.to(dtype)
+
+
+def by_scale(
+    quantize: Callable[..., Any], scale: Tensor, dtype: torch.dtype, **wanted: bool
+) -> tuple[Any, Any, Tensor, Tensor]:
+    """Both orders by a known scale, the inverse that is kept, and the magnitude that is noted."""
+    inverse, noted = torch.zeros(()).to(scale.device), torch.zeros(()).to(scale.device)
+    return *quantize(Scaling(inverse, scale=scale, noted=noted), dtype, **wanted), inverse, noted
 
 
 # ---- the definition
@@ -51,7 +62,8 @@ def test_scales_bring_the_largest_number_to_the_end_of_the_format(dtype: torch.d
 def test_tensorwise_saturates_and_rounds_to_nearest(dtype: torch.dtype) -> None:
     x = matrix(48, 80)
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 8  # the largest numbers do not fit
-    row, transposed, amax = fp8.quantize_tensorwise(x, scale, dtype)
+    row, transposed, inverse, amax = by_scale(partial(fp8.quantize_tensorwise, x), scale, dtype)
+    assert torch.equal(inverse, 1 / scale)
     assert row is not None and transposed is not None
     assert torch.equal(amax, x.abs().max())
     assert torch.equal(bits(transposed), bits(row).t())
@@ -100,12 +112,12 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
     x = matrix(BLOCK, BLOCK)
     x[3, 5] = bad
     amax = fp8.amax_of(x)
-    row, _, seen = fp8.quantize_tensorwise(x, torch.tensor(1.0), E4M3)
+    row, _, inverse, seen = by_scale(partial(fp8.quantize_tensorwise, x), torch.tensor(1.0), E4M3)
     assert row is not None and not torch.isfinite(amax) and not torch.isfinite(seen)
     good, _ = fp8.quantize_128x128(matrix(BLOCK, BLOCK), E4M3)
     assert good is not None
     unit = Quantized(good.data, torch.tensor(1.0))
-    assert torch.isnan(fp8.product(Quantized(row, fp8.inverse_scale(torch.tensor(1.0), seen)), unit, torch.float32)).all()
+    assert torch.isnan(fp8.product(Quantized(row, inverse), unit, torch.float32)).all()
     for result in (*fp8.quantize_1x128(x, E4M3), *fp8.quantize_128x128(x, E4M3)):
         assert result is not None and torch.isnan(fp8.product(result, good, torch.float32)).any()
 
@@ -119,10 +131,9 @@ def test_product_is_that_of_the_dequantized_numbers(formats: tuple[torch.dtype, 
         if scaling == "blocks":
             result, _ = blocks(tensor, dtype)
         else:
-            amax = fp8.amax_of(tensor)
-            scale = fp8.scale_for(amax, dtype)
-            data, _, _ = fp8.quantize_tensorwise(tensor, scale, dtype)
-            result = None if data is None else Quantized(data, fp8.inverse_scale(scale, amax))
+            inverse = torch.zeros(())
+            data, _ = fp8.quantize_tensorwise(tensor, Scaling(inverse, amax=fp8.amax_of(tensor)), dtype)
+            result = None if data is None else Quantized(data, inverse)
         assert result is not None
         operands.append(result)
     a, b = operands

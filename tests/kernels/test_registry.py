@@ -1,4 +1,4 @@
-"""Choices among backends: what can be had, what is forced, what is told."""
+"""Choices among backends: what is available, what is forced, what is reported."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_library_of_another_version_or_that_breaks_is_told(monkeypatch: pytest
 
 def test_what_is_forced_and_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(KernelUnavailable, match="rope by triton cannot be had on cpu: needs a CUDA device"):
+    with pytest.raises(KernelUnavailable, match="rope by triton is unavailable on cpu: needs a CUDA device"):
         choose({"rope": "triton"}, CPU, torch.float32)
     with pytest.raises(KernelUnavailable, match="no backend 'te' for rope; one of: auto, triton, torch, compile"):
         choose({"rope": "te"}, CPU, torch.float32)
@@ -109,7 +109,7 @@ def test_compilation_needs_a_compiler_and_is_never_taken_by_itself(config_file: 
             assert choose({"rope": "compile"}, CPU, torch.float32)["rope"].backend == "compile"
         else:
             with pytest.raises(
-                ConfigError, match=f"kernels.rope: rope by compile cannot be had on cpu: {expected}".replace("+", r"\+")
+                ConfigError, match=f"kernels.rope: rope by compile is unavailable on cpu: {expected}".replace("+", r"\+")
             ):
                 kernels.select(load_file(Config, config_file, ["kernels.rope=compile"]))
     (config_file.parent / "Python.h").unlink()
@@ -186,7 +186,7 @@ def test_a_run_that_names_what_is_not_there_is_told_before_anything_starts(
         pytest.skip("Triton can be had here")
     config = load_file(Config, config_file, ["kernels.rms_norm=triton"])
     with pytest.raises(
-        ConfigError, match=r"kernels.rms_norm: rms_norm by triton cannot be had on cpu: needs a CUDA device; cho"
+        ConfigError, match=r"kernels.rms_norm: rms_norm by triton is unavailable on cpu: needs a CUDA device; cho"
     ):
         kernels.select(config)
     with pytest.raises(ConfigError, match=r"kernels.rope: expected 'auto', 'triton', 'torch' or 'compile', got 'te'"):

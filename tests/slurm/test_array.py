@@ -95,7 +95,7 @@ def test_a_script_submitted_by_hand_and_a_wrong_configuration(two: Lab, tmp_path
     assert (state.state, state.exit_code, state.restarts) == ("FAILED", 2, 0)
     log = (tmp_path / "log").read_text()
     assert log.count("train.stpes: unknown key") == 2  # the rank's error and the verdict
-    assert "only a user can mend this" in log and not (tmp_path / "run").exists()
+    assert "only a user can fix this" in log and not (tmp_path / "run").exists()
 
 
 def test_ranks_and_verdicts_run_inside_the_container(two: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

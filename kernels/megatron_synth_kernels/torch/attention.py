@@ -5,7 +5,10 @@ S tokens, B sequences, A query heads, G key/value heads (A a multiple of G), D c
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +98,7 @@ def _take(lengths: list[int], total: int) -> list[int]:
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Flash attention for sequences of unequal length (Dao, 2023, arXiv 2307.08691), in torch since 2.10."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn, must_say_grouped = _varlen()
     sequence, batch, heads, _ = query.shape
     q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [B S, A or G, D]
     out = varlen_attn(
@@ -109,10 +111,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, cu_seqlens: 
         max_seqlen,
         scale=scale,
         window_size=(-1, 0),  # causal
-        enable_gqa=heads != key.shape[2],
+        **({"enable_gqa": heads != key.shape[2]} if must_say_grouped else {}),
     )
     assert isinstance(out, Tensor)
     return out.reshape(batch, sequence, -1).transpose(0, 1).contiguous()
+
+
+@cache
+def _varlen() -> tuple[Any, bool]:
+    """torch's function, and whether it must be told of grouped queries. Before torch 2.12 it takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float, cu_seqlens: Tensor) -> Tensor:

@@ -51,17 +51,63 @@ Pair = tuple[Quantized | None, Quantized | None]
 """A matrix and its transpose, None where not wanted."""
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """The one scale of a tensor: where its quantizer finds it, and what the quantizer leaves behind.
+
+    All are fp32 [], on the device. So a quantizer does with single numbers what must be done, and nobody launches a kernel
+    for one of them. Exactly one of `amax` and `scale` is given.
+
+    inverse: 0 before, and then what the elements must be multiplied by; NaN if the tensor is not finite.
+    amax: the largest magnitude, from which the scale follows by `scale_for`.
+    scale: the factor, where it is known before the tensor is.
+    noted: raised to the largest magnitude; None: nobody asks.
+    margin: of `scale_for`.
+    """
+
+    inverse: Tensor
+    amax: Tensor | None = None
+    scale: Tensor | None = None
+    noted: Tensor | None = None
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        assert (self.amax is None) != (self.scale is None), "a scale is given, or follows from a magnitude"
+
+
+class Scalars:
+    """Zeroed fp32 numbers [] of a device, many from one launch."""
+
+    _PER_SLAB = 1024
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._left: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """The next number. Its slab lives as long as one of its numbers does."""
+        if not self._left:
+            slab = torch.zeros(self._PER_SLAB, dtype=torch.float32, device=self._device)
+            # by `data` each has a version of its own: what autograd saved of one stays good when another is written
+            self._left = [number.data for number in slab.unbind()]
+        return self._left.pop()
+
+
 def scale_for(amax: Tensor, dtype: torch.dtype, *, margin: int = 0, power_of_two: bool = False) -> Tensor:
     """The factor that brings `amax` to the largest number of `dtype`, divided by 2^margin: fp32, shape of `amax`.
 
     1 where amax is 0 or not finite. `power_of_two` rounds down to one: scaling is then exact but for the format's range.
     """
-    scale = (LARGEST[dtype] / 2.0**margin) / amax
-    scale = scale.clamp(max=_LARGEST_SCALE)
-    scale = torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
+    scale = scale_to(LARGEST[dtype] / 2.0**margin, amax)
     if power_of_two:  # clear the mantissa
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return scale
+
+
+def scale_to(largest: float | Tensor, amax: Tensor) -> Tensor:
+    """The factor that brings `amax` to `largest`, fp32; 1 where amax is 0 or not finite."""
+    scale = (amax.reciprocal() * largest).clamp(max=_LARGEST_SCALE)  # rounded twice; kernels do the same
+    return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
 
 def inverse_scale(scale: Tensor, amax: Tensor) -> Tensor:
@@ -69,9 +115,13 @@ def inverse_scale(scale: Tensor, amax: Tensor) -> Tensor:
     return 1.0 / scale + (amax - amax)
 
 
-def amax_of(x: Tensor) -> Tensor:
-    """Largest magnitude: [] fp32; infinity if x is not finite, since reductions over ranks may lose a NaN."""
-    return torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).nan_to_num(torch.inf, torch.inf)
+def amax_of(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Largest magnitude: [] fp32; infinity if x is not finite, since reductions over ranks may lose a NaN.
+
+    `out`: 0 before, the result after; None: it is made.
+    """
+    amax = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).nan_to_num(torch.inf, torch.inf)
+    return amax if out is None else out.copy_(amax)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,22 +131,27 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_tensorwise(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """saturate(x * scale) in both orders, and the magnitude of x, in one pass.
+    x: Tensor, scaling: Scaling, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """saturate(x * scale) in both orders, in one pass.
 
     Args:
         x: [N, K], bf16 or fp32, rows contiguous.
-        scale: [] fp32.
+        scaling: of x; its `inverse` and `noted` are written.
         dtype: E4M3 or E5M2.
         row: whether the first result is wanted.
         transposed: whether the second is.
 
     Returns:
-        [N, K] and its transpose [K, N], contiguous, None where not wanted; `amax_of` x.
+        [N, K] and its transpose [K, N], contiguous, None where not wanted.
     """
+    amax = amax_of(x) if scaling.amax is None else scaling.amax
+    scale = scale_for(amax, dtype, margin=scaling.margin) if scaling.scale is None else scaling.scale
+    scaling.inverse.copy_(inverse_scale(scale, amax))
+    if scaling.noted is not None:
+        torch.maximum(scaling.noted, amax, out=scaling.noted)
     data = _rounded(x.float() * scale, dtype)  # a bf16 tensor times a scalar tensor would be rounded to bf16
-    return data if row else None, transpose(data) if transposed else None, amax_of(x)
+    return data if row else None, transpose(data) if transposed else None
 
 
 def quantize_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
@@ -185,15 +240,15 @@ class Source:
             self._value = self._make()
         return self._value
 
-    def amax(self) -> Tensor:
-        """`amax_of` the matrix."""
-        return amax_of(self.value())
+    def amax(self, out: Tensor) -> Tensor:
+        """`amax_of` the matrix, in `out`."""
+        return amax_of(self.value(), out)
 
     def tensorwise(
-        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self, scaling: Scaling, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """`quantize_tensorwise` of the matrix."""
-        return quantize_tensorwise(self.value(), scale, dtype, row=row, transposed=transposed)
+        return quantize_tensorwise(self.value(), scaling, dtype, row=row, transposed=transposed)
 
     def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
         """`quantize_1x128` of the matrix."""

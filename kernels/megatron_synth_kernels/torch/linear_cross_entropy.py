@@ -6,7 +6,7 @@ hidden states. (Chunks and gradients in the forward pass: Hsu et al., 2024, arXi
 tensor-parallel ranks share, the weight gradient straight in fp32, per-token losses beside the gradient.)
 
 In the forward pass the gradient that will come in from above is not known. It is a scalar, because the function returns the
-weighted sum of the losses, and what it will be is told as `grad_scale`; the backward pass checks that it is.
+weighted sum of the losses, and what it will be is passed as `grad_scale`; the backward pass checks that it is.
 
 N tokens, H hidden size, V entries of this rank's part of the vocabulary.
 """

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_synth_kernels.launch import as_rows, ceil_div
-from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Source, check_blocks
+from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Scaling, Source, check_blocks
 from megatron_synth_kernels.triton.math import rounded
 from megatron_synth_kernels.triton.norm import gradients as gradients
 from megatron_synth_kernels.triton.norm import tile_of
@@ -23,11 +23,16 @@ from megatron_synth_kernels.triton.quantize import (
     FORMATS,
     block_scales,
     in_blocks,
+    leave,
     magnitude,
+    options,
     outputs,
+    pointers,
+    raise_to,
     saturated,
     store_blocks,
     store_both,
+    tensor_scale,
 )
 
 
@@ -55,7 +60,7 @@ def rms_norm_statistics_kernel(
     if MAGNITUDE:
         weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         out = x * inverse[:, None] * weight[None, :]
-        tl.atomic_max(amax_ptr, tl.max(magnitude(rounded(out, x_ptr.dtype.element_ty).to(tl.float32))))
+        raise_to(amax_ptr, tl.max(magnitude(rounded(out, x_ptr.dtype.element_ty).to(tl.float32))))
 
 
 @triton.jit
@@ -65,11 +70,15 @@ def rms_norm_tensorwise_kernel(
     inverse_ptr,
     row_ptr,
     transposed_ptr,
-    scale_ptr,
-    amax_ptr,
+    given_ptr,
+    inverse_scale_ptr,
+    noted_ptr,
     n,
     k,
     x_stride,
+    SCALED_TO: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    NOTED: tl.constexpr,
     LARGEST: tl.constexpr,
     FORMAT: tl.constexpr,
     ROW: tl.constexpr,
@@ -77,7 +86,7 @@ def rms_norm_tensorwise_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ) -> None:
-    """x [n, k] -> row [n, k], transposed [k, n]; amax [1] is raised to the tile's."""
+    """x [n, k] -> row [n, k], transposed [k, n], with a scale as `tensor_scale` finds it."""
     top, left = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_N, tl.program_id(1) * TILE_K
     rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
@@ -86,8 +95,9 @@ def rms_norm_tensorwise_kernel(
     inverse = tl.load(inverse_ptr + top + rows, mask=rows < n - top, other=0.0)
     weight = tl.load(weight_ptr + left + columns, mask=columns < k - left, other=0.0).to(tl.float32)
     out = rounded(x * inverse[:, None] * weight[None, :], x_ptr.dtype.element_ty).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(magnitude(out)))
-    data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+    scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
+    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else tl.max(magnitude(out)), FROM_AMAX, NOTED)
+    data = saturated(out * scale[:, None], LARGEST, FORMAT)
     store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
 
 
@@ -146,7 +156,7 @@ class Normalized(Source):
     def inverse(self) -> Tensor:
         """[N] fp32, for `gradients`."""
         if self._inverse is None:
-            self._statistics(magnitude=False)
+            self._statistics(None)
         assert self._inverse is not None
         return self._inverse
 
@@ -156,45 +166,42 @@ class Normalized(Source):
 
         return rms_norm(self._x, self._weight, self._eps)
 
-    def amax(self) -> Tensor:
+    def amax(self, out: Tensor) -> Tensor:
         """The largest magnitude; comes with the inverse in one pass."""
-        return self._statistics(magnitude=True)
+        self._statistics(out)
+        return out
 
-    def _statistics(self, magnitude: bool) -> Tensor:
+    def _statistics(self, amax: Tensor | None) -> None:
         x = self._x
         count, hidden = x.shape
         self._inverse = torch.empty(count, dtype=torch.float32, device=x.device)
-        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
         rows, block, warps = tile_of(hidden)
         rms_norm_statistics_kernel[(ceil_div(count, rows),)](
             *(x, self._weight, self._inverse, amax, count, x.stride(0), self._eps),
             HIDDEN=hidden,
-            MAGNITUDE=magnitude,
+            MAGNITUDE=amax is not None,
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,
         )
-        return amax[0]
 
     def tensorwise(
-        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self, scaling: Scaling, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """With one scale."""
         x, inverse = self._x, self.inverse
         n, k = x.shape
         data, other = outputs(n, k, x.device, dtype, row, transposed)
-        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
         rms_norm_tensorwise_kernel[(ceil_div(n, 128), ceil_div(k, 128))](
-            *(x, self._weight, inverse, data, other, scale, amax, n, k, x.stride(0)),
-            LARGEST=LARGEST[dtype],
-            FORMAT=FORMATS[dtype],
+            *(x, self._weight, inverse, data, other, *pointers(scaling), n, k, x.stride(0)),
+            **options(scaling, dtype),
             ROW=row,
             TRANSPOSED=transposed,
             TILE_N=128,
             TILE_K=128,
             num_warps=8,
         )
-        return data, other, amax[0]
+        return data, other
 
     def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
         """In blocks of 1 x 128."""

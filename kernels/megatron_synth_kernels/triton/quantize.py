@@ -6,13 +6,16 @@ fp8.py, bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_synth_kernels.launch import ceil_div
 from megatron_synth_kernels.registry import interpreted
-from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantized, check_blocks
+from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantized, Scaling, check_blocks
 
 _ROUNDS_WRONGLY = tl.constexpr(interpreted())
 FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -50,17 +53,68 @@ def saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def scale_for(amax, SCALED_TO: tl.constexpr):
+    """fp8.scale_for, for blocks of numbers; SCALED_TO is the format's largest number divided by 2^margin."""
+    scale = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), amax) * SCALED_TO
+    scale = tl.minimum(scale, 8.507059173023462e37)  # 2^126
+    return tl.where((amax > 0) & (amax <= 3.4028234663852886e38), scale, 1.0)
+
+
+@triton.jit
 def power_of_two_scale(amax, LARGEST: tl.constexpr):
     """fp8.scale_for(amax, power_of_two=True)."""
-    scale = tl.minimum(tl.div_rn(tl.full(amax.shape, LARGEST, tl.float32), amax), 8.507059173023462e37)  # 2^126
-    scale = tl.where((amax > 0) & (amax <= 3.4028234663852886e38), scale, 1.0)
-    return (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return (scale_for(amax, LARGEST).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def inverse_of(scale, amax):
     """fp8.inverse_scale."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale) + (amax - amax)  # inf - inf is NaN
+
+
+@triton.jit
+def raise_to(ptr, amax):
+    """One number in memory is raised to `amax`, which is not negative: their bits are in the same order as they are."""
+    bits = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.atomic_max(bits, amax.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def tensor_scale(given_ptr, SCALED_TO: tl.constexpr, FROM_AMAX: tl.constexpr):
+    """The scale [1] of a tensor: `given_ptr` holds its magnitude, where FROM_AMAX, or else the scale."""
+    given = tl.load(given_ptr + tl.arange(0, 1))
+    return scale_for(given, SCALED_TO) if FROM_AMAX else given
+
+
+@triton.jit
+def leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, seen, FROM_AMAX: tl.constexpr, NOTED: tl.constexpr):
+    """Write `inverse` and `noted` of fp8.Scaling; every program calls it.
+
+    Args:
+        given_ptr: as for `tensor_scale`.
+        inverse_scale_ptr: 0 before.
+        noted_ptr: used only where NOTED.
+        scale: of `tensor_scale`.
+        seen: largest magnitude of this program's part; used only where not FROM_AMAX.
+        FROM_AMAX: see given_ptr.
+        NOTED: see noted_ptr.
+    """
+    one = tl.arange(0, 1)
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    if FROM_AMAX:
+        if first:
+            amax = tl.load(given_ptr + one)
+            tl.store(inverse_scale_ptr + one, inverse_of(scale, amax))
+            if NOTED:
+                raise_to(noted_ptr + one, amax)
+    else:
+        if NOTED:
+            raise_to(noted_ptr, seen)
+        # the bits of a NaN are above those of all numbers: one program that saw an infinity is enough
+        bad = seen > 3.4028234663852886e38
+        if first | bad:
+            inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+            raise_to(inverse_scale_ptr + one, tl.where(bad, float("nan"), inverse))
 
 
 @triton.jit
@@ -115,11 +169,15 @@ def tensorwise_kernel(
     x_ptr,
     row_ptr,
     transposed_ptr,
-    scale_ptr,
-    amax_ptr,
+    given_ptr,
+    inverse_scale_ptr,
+    noted_ptr,
     n,
     k,
     x_stride,
+    SCALED_TO: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    NOTED: tl.constexpr,
     LARGEST: tl.constexpr,
     FORMAT: tl.constexpr,
     ROW: tl.constexpr,
@@ -127,14 +185,15 @@ def tensorwise_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ) -> None:
-    """x [n, k] -> row [n, k], transposed [k, n]; amax [1] is raised to the tile's."""
+    """x [n, k] -> row [n, k], transposed [k, n], with a scale as `tensor_scale` finds it."""
     top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
     rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
-    data = saturated(x * tl.load(scale_ptr), LARGEST, FORMAT)
+    scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
+    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else tl.max(magnitude(x)), FROM_AMAX, NOTED)
+    data = saturated(x * scale[:, None], LARGEST, FORMAT)
     store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
 
 
@@ -146,7 +205,7 @@ def amax_kernel(x_ptr, amax_ptr, n, k, x_stride, TILE_N: tl.constexpr, TILE_K: t
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(magnitude(x)))
+    raise_to(amax_ptr, tl.max(magnitude(x)))
 
 
 @triton.jit
@@ -258,36 +317,48 @@ def in_blocks(row: Tensor | None, row_scale: Tensor, transposed: Tensor | None, 
     )
 
 
+def options(scaling: Scaling, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels' constants say of a scaling and a format."""
+    return {
+        "SCALED_TO": LARGEST[dtype] / 2.0**scaling.margin,
+        "FROM_AMAX": scaling.amax is not None,
+        "NOTED": scaling.noted is not None,
+        "LARGEST": LARGEST[dtype],
+        "FORMAT": FORMATS[dtype],
+    }
+
+
+def pointers(scaling: Scaling) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """given, inverse and noted of the kernels."""
+    return scaling.scale if scaling.amax is None else scaling.amax, scaling.inverse, scaling.noted
+
+
 def quantize_tensorwise(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    x: Tensor, scaling: Scaling, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """fp8.quantize_tensorwise."""
     n, k = x.shape
     assert x.stride(1) == 1, "rows must be contiguous"
     row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
-    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(n, 128), triton.cdiv(k, 128))
-    tensorwise_kernel[grid](
-        *(x, row_data, transposed_data, scale, amax, n, k, x.stride(0)),
-        LARGEST=LARGEST[dtype],
-        FORMAT=FORMATS[dtype],
+    tensorwise_kernel[(ceil_div(n, 128), ceil_div(k, 128))](
+        *(x, row_data, transposed_data, *pointers(scaling), n, k, x.stride(0)),
+        **options(scaling, dtype),
         ROW=row,
         TRANSPOSED=transposed,
         TILE_N=128,
         TILE_K=128,
         num_warps=8,
     )
-    return row_data, transposed_data, amax[0]
+    return row_data, transposed_data
 
 
-def amax_of(x: Tensor) -> Tensor:
+def amax_of(x: Tensor, out: Tensor | None = None) -> Tensor:
     """fp8.amax_of for [N, K]."""
     n, k = x.shape
     assert x.stride(1) == 1, "rows must be contiguous"
-    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(n, 64), triton.cdiv(k, 256))
-    amax_kernel[grid](x, amax, n, k, x.stride(0), TILE_N=64, TILE_K=256, num_warps=8)
-    return amax[0]
+    amax = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
+    amax_kernel[(ceil_div(n, 64), ceil_div(k, 256))](x, amax, n, k, x.stride(0), TILE_N=64, TILE_K=256, num_warps=8)
+    return amax
 
 
 def transpose(data: Tensor) -> Tensor:
@@ -295,7 +366,7 @@ def transpose(data: Tensor) -> Tensor:
     n, k = data.shape
     assert data.is_contiguous()
     out = torch.empty((k, n), dtype=torch.uint8, device=data.device)
-    grid = (triton.cdiv(n, 128), triton.cdiv(k, 128))
+    grid = (ceil_div(n, 128), ceil_div(k, 128))
     transpose_kernel[grid](data.view(torch.uint8), out, n, k, TILE_N=128, TILE_K=128, num_warps=8)
     return out.view(data.dtype)
 
@@ -319,6 +390,13 @@ def quantize_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpose
     return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
 
 
+def _square_scales(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Memory for the scales of blocks of 128 x 128; what pads a row, if anything does, is 1."""
+    padding = -columns % 4
+    make = torch.ones if padding else torch.empty
+    return make((rows, columns + padding), dtype=torch.float32, device=device)
+
+
 def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
     """fp8.quantize_128x128."""
     check_blocks(x)
@@ -326,8 +404,8 @@ def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpo
     assert x.stride(1) == 1, "rows must be contiguous"
     row_data, transposed_data = outputs(n, k, x.device, dtype, row, transposed)
     tiles_n, tiles_k = n // BLOCK, k // BLOCK
-    row_scale = torch.ones((tiles_n, tiles_k + -tiles_k % 4), dtype=torch.float32, device=x.device)
-    transposed_scale = torch.ones((tiles_k, tiles_n + -tiles_n % 4), dtype=torch.float32, device=x.device)
+    row_scale = _square_scales(tiles_n, tiles_k, x.device)
+    transposed_scale = _square_scales(tiles_k, tiles_n, x.device)
     blocks_128x128_kernel[(tiles_n, tiles_k)](
         *(x, row_data, row_scale, transposed_data, transposed_scale, n, k, x.stride(0)),
         *(row_scale.stride(0), transposed_scale.stride(0)),

@@ -8,23 +8,30 @@ other, bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_synth_kernels.launch import as_rows, ceil_div
-from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Source, check_blocks
+from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, LARGEST, Pair, Scaling, Source, check_blocks
 from megatron_synth_kernels.triton.math import rounded
 from megatron_synth_kernels.triton.quantize import (
     FORMATS,
     block_scales,
     in_blocks,
+    leave,
     magnitude,
+    options,
     outputs,
+    pointers,
+    raise_to,
     saturated,
     store_blocks,
     store_both,
+    tensor_scale,
 )
 
 _TILE_N, _TILE_K = 128, 64
@@ -55,11 +62,15 @@ def swiglu_tensorwise_kernel(
     x_ptr,
     row_ptr,
     transposed_ptr,
-    scale_ptr,
-    amax_ptr,
+    given_ptr,
+    inverse_scale_ptr,
+    noted_ptr,
     n,
     width,
     x_stride,
+    SCALED_TO: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    NOTED: tl.constexpr,
     LARGEST: tl.constexpr,
     FORMAT: tl.constexpr,
     ROW: tl.constexpr,
@@ -67,7 +78,7 @@ def swiglu_tensorwise_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ) -> None:
-    """x [n, 2 width] -> row [n, width], transposed [width, n]; amax [1] is raised to the tile's."""
+    """x [n, 2 width] -> row [n, width], transposed [width, n]; without either, `noted` is raised to the magnitude."""
     top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
     rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     inside = (rows < n - top)[:, None] & (columns < width - left)[None, :]
@@ -75,10 +86,14 @@ def swiglu_tensorwise_kernel(
     gate = tl.load(place, mask=inside, other=0.0)
     up = tl.load(place + width, mask=inside, other=0.0)
     out = rounded(_output(gate, up), x_ptr.dtype.element_ty).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.max(magnitude(out)))
+    seen = 0.0 if FROM_AMAX else tl.max(magnitude(out))
     if ROW or TRANSPOSED:
-        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
+        leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, seen, FROM_AMAX, NOTED)
+        data = saturated(out * scale[:, None], LARGEST, FORMAT)
         store_both(data, row_ptr, transposed_ptr, n, width, top, left, rows, columns, inside, ROW, TRANSPOSED)
+    else:
+        raise_to(noted_ptr, seen)
 
 
 @triton.jit
@@ -87,12 +102,16 @@ def swiglu_gradient_tensorwise_kernel(
     x_ptr,
     row_ptr,
     transposed_ptr,
-    scale_ptr,
-    amax_ptr,
+    given_ptr,
+    inverse_scale_ptr,
+    noted_ptr,
     n,
     width,
     grad_stride,
     x_stride,
+    SCALED_TO: tl.constexpr,
+    FROM_AMAX: tl.constexpr,
+    NOTED: tl.constexpr,
     LARGEST: tl.constexpr,
     FORMAT: tl.constexpr,
     ROW: tl.constexpr,
@@ -100,7 +119,7 @@ def swiglu_gradient_tensorwise_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ) -> None:
-    """grad [n, width], x [n, 2 width] -> row [n, 2 width], transposed [2 width, n]; amax [1] is raised to the tiles'."""
+    """grad [n, width], x [n, 2 width] -> row [n, 2 width], transposed [2 width, n], or `noted` alone."""
     top, left = tl.program_id(0) * TILE_N, tl.program_id(1) * TILE_K
     rows, columns = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     inside = (rows < n - top)[:, None] & (columns < width - left)[None, :]
@@ -110,15 +129,20 @@ def swiglu_gradient_tensorwise_kernel(
     grad_place = grad_ptr + top.to(tl.int64) * grad_stride + left + rows[:, None] * grad_stride + columns[None, :]
     grad = tl.load(grad_place, mask=inside, other=0.0)
     out = rounded(_gate_gradient(grad, gate, up), x_ptr.dtype.element_ty).to(tl.float32)
-    largest = tl.max(magnitude(out))
+    seen = 0.0 if FROM_AMAX else tl.max(magnitude(out))
     if ROW or TRANSPOSED:
-        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
+        data = saturated(out * scale[:, None], LARGEST, FORMAT)
         store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left, rows, columns, inside, ROW, TRANSPOSED)
     out = rounded(_up_gradient(grad, gate), x_ptr.dtype.element_ty).to(tl.float32)
-    tl.atomic_max(amax_ptr, tl.maximum(largest, tl.max(magnitude(out))))
+    if not FROM_AMAX:
+        seen = tl.maximum(seen, tl.max(magnitude(out)))
     if ROW or TRANSPOSED:
-        data = saturated(out * tl.load(scale_ptr), LARGEST, FORMAT)
+        data = saturated(out * scale[:, None], LARGEST, FORMAT)
         store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left + width, rows, columns, inside, ROW, TRANSPOSED)
+        leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, seen, FROM_AMAX, NOTED)
+    else:
+        raise_to(noted_ptr, seen)
 
 
 @triton.jit
@@ -214,20 +238,35 @@ def swiglu_gradient_blocks_kernel(
 class _OneLaunch(Source):
     """A source whose kernel with one scale finds the largest magnitude, too, and that alone where nothing is to be written."""
 
-    def amax(self) -> Tensor:
+    def amax(self, out: Tensor) -> Tensor:
         """The largest magnitude."""
-        return self._launch(None, torch.float8_e4m3fn, False, False)[2]
+        self._launch((None, None, out), _MAGNITUDE_ALONE, False, False, torch.float8_e4m3fn)
+        return out
 
     def tensorwise(
-        self, scale: Tensor, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self, scaling: Scaling, dtype: torch.dtype, *, row: bool = True, transposed: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """With one scale."""
-        return self._launch(scale, dtype, row, transposed)
+        return self._launch(pointers(scaling), options(scaling, dtype), row, transposed, dtype)
 
     def _launch(
-        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self,
+        scaling: tuple[Tensor | None, Tensor | None, Tensor | None],
+        constants: dict[str, Any],
+        row: bool,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]:
         raise NotImplementedError
+
+
+_MAGNITUDE_ALONE: dict[str, Any] = {
+    "SCALED_TO": 1.0,
+    "FROM_AMAX": False,
+    "NOTED": True,
+    "LARGEST": LARGEST[E4M3],
+    "FORMAT": FORMATS[E4M3],
+}
 
 
 class SwiGLU(_OneLaunch):
@@ -244,22 +283,25 @@ class SwiGLU(_OneLaunch):
         return swiglu(self._x)
 
     def _launch(
-        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self,
+        scaling: tuple[Tensor | None, Tensor | None, Tensor | None],
+        constants: dict[str, Any],
+        row: bool,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]:
         x, n, width = self._x, self._n, self._width
         data, other = outputs(n, width, x.device, dtype, row, transposed)
-        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
         swiglu_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
-            *(x, data, other, scale, amax, n, width, x.stride(0)),
-            LARGEST=LARGEST[dtype],
-            FORMAT=FORMATS[dtype],
+            *(x, data, other, *scaling, n, width, x.stride(0)),
+            **constants,
             ROW=row,
             TRANSPOSED=transposed,
             TILE_N=_TILE_N,
             TILE_K=_TILE_K,
             num_warps=8,
         )
-        return data, other, amax[0]
+        return data, other
 
     def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
         """In blocks of 1 x 128."""
@@ -293,22 +335,25 @@ class SwiGLUGradient(_OneLaunch):
         return gradient(self._grad, self._x)
 
     def _launch(
-        self, scale: Tensor | None, dtype: torch.dtype, row: bool, transposed: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self,
+        scaling: tuple[Tensor | None, Tensor | None, Tensor | None],
+        constants: dict[str, Any],
+        row: bool,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]:
         grad, x, n, width = self._grad, self._x, self._n, self._width
         data, other = outputs(n, 2 * width, x.device, dtype, row, transposed)
-        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
         swiglu_gradient_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
-            *(grad, x, data, other, scale, amax, n, width, grad.stride(0), x.stride(0)),
-            LARGEST=LARGEST[dtype],
-            FORMAT=FORMATS[dtype],
+            *(grad, x, data, other, *scaling, n, width, grad.stride(0), x.stride(0)),
+            **constants,
             ROW=row,
             TRANSPOSED=transposed,
             TILE_N=_TILE_N,
             TILE_K=_TILE_K,
             num_warps=8,
         )
-        return data, other, amax[0]
+        return data, other
 
     def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
         """In blocks of 1 x 128."""

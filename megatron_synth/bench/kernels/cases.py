@@ -1,4 +1,4 @@
-"""The operations that `bench kernels` times: their inputs, what must be moved or computed, and rivals from elsewhere.
+"""The operations that `bench kernels` times: their inputs, what must be moved or computed, and baselines from elsewhere.
 
 Bytes are the least that an operation can move: each input read once, each output written once. FLOPs of causal attention are
 those of the half that is not masked.
@@ -28,7 +28,7 @@ class Case:
 
     inputs: makes a set of tensors; those that require gradients get them.
     call: (implementation, inputs) -> outputs.
-    rivals: name -> a function that makes an implementation, or raises when it cannot.
+    baselines: name -> a function that makes an implementation, or raises when it cannot.
     forward, backward: bytes moved or, where `flops`, operations; backward 0: there is none.
     """
 
@@ -36,7 +36,7 @@ class Case:
     sizes: Sizes
     inputs: Callable[[], tuple[Tensor, ...]]
     call: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]
-    rivals: dict[str, Callable[[], Any]]
+    baselines: dict[str, Callable[[], Any]]
     forward: float
     backward: float = 0.0
     flops: bool = False

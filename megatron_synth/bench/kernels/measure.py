@@ -4,7 +4,7 @@ Conventions, stated again in the table:
 
 - Inputs rotate among sets that together exceed the last-level cache, so that nothing is found there from the call before.
 - On a GPU a burst of calls is queued behind a kernel that only waits, and timed by events: launches cost nothing then. On a CPU
-  every call is timed by the clock. The median over bursts or calls is told.
+  every call is timed by the clock. The median over bursts or calls is reported.
 - GB/s are the least bytes that the operation can move, or FLOP/s its operations, over the time; the share is of a copy or of a
   square product of matrices, measured in the same process just before.
 - All implementations of an operation must agree with torch's before they are timed.
@@ -28,6 +28,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import say
 from megatron_synth.model.kernels import Sizes
 from megatron_synth_kernels.registry import COMPILE, OPERATIONS
+from megatron_synth_kernels.torch.fp8 import Scaling
 
 _AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _WAIT_CYCLES = 40_000_000  # about 20 ms, in which a burst of calls is queued
@@ -74,7 +75,7 @@ SMOKE = Effort(cache=1 << 16, calls=1, bursts=2, copy_bytes=1 << 20, product_siz
 
 
 def run(
-    sizes: Sequence[Sizes], dtype: torch.dtype, device: torch.device, effort: Effort, only: str | None, rivals: Sequence[str]
+    sizes: Sequence[Sizes], dtype: torch.dtype, device: torch.device, effort: Effort, only: str | None, baselines: Sequence[str]
 ) -> tuple[Ceilings, list[Row]]:
     """Measure.
 
@@ -84,7 +85,7 @@ def run(
         device: where.
         effort: how much.
         only: operations whose name holds this.
-        rivals: names among those of the cases, beside the registry's backends.
+        baselines: names among those of the cases, beside the registry's backends.
 
     Raises:
         UserError: `only` fits no operation, or an implementation does not compute what torch's does.
@@ -98,7 +99,7 @@ def run(
     limits = ceilings(dtype, device, effort)
     rows: list[Row] = []
     for case in todo:
-        found = _measure(case, dtype, device, effort, limits, rivals)
+        found = _measure(case, dtype, device, effort, limits, baselines)
         say(f"{case.operation} {case.sizes.name}: " + ", ".join(map(_progress, found)))
         rows += found
     if torch.distributed.is_initialized():  # for megatron-core's
@@ -148,10 +149,10 @@ def timed(calls: Sequence[Callable[[], Any]], device: torch.device, effort: Effo
     return statistics.median(times)
 
 
-def contenders(case: Case, dtype: torch.dtype, device: torch.device, rivals: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """Name -> a function that loads the implementation or raises; the registry's backends by preference, then rivals.
+def contenders(case: Case, dtype: torch.dtype, device: torch.device, baselines: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Name -> a function that loads the implementation or raises; the registry's backends by preference, then baselines.
 
-    torch.compile counts among the rivals: it takes long to build, and no run takes it by itself.
+    torch.compile counts among the baselines: it takes long to build, and no run takes it by itself.
     """
 
     def loader(operation: str, backend: Any) -> Callable[[], Any]:
@@ -172,10 +173,10 @@ def contenders(case: Case, dtype: torch.dtype, device: torch.device, rivals: Seq
         for name in passes[0]:
             found[name] = partial(lambda name: two_passes(passes[0][name](), passes[1][name]()), name)
     else:
-        backends = [one for one in OPERATIONS[case.operation].backends if one.name != COMPILE or COMPILE in rivals]
+        backends = [one for one in OPERATIONS[case.operation].backends if one.name != COMPILE or COMPILE in baselines]
         found = {backend.name: loader(case.operation, backend) for backend in backends}
-    for name, make in case.rivals.items():
-        if name in rivals:
+    for name, make in case.baselines.items():
+        if name in baselines:
             found.setdefault(name, make)
     return found
 
@@ -192,32 +193,42 @@ def _adapted(operation: str, loaded: Any) -> Any:
 
         return accumulate
     if operation == "quantise_fp8":
-        return partial(loaded.quantize_tensorwise, dtype=torch.float8_e4m3fn)
+
+        def apart(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+            return _quantized(partial(loaded.quantize_tensorwise, x), scale)
+
+        return apart
     if operation == "rms_norm_quantise":
-        return lambda x, weight, scale: loaded.Normalized(x, weight, EPS).tensorwise(scale, torch.float8_e4m3fn)
+        return lambda x, weight, scale: _quantized(loaded.Normalized(x, weight, EPS).tensorwise, scale)
     if operation == "swiglu_quantise":
 
         def both(gate_and_up: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
             sources = loaded.SwiGLU(gate_and_up), loaded.SwiGLUGradient(grad, gate_and_up)
-            return tuple(part for source in sources for part in source.tensorwise(scale, torch.float8_e4m3fn))
+            return tuple(part for source in sources for part in _quantized(source.tensorwise, scale))
 
         return both
     return loaded
 
 
+def _quantized(quantize: Callable[..., Any], scale: Tensor) -> tuple[Tensor, ...]:
+    """Both orders in e4m3, by a known scale, and the largest magnitude."""
+    inverse, noted = torch.zeros(2, dtype=torch.float32, device=scale.device).unbind()
+    return *quantize(Scaling(inverse, scale=scale, noted=noted), torch.float8_e4m3fn), noted
+
+
 def _measure(
-    case: Case, dtype: torch.dtype, device: torch.device, effort: Effort, limits: Ceilings, rivals: Sequence[str]
+    case: Case, dtype: torch.dtype, device: torch.device, effort: Effort, limits: Ceilings, baselines: Sequence[str]
 ) -> list[Row]:
     first = case.inputs()
     size = sum(x.numel() * x.element_size() for x in first)
     sets = [first, *(case.inputs() for _ in range(min(31, effort.cache // size)))]
     expected = _answer(case, contenders(case, dtype, device, ())["torch"](), first)
     rows = []
-    for name, load in contenders(case, dtype, device, rivals).items():
+    for name, load in contenders(case, dtype, device, baselines).items():
         try:
             implementation = load()
             found = _answer(case, implementation, first)
-        except Exception as error:  # a rival that this machine or these sizes do not suit; its row says so
+        except Exception as error:  # a baseline that this machine or these sizes do not suit; its row says so
             problem = (str(error).splitlines() or [repr(error)])[0]
             rows.append(Row(case.operation, case.sizes.name, "forward", name, problem=problem))
             continue

@@ -6,7 +6,7 @@ in its best ordinary eager form: scaled_dot_product_attention, `AdamW(fused=True
 mean cross-entropy taken at once over [B S, V] logits, nothing read back from the device between steps.
 
 With `precision.dtype: bf16` their weights, gradients and moments are all bf16, as in most scripts. The engine keeps
-master weights, gradients and moments in fp32: the rivals move less memory, and lose small updates.
+master weights, gradients and moments in fp32: the baselines move less memory, and lose small updates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_synth.train.batch import TensorBatch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Rival:
+class Baseline:
     """The training loop round a module that turns tokens [B, S] into logits [B, S, V]."""
 
     def __init__(self, name: str, logits: Callable[[Tensor], Tensor], model: nn.Module, config: Config):
@@ -65,7 +65,7 @@ class Rival:
 # ---- Hugging Face
 
 
-def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Rival:
+def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Baseline:
     """Transformers' LlamaForCausalLM with its SDPA attention.
 
     Args:
@@ -86,7 +86,7 @@ def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.de
         model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa")).to(DTYPES[dtype])
     model.load_state_dict(state)
     model.train()
-    return Rival("hf", lambda tokens: model(input_ids=tokens, use_cache=False).logits, model, config)
+    return Baseline("hf", lambda tokens: model(input_ids=tokens, use_cache=False).logits, model, config)
 
 
 # ---- plain PyTorch
@@ -177,13 +177,13 @@ def plain_state(weights: Mapping[str, Tensor], model: ModelConfig, rows: int) ->
     return state
 
 
-def plain(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Rival:
+def plain(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Baseline:
     """PlainLlama; arguments as for `hugging_face`."""
     rows = vocab_size(config)
     with device:
         model = PlainLlama(config.model, rows, config.train.sequence_length).to(DTYPES[config.precision.dtype])
     model.load_state_dict(plain_state(weights, config.model, rows))
-    return Rival("plain", model, model, config)
+    return Baseline("plain", model, model, config)
 
 
-RIVALS: dict[str, Callable[[Config, Mapping[str, Tensor], torch.device], Rival]] = {"hf": hugging_face, "plain": plain}
+BASELINES: dict[str, Callable[[Config, Mapping[str, Tensor], torch.device], Baseline]] = {"hf": hugging_face, "plain": plain}

@@ -1,4 +1,4 @@
-"""The engine and its rivals in one process, in turn, so that what disturbs the machine disturbs them alike.
+"""The engine and its baselines in one process, in turn, so that what disturbs the machine disturbs them alike.
 
 One pair is one block of steps of every contender, right after each other: A B C, in the next pair C B A, so that a
 drift of the machine favors nobody. A ratio compares two blocks of one pair. Whatever a table says of the spread is the
@@ -11,14 +11,14 @@ the first one and those after updates: then what is timed is the same computatio
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_synth.bench.train.baselines import RIVALS
+from megatron_synth.bench.train.baselines import BASELINES
 from megatron_synth.bench.train.engine import (
     Block,
     Contender,
@@ -90,7 +90,7 @@ class Comparison:
 def compare(
     config: Config,
     layout: Layout,
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     *,
     pairs: int,
     steps: int,
@@ -98,25 +98,27 @@ def compare(
     data: RunData | None = None,
     profiled: bool = False,
     trace: Path | None = None,
+    so_far: Callable[[Comparison], None] = lambda result: None,
 ) -> Comparison:
-    """Measure the engine, and rivals by name (keys of `rivals.RIVALS`).
+    """Measure the engine, and baselines by name (keys of `baselines.BASELINES`).
 
     Args:
         config: what to train; its data are not read.
-        layout: of the engine; rivals are possible on a single rank alone.
-        rivals: names, none for the engine alone.
+        layout: of the engine; baselines are possible on a single rank alone.
+        baselines: names, none for the engine alone.
         pairs: blocks of each contender.
         steps: timed optimizer steps in a block.
         warmup: optimizer steps before the first block, at least 1.
         data: read these with the loader, as part of the step; the engine alone. Default: random tokens on the device.
         profiled: also profile one step of the engine, after all others.
         trace: a file for the profile of rank 0.
+        so_far: given the result after each pair, on every rank: what was measured outlives a run that is cut off.
     """
     vocab_size(config)  # refuse before anything is built
     assert pairs >= 1 and steps >= 1 and warmup >= 1
-    if rivals and layout.world_size > 1:
-        raise UserError(f"rivals run on a single rank, this launch has {layout.world_size}: give --vs none")
-    assert data is None or not rivals
+    if baselines and layout.world_size > 1:
+        raise UserError(f"baselines run on a single rank, this launch has {layout.world_size}: give --vs none")
+    assert data is None or not baselines
     with process_group(layout, config.train.seed) as ranks:
         from megatron_synth.bench.train.data import real_batches
 
@@ -126,7 +128,7 @@ def compare(
         else:
             source = real_batches(config, layout, ranks, data)
         with source as batches:
-            return _compare(config, layout, ranks, batches, rivals, pairs, steps, warmup, profiled, trace)
+            return _compare(config, layout, ranks, batches, baselines, pairs, steps, warmup, profiled, trace, so_far)
 
 
 def _compare(
@@ -134,26 +136,27 @@ def _compare(
     layout: Layout,
     ranks: Ranks,
     batches: Sequence[Sequence[TensorBatch]],
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     pairs: int,
     steps: int,
     warmup: int,
     profiled: bool,
     trace: Path | None,
+    so_far: Callable[[Comparison], None],
 ) -> Comparison:
     device = ranks.device
     contenders: list[Contender] = []
     losses: list[tuple[float, ...]] = []
     held: list[int] = []
     weights: dict[str, Tensor] = {}
-    for name in ("engine", *rivals):
+    for name in ("engine", *baselines):
         before = allocated(device)
         if name == "engine":
             engine = Engine(config, layout, ranks)
-            weights = engine.weights() if rivals else {}
+            weights = engine.weights() if baselines else {}
             contenders.append(engine)
         else:
-            contenders.append(RIVALS[name](config, weights, device))
+            contenders.append(BASELINES[name](config, weights, device))
         losses.append(_warm_up(contenders[-1], batches, warmup))
         # weights and optimizer states, which exist since the first step
         held.append(allocated(device) - before)
@@ -165,8 +168,29 @@ def _compare(
         for index in order if pair % 2 == 0 else reversed(order):
             blocks[index].append(run_block(contenders[index], batches, steps, device))
         say(f"pair {pair + 1}/{pairs}: " + ", ".join(_progress(c, b[-1]) for c, b in zip(contenders, blocks, strict=True)))
+        result = Comparison(
+            _rows(config, ranks, contenders, blocks, losses, held),
+            device_name(),
+            ranks.world_size,
+            real_data=not isinstance(batches, list),
+        )
+        so_far(result)
+    if profiled:
+        shares = profile(lambda: contenders[0].step(batches[0]), device, trace if ranks.rank == 0 else None)
+        return replace(result, shares=shares)
+    return result
 
-    where = device_name()
+
+def _rows(
+    config: Config,
+    ranks: Ranks,
+    contenders: Sequence[Contender],
+    blocks: Sequence[Sequence[Block]],
+    losses: Sequence[tuple[float, ...]],
+    held: Sequence[int],
+) -> tuple[Row, ...]:
+    """The rows of what was measured so far. Called by all ranks."""
+    device, where, alone = ranks.device, device_name(), len(contenders) == 1
     rows = []
     for contender, measured, warm_losses, static in zip(contenders, blocks, losses, held, strict=True):
         all_steps = [seconds for block in measured for seconds in block.step_s]
@@ -176,13 +200,10 @@ def _compare(
         peak: int | None = None
         if device.type == "cuda":
             peak = busiest(static + max(block.peak_bytes for block in measured), ranks)
-        elif not rivals:
+        elif alone:
             peak = busiest(resident_bytes(), ranks)
         rows.append(Row(contender.name, rates, cpu_s, tuple(measured), peak, warm_losses))
-    shares = None
-    if profiled:
-        shares = profile(lambda: contenders[0].step(batches[0]), device, trace if ranks.rank == 0 else None)
-    return Comparison(tuple(rows), where, ranks.world_size, shares, real_data=not isinstance(batches, list))
+    return tuple(rows)
 
 
 def _progress(contender: Contender, block: Block) -> str:

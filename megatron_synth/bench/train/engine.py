@@ -8,7 +8,7 @@ Conventions, stated again in every table:
 - tokens/s per rank = global_batch_size x sequence_length / median step time / world size.
 - FLOPs per token are those of `estimate/flops.py`: 6 x (body + head parameters) + 12 x layers x hidden x sequence.
 - MFU is against the dense BF16 peak of the named device, and n/a on a device that is not known.
-- On a CPU, processor time is told beside the time on the wall: with one thread per process it is what the step costs,
+- On a CPU, processor time is reported beside the time on the wall: with one thread per process it is what the step costs,
   however many others want the same cores. Waiting threads count too, so it says little with more threads or ranks.
 - Peak memory is what the device allocator handed out on the busiest rank for this model alone. On a CPU it is what the
   process ever had resident, and n/a when several models share the process.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -23,7 +22,7 @@ from megatron_synth.bench.train.engine import Block, Engine, allocated, random_b
 from megatron_synth.bench.train.sweep import OUT_OF_MEMORY
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
-from megatron_synth.parallel import engine
+from megatron_synth.parallel import engine, local_ranks
 from megatron_synth.parallel.groups import process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.garbage import ManualCollection
@@ -33,8 +32,8 @@ BATCHES = 4
 OOM_STATUS = "out of memory"
 
 
-class TeamFailed(Exception):
-    """A team that cannot go on. `status`: `out of memory`, `too slow` or `failed`; `error`: what it said."""
+class RankGroupFailed(Exception):
+    """A group that cannot go on. `status`: `out of memory`, `too slow` or `failed`; `error`: what it said."""
 
     def __init__(self, status: str, error: str):
         self.status, self.error = status, error
@@ -43,7 +42,7 @@ class TeamFailed(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a team trains."""
+    """What a group trains."""
 
     config: Config
     layout: Layout
@@ -71,7 +70,7 @@ def prepare(on_gpu: bool) -> str:
     """Import the engine once, for all processes to come.
 
     Returns:
-        How `Team` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
+        How `RankGroup` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
         then a forked process could not use it, and each imports the engine by itself.
     """
     # torch then counts devices through the driver's library, and does not initialize CUDA
@@ -82,29 +81,18 @@ def prepare(on_gpu: bool) -> str:
     return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"
 
 
-class Team:
+class RankGroup:
     """The ranks of one configuration."""
 
     def __init__(self, job: Job, method: str, timeout_s: float):
         """Start the processes; `ready` waits for them."""
-        context: Any = multiprocessing.get_context(method)
-        port = _free_port()
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory()
-        self._pipes: list[connection.Connection] = []
-        self._processes: list[Any] = []
-        for rank in range(job.layout.world_size):
-            ours, theirs = context.Pipe()
-            log = Path(self._folder.name) / f"{rank}.log"
-            # the other ends of the pipes: a forked process that held one would outlive this one
-            held = [*self._pipes, ours] if method == "fork" else []
-            process = context.Process(target=_rank, args=(job, rank, port, theirs, held, log), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        context = multiprocessing.get_context(method)
+        started = local_ranks.start(context, job.layout.world_size, _rank, (job,), lambda rank: (self._log(rank), None))
+        self._processes, self._pipes = started.processes, started.pipes
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> RankGroup:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -148,7 +136,7 @@ class Team:
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
             ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TeamFailed("too slow", f"no answer within {self._timeout_s:.0f} s")
+                raise RankGroupFailed("too slow", f"no answer within {self._timeout_s:.0f} s")
             for pipe in ready:
                 assert isinstance(pipe, connection.Connection)
                 rank = waiting[pipe]
@@ -159,38 +147,25 @@ class Team:
                     code = self._processes[rank].exitcode
                     # the kernel ends a process that outgrows the host with SIGKILL
                     status = OOM_STATUS if code == -9 else "failed"
-                    raise TeamFailed(status, f"rank {rank} ended with {code}{self._last_line(rank)}") from None
+                    raise RankGroupFailed(status, f"rank {rank} ended with {code}{self._last_line(rank)}") from None
                 if kind == "error":
-                    raise TeamFailed(OOM_STATUS if OUT_OF_MEMORY.search(value) else "failed", value)
+                    raise RankGroupFailed(OOM_STATUS if OUT_OF_MEMORY.search(value) else "failed", value)
                 found[rank] = value
         return [found[rank] for rank in range(len(found))]
 
+    def _log(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"{rank}.log"
+
     def _last_line(self, rank: int) -> str:
-        log = Path(self._folder.name) / f"{rank}.log"
+        log = self._log(rank)
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _rank(
-    job: Job, rank: int, port: int, pipe: connection.Connection, held: Sequence[connection.Connection], log: Path
-) -> None:
+def _rank(local_rank: local_ranks.LocalRank, pipe: connection.Connection, job: Job) -> None:
     """The life of a rank: join, build, warm up, then blocks as they are asked for."""
-    for other in held:
-        other.close()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    os.close(file)
-    world_size = job.layout.world_size
+    local_rank.enter()
     os.environ.update(job.environment)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
     try:
         _work(job, pipe)
     except EOFError:  # the parent is gone

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_synth.bench.train.ablations import Refused, Variant, chosen, variants
 from megatron_synth.bench.train.ablations_table import render
 from megatron_synth.bench.train.engine import Block, vocab_size
-from megatron_synth.bench.train.rank_group import Job, Ready, Team, TeamFailed, prepare
+from megatron_synth.bench.train.rank_group import Job, RankGroup, RankGroupFailed, Ready, prepare
 from megatron_synth.cli.bench.sweep import memory_of_a_rank, model_settings
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
@@ -25,7 +25,7 @@ from megatron_synth.parallel.plan import Layout, plan
 
 @dataclass
 class Measured:
-    """A team's figures."""
+    """A group's figures."""
 
     ready: Ready
     blocks: list[Block] = field(default_factory=list)
@@ -110,7 +110,7 @@ def _measure(
 ) -> tuple[Measured, list[Effect]]:
     turns = max(1, len(possible)) * options.pairs
 
-    def team(variant: Variant | None, blocks: int) -> Team:
+    def group(variant: Variant | None, blocks: int) -> RankGroup:
         one, place = config, layout
         if variant is not None:
             one = load_file(Config, path, [*settings, *variant.settings])
@@ -124,54 +124,54 @@ def _measure(
             variant.read_ahead if variant else True,
             blocks * options.steps,
         )
-        return Team(job, method, options.timeout)
+        return RankGroup(job, method, options.timeout)
 
     effects: list[Effect] = []
     began, longest = time.monotonic(), 0.0
     try:
-        with team(None, turns) as base_team:
-            base = Measured(base_team.ready())
+        with group(None, turns) as base_group:
+            base = Measured(base_group.ready())
             for number, variant in enumerate(possible, start=1):
                 start = time.monotonic()
                 if options.budget is not None and start + longest > began + options.budget:
                     break
-                effects.append(_effect(variant, lambda v=variant: team(v, options.pairs), base_team, base, options))
+                effects.append(_effect(variant, lambda v=variant: group(v, options.pairs), base_group, base, options))
                 longest = max(longest, time.monotonic() - start)
                 done = effects[-1]
                 ratio = f" step time x{statistics.median(done.step_ratios()):.3f}" if done.found else f": {done.error}"
                 say(f"{number}/{len(possible)} {variant.lever}, {variant.text}: {done.status}{ratio}")
             if not effects:
-                base.blocks += [base_team.block(options.steps) for _ in range(options.pairs)]
-            base.peak_bytes = base_team.end()
-    except TeamFailed as failure:
+                base.blocks += [base_group.block(options.steps) for _ in range(options.pairs)]
+            base.peak_bytes = base_group.end()
+    except RankGroupFailed as failure:
         raise UserError(f"the base cannot be measured: {failure}") from None
     return base, effects
 
 
-def _effect(variant: Variant, start: Any, base_team: Team, base: Measured, options: argparse.Namespace) -> Effect:
+def _effect(variant: Variant, start: Any, base_group: RankGroup, base: Measured, options: argparse.Namespace) -> Effect:
     """A, B in one turn, B, A in the next, so that a drift of the machine favors neither."""
     effect = Effect(variant, "measured")
     try:
-        with start() as team:
-            found = Measured(team.ready())
+        with start() as group:
+            found = Measured(group.ready())
             for turn in range(options.pairs):
                 for is_base in (True, False) if turn % 2 == 0 else (False, True):
                     if is_base:
-                        effect.base_blocks.append(_base_block(base_team, options.steps))
+                        effect.base_blocks.append(_base_block(base_group, options.steps))
                         base.blocks.append(effect.base_blocks[-1])
                     else:
-                        found.blocks.append(team.block(options.steps))
-            found.peak_bytes = team.end()
+                        found.blocks.append(group.block(options.steps))
+            found.peak_bytes = group.end()
             effect.found = found
-    except TeamFailed as failure:
+    except RankGroupFailed as failure:
         effect.status, effect.error = failure.status, failure.error
     return effect
 
 
-def _base_block(team: Team, steps: int) -> Block:
+def _base_block(group: RankGroup, steps: int) -> Block:
     try:
-        return team.block(steps)
-    except TeamFailed as failure:
+        return group.block(steps)
+    except RankGroupFailed as failure:
         raise UserError(f"the base failed beside a variant: {failure}") from None
 
 

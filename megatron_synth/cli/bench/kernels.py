@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
     from megatron_synth.bench.kernels.measure import Ceilings, Row
     from megatron_synth.model.kernels import Sizes
 
-RIVALS = ("eager", "compile", "liger", "cudnn", "te", "megatron")
+BASELINES = ("eager", "compile", "liger", "cudnn", "te", "megatron")
 MODELS = {"llama-1.3b": 50_304, "llama-3b": 131_072}
 """Shipped models, and the size of the vocabulary of their cross-entropy."""
 
@@ -22,12 +23,14 @@ def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth bench kernels",
-        description="Each operation by every backend that this machine has, beside rivals, against a copy and a product.",
+        description="Each operation by every backend that this machine has, beside baselines, against a copy and a product.",
     )
     parser.add_argument("--only", metavar="TEXT", help="operations whose name holds TEXT")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--tokens", type=int, help="of the micro-batch; default 8192, on a CPU 256")
-    parser.add_argument("--vs", help=f"rivals: any of {', '.join(RIVALS)} with commas, or none; default all, on a CPU eager")
+    parser.add_argument("--tokens", type=count, help="of the micro-batch; default 8192, on a CPU 256")
+    parser.add_argument(
+        "--vs", help=f"baselines: any of {', '.join(BASELINES)} with commas, or none; default all, on a CPU eager"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that everything runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     return parser
@@ -40,10 +43,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--json: {options.json.parent} is not a folder")
     if options.tokens is not None and options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: at least 1")
-    rivals = None if options.vs is None else [] if options.vs == "none" else list(dict.fromkeys(options.vs.split(",")))
-    unknown = [name for name in rivals or [] if name not in RIVALS]
+    baselines = None if options.vs is None else [] if options.vs == "none" else list(dict.fromkeys(options.vs.split(",")))
+    unknown = [name for name in baselines or [] if name not in BASELINES]
     if unknown:
-        raise UserError(f"--vs: unknown rival '{unknown[0]}'; any of {', '.join(RIVALS)} with commas, or none")
+        raise UserError(f"--vs: unknown baseline '{unknown[0]}'; any of {', '.join(BASELINES)} with commas, or none")
 
     import torch
 
@@ -55,13 +58,13 @@ def main(argv: list[str]) -> int:
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_cpu = device.type == "cpu"
-    if rivals is None:
-        rivals = ["eager"] if on_cpu else list(RIVALS)
+    if baselines is None:
+        baselines = ["eager"] if on_cpu else list(BASELINES)
     effort = benchmark.SMOKE if options.smoke else benchmark.CPU if on_cpu else benchmark.GPU
     head = tables.header("bench", ["kernels", *argv])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
     sizes = smoke_sizes() if options.smoke else model_sizes(MODELS, options.tokens or (256 if on_cpu else 8192))
-    limits, rows = benchmark.run(sizes, dtype, device, effort, options.only, rivals)
+    limits, rows = benchmark.run(sizes, dtype, device, effort, options.only, baselines)
     say("\n" + "\n".join([*tables.header_lines(head), *conventions(sizes, options.dtype, limits), "", *table(rows)]))
     if options.json is not None:
         content = {"dtype": options.dtype, "sizes": [asdict(one) for one in sizes], "ceilings": asdict(limits)}

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench memory CONFIG ...",
     )
     parser.add_argument("config", nargs="?", help="default: bench/tiny-7m.yaml in several sizes and layouts")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every rank's figures")
     return parser
 

@@ -31,7 +31,7 @@ def run(path: str, overrides: list[str], models: list[str], options: argparse.Na
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a sweep starts its ranks itself: run it once, without torchrun, with --ranks")
     if options.vs not in (None, "none"):
-        raise UserError("--vs: rivals run beside one configuration, not in a sweep; leave it out")
+        raise UserError("--vs: baselines run beside one configuration, not in a sweep; leave it out")
     gpus, capacity = memory_of_a_rank()
     ranks = options.ranks or max(1, gpus)
     if gpus == 0:

@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
         description="Tokens per second of the training engine on random tokens, beside plain loops of the same model.",
         epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth bench train ... --vs none",
     )
-    parser.add_argument("arguments", nargs="*", metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
-    parser.add_argument("--vs", default=None, help="rivals: hf, plain, both with a comma (default on one rank), or none")
+    parser.add_argument("arguments", nargs="*", default=[], metavar="[CONFIG] a.b=c", help=f"default CONFIG: {DEFAULT_CONFIG}")
+    parser.add_argument("--vs", default=None, help="baselines: hf, plain, both with a comma (default on one rank), or none")
     parser.add_argument("--pairs", type=count, default=5, help="blocks of steps of each contender, in turn; default 5")
     parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps in a block; default 8")
     parser.add_argument("--warmup", type=count, default=3, help="optimizer steps before the first block; default 3")
@@ -83,12 +83,12 @@ def main(argv: list[str]) -> int:
     for model in models:
         overrides = [*model_settings(model), *overrides]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rivals = _rivals(options.vs, world_size)
+    baselines = _baselines(options.vs, world_size)
     config, data = load_file(Config, path, overrides), None
     if options.data == "real":
-        if rivals and options.vs is not None:
-            raise UserError("--data real: the rivals have no loader; give --vs none")
-        rivals = []
+        if baselines and options.vs is not None:
+            raise UserError("--data real: the baselines have no loader; give --vs none")
+        baselines = []
         from megatron_synth.bench.train.data import with_data
 
         config, data = with_data(config, options.warmup + options.pairs * options.steps + 1)
@@ -100,31 +100,36 @@ def main(argv: list[str]) -> int:
     from megatron_synth.core.log import is_first_rank, say
 
     head = tables.header("bench", ["train", *argv])
+
+    def keep(result: Comparison) -> None:
+        if options.json is not None and is_first_rank():
+            write_json(options.json, to_json(head, config, layout, result))
+
     result = compare(
         config,
         layout,
-        rivals,
+        baselines,
         pairs=options.pairs,
         steps=options.steps,
         warmup=options.warmup,
         data=data,
         profiled=options.profile or options.trace is not None,
         trace=options.trace,
+        so_far=keep,
     )
     say("\n" + render(head, config, layout, result))
-    if options.json is not None and is_first_rank():
-        write_json(options.json, to_json(head, config, layout, result))
+    keep(result)
     return EXIT_OK
 
 
-def _rivals(text: str | None, world_size: int) -> list[str]:
+def _baselines(text: str | None, world_size: int) -> list[str]:
     known = ("hf", "plain")
     if text is None:
         return list(known) if world_size == 1 else []
     names = [] if text == "none" else list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"--vs: unknown rival '{unknown[0]}'; any of {', '.join(known)} with commas, or none")
+        raise UserError(f"--vs: unknown baseline '{unknown[0]}'; any of {', '.join(known)} with commas, or none")
     return names
 
 
@@ -184,14 +189,14 @@ def render(head: dict[str, Any], config: Config, layout: Layout, result: Compari
         )
         if config.precision.dtype == "bf16":
             lines.append(
-                "- the rivals hold weights, gradients and moments in bf16; the engine's gradients, moments and master "
+                "- the baselines hold weights, gradients and moments in bf16; the engine's gradients, moments and master "
                 "weights are fp32"
             )
     return "\n".join([*lines, "", *markdown_table(rows)])
 
 
 def apart(result: Comparison) -> float:
-    """Largest difference between a rival's loss and the engine's, over all warm-up steps."""
+    """Largest difference between a baseline's loss and the engine's, over all warm-up steps."""
     expected = result.rows[0].losses
     return max(abs(a - b) for row in result.rows[1:] for a, b in zip(expected, row.losses, strict=True))
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.log import show
+from megatron_synth.data.preparing.output import is_clean, partial_name
 from megatron_synth.data.preparing.pipeline import Prepared
 from megatron_synth.data.preparing.prepare import SKIPPED, prepare
 from megatron_synth.data.preparing.workers import core_count
@@ -54,6 +58,13 @@ def _check_verb(verb: str) -> Callable[[list[str]], int]:
     return count_duplicates
 
 
+def _kept(output: Path) -> str:
+    """What an interrupted preparation leaves."""
+    if is_clean(output):
+        return "nothing was written; the same command starts again"
+    return f"what is done is kept in {partial_name(output)}; the same command goes on from there"
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(
@@ -63,9 +74,11 @@ def parser() -> argparse.ArgumentParser:
         "counts texts that several share.",
     )
     parser.add_argument("file", help="what to prepare (YAML); see configs/data/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to replace, such as output=data/mine")
     parser.add_argument(
-        "--workers", type=int, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to replace, such as output=data/mine"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     return parser
@@ -76,12 +89,11 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("verify", "duplicates"):
         return _check_verb(argv[0])(argv[1:])
     arguments = parser().parse_intermixed_args(argv)
-    if arguments.workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
 
     config = load_file(PrepareConfig, arguments.file, arguments.overrides)
     start = time.perf_counter()
-    prepared = prepare(config, workers=arguments.workers, force=arguments.force)
+    with interruptible(lambda: _kept(Path(config.output))):
+        prepared = prepare(config, workers=arguments.workers, force=arguments.force)
     if prepared is None:
         show(f"{config.output}: up to date")
         return EXIT_OK

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import show
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         prog="megatron-synth prepare verify", description="Compare prepared sources with the checksums of their manifests."
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a prepared source, or a folder of them")
-    parser.add_argument("--workers", type=int, default=core_count(), help="threads (default: all cores, %(default)s)")
+    parser.add_argument("--workers", type=count, default=core_count(), help="threads (default: all cores, %(default)s)")
     parser.add_argument("--sha256", action="store_true", help="check the SHA-256 of whole files, too (slower)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     return parser
@@ -60,8 +61,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`megatron-synth prepare verify FOLDER... [--workers N] [--sha256] [--json FILE]`."""
     options = parser().parse_args(argv)
-    if options.workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {options.workers}")
     folders = source_folders(options.folders)
 
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -75,9 +74,9 @@ def main(argv: list[str]) -> int:
         shown[fault.file] = shown.get(fault.file, 0) + 1
         if shown[fault.file] <= SHOWN_FAULTS:
             show(str(fault))
-    for file, count in shown.items():
-        if count > SHOWN_FAULTS:
-            show(f"{file}: {count - SHOWN_FAULTS} more faults")
+    for file, number in shown.items():
+        if number > SHOWN_FAULTS:
+            show(f"{file}: {number - SHOWN_FAULTS} more faults")
     if result.unblocked:
         show(f"{result.unblocked} of {result.shards} shards have a checksum of the whole file only (manifest of version 1)")
     verdict = f"{len(result.faults)} faults in {len(shown)} files" if result.faults else "all as written"

@@ -1,4 +1,4 @@
-"""How shards are put together from pieces: in order or shuffled, packed or end to end."""
+"""How shards are put together from token runs: in order or shuffled, packed or end to end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from megatron_synth.core.files import sync_folder
 from megatron_synth.data.preparing.packing import arrange, pack
 from megatron_synth.data.preparing.shuffle import bucket_lengths, read_bucket
-from megatron_synth.data.preparing.token_runs import Piece, naming
+from megatron_synth.data.preparing.token_runs import TokenRun, naming
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, BlockHasher
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
 from megatron_synth.data.shards.manifest import ShardInfo
 from megatron_synth.data.tokenizer import Tokenizer
 
-Position = tuple[int, int]  # unit (a piece, or a bucket of a shuffle) and document in it
+Position = tuple[int, int]  # unit (a token run, or a bucket of a shuffle) and document in it
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Packing:
 
 @dataclass(frozen=True)
 class Assembly:
-    """Where the documents of one target are: in the order of the pieces, or in `buckets` buckets of a shuffle.
+    """Where the documents of one target are: in the order of the token runs, or in `buckets` buckets of a shuffle.
 
     What is counted in a unit, and what shards are cut between, are documents; with `packing` they are bins of whole windows.
     """
 
-    pieces: tuple[Piece, ...]
+    runs: tuple[TokenRun, ...]
     buckets: int | None
     packing: Packing | None = None
 
     @property
     def units(self) -> int:
         """Parts that are read at a time."""
-        return len(self.pieces) if self.buckets is None else self.buckets
+        return len(self.runs) if self.buckets is None else self.buckets
 
-    def pieces_of(self, first: int, last: int) -> tuple[Piece, ...]:
-        """The pieces that units [first, last) are read from: with buckets all of them."""
-        return self.pieces[first:last] if self.buckets is None else self.pieces
+    def runs_of(self, first: int, last: int) -> tuple[TokenRun, ...]:
+        """The token runs that units [first, last) are read from: with buckets all of them."""
+        return self.runs[first:last] if self.buckets is None else self.runs
 
     def lengths(self, unit: int) -> np.ndarray:
         """Tokens of the documents, or of the bins, of a unit [N]."""
@@ -59,9 +59,9 @@ class Assembly:
     def document_lengths(self, unit: int) -> np.ndarray:
         """Lengths of the documents of a unit [N], before any packing."""
         if self.buckets is None:
-            lengths: np.ndarray = self.pieces[unit].read_records()["length"]
+            lengths: np.ndarray = self.runs[unit].read_records()["length"]
             return lengths
-        return bucket_lengths(self.pieces, unit, self.buckets)
+        return bucket_lengths(self.runs, unit, self.buckets)
 
     def read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [T] of documents (or bins) [first, last) of a unit, and lengths [N] of the documents among them."""
@@ -76,8 +76,8 @@ class Assembly:
             lengths = self.document_lengths(unit)
             begin = int(lengths[:first].sum(dtype=np.int64))
             lengths = lengths[first:last]
-            return self.pieces[unit].read_tokens(dtype, begin, begin + int(lengths.sum(dtype=np.int64))), lengths
-        tokens, lengths = read_bucket(self.pieces, dtype, unit, self.buckets)
+            return self.runs[unit].read_tokens(dtype, begin, begin + int(lengths.sum(dtype=np.int64))), lengths
+        tokens, lengths = read_bucket(self.runs, dtype, unit, self.buckets)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return tokens[ends[first] : ends[lengths.size if last is None else last]], lengths[first:last]
 

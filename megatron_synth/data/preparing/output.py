@@ -1,20 +1,21 @@
 """The output folder of a preparation: written beside its place under a hidden name, put there when it is whole.
 
-A journal in the hidden folder says what is done. A run that was killed is continued from there by the next with the
-same settings and inputs; a run that fails with an error cleans up after itself.
+One program at a time works on an output: it holds `.NAME.lock` (core/lock.py). A journal in the hidden folder says what is
+done. A run that was killed is continued from there by the next with the same settings and inputs; a run that fails with an
+error cleans up after itself.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_synth.core.files import sync_folder
+from megatron_synth.core.lock import Lock
 from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
 
 OLD = "-old"  # after the name of a hidden folder: the output that it is about to replace
@@ -35,14 +36,28 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def lock_of(output: Path) -> Lock:
+    """The lock of an output, whose parent exists. All that stands beside the output under its hidden names is its holder's."""
+    return Lock(output.with_name(f".{output.name}.lock"), "prepare")
+
+
+def is_clean(output: Path) -> bool:
+    """Whether nothing stands beside the output that a run has left."""
+    return not output.parent.is_dir() or not _named(output, f".{output.name}.")
+
+
+def partial_name(output: Path) -> Path:
+    """The hidden folder of an output that this process writes."""
+    return output.parent / f"{_stem(output)}{os.getpid()}"
+
+
 def restore(output: Path) -> None:
-    """Clean up after runs of this machine that were killed while they put their folder in the place of `output`.
+    """Clean up after runs that were killed while they put their folder in the place of `output`; under its lock.
 
     When that happened between the two renames the old output is put back.
     """
-    for old in sorted(output.parent.glob(f"{_stem(output)}*{OLD}")):
-        process = old.name.removeprefix(_stem(output)).removesuffix(OLD)
-        if process.isdigit() and not _is_alive(int(process)):
+    for old in _named(output, _stem(output)):
+        if old.name.endswith(OLD):
             if output.exists():
                 shutil.rmtree(old)
             else:
@@ -53,14 +68,10 @@ def restore(output: Path) -> None:
 def partial_folder(output: Path, head: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
     """A hidden folder beside `output` and its journal, gone on failure; kept when the run is killed or interrupted.
 
-    What a killed run of this machine left is taken over when its journal begins with the same head, and removed otherwise.
+    What a killed run left is taken over when its journal begins with the same head, and removed otherwise. Under the lock.
     """
-    stem = _stem(output)
-    folder = output.parent / f"{stem}{os.getpid()}"
-    for old in sorted(output.parent.glob(f"{stem}*")):
-        process = old.name.removeprefix(stem)
-        if not process.isdigit() or (_is_alive(int(process)) and old != folder):
-            continue
+    folder = partial_name(output)
+    for old in _named(output, _stem(output)):
         found = read_journal(old / JOURNAL)
         if found and found[0] == head and (old == folder or not folder.exists()):
             os.rename(old, folder)
@@ -78,17 +89,12 @@ def partial_folder(output: Path, head: Mapping[str, Any]) -> Iterator[tuple[Path
 
 
 def _stem(output: Path) -> str:
-    return f".{output.name}.partial-{socket.gethostname()}-"
+    return f".{output.name}.partial-"
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _named(output: Path, begin: str) -> list[Path]:
+    """What stands beside `output` under a name that begins so."""
+    return sorted(path for path in output.parent.iterdir() if path.name.startswith(begin))
 
 
 def replace(folder: Path, output: Path) -> None:

@@ -1,6 +1,6 @@
-"""One source on its way from text to shards: read once, cut into pieces by workers, then assembled.
+"""One source on its way from text to shards: read once, cut into token runs by workers, then assembled.
 
-What is done is told to the journal, and what the journal tells is not done again.
+What is done is recorded in the journal, and what the journal records is not done again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from megatron_synth.data.preparing.output import remove, remove_strays
 from megatron_synth.data.preparing.packing import cut_documents
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.inputs import reader_of
-from megatron_synth.data.preparing.readers.reader import Portion
+from megatron_synth.data.preparing.readers.reader import InputSplit
 from megatron_synth.data.preparing.shuffle import bucket_count
-from megatron_synth.data.preparing.token_runs import Piece, trim
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Job, Tokenized, Workers, tokenize_portion
+from megatron_synth.data.preparing.token_runs import TokenRun, trim
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Job, Tokenized, Workers, tokenize_split
 from megatron_synth.data.shards.manifest import (
     Counts,
     Manifest,
@@ -48,7 +48,7 @@ from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer
 
 SHOWN_ERRORS = 5
-STAGING = ".staging"  # in the hidden folder: a folder of pieces for each source
+STAGING = ".staging"  # in the hidden folder: a folder of token runs for each source
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Prepared:
     manifest: Manifest
     seconds: float
     skipped: tuple[str, ...] = ()
-    """What was wrong with records that were left out; those of a holdout are told of the source itself."""
+    """What was wrong with records that were left out; those of a holdout are recorded with the source itself."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is known of a source once it is tokenized: by target, what it holds and where its shards begin and end."""
 
-    pieces: tuple[Piece, ...]
+    runs: tuple[TokenRun, ...]
     counts: dict[str, Counts]
     cuts: dict[str, list[tuple[Position, Position]]]
     packing: dict[str, PackingInfo]
@@ -76,7 +76,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as the journal tells of it."""
         return {
-            "pieces": [piece.to_json() for piece in self.pieces],
+            "runs": [run.to_json() for run in self.runs],
             "counts": {target: count.model_dump() for target, count in self.counts.items()},
             "cuts": self.cuts,
             "packing": {target: found.model_dump() for target, found in self.packing.items()},
@@ -86,7 +86,7 @@ class Plan:
     def from_json(cls, staging: Path, entry: Mapping[str, Any]) -> Plan:
         """The plan that the journal tells of."""
         return cls(
-            pieces=tuple(Piece.from_json(staging, piece) for piece in entry["pieces"]),
+            runs=tuple(TokenRun.from_json(staging, run) for run in entry["runs"]),
             counts={target: Counts(**count) for target, count in entry["counts"].items()},
             cuts={target: [(tuple(a), tuple(b)) for a, b in found] for target, found in entry["cuts"].items()},
             packing={target: PackingInfo(**found) for target, found in entry["packing"].items()},
@@ -114,7 +114,7 @@ class SourceWork:
 
     @property
     def staging(self) -> Path:
-        """The folder of the pieces: of this source alone."""
+        """The folder of the token runs: of this source alone."""
         return self.folder / STAGING / self.name
 
     def run(self) -> list[Prepared]:
@@ -142,7 +142,7 @@ class SourceWork:
 
     def _skipped(self) -> list[str]:
         """What was wrong with the records that were left out, in the order of the input."""
-        told = self.journal.of("portion", source=self.name)
+        told = self.journal.of("split", source=self.name)
         return [message for entry in told for _, message in entry["skipped"]]
 
     def _finished(self) -> list[Prepared] | None:
@@ -172,26 +172,26 @@ class SourceWork:
         if entry is None:
             return None
         plan = Plan.from_json(self.staging, entry)
-        needed: set[Piece] = set()
+        needed: set[TokenRun] = set()
         for target in self.targets:
             told = self.journal.of("shard", source=self.name, target=target)
             whole = [one for one in told if is_whole(self.folder / target, ShardInfo(**one["shard"]))]
             self.journal.drop(one for one in told if one not in whole)
             done = {one["number"] for one in whole}
-            assembly = self._assembly(plan.pieces, target)
+            assembly = self._assembly(plan.runs, target)
             for number, (start, end) in enumerate(plan.cuts[target]):
                 if number not in done:
-                    needed.update(assembly.pieces_of(start[0], end[0] + (end[1] > 0)))
-        if all(piece.is_whole() for piece in needed):
+                    needed.update(assembly.runs_of(start[0], end[0] + (end[1] > 0)))
+        if all(run.is_whole() for run in needed):
             return plan
         self._start_over()
         return None
 
-    def _plan(self, pieces: list[Piece]) -> Plan:
-        plan = Plan(tuple(pieces), {target: _count(pieces, target) for target in self.targets}, {}, {})
+    def _plan(self, runs: list[TokenRun]) -> Plan:
+        plan = Plan(tuple(runs), {target: _count(runs, target) for target in self.targets}, {}, {})
         self._refuse_empty(plan.counts)
         for target in self.targets:
-            assembly = self._assembly(plan.pieces, target)
+            assembly = self._assembly(plan.runs, target)
             plan.cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
             found = self._packing_info(assembly)
             if found is not None:
@@ -201,52 +201,52 @@ class SourceWork:
         self.journal.append({"kind": "plan", "source": self.name, **plan.to_json()})
         return plan
 
-    def _known_pieces(self) -> list[list[Piece]]:
-        """By portion, from the first on, the pieces of a run that was stopped: up to the first that is missing or damaged.
+    def _known_runs(self) -> list[list[TokenRun]]:
+        """By split, from the first on, the token runs of a stopped preparation, up to the first missing or damaged one.
 
         What comes after that is taken back from the journal, so that it never counts again.
         """
-        told = self.journal.of("portion", source=self.name)
+        told = self.journal.of("split", source=self.name)
         by_number = {entry["number"]: entry for entry in told}
-        known: list[list[Piece]] = []
+        known: list[list[TokenRun]] = []
         while (entry := by_number.get(len(known))) is not None:
-            found = [Piece.from_json(self.staging, piece) for piece in entry["pieces"]]
-            if not all(piece.is_whole() for piece in found):
+            found = [TokenRun.from_json(self.staging, run) for run in entry["runs"]]
+            if not all(run.is_whole() for run in found):
                 break
             known.append(found)
         self.journal.drop(entry for entry in told if entry["number"] >= len(known))
         return known
 
-    def _tokenize(self) -> list[Piece]:
-        """All pieces of the source in order; those of a run that was stopped are taken over."""
+    def _tokenize(self) -> list[TokenRun]:
+        """All token runs of the source in order; those of a preparation that was stopped are taken over."""
         config, source, name = self.config, self.source, self.name
         limit = source.max_bytes
         seed = None if config.shuffle is None else config.shuffle.seed
-        job = Job(name, source, self.dtype, self.staging, seed, CHUNK_CHARACTERS, PIECE_BYTES)
-        known = self._known_pieces()
-        pieces = [piece for found in known for piece in found]
-        read = sum(piece.text_bytes for piece in pieces)
-        remove_strays(self.staging, {piece.path.name for piece in pieces})
+        job = Job(name, source, self.dtype, self.staging, seed, CHUNK_CHARACTERS, RUN_BYTES)
+        known = self._known_runs()
+        runs = [run for found in known for run in found]
+        read = sum(run.text_bytes for run in runs)
+        remove_strays(self.staging, {run.path.name for run in runs})
         if limit is not None and read >= limit:
-            return pieces
+            return runs
         reader = reader_of(name, source)
-        numbered = islice(enumerate(reader.portions()), len(known), None)
-        tasks = ((job, number, portion) for number, portion in numbered)
+        numbered = islice(enumerate(reader.splits()), len(known), None)
+        tasks = ((job, number, split) for number, split in numbered)
         expected = reader.text_bytes() if limit is None else min(reader.text_bytes(), limit)
         with progress(name, expected) as bar, closing(self.pool.run(_tokenize_task, tasks)) as results:
             bar.update(read)
             for (_, number, _), found in results:
                 if limit is not None and read + found.text_bytes >= limit:
                     found = _cut(found, self.dtype, limit - read)
-                told = {"pieces": [piece.to_json() for piece in found.pieces], "skipped": found.skipped}
-                self.journal.append({"kind": "portion", "source": name, "number": number, **told})
+                told = {"runs": [run.to_json() for run in found.runs], "skipped": found.skipped}
+                self.journal.append({"kind": "split", "source": name, "number": number, **told})
                 self._refuse_too_many_errors()
-                pieces += found.pieces
+                runs += found.runs
                 read += found.text_bytes
                 bar.update(found.text_bytes)
                 if limit is not None and read >= limit:
                     break
-        return pieces
+        return runs
 
     def _refuse_too_many_errors(self) -> None:
         skipped, most = self._skipped(), self.source.max_errors
@@ -254,18 +254,18 @@ class SourceWork:
             shown = "".join(f"\n  {message}" for message in skipped[:SHOWN_ERRORS])
             raise UserError(
                 f"sources.{self.name}: more than max_errors = {most} records are no text; the first are{shown}\n"
-                f"mend the input, or raise max_errors"
+                f"fix the input, or raise max_errors"
             )
 
-    def _assembly(self, pieces: tuple[Piece, ...], target: str) -> Assembly:
-        chosen = tuple(piece for piece in pieces if piece.target == target)
+    def _assembly(self, runs: tuple[TokenRun, ...], target: str) -> Assembly:
+        chosen = tuple(run for run in runs if run.target == target)
         packing = None
         # an evaluation reads a domain from front to back, and counts bits per byte of text: no padding there
         if self.config.packing is not None and self._split(target) == "train":
             packing = Packing(self.config.packing.sequence_length, self.tokenizer.eod_id)
         if self.config.shuffle is None:
             return Assembly(chosen, None, packing)
-        return Assembly(chosen, bucket_count(sum(piece.tokens for piece in chosen), self.dtype.itemsize), packing)
+        return Assembly(chosen, bucket_count(sum(run.tokens for run in chosen), self.dtype.itemsize), packing)
 
     @staticmethod
     def _packing_info(assembly: Assembly) -> PackingInfo | None:
@@ -287,13 +287,13 @@ class SourceWork:
         return "validation" if target != self.name else self.source.split
 
     def _assemble(self, target: str, plan: Plan) -> list[ShardInfo]:
-        """Write the shards that are not there yet; all of them in order. Pieces that no shard needs any more are removed."""
+        """Write the shards that are not there yet; all of them in order. Token runs that no shard needs are removed."""
         folder = self.folder / target
         folder.mkdir(exist_ok=True)
         told = self.journal.of("shard", source=self.name, target=target)
         shards = {entry["number"]: ShardInfo(**entry["shard"]) for entry in told}
         remove_strays(folder, _files_of(shards.values()))
-        assembly = self._assembly(plan.pieces, target)
+        assembly = self._assembly(plan.runs, target)
         packed, last = assembly.packing is not None, len(plan.cuts[target]) - 1
         tasks = (
             ShardTask(folder / f"shard-{number:05d}", self.dtype, assembly, number, start, end, packed and number == last)
@@ -301,7 +301,7 @@ class SourceWork:
             if number not in shards
         )
         gone = 0
-        tokens = sum(piece.tokens for piece in assembly.pieces)
+        tokens = sum(run.tokens for run in assembly.runs)
         with progress(f"{target} shards", tokens, "tokens") as bar, closing(self.pool.run(write_shard, tasks)) as results:
             for task, shard in results:
                 shards[task.number] = shard
@@ -309,7 +309,7 @@ class SourceWork:
                 self.journal.append({"kind": "shard", **key, "shard": shard.model_dump(mode="json")})
                 bar.update(shard.tokens)
                 while assembly.buckets is None and gone < task.end[0]:
-                    assembly.pieces[gone].path.unlink(missing_ok=True)
+                    assembly.runs[gone].path.unlink(missing_ok=True)
                     gone += 1
         return [shards[number] for number in range(len(plan.cuts[target]))]
 
@@ -346,8 +346,8 @@ class SourceWork:
         )
 
 
-def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, Portion]) -> Tokenized:
-    return tokenize_portion(tokenizer, *task)
+def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, InputSplit]) -> Tokenized:
+    return tokenize_split(tokenizer, *task)
 
 
 def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:
@@ -359,24 +359,24 @@ def _files_of(shards: Iterable[ShardInfo]) -> set[str]:
     return {shard.name + suffix for shard in shards for suffix in (".bin", ".idx")}
 
 
-def _count(pieces: list[Piece], target: str) -> Counts:
-    chosen = [piece for piece in pieces if piece.target == target]
+def _count(runs: list[TokenRun], target: str) -> Counts:
+    chosen = [run for run in runs if run.target == target]
     return Counts(
-        documents=sum(piece.documents for piece in chosen),
-        tokens=sum(piece.tokens for piece in chosen),
-        text_bytes=sum(piece.text_bytes for piece in chosen),
+        documents=sum(run.documents for run in chosen),
+        tokens=sum(run.tokens for run in chosen),
+        text_bytes=sum(run.text_bytes for run in chosen),
     )
 
 
 def _cut(found: Tokenized, dtype: np.dtype[Any], limit: int) -> Tokenized:
-    """The documents of a portion up to and including the one that reaches `limit` bytes of text."""
-    records = np.concatenate([piece.read_records() for piece in found.pieces])
+    """The documents of a split up to and including the one that reaches `limit` bytes of text."""
+    records = np.concatenate([run.read_records() for run in found.runs])
     records = records[np.argsort(records["place"])]
     reached = int(np.searchsorted(np.cumsum(records["text_bytes"], dtype=np.int64), limit))
     last = int(records["place"][reached])
-    cut = (trim(piece, dtype, last + 1) for piece in found.pieces)
+    cut = (trim(run, dtype, last + 1) for run in found.runs)
     skipped = tuple((place, message) for place, message in found.skipped if place <= last)
-    return Tokenized(tuple(piece for piece in cut if piece is not None), skipped)
+    return Tokenized(tuple(run for run in cut if run is not None), skipped)
 
 
 def _origin(source: PrepareSource) -> str:

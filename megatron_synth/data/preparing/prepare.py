@@ -1,6 +1,6 @@
 """`megatron-synth prepare`: text to token shards.
 
-Workers read and tokenize portions of a source into pieces on disk; then they assemble the shards from the pieces, in
+Workers read and tokenize splits of a source into token runs on disk; then they assemble the shards from these, in
 order or shuffled. Memory does not grow with the text. The output is written into a hidden folder beside it and renamed
 when all is done, manifests last: a run that fails or is killed leaves nothing that opens, and one that was killed is
 continued by the next. The bytes depend on the settings and the text alone, not on the number of workers.
@@ -24,13 +24,13 @@ from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import sync_folder, write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.preparing.journal import JOURNAL, Journal
-from megatron_synth.data.preparing.output import partial_folder, remove_strays, replace, restore
+from megatron_synth.data.preparing.output import is_clean, lock_of, partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, PIECE_BYTES, Workers
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -51,7 +51,9 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     force: replace a finished output, whatever it was made from.
     """
     output = Path(config.output)
-    restore(output)
+    if not is_clean(output):  # what stands there is another's at work, or a dead one's
+        with lock_of(output):
+            restore(output)
     readers = {name: reader_of(name, source) for name, source in config.sources.items()}
     inputs = {name: reader.describe() for name, reader in readers.items()}
     given = _given_tokenizer(config)
@@ -71,38 +73,55 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         "program": megatron_synth.__version__,
         "config_digest": digest,
         "tokenizer": given.fingerprint if given is not None else "trained",
-        "cuts": [CHUNK_CHARACTERS, PIECE_BYTES],
+        "cuts": [CHUNK_CHARACTERS, RUN_BYTES],
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(output, head) as (folder, journal):
-            if journal.continued:
-                show(f"{output}: continuing a run that was stopped", error=True)
-            targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
-            remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
-            tokenizer = given if given is not None else _trained(config, readers, folder, journal)
-            tokenizer.save(folder / TOKENIZER)
-            prepared: list[Prepared] = []
-            with closing(Workers(tokenizer, workers)) as pool:
-                for name, source in config.sources.items():
-                    made = Provenance(
-                        program=f"megatron-synth {megatron_synth.__version__}",
-                        config_digest=digest,
-                        inputs=inputs[name],
-                        holdout=str(source.holdout or 0),
-                        shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
-                    )
-                    prepared += SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made).run()
-            for one in prepared:
-                one.manifest.save(folder / one.manifest.name)
-                if one.skipped:
-                    write_atomic(folder / one.manifest.name / SKIPPED, "".join(f"{message}\n" for message in one.skipped))
-                sync_folder(folder / one.manifest.name)
-            write_json(folder / RECORD, _record(config, digest))
-            remove_strays(folder, {RECORD, TOKENIZER, *targets})
-            replace(folder, output)
+        with lock_of(output):
+            if output.exists() and _is_current(output, config, digest, force):  # made by another program just now
+                return None
+            return _make(config, readers, inputs, given, dtype, head, workers)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
+
+
+def _make(
+    config: PrepareConfig,
+    readers: Mapping[str, Reader],
+    inputs: Mapping[str, Mapping[str, Any]],
+    given: Tokenizer | None,
+    dtype: np.dtype[Any],
+    head: Mapping[str, Any],
+    workers: int,
+) -> list[Prepared]:
+    """Write the output beside its place, and put it there; under its lock."""
+    output, digest = Path(config.output), head["config_digest"]
+    with partial_folder(output, head) as (folder, journal):
+        if journal.continued:
+            show(f"{output}: continuing a run that was stopped", error=True)
+        targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
+        remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
+        tokenizer = given if given is not None else _trained(config, readers, folder, journal)
+        tokenizer.save(folder / TOKENIZER)
+        prepared: list[Prepared] = []
+        with closing(Workers(tokenizer, workers)) as pool:
+            for name, source in config.sources.items():
+                made = Provenance(
+                    program=f"megatron-synth {megatron_synth.__version__}",
+                    config_digest=digest,
+                    inputs=inputs[name],
+                    holdout=str(source.holdout or 0),
+                    shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
+                )
+                prepared += SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made).run()
+        for one in prepared:
+            one.manifest.save(folder / one.manifest.name)
+            if one.skipped:
+                write_atomic(folder / one.manifest.name / SKIPPED, "".join(f"{message}\n" for message in one.skipped))
+            sync_folder(folder / one.manifest.name)
+        write_json(folder / RECORD, _record(config, digest))
+        remove_strays(folder, {RECORD, TOKENIZER, *targets})
+        replace(folder, output)
     return prepared
 
 
@@ -171,7 +190,7 @@ def _check_space(config: PrepareConfig, readers: Mapping[str, Reader], output: P
     sizes = [reader.text_bytes() for reader in readers.values()]
     limits = [source.max_bytes for source in config.sources.values()]
     text = sum(size if limit is None else min(size, limit) for size, limit in zip(sizes, limits, strict=True))
-    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all pieces until its last shard
+    copies = 1 if config.shuffle is None else 2  # a shuffle keeps all token runs until its last shard
     needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free

@@ -1,8 +1,8 @@
 """A shuffle of all documents of a source that never holds them in memory.
 
 Each document gets a 64-bit key, a hash of the seed and of its place in the input; the shuffled order is that of the keys.
-Workers write pieces sorted by key. The keys are cut into ranges ("buckets") that fit in memory, and a shard is made bucket
-by bucket: its documents are read from all pieces, one contiguous part of each, and sorted. The bytes depend on the
+Workers write token runs sorted by key. The keys are cut into ranges ("buckets") that fit in memory, and a shard is made bucket
+by bucket: its documents are read from all token runs, one contiguous part of each, and sorted. The bytes depend on the
 seed and on the input alone.
 """
 
@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_synth.data.preparing.token_runs import Piece
+from megatron_synth.data.preparing.token_runs import TokenRun
 
 BUCKET_BYTES = 32 * 2**20  # of tokens, about: a shard needs a few times that in memory
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def document_keys(seed: int, target: str, portion: int, places: np.ndarray) -> np.ndarray:
-    """Sort keys uint64 [N] of the documents at `places` [N] of a portion.
+def document_keys(seed: int, target: str, split: int, places: np.ndarray) -> np.ndarray:
+    """Sort keys uint64 [N] of the documents at `places` [N] of a split.
 
     SplitMix64 (G. Steele, D. Lea, C. Flood 2014): the finaliser of a counter that starts at a hash of all else.
     """
-    digest = hashlib.blake2b(f"{seed}\0{target}\0{portion}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}\0{target}\0{split}".encode(), digest_size=8).digest()
     state = np.uint64(int.from_bytes(digest, "little"))
     with np.errstate(over="ignore"):
         mixed = state + (places.astype(np.uint64) + np.uint64(1)) * _GOLDEN
@@ -41,22 +41,22 @@ def bucket_count(tokens: int, itemsize: int) -> int:
     return max(1, -(-tokens * itemsize // BUCKET_BYTES))
 
 
-def bucket_lengths(pieces: Sequence[Piece], bucket: int, buckets: int) -> np.ndarray:
+def bucket_lengths(runs: Sequence[TokenRun], bucket: int, buckets: int) -> np.ndarray:
     """Lengths [N] of the documents of a bucket in shuffled order; reads no tokens."""
-    records = np.concatenate([_records(piece, bucket, buckets) for piece in pieces])
+    records = np.concatenate([_records(run, bucket, buckets) for run in runs])
     lengths: np.ndarray = records["length"][np.argsort(records["key"], kind="stable")]
     return lengths
 
 
-def read_bucket(pieces: Sequence[Piece], dtype: np.dtype[Any], bucket: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+def read_bucket(runs: Sequence[TokenRun], dtype: np.dtype[Any], bucket: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] and lengths [N] of the documents of a bucket in shuffled order."""
-    parts = [_records(piece, bucket, buckets) for piece in pieces]
+    parts = [_records(run, bucket, buckets) for run in runs]
     found = np.concatenate(parts)
     stored, filled = np.empty(int(found["length"].sum(dtype=np.int64)), dtype), 0
-    for piece, records in zip(pieces, parts, strict=True):
+    for run, records in zip(runs, parts, strict=True):
         if records.size:
             begin, end = int(records["start"][0]), int(records["start"][-1] + records["length"][-1])
-            stored[filled : filled + end - begin] = piece.read_tokens(dtype, begin, end)
+            stored[filled : filled + end - begin] = run.read_tokens(dtype, begin, end)
             filled += end - begin
     order = np.argsort(found["key"], kind="stable")
     starts = (np.cumsum(found["length"], dtype=np.int64) - found["length"])[order]
@@ -73,13 +73,13 @@ def gather(stored: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.nd
     return out
 
 
-def _records(piece: Piece, bucket: int, buckets: int) -> np.ndarray:
-    """What is known of the documents of a bucket in a piece, where they are one run: the piece stands in order of the keys."""
-    records = piece.mapped_records()
+def _records(run: TokenRun, bucket: int, buckets: int) -> np.ndarray:
+    """What is known of the documents of a bucket in a token run, where they stand together: it is in order of the keys."""
+    records = run.mapped_records()
     keys = records["key"]
 
     def first(limit: int) -> int:
-        return bisect_left(range(piece.documents), limit, key=lambda at: int(keys[at]))
+        return bisect_left(range(run.documents), limit, key=lambda at: int(keys[at]))
 
     bounds = [-(-(edge << 64) // buckets) for edge in (bucket, bucket + 1)]
     return np.array(records[first(bounds[0]) : first(bounds[1])])

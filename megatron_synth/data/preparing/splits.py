@@ -1,4 +1,4 @@
-"""How large the portions are that workers read at a time, and text that the parent has read cut into them.
+"""How large the splits are that workers read at a time, and text that the parent has read cut into them.
 
 Plain line files are cut at byte ranges and parquet files at row groups; large compressed files, data sets of the
 `datasets` library and the built-in corpus can only be read from their start, so the parent reads them and hands out
@@ -10,27 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Place
-from megatron_synth.data.preparing.readers.reader import Portion
+from megatron_synth.data.preparing.readers.reader import InputSplit
 
-SMALL_PORTION = 2**19
-PORTION_BYTES = 16 * 2**20
-MOST_PORTIONS = 4096  # larger sources get larger portions, so that a shuffle reads them in pieces worth a disk access
-STREAMED_BYTES = 8 * 2**20  # of a portion that the parent reads: several are in memory at once
+SMALL_SPLIT = 2**19
+SPLIT_BYTES = 16 * 2**20
+MOST_SPLITS = 4096  # larger sources get larger splits, so that a shuffle reads them in parts worth a disk access
+STREAMED_BYTES = 8 * 2**20  # of a split that the parent reads: several are in memory at once
 STREAMED_ABOVE = 16 * 2**20  # a compressed file of this size is worth the work of many, unless there are many of them
 MANY_FILES = 32
 
 
-def portion_bytes(total: int) -> int:
-    """Bytes of a portion of files that are so large together."""
-    return max(min(max(total // 64, SMALL_PORTION), PORTION_BYTES), total // MOST_PORTIONS)
+def split_bytes(total: int) -> int:
+    """Bytes of a split of files that are so large together."""
+    return max(min(max(total // 64, SMALL_SPLIT), SPLIT_BYTES), total // MOST_SPLITS)
 
 
 def growing(total: int) -> int:
-    """Bytes of the next portion after so many; small ones first, so that a small source, too, keeps all workers busy."""
-    return min(max(total // 64, SMALL_PORTION), STREAMED_BYTES)
+    """Bytes of the next split after so many; small ones first, so that a small source, too, keeps all workers busy."""
+    return min(max(total // 64, SMALL_SPLIT), STREAMED_BYTES)
 
 
-def portions_of_documents(found: Iterable[Document | BadRecord]) -> Iterator[Portion]:
+def splits_of_documents(found: Iterable[Document | BadRecord]) -> Iterator[InputSplit]:
     """Documents that the parent has read."""
     held: list[Document | BadRecord] = []
     size = total = 0
@@ -38,10 +38,10 @@ def portions_of_documents(found: Iterable[Document | BadRecord]) -> Iterator[Por
         held.append(one)
         size += len(one.text) if isinstance(one, Document) else 0
         if size >= growing(total):
-            yield Portion(documents=tuple(held))
+            yield InputSplit(documents=tuple(held))
             held, total, size = [], total + size, 0
     if held:
-        yield Portion(documents=tuple(held))
+        yield InputSplit(documents=tuple(held))
 
 
 def lines_of(place: Place, data: bytes) -> Iterator[tuple[Place, bytes]]:

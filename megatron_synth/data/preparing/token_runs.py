@@ -1,8 +1,8 @@
-"""Pieces: tokenized documents on their way from the workers to the shards, one file each.
+"""Token runs: tokenized documents on their way from the workers to the shards, one file each.
 
 Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
-bytes of its text, its place in the portion, its first token in the piece, and its sort key (0 without a shuffle).
-Documents stand in the order of the keys. A piece is written under a temporary name, forced to disk and renamed, and its
+bytes of its text, its place in the split, its first token in its run, and its sort key (0 without a shuffle).
+Documents stand in the order of the keys. A token run is written under a temporary name, forced to disk and renamed, and its
 checksum says whether it is whole.
 """
 
@@ -30,12 +30,12 @@ RECORD = np.dtype(
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One file of documents: of `target`, from portion `portion`, of which it is part `part`."""
+class TokenRun:
+    """One file of documents: of `target`, from split `split`, of which it is part `part`."""
 
     path: Path
     target: str
-    portion: int
+    split: int
     part: int
     documents: int
     tokens: int
@@ -44,12 +44,12 @@ class Piece:
     """XXH3 (64 bit) of what follows the header."""
 
     def to_json(self) -> dict[str, Any]:
-        """The piece as a journal tells of it; the folder may have another name when it is read."""
+        """The token run as a journal tells of it; the folder may have another name when it is read."""
         return {**asdict(self), "path": self.path.name}
 
     @classmethod
-    def from_json(cls, folder: Path, entry: Mapping[str, Any]) -> Piece:
-        """The piece that a journal tells of."""
+    def from_json(cls, folder: Path, entry: Mapping[str, Any]) -> TokenRun:
+        """The token run that a journal tells of."""
         return cls(**{**entry, "path": folder / entry["path"]})
 
     def mapped_records(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Piece:
             return np.fromfile(file, RECORD, self.documents)
 
     def read_tokens(self, dtype: np.dtype[Any], begin: int, end: int) -> np.ndarray:
-        """Tokens [begin, end) of the piece."""
+        """Tokens [begin, end) of the token run."""
         with open(self.path, "rb") as file:
             file.seek(HEADER.size + self.documents * RECORD.itemsize + begin * dtype.itemsize)
             tokens = np.fromfile(file, dtype, end - begin)
@@ -99,12 +99,12 @@ def naming(path: Path, position: Callable[[], int]) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error} at byte {position()}", str(path)) from error
 
 
-def write_piece(folder: Path, target: str, portion: int, part: int, records: np.ndarray, tokens: np.ndarray) -> Piece:
+def write_run(folder: Path, target: str, split: int, part: int, records: np.ndarray, tokens: np.ndarray) -> TokenRun:
     """Write documents that stand in their order already: records RECORD [N], tokens [T]."""
     assert records.dtype == RECORD and int(records["length"].sum(dtype=np.int64)) == tokens.size
     records = records.copy()
     records["start"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
-    path = folder / f"{target}-{portion:07d}-{part:04d}.piece"
+    path = folder / f"{target}-{split:07d}-{part:04d}.run"
     temporary = path.with_suffix(".tmp")
     arrays = [np.ascontiguousarray(array).view(np.uint8).data for array in (records, tokens) if array.size]
     total = xxhash.xxh3_64()
@@ -119,15 +119,15 @@ def write_piece(folder: Path, target: str, portion: int, part: int, records: np.
     os.replace(temporary, path)
     sync_folder(folder)
     text_bytes = int(records["text_bytes"].sum(dtype=np.int64))
-    return Piece(path, target, portion, part, records.size, tokens.size, text_bytes, total.intdigest())
+    return TokenRun(path, target, split, part, records.size, tokens.size, text_bytes, total.intdigest())
 
 
-def trim(piece: Piece, dtype: np.dtype[Any], end_place: int) -> Piece | None:
-    """Write the piece again without the documents from place `end_place` of the portion on; None when none is left."""
-    records = piece.read_records()
+def trim(run: TokenRun, dtype: np.dtype[Any], end_place: int) -> TokenRun | None:
+    """Write the token run again without the documents from place `end_place` of the split on; None when none is left."""
+    records = run.read_records()
     kept = records["place"] < end_place
-    tokens = piece.read_tokens(dtype, 0, piece.tokens)[np.repeat(kept, records["length"])]
-    piece.path.unlink()
+    tokens = run.read_tokens(dtype, 0, run.tokens)[np.repeat(kept, records["length"])]
+    run.path.unlink()
     if not kept.any():
         return None
-    return write_piece(piece.path.parent, piece.target, piece.portion, piece.part, records[kept], tokens)
+    return write_run(run.path.parent, run.target, run.split, run.part, records[kept], tokens)

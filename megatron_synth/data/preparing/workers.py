@@ -1,4 +1,4 @@
-"""Worker processes: portions of text in, pieces of tokens on disk out."""
+"""Worker processes: splits of text in, token runs on disk out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareSource
 from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
-from megatron_synth.data.preparing.readers.reader import Portion
+from megatron_synth.data.preparing.readers.reader import InputSplit
 from megatron_synth.data.preparing.shuffle import document_keys, gather
-from megatron_synth.data.preparing.token_runs import RECORD, Piece, write_piece
+from megatron_synth.data.preparing.token_runs import RECORD, TokenRun, write_run
 from megatron_synth.data.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 2**19  # of text that is tokenized at once
-PIECE_BYTES = 16 * 2**20  # of tokens that a worker holds
+RUN_BYTES = 16 * 2**20  # of tokens that a worker holds
 TASKS_PER_WORKER = 2  # in flight: enough to keep workers busy, and a bound on memory
 
 Task = TypeVar("Task")
@@ -42,9 +42,9 @@ def core_count() -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What workers need to know beside the portion: of one source.
+    """What workers need to know beside the split: of one source.
 
-    shuffle_seed: None keeps the order of the input; chunk_characters, piece_bytes: see the constants of this module.
+    shuffle_seed: None keeps the order of the input; chunk_characters, run_bytes: see the constants of this module.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Job:
     folder: Path
     shuffle_seed: int | None
     chunk_characters: int
-    piece_bytes: int
+    run_bytes: int
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What a portion has become. skipped: of each bad record how many documents with text came before it, and what is wrong."""
+    """What a split has become. skipped: of each bad record how many documents with text came before it, and what is wrong."""
 
-    pieces: tuple[Piece, ...]
+    runs: tuple[TokenRun, ...]
     skipped: tuple[tuple[int, str], ...] = ()
 
     @property
     def text_bytes(self) -> int:
-        """Of all pieces."""
-        return sum(piece.text_bytes for piece in self.pieces)
+        """Of all token runs."""
+        return sum(run.text_bytes for run in self.runs)
 
 
 @dataclass
@@ -79,14 +79,14 @@ class _Held:
     size: int = 0
 
 
-def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Portion) -> Tokenized:
-    """Read and tokenize a portion: pieces that were written, in order. Memory is bounded by `piece_bytes`.
+def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSplit) -> Tokenized:
+    """Read and tokenize a split: token runs that were written, in order. Memory is bounded by `run_bytes`.
 
     Documents of which the tokenizer leaves nothing are left out. Nothing is read beyond `max_bytes` of text, all of which
-    may be in one portion.
+    may be in one split.
     """
     held: dict[str, _Held] = {}
-    pieces: list[Piece] = []
+    runs: list[TokenRun] = []
     batch: list[tuple[str, str, int]] = []  # target, text, UTF-8 bytes
     messages: list[str] = []
     skipped: list[tuple[int, str]] = []
@@ -108,8 +108,8 @@ def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Porti
             one.tokens.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)])
             one.records.append(records[chosen])
             one.size += one.tokens[-1].nbytes
-            if one.size >= job.piece_bytes:
-                pieces.append(_write(job, target, number, one))
+            if one.size >= job.run_bytes:
+                runs.append(_write(job, target, number, one))
         place += len(batch)
         kept += int(records["text_bytes"][lengths > 1].sum(dtype=np.int64))
         characters = waiting = 0
@@ -117,7 +117,7 @@ def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Porti
 
     holdout: Fraction | None = job.source.holdout
     reader = reader_of(job.name, job.source)
-    for document, size in with_text(job.name, job.source, reader.documents(portion), messages):
+    for document, size in with_text(job.name, job.source, reader.documents(split), messages):
         skipped += [(place + len(batch), message) for message in messages]
         messages.clear()
         target = job.name + VALID_SUFFIX if holdout is not None and is_held_out(document.key, holdout) else job.name
@@ -132,11 +132,11 @@ def tokenize_portion(tokenizer: Tokenizer, job: Job, number: int, portion: Porti
         skipped += [(place + len(batch), message) for message in messages]
     if batch:
         flush()
-    pieces += [_write(job, target, number, one) for target, one in held.items() if one.size]
-    return Tokenized(tuple(pieces), tuple(skipped))
+    runs += [_write(job, target, number, one) for target, one in held.items() if one.size]
+    return Tokenized(tuple(runs), tuple(skipped))
 
 
-def _write(job: Job, target: str, number: int, held: _Held) -> Piece:
+def _write(job: Job, target: str, number: int, held: _Held) -> TokenRun:
     tokens, records = np.concatenate(held.tokens), np.concatenate(held.records)
     if job.shuffle_seed is not None:
         records["key"] = document_keys(job.shuffle_seed, target, number, records["place"])
@@ -144,9 +144,9 @@ def _write(job: Job, target: str, number: int, held: _Held) -> Piece:
         starts = np.cumsum(records["length"], dtype=np.int64) - records["length"]
         records = records[order]
         tokens = gather(tokens, starts[order], records["length"])
-    piece = write_piece(job.folder, target, number, held.part, records, tokens)
+    run = write_run(job.folder, target, number, held.part, records, tokens)
     held.part, held.tokens, held.records, held.size = held.part + 1, [], [], 0
-    return piece
+    return run
 
 
 class Workers:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, Split
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 from megatron_synth.core.files import write_json
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_synth.config.schema import PrecisionConfig
 from megatron_synth.model import ops
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantized, Source
+from megatron_synth.model.ops import E4M3, E5M2, Pair, Quantized, Scaling, Source
 
 ROLES = INPUT, WEIGHT, GRAD = ("input", "weight", "grad")
 
@@ -73,9 +73,9 @@ class Recipe:
         """Number format of a tensor."""
         return self.backward if role == GRAD else E4M3
 
-    def scale_for(self, amax: Tensor, role: str) -> Tensor:
-        """Factor of a tensorwise-scaled tensor."""
-        return ops.fp8.scale_for(amax, self.format(role), margin=self.margin)
+    def largest(self, role: str) -> float:
+        """What a tensorwise scale brings the largest magnitude to."""
+        return ops.fp8.LARGEST[self.format(role)] / 2.0**self.margin
 
 
 class Fp8Run:
@@ -89,6 +89,7 @@ class Fp8Run:
         self.updates = 0
         """Steps in the history since the run began."""
         self.statistics = Statistics()
+        self.scalars = ops.fp8.Scalars(device)
         self.quantizer = ops.quantizer()
         self.swiglu, self.rms_norm = ops.quantizing_swiglu(), ops.quantizing_rms_norm()
 
@@ -109,6 +110,10 @@ class Fp8Run:
         self.amax = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.scale = torch.ones(shape, dtype=torch.float32, device=self.device)
         self.history = torch.zeros((*shape, self.recipe.history_len), dtype=torch.float32, device=self.device)
+        # by layer and role: taking one out of a tensor costs the host more than launching a kernel
+        self.noted = [row.unbind() for row in self.amax.unbind()]
+        self.known = [row.unbind() for row in self.scale.unbind()]
+        self._largest = torch.tensor([self.recipe.largest(role) for role in ROLES], dtype=torch.float32, device=self.device)
 
     @property
     def uses_history(self) -> bool:
@@ -135,9 +140,7 @@ class Fp8Run:
         self.amax.zero_()
 
     def _rescale(self) -> None:
-        largest = self.history.amax(dim=2)
-        for place, role in enumerate(ROLES):
-            self.scale[:, place] = self.recipe.scale_for(largest[:, place], role)
+        self.scale.copy_(ops.fp8.scale_to(self._largest, self.history.amax(dim=2)))
 
     def sharded_state(self) -> dict[str, Any]:
         """The history, for checkpoints that any layout can read; empty where scales have none.
@@ -188,6 +191,7 @@ class Fp8Layer:
         self._sharded, self._group = sharded if group.size() > 1 else frozenset(), group
         self._weight: tuple[Any, Quantized, Quantized] | None = None
         self._handed: tuple[Tensor, Pair] | None = None
+        self._nan: Tensor | None = None
 
     def weight(self, weight: Tensor) -> tuple[Quantized, Quantized]:
         """[N, K] -> it and its transpose, quantized once per optimizer step (or when the weight was otherwise changed)."""
@@ -213,20 +217,16 @@ class Fp8Layer:
             blocks = partial(run.quantizer.quantize_128x128, x) if role == WEIGHT else source.blocks
             result: Pair = blocks(dtype, row=row, transposed=transposed)
         else:
-            place = ROLES.index(role)
+            place, inverse = ROLES.index(role), run.scalars.take()
+            noted = run.noted[self.index][place] if recorded and recipe.scaling == "delayed" else None
             if run.uses_history:
-                scale = run.scale[self.index, place]
-                data, other, amax = source.tensorwise(scale, dtype, row=row, transposed=transposed)
+                scaling = Scaling(inverse, scale=run.known[self.index][place], noted=noted)
             else:
-                amax = source.amax()
+                amax = source.amax(run.scalars.take())
                 if role in self._sharded:
                     torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=self._group)
-                scale = recipe.scale_for(amax, role)
-                data, other, _ = source.tensorwise(scale, dtype, row=row, transposed=transposed)
-            if recorded and recipe.scaling == "delayed":
-                noted = run.amax[self.index, place]
-                torch.maximum(noted, amax, out=noted)
-            inverse = ops.fp8.inverse_scale(scale, amax)
+                scaling = Scaling(inverse, amax=amax, noted=noted, margin=recipe.margin)
+            data, other = source.tensorwise(scaling, dtype, row=row, transposed=transposed)
             result = (
                 None if data is None else Quantized(data, inverse),
                 None if other is None else Quantized(other, inverse),
@@ -245,7 +245,9 @@ class Fp8Layer:
             What autograd is to carry from there to here: no number of it is ever read, and all are NaN.
         """
         assert self._handed is None, f"{self.name}: a gradient was handed over and not taken"
-        placeholder = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
+        if self._nan is None or self._nan.dtype != like.dtype:
+            self._nan = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device)
+        placeholder = self._nan.expand(shape)
         self._handed = placeholder, self.quantize(GRAD, source)
         return placeholder
 

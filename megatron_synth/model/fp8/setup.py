@@ -24,7 +24,7 @@ from megatron_synth.model.fp8 import te
 from megatron_synth.model.fp8.linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Fp8Run, Recipe
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import Quantized
+from megatron_synth.model.ops import Quantized, Scaling
 from megatron_synth.model.spec import Linears
 from megatron_synth.parallel.fp8_params import RECIPES as MCORE_RECIPES
 
@@ -113,7 +113,7 @@ class Fp8Plan:
         return f"own layers ({self.reason}), {made if self.fused else 'quantized apart'}, {how}"
 
     def mcore_options(self) -> dict[str, Any]:
-        """What megatron-core's TransformerConfig is told: nothing for our layers, all for TransformerEngine's."""
+        """What megatron-core's TransformerConfig is given: nothing for our layers, all for TransformerEngine's."""
         if self.backend == "own":
             return {}
         precision = self.config.precision
@@ -192,7 +192,7 @@ def _check_own(config: Config, device: torch.device, dtype: torch.dtype) -> None
             able.append(f"{name} ({number_format})")
     what = f"on {_device_name(device)} with torch {torch.__version__}"
     advice = f"what works here: {', '.join(able)}" if able else "no FP8 recipe works here; set precision.fp8: off"
-    raise UserError(f"precision.fp8: {precision.fp8} ({precision.fp8_number_format}) cannot be had {what}: {asked}. {advice}")
+    raise UserError(f"precision.fp8: {precision.fp8} ({precision.fp8_number_format}) is unavailable {what}: {asked}. {advice}")
 
 
 def _device_name(device: torch.device) -> str:
@@ -203,7 +203,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def refusal(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the products of a recipe cannot be had; None if each kind of layer was tried and agrees with the definition."""
+    """Why the products of a recipe are unavailable; None if each kind of layer was tried and agrees with the definition."""
     recipe = Recipe.of(config.precision)
     for kind, (n, k) in products(config.model, config.parallel.tensor_model_parallel_size).items():
         generator = torch.Generator().manual_seed(0)
@@ -245,8 +245,7 @@ def _quantized(recipe: Recipe, role: str, x: torch.Tensor, quantizer: Any) -> tu
         row, transposed = (quantizer.quantize_128x128 if role == WEIGHT else quantizer.quantize_1x128)(x, dtype)
     else:
         amax = quantizer.amax_of(x)
-        scale = recipe.scale_for(amax, role)
-        data, other, _ = quantizer.quantize_tensorwise(x, scale, dtype)
-        inverse = ops.fp8.inverse_scale(scale, amax)
+        inverse = torch.zeros_like(amax)
+        data, other = quantizer.quantize_tensorwise(x, Scaling(inverse, amax=amax, margin=recipe.margin), dtype)
         row, transposed = Quantized(data, inverse), Quantized(other, inverse)
     return row, transposed

@@ -27,7 +27,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.model import ops
 from megatron_synth.model.fp8.recipe import GRAD, INPUT, WEIGHT, Recipe
 from megatron_synth.model.fp8.statistics import Statistics
-from megatron_synth.model.ops import Quantized
+from megatron_synth.model.ops import Quantized, Scaling
 from megatron_synth.model.spec import Linears
 from megatron_synth.parallel import fp8_params
 
@@ -100,7 +100,7 @@ def check(config: Config, device: torch.device, device_name: str) -> None:
             raise RuntimeError(f"the weight is a {type(layer.weight).__name__}")
     except Exception as error:  # whatever it raises, the run cannot have what it asked for
         advice = "precision.fp8_param_gather: false" if precision.fp8_param_gather else "precision.fp8_backend: own"
-        raise UserError(f"{head} cannot be had: {(str(error) or repr(error)).splitlines()[0]}. Try {advice}") from error
+        raise UserError(f"{head} is unavailable: {(str(error) or repr(error)).splitlines()[0]}. Try {advice}") from error
     exact = (x.float() @ weight.float().t(), grad.float() @ weight.float(), grad.float().t() @ x.float())
     for name, found, wanted in zip(
         ("output", "input gradient", "weight gradient"), (y, x.grad, layer.weight.grad), exact, strict=True
@@ -182,16 +182,17 @@ class _Watched:
         self._statistics.add(self._name, role, matrix, quantized)
 
     def _tensorwise(self, quantizer: Any, role: str, matrix: Tensor) -> Quantized:
-        amax = ops.fp8.amax_of(matrix)
+        inverse = torch.zeros((), dtype=torch.float32, device=matrix.device)
         if self._recipe.scaling == "delayed":
-            scale = quantizer.scale.detach().reshape(()).clone()
+            scaling = Scaling(inverse, scale=quantizer.scale.detach().reshape(()).clone())
         else:
+            amax = ops.fp8.amax_of(matrix)
             if quantizer.with_amax_reduction:
                 torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-            scale = self._recipe.scale_for(amax, role)
-        data, _, _ = ops.fp8.quantize_tensorwise(matrix, scale, self._recipe.format(role), transposed=False)
+            scaling = Scaling(inverse, amax=amax, margin=self._recipe.margin)
+        data, _ = ops.fp8.quantize_tensorwise(matrix, scaling, self._recipe.format(role), transposed=False)
         assert data is not None
-        return Quantized(data, ops.fp8.inverse_scale(scale, amax))
+        return Quantized(data, inverse)
 
 
 def _recomputing() -> bool:

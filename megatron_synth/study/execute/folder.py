@@ -4,21 +4,20 @@
     runs/<run>/           a run directory, with result.json once the run is finished
     logs/<run>.log        what it printed
     state/<id>.json       its last failure, and how often it was tried
-    state/<id>.lock       locked by the process that trains it
+    state/<id>.lock       who trains it (core/lock.py)
     slurm/  report/       what `submit --slurm` and `report` write
 
 A run is finished when result.json is there, which is written last, as a whole. A process that is killed leaves its lock,
-which the operating system releases, and its checkpoints: the next submit goes on from there.
+which the next one takes over, and its checkpoints: the next submit goes on from there.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
+from megatron_synth.core.lock import Held, Lock, holder
 from megatron_synth.study.execute import shapes
 from megatron_synth.study.execute.shapes import Failure, Result
 from megatron_synth.study.plan.runs import Run
@@ -34,7 +34,6 @@ from megatron_synth.train.record.shapes import LEDGER, RUN
 
 RESULT = "result.json"
 FORMAT_VERSION = 1
-_LOCK_TRIES = 6
 State = Literal["done", "running", "failed", "stopped", "to do"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
 
@@ -119,17 +118,8 @@ class Folder:
 
     def is_locked(self, run: Run) -> bool:
         """Whether a process trains the run now."""
-        try:
-            descriptor = os.open(self.lock_file(run), os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        found = holder(self.lock_file(run))
+        return found is not None and found.is_fresh(time.time())
 
     def state(self, run: Run) -> State:
         """How far a run is."""
@@ -166,23 +156,13 @@ class Folder:
     @contextmanager
     def lock(self, run: Run) -> Iterator[bool]:
         """Hold the lock of a run; False when another process has it."""
-        descriptor = os.open(self.lock_file(run), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            yield _locked(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Take the lock; several tries, since whoever asks for the state of a run holds it for a moment."""
-    for attempt in range(_LOCK_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.01 * 2**attempt)
-        else:
-            return True
-    return False
+        with ExitStack() as held:
+            try:
+                held.enter_context(Lock(self.lock_file(run), "study submit"))
+            except Held:
+                yield False
+            else:
+                yield True
 
 
 def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) -> None:

@@ -6,6 +6,7 @@ does not hold up the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+
+import psutil
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.core.log import compact, duration, say, show
@@ -127,6 +130,7 @@ class Execution:
     keep_checkpoints: bool
     vocab_size: int
     stop: bool = False
+    interrupts: int = 0
     children: dict[int, _Child] = field(default_factory=dict)
 
     def go(self) -> int:
@@ -144,7 +148,7 @@ class Execution:
         self._listen()
         self.progress = Progress(self.folder, self.runs, self.vocab_size)
         self.total, self.finished, self.failed = len(self.runs), skipped, 0
-        shown = time.monotonic()
+        shown, told = time.monotonic(), False
         while self.children or (waiting and not self.stop):
             while waiting and not self.stop:
                 places_taken = self.slots.take(waiting[0].ranks)
@@ -152,6 +156,9 @@ class Execution:
                     break
                 self._fork(waiting.pop(0), places_taken)
             self._reap(waiting)
+            if self.stop and not told:
+                told = True
+                self._tell("asked to stop: running runs save and leave; Ctrl-C again ends them at once", waiting)
             if sys.stdout.isatty() and time.monotonic() - shown > _TICK_S:
                 shown = time.monotonic()
                 show(self._line(waiting), control="\r\033[K", end="")
@@ -161,7 +168,7 @@ class Execution:
         took = duration(time.monotonic() - self.progress.began)
         say(f"{self.finished} of {self.total} runs finished, {self.failed} failed, in {took}")
         if self.stop:
-            say("stopped on request; the same command goes on")
+            say("stopped on request: finished runs are kept, others go on from their checkpoints; the same command goes on")
             return EXIT_STOPPED
         return 1 if self.failed or self.finished < self.total else EXIT_OK
 
@@ -180,9 +187,13 @@ class Execution:
     def _listen(self) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
             self.stop = True
+            self.interrupts += number == signal.SIGINT
             for pid, child in self.children.items():
                 if not child.done:
-                    os.kill(pid, signal.SIGTERM)
+                    if self.interrupts > 1:
+                        _end_all(pid)
+                    else:
+                        os.kill(pid, signal.SIGTERM)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, handle)
@@ -230,7 +241,7 @@ class Execution:
                 self._tell(f"{run.name} done in {seconds:.0f} s, {self._losses(run)}", waiting)
             elif code == EXIT_TAKEN:
                 self._tell(f"{run.name} is trained by another process; left to it", waiting)
-            elif not (self.stop and code == EXIT_STOPPED):
+            elif not (self.stop and (code == EXIT_STOPPED or (self.interrupts > 1 and code == -signal.SIGKILL))):
                 if code < 0:  # a signal, such as that of the kernel when memory runs out
                     self.folder.record_failure(run, code, f"killed by {signal.Signals(-code).name}")
                 self.failed += 1
@@ -267,6 +278,14 @@ class Execution:
             f"eta {duration(self._eta(waiting))}",
         ]
         return " | ".join(parts)
+
+
+def _end_all(pid: int) -> None:
+    """End a child at once, with the launcher and ranks that it may have."""
+    child = psutil.Process(pid)
+    for process in (child, *child.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}

@@ -63,7 +63,7 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: Arr
             f"size {too_large[0].size} needs {too_large[0].ranks} ranks, a node has {places} (--gpus-per-node, or --jobs on "
             "CPUs): a study's run stays on one node; train larger ones with `megatron-synth submit`"
         )
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     job_folder = (folder.slurm / stamp).resolve()
     packs = packed(waiting, places, options.nodes)
     (job_folder / "packs").mkdir(parents=True)

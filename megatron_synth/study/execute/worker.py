@@ -5,7 +5,6 @@ Many small runs would otherwise spend their time on imports. A run that needs se
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -19,13 +18,13 @@ from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR,
 from megatron_synth.config.load import shipped, to_yaml
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
+from megatron_synth.core.processes import end_with_parent
 from megatron_synth.study.execute.folder import Folder, write_result
 from megatron_synth.study.plan.runs import Run
 
 EXIT_FAILED = 1
 EXIT_TAKEN = 76
 """Another process trains this run."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _cuda_is_used = False
 """Whether an import has initialized CUDA, so that a forked process cannot use it."""
 
@@ -115,8 +114,8 @@ def _torchrun(folder: Folder, run: Run) -> int:
 
 
 def _stop_with(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the parent ends, also when it is killed."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    """Stop when the parent ends, also when it is killed."""
+    end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the request
         os._exit(EXIT_STOPPED)
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_synth.study.fit.laws import Floats, Law
-from megatron_synth.study.fit.newton import solve
+from megatron_synth.study.fit.catalog import AnyLaw
+from megatron_synth.study.fit.laws import Floats
+from megatron_synth.study.fit.solver import Solver
 
 LEVELS = (90, 95)  # percent
 
@@ -25,8 +26,7 @@ def draw_weights(points: int, draws: int, seed: int) -> Floats:
 
 
 def resample(
-    design: Floats,
-    log_loss: Floats,
+    solve: Solver,
     optima: Floats,
     delta: float,
     weights: Floats,
@@ -35,8 +35,7 @@ def resample(
     """Theta [draws, P] of the fit to every draw, its spread around the fit to all points widened as the module says.
 
     Args:
-        design: [K, M, P].
-        log_loss: [M].
+        solve: the solver of the law and its points.
         optima: [O, P], the optima of the fit to all points, best first: each draw starts from all and keeps the lowest.
         delta: of Huber's loss.
         weights: [draws, M].
@@ -44,10 +43,10 @@ def resample(
     """
     draws, kinds = len(weights), len(optima)
     starts = np.tile(optima, (draws, 1))
-    found = solve(design, log_loss, starts, delta, weights=np.repeat(weights, kinds, axis=0), progress=progress)
+    found = solve(starts, delta, weights=np.repeat(weights, kinds, axis=0), progress=progress)
     best = found.objective.reshape(draws, kinds).argmin(axis=1)
     lowest = found.theta.reshape(draws, kinds, -1)[np.arange(draws), best]
-    points, parameters = design.shape[1:]
+    points, parameters = weights.shape[1], optima.shape[1]
     return np.asarray(optima[0] + np.sqrt(points / max(points - parameters, 1)) * (lowest - optima[0]))
 
 
@@ -58,7 +57,7 @@ def interval(samples: Floats, level: float) -> tuple[Floats, Floats]:
     return low, high
 
 
-def summary(law: Law, samples: Floats) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+def summary(law: AnyLaw, samples: Floats) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
     """Standard errors by parameter, and intervals by level and parameter, of theta [draws, P]."""
     named = law.to_params(samples)
     errors = {name: float(np.std(values, ddof=1)) for name, values in named.items()}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, Floats, log_sum_exp, term_mean
-from megatron_synth.study.fit.newton import solve
+from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Floats
 
 if TYPE_CHECKING:
     from megatron_synth.study.fit.fit import Fit
+    from megatron_synth.study.fit.solver import Solver
 
 SPARE_SETTINGS = 2  # beyond the number of parameters
 SINGULAR = 1e-6  # of the slopes of the predictions, each scaled to 1: smallest over largest singular value of a flat optimum
@@ -22,16 +22,16 @@ UNKNOWN_FACTOR = 1.0  # standard error of a factor's logarithm: known to a facto
 UNKNOWN_EXPONENT = 0.5  # standard error of an exponent, relative
 FLOOR_SHARE = 0.01  # of the lowest loss
 RARE_START = 3  # fewer starts than this at the best optimum
-RIVAL_DISTANCE = 2.0  # standard errors between two optima
+OPTIMA_DISTANCE = 2.0  # standard errors between two optima
 REJECTED = 0.01  # p-value of the lack-of-fit test, and of the hold-out's
 
 
 @dataclass(frozen=True)
-class Caveat:
+class Diagnostic:
     """One reason for doubt.
 
-    code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected` or
-    `holdout-missed`.
+    code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected`,
+    `holdout-missed` or `repetition-ignored`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
     message: with numbers, for people.
     """
 
@@ -42,34 +42,38 @@ class Caveat:
         return f"{self.code}: {self.message}"
 
 
-def find(fit: Fit, design: Floats, settings: NDArray[np.int64], rivals: tuple[Floats, Floats]) -> tuple[Caveat, ...]:
+def find(
+    fit: Fit, solve: Solver, settings: NDArray[np.int64], other_optima: tuple[Floats, Floats], epochs: Floats | None = None
+) -> tuple[Diagnostic, ...]:
     """All that speaks against `fit`.
 
     Args:
         fit: without its warnings.
-        design: [K, M, P] of the points fitted to.
+        solve: the solver of the law and its points.
         settings: [M], equal for replications.
-        rivals: theta [O, P] and objective [O] of other optima nearly as low.
+        other_optima: theta [O, P] and objective [O] of other optima nearly as low.
+        epochs: [M] of the points fitted to, how often each run saw its text.
     """
-    errors = log_errors(fit, design)
+    errors = log_errors(fit)
     return (
         *_points(fit, settings),
         *_flatness(fit, errors),
         *_floor(fit),
-        *_starts(fit, errors, rivals),
+        *_starts(fit, errors, other_optima),
         *_signs(fit),
-        *_lack_of_fit(fit, design, settings),
-        *_holdout(fit, design),
+        *_lack_of_fit(fit, solve, settings),
+        *_holdout(fit),
+        *repetition_ignored(None if UNIQUE_TOKENS in fit.law.columns else epochs),
     )
 
 
-def log_errors(fit: Fit, design: Floats) -> Floats:
+def log_errors(fit: Fit) -> Floats:
     """Standard errors [P] of theta: by least squares, or half the central 68 % of the bootstraps where that is more.
 
     Infinite for parameters that can be changed together without changing any prediction: bootstraps do not show that, as each
     stays where it started.
     """
-    slopes = term_mean(log_sum_exp(design, fit.theta[None])[1], design)[0]  # [M, P]
+    slopes = fit.law.gradient(fit.theta, fit.columns)  # [M, P]
     scale = np.linalg.norm(slopes, axis=0)
     scaled = slopes / np.where(scale > 0, scale, 1)
     _, singular, directions = np.linalg.svd(scaled, full_matrices=True)
@@ -84,10 +88,10 @@ def log_errors(fit: Fit, design: Floats) -> Floats:
     return np.where(free | (scale == 0), np.inf, errors)
 
 
-def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Caveat]:
+def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
     distinct, parameters = len(np.unique(settings)), len(fit.law.parameters)
     if distinct < parameters + SPARE_SETTINGS:
-        yield Caveat(
+        yield Diagnostic(
             "few-points",
             f"{len(settings)} points at {distinct} different settings for {parameters} parameters: little or nothing is left "
             "to contradict the law, and intervals are too narrow",
@@ -96,14 +100,14 @@ def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Caveat]:
         if column in fit.columns:
             values = fit.columns[column]
             if values.max() / values.min() < NARROW:
-                yield Caveat(
+                yield Diagnostic(
                     "narrow-range",
                     f"{name} span a factor of {values.max() / values.min():.2g} only, below {NARROW:g}: an exponent read from "
                     "that says little outside",
                 )
 
 
-def _flatness(fit: Fit, errors: Floats) -> Iterator[Caveat]:
+def _flatness(fit: Fit, errors: Floats) -> Iterator[Diagnostic]:
     loose = []
     for name, error, value in zip(fit.law.parameters, errors, fit.theta, strict=True):
         if np.isinf(error):
@@ -113,39 +117,39 @@ def _flatness(fit: Fit, errors: Floats) -> Iterator[Caveat]:
         elif name in ("alpha", "beta") and error > UNKNOWN_EXPONENT * abs(value):
             loose.append(f"{name} = {value:.3g} to {error:.2g}")
     if loose:
-        yield Caveat(
+        yield Diagnostic(
             "flat-optimum",
             f"the points determine {', '.join(loose)}: other parameters fit as well. Trust predictions between the points, not "
             "parameters and not predictions far outside",
         )
 
 
-def _floor(fit: Fit) -> Iterator[Caveat]:
-    if "E" not in fit.params:
+def _floor(fit: Fit) -> Iterator[Diagnostic]:
+    if "E" not in fit.law.parameters:
         return
     floor, lowest = fit.params["E"], float(fit.loss.min())
     bound = fit.intervals["95"]["E"][0] if fit.intervals else floor
     if min(floor, bound) < FLOOR_SHARE * lowest:
-        yield Caveat(
+        yield Diagnostic(
             "floor-at-zero",
             f"E = {floor:.3g} (95 % interval from {bound:.3g}) is at its bound, 0, beside losses from {lowest:.3g}: the points "
             "show no floor, so do not extrapolate towards one",
         )
 
 
-def _starts(fit: Fit, errors: Floats, rivals: tuple[Floats, Floats]) -> Iterator[Caveat]:
+def _starts(fit: Fit, errors: Floats, other_optima: tuple[Floats, Floats]) -> Iterator[Diagnostic]:
     starts = fit.starts
     if starts.total >= 10 * RARE_START and starts.at_best < RARE_START:
-        yield Caveat(
+        yield Diagnostic(
             "starts-disagree",
             f"{starts.at_best} of {starts.total} starts ended at the lowest objective: there may be a lower one still",
         )
     safe = np.where(np.isfinite(errors) & (errors > 0), errors, np.inf)
-    for theta, objective in zip(*rivals, strict=True):
+    for theta, objective in zip(*other_optima, strict=True):
         distance = np.abs(theta - fit.theta) / safe
         worst = int(distance.argmax())
-        if distance[worst] > RIVAL_DISTANCE:
-            yield Caveat(
+        if distance[worst] > OPTIMA_DISTANCE:
+            yield Diagnostic(
                 "starts-disagree",
                 f"another optimum, {objective / fit.objective - 1:.1%} higher only, has {fit.law.parameters[worst]} "
                 f"{distance[worst]:.1f} standard errors away",
@@ -153,16 +157,16 @@ def _starts(fit: Fit, errors: Floats, rivals: tuple[Floats, Floats]) -> Iterator
             return
 
 
-def _signs(fit: Fit) -> Iterator[Caveat]:
+def _signs(fit: Fit) -> Iterator[Diagnostic]:
     for name in ("alpha", "beta"):
         if fit.params.get(name, 1.0) <= 0:
             what = "model size" if name == "alpha" else "tokens"
-            yield Caveat(
+            yield Diagnostic(
                 "wrong-sign", f"{name} = {fit.params[name]:.3g}: the loss rises with {what}; no floor can be read from this fit"
             )
 
 
-def lack_of_fit(fit: Fit, design: Floats, settings: NDArray[np.int64]) -> tuple[float, int, int] | None:
+def lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> tuple[float, int, int] | None:
     """The p-value of the law against "any value per setting", and two degrees of freedom; None without replications.
 
     The F-test of lack of fit, on log losses: scatter of the settings' means around the law's least-squares fit, against the
@@ -177,18 +181,18 @@ def lack_of_fit(fit: Fit, design: Floats, settings: NDArray[np.int64]) -> tuple[
     log_loss = np.log(fit.loss)
     means = np.bincount(settings, log_loss) / counts
     scatter = float(np.sum((log_loss - means[settings]) ** 2)) / pure
-    squares = solve(design, log_loss, fit.theta[None], 1e6, tolerance=1e-14).objective[0] * 2
+    squares = solve(fit.theta[None], 1e6, tolerance=1e-14).objective[0] * 2
     misfit = max(float(squares) - scatter * pure, 0.0) / free
     if scatter == 0:
         return (1.0 if misfit == 0 else 0.0), free, pure
     return float(f_distribution.sf(misfit / scatter, free, pure)), free, pure
 
 
-def _lack_of_fit(fit: Fit, design: Floats, settings: NDArray[np.int64]) -> Iterator[Caveat]:
-    tested = lack_of_fit(fit, design, settings)
+def _lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
+    tested = lack_of_fit(fit, solve, settings)
     if tested is not None and tested[0] < REJECTED:
         p, free, pure = tested
-        yield Caveat(
+        yield Diagnostic(
             "law-rejected",
             f"the points miss the law by more than the seeds scatter (lack of fit, F({free}, {pure}), p = {p:.1g}): the law is "
             "wrong for these runs",
@@ -208,7 +212,7 @@ def least_squares_covariance(slopes: Floats, residuals: Floats) -> tuple[Floats,
     return np.asarray(variance * inverse / np.outer(safe, safe)), variance
 
 
-def holdout_p(fit: Fit, design: Floats) -> float | None:
+def holdout_p(fit: Fit) -> float | None:
     """P-value of the mean error of the held-out points, against what fit and scatter explain; None if nothing is left to judge.
 
     Student's t: the mean log error over its standard error, which is made of the law's at these points and of the mean run's.
@@ -219,7 +223,7 @@ def holdout_p(fit: Fit, design: Floats) -> float | None:
     freedom = len(fit.points) - len(fit.theta)
     if held is None or freedom < 1:
         return None
-    slopes = term_mean(log_sum_exp(design, fit.theta[None])[1], design)[0]
+    slopes = fit.law.gradient(fit.theta, fit.columns)
     covariance, variance = least_squares_covariance(slopes, fit.residuals)
     mean_slope = fit.law.gradient(fit.theta, held.columns).mean(axis=0)
     error = float(np.sqrt(mean_slope @ covariance @ mean_slope + variance / held.points))
@@ -227,14 +231,30 @@ def holdout_p(fit: Fit, design: Floats) -> float | None:
     return float(2 * student.sf(abs(miss) / max(error, 1e-12), freedom))
 
 
-def _holdout(fit: Fit, design: Floats) -> Iterator[Caveat]:
-    held, p = fit.holdout, holdout_p(fit, design)
+def _holdout(fit: Fit) -> Iterator[Diagnostic]:
+    held, p = fit.holdout, holdout_p(fit)
     if held is None or p is None or p >= REJECTED:
         return
     side = "above" if held.mean_relative_error > 0 else "below"
     inside, outside, signed = fit.mean_absolute_relative_error, held.mean_absolute_relative_error, held.mean_relative_error
-    yield Caveat(
+    yield Diagnostic(
         "holdout-missed",
         f"held-out points are missed by {outside:.2%} on average (predicted {side} measured by {abs(signed):.2%}, "
         f"p = {p:.1g}), points fitted to by {inside:.2%}: the law does not extrapolate here",
     )
+
+
+def repetition_ignored(epochs: Floats | None) -> Iterator[Diagnostic]:
+    """The warning of a law that does not know epochs, where they vary.
+
+    epochs: [M] or [M, K].
+    """
+    if epochs is None or epochs.size == 0:
+        return
+    highest = np.nanmax(np.maximum(epochs, 1).reshape(len(epochs), -1), axis=1)
+    if highest.max() > 1.05 * highest.min() and highest.max() > 2:
+        yield Diagnostic(
+            "repetition-ignored",
+            f"runs saw their text {highest.min():.3g} to {highest.max():.3g} times, and this law counts every token as new: "
+            "fit the law 'repetition', or use runs of equal epochs",
+        )

@@ -13,14 +13,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit import bootstrap, diagnostics
-from megatron_synth.study.fit.diagnostics import Caveat
-from megatron_synth.study.fit.laws import Columns, Floats, Law, law_named, log_sum_exp
-from megatron_synth.study.fit.newton import Solutions, solve
+from megatron_synth.study.fit.catalog import AnyLaw, law_named
+from megatron_synth.study.fit.diagnostics import Diagnostic
+from megatron_synth.study.fit.laws import Columns, Floats
+from megatron_synth.study.fit.newton import Solutions
+from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
 from megatron_synth.study.fit.row_filter import matching
+from megatron_synth.study.fit.solver import Solver
 
 DELTA = 1e-3
 SAME_OBJECTIVE = 1e-6  # relative; starts that end this close ended at one optimum
-RIVALS, RIVAL_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
+SINGLE_STARTS = 24  # of a law that is fitted one start at a time
+MOST_OPTIMA, OPTIMUM_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
 
 Progress = Callable[[str, int, int], object]
 
@@ -59,7 +63,7 @@ class Starts:
 class Fit:
     """A fitted law.
 
-    params: by name, factors as they are (not as logarithms).
+    params: by name, factors as they are (not as logarithms); those held fixed, too.
     objective: sum of Huber's losses of the log residuals over the points fitted to.
     standard_errors, intervals: by bootstrap; empty without one. Intervals by level ("90", "95") and parameter.
     points, dropped: indices of the rows fitted to, and of those left out for their high loss.
@@ -68,7 +72,7 @@ class Fit:
     columns: the columns [M] of the points fitted to.
     """
 
-    law: Law
+    law: AnyLaw
     params: dict[str, float]
     objective: float
     delta: float
@@ -78,7 +82,7 @@ class Fit:
     dropped: NDArray[np.int64]
     residuals: Floats
     holdout: Holdout | None
-    warnings: tuple[Caveat, ...]
+    warnings: tuple[Diagnostic, ...]
     starts: Starts
     theta: Floats = field(repr=False)
     theta_samples: Floats = field(repr=False)
@@ -130,15 +134,16 @@ class Fit:
             "mean_absolute_relative_error": self.mean_absolute_relative_error,
             "holdout": None if self.holdout is None else self.holdout.to_json(),
             "starts": dict(self.starts.__dict__),
-            "warnings": [{"code": caveat.code, "message": caveat.message} for caveat in self.warnings],
+            "warnings": [{"code": diagnostic.code, "message": diagnostic.message} for diagnostic in self.warnings],
         }
 
 
 def fit(
-    law: str | Law,
+    law: str | AnyLaw,
     columns: Columns,
     loss: ArrayLike,
     *,
+    fixed: Mapping[str, float] | None = None,
     delta: float = DELTA,
     starts: int | ArrayLike | None = None,
     drop_highest_loss: int = 0,
@@ -146,6 +151,7 @@ def fit(
     bootstraps: int = 1000,
     seed: int = 0,
     extra: Mapping[str, Sequence[Any]] | None = None,
+    epochs: ArrayLike | None = None,
     progress: Progress | None = None,
 ) -> Fit:
     """Fit `law` to M points.
@@ -154,6 +160,7 @@ def fit(
         law: a law or its name.
         columns: `n_params`, `tokens`, `ratio` as the law needs them, each [M].
         loss: [M], above 0.
+        fixed: values of parameters that are known and not to be fitted.
         delta: of Huber's loss on the log residuals.
         starts: how many of the law's grid (default all), or vectors theta [S, P].
         drop_highest_loss: leave out so many of the points of highest loss.
@@ -161,6 +168,7 @@ def fit(
         bootstraps: draws for the intervals; 0 for none.
         seed: of the draws.
         extra: other columns [M] that a hold-out rule may name.
+        epochs: [M], how often each run saw its text, for the warning that the law does not know it.
         progress: called with what is done, how much of it, and of how much.
 
     Raises:
@@ -180,32 +188,37 @@ def fit(
     chosen = chosen.reduced(used)
     used = {name: used[name] for name in chosen.columns}
     settings = distinct_settings(used, len(kept))
+    single = fixed or isinstance(chosen, NonlinearLaw)
+    grid = start_grid(chosen, used, np.log(losses[kept]), SINGLE_STARTS if single and starts is None else starts)
+    if fixed:
+        whole, chosen = chosen, with_fixed(chosen, fixed)
+        grid = np.unique(grid[:, [whole.parameters.index(name) for name in chosen.parameters]], axis=0)
     _check_enough(chosen, settings)
 
-    design, log_loss = chosen.design(used), np.log(losses[kept])
-    grid = start_grid(chosen, design, log_loss, starts)
-    found = solve(design, log_loss, grid, delta, progress=_counter(progress, "starts", len(grid)))
+    log_loss = np.log(losses[kept])
+    solve = Solver(chosen, used, log_loss)
+    found = solve(grid, delta, progress=_counter(progress, "starts", len(grid)))
     optima = distinct_optima(found)
-    best = solve(design, log_loss, found.theta[optima[:1]], delta, iterations=300, tolerance=1e-15)
+    best = solve(found.theta[optima[:1]], delta, iterations=300, tolerance=1e-15)
     theta, objective = best.theta[0], float(best.objective[0])
     samples: Floats = np.zeros((0, len(theta)))
     if bootstraps:
         weights = bootstrap.draw_weights(len(kept), bootstraps, seed)
         centers = np.vstack([theta, found.theta[optima[1:]]])
         advance = _counter(progress, "bootstraps", len(weights) * len(centers))
-        samples = bootstrap.resample(design, log_loss, centers, delta, weights, advance)
+        samples = bootstrap.resample(solve, centers, delta, weights, advance)
     errors, intervals = bootstrap.summary(chosen, samples) if bootstraps > 1 else ({}, {})
     at_best = int((found.objective <= objective * (1 + SAME_OBJECTIVE) + 1e-30).sum())
     result = Fit(
         law=chosen,
-        params=chosen.to_params(theta),
+        params={**getattr(chosen, "fixed", {}), **chosen.to_params(theta)},
         objective=objective,
         delta=delta,
         standard_errors=errors,
         intervals=intervals,
         points=kept,
         dropped=dropped,
-        residuals=log_loss - log_sum_exp(design, theta[None])[0][0],
+        residuals=log_loss - chosen.log_predict(theta, used),
         holdout=_judge(chosen, theta, values, losses, np.flatnonzero(out), rule) if out.any() else None,
         warnings=(),
         starts=Starts(len(grid), int(found.converged.sum()), at_best),
@@ -214,11 +227,12 @@ def fit(
         columns=used,
         loss=losses[kept],
     )
-    rivals = found.theta[optima[1:]], found.objective[optima[1:]]
-    return replace(result, warnings=diagnostics.find(result, design, settings, rivals))
+    other_optima = found.theta[optima[1:]], found.objective[optima[1:]]
+    seen = None if epochs is None else _column("epochs", epochs, len(losses))[kept]
+    return replace(result, warnings=diagnostics.find(result, solve, settings, other_optima, seen))
 
 
-def start_grid(law: Law, design: Floats, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:
+def start_grid(law: AnyLaw, columns: Columns, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:
     """Starting values theta [S, P].
 
     The law's grid gives exponents as they are, and each factor as the logarithm of its term's share in the loss at the center
@@ -235,10 +249,11 @@ def start_grid(law: Law, design: Floats, log_loss: Floats, starts: int | ArrayLi
             raise UserError(f"starts: expected finite vectors of {len(names)} ({', '.join(names)}), got shape {given.shape}")
         return given
     grid = np.array(list(itertools.product(*(law.starts[name] for name in names))))
-    for k, term in enumerate(law.terms):
+    terms = [] if isinstance(law, NonlinearLaw) else list(zip(law.terms, law.design(columns), strict=True))
+    for term, features in terms:
         factor = next(name for name in term if name in law.factors)
         others = [names.index(name) for name in term if name != factor]
-        grid[:, names.index(factor)] += log_loss.mean() - grid[:, others] @ design[k].mean(axis=0)[others]
+        grid[:, names.index(factor)] += log_loss.mean() - grid[:, others] @ features.mean(axis=0)[others]
     if starts is None:
         return grid
     if starts < 1:
@@ -253,7 +268,7 @@ def distinct_optima(found: Solutions) -> list[int]:
     kept = [int(order[0])]
     for index in order[1:]:
         value = found.objective[index]
-        if value > lowest * RIVAL_MARGIN or len(kept) == RIVALS:
+        if value > lowest * OPTIMUM_MARGIN or len(kept) == MOST_OPTIMA:
             break
         if found.converged[index] and value > found.objective[kept[-1]] * (1 + SAME_OBJECTIVE):
             kept.append(int(index))
@@ -315,7 +330,7 @@ def _split(losses: Floats, inside: NDArray[np.int64], drop: int) -> tuple[NDArra
     return np.sort(by_loss[: len(inside) - drop]), np.sort(by_loss[len(inside) - drop :])
 
 
-def _check_enough(law: Law, settings: NDArray[np.int64]) -> None:
+def _check_enough(law: AnyLaw, settings: NDArray[np.int64]) -> None:
     needed, distinct = len(law.parameters), len(np.unique(settings))
     if distinct < needed:
         raise UserError(
@@ -325,7 +340,7 @@ def _check_enough(law: Law, settings: NDArray[np.int64]) -> None:
 
 
 def _judge(
-    law: Law, theta: Floats, values: Mapping[str, Floats], losses: Floats, rows: NDArray[np.int64], rule: str
+    law: AnyLaw, theta: Floats, values: Mapping[str, Floats], losses: Floats, rows: NDArray[np.int64], rule: str
 ) -> Holdout:
     held = {name: values[name][rows] for name in law.columns}
     predicted = law.predict(theta, held)

@@ -9,7 +9,7 @@ Legend: M points, S parameter vectors (starts, bootstraps), P parameters, K term
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_synth.config.errors import UserError
 Floats = NDArray[np.float64]
 Columns = Mapping[str, ArrayLike]
 
-N_PARAMS, TOKENS, RATIO = "n_params", "tokens", "ratio"
+N_PARAMS, TOKENS, RATIO, UNIQUE_TOKENS = "n_params", "tokens", "ratio", "unique_tokens"
 COLUMNS = (N_PARAMS, TOKENS, RATIO)
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0  # compute C = 6 N D, as the papers of these laws count it
 
@@ -91,20 +91,7 @@ class Law:
         return design
 
     def _values(self, columns: Columns) -> dict[str, Floats]:
-        absent = [name for name in self.columns if name not in columns]
-        if absent:
-            raise UserError(
-                f"law '{self.name}' needs the column{'s' * (len(absent) > 1)} {', '.join(absent)}; got {list(columns)}"
-            )
-        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(columns[name], dtype=np.float64)) for name in self.columns))
-        values = dict(zip(self.columns, arrays, strict=True))
-        for name, array in values.items():
-            wrong = ~np.isfinite(array) | ((array < 0) | (array > 1) if name == RATIO else array <= 0)
-            if wrong.any():
-                at = int(np.flatnonzero(wrong)[0])
-                expected = "a share from 0 to 1" if name == RATIO else "a number above 0"
-                raise UserError(f"column {name}, point {at}: expected {expected}, got {array[at]}")
-        return values
+        return checked_columns(self.name, self.columns, columns)
 
     def log_predict(self, theta: ArrayLike, columns: Columns) -> Floats:
         """log L of theta [P] or [S, P] at M points: [M] or [S, M]."""
@@ -176,6 +163,26 @@ class Law:
         return law
 
 
+def checked_columns(law: str, needed: Sequence[str], columns: Columns) -> dict[str, Floats]:
+    """The needed columns, broadcast against each other.
+
+    Raises:
+        UserError: one is absent, or a value is outside its range.
+    """
+    absent = [name for name in needed if name not in columns]
+    if absent:
+        raise UserError(f"law '{law}' needs the column{'s' * (len(absent) > 1)} {', '.join(absent)}; got {list(columns)}")
+    arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(columns[name], dtype=np.float64)) for name in needed))
+    values = dict(zip(needed, arrays, strict=True))
+    for name, array in values.items():
+        wrong = ~np.isfinite(array) | ((array < 0) | (array > 1) if name == RATIO else array <= 0)
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            expected = "a share from 0 to 1" if name == RATIO else "a number above 0"
+            raise UserError(f"column {name}, point {at}: expected {expected}, got {array[at]}")
+    return values
+
+
 def log_sum_exp(design: Floats, theta: Floats) -> tuple[Floats, Floats]:
     """log L [S, M] and the share of each term in L [K, S, M], from features [K, M, P] and theta [S, P]."""
     exponents: Floats = np.matmul(theta, design.transpose(0, 2, 1))  # [K, S, M]
@@ -229,6 +236,15 @@ LAWS: dict[str, Law] = {
             terms=({"E": "1"}, {"A": "1", "alpha": "-log N"}, {"B": "1", "beta": "-log D"}),
             factors=frozenset({"A", "B", "E"}),
             starts={"A": _SHARE, "B": _SHARE, "E": _FLOOR, "alpha": _EXPONENT, "beta": _EXPONENT},
+        ),
+        # Where few sizes were trained at many budgets, A and B are known to a factor only; one exponent for both helps.
+        Law(
+            name="tied",
+            formula="L(N, D) = E + A / N^alpha + B / D^alpha",
+            source="Gadre et al. 2024, arXiv 2403.08540: E + (a M^eta + b M^-eta) C^-eta, C = 6 N D, M = D / N, alpha = 2 eta",
+            terms=({"E": "1"}, {"A": "1", "alpha": "-log N"}, {"B": "1", "alpha": "-log D"}),
+            factors=frozenset({"A", "B", "E"}),
+            starts={"A": _SHARE, "B": _SHARE, "E": _FLOOR, "alpha": _EXPONENT},
         ),
         # Ye et al. find c + k exp(t . ratios) for the loss on one domain. With one ratio that is monotone, so it alone has no
         # best ratio inside 0..1. Here every coefficient of the joint law is such an exponential, and the floor's has a second
@@ -291,17 +307,3 @@ LAWS: dict[str, Law] = {
         ),
     )
 }
-
-
-def law_named(name: str) -> Law:
-    """The law of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in LAWS:
-        import difflib
-
-        close = difflib.get_close_matches(name, LAWS, n=1)
-        raise UserError(f"unknown law '{name}'; " + (f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(LAWS)}"))
-    return LAWS[name]

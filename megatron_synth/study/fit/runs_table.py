@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.records import read_text
-from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, Floats, Law
+from megatron_synth.study.fit.catalog import AnyLaw
+from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS, Floats
 from megatron_synth.study.fit.row_filter import matching, number
 
-FLOPS, LOSS = "flops", "loss"
+FLOPS, LOSS, EPOCHS = "flops", "loss", "epochs"
 MAX_BYTES = 2**28
 """Of a table of runs."""
 
@@ -27,6 +28,8 @@ GUESSES = {
     N_PARAMS: ("nparams", "nonembeddingparameters", "nonembeddingparams", "parameters", "params", "modelsize", "size", "n"),
     TOKENS: ("tokens", "trainingtokens", "traintokens", "ntokens", "d"),
     FLOPS: ("flops", "flop", "trainingflops", "trainingflop", "trainflops", "compute", "c"),
+    UNIQUE_TOKENS: ("uniquetokens", "unique", "uniquetrainingtokens", "nuniquetokens", "u"),
+    EPOCHS: ("epochs", "epoch", "nepochs", "repetitions"),
     RATIO: ("ratio", "share", "syntheticratio", "syntheticshare", "r"),
     LOSS: ("loss", "validationloss", "valloss", "evalloss", "finalloss", "testloss"),
 }
@@ -159,29 +162,45 @@ def loss_columns(table: Table, asked: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def law_columns(table: Table, law: Law, asked: dict[str, str | None]) -> tuple[dict[str, Floats], dict[str, str]]:
+def epochs_of(table: Table) -> Floats | None:
+    """How often each run saw its text: the highest [M] over columns `epochs` and `epochs/SOURCE`; None without any.
+
+    Cells that are no number count as one epoch: our runs.csv leaves them empty where an arm has not the source.
+    """
+    names = [name for name in table.texts if name == "epochs" or name.startswith("epochs/")]
+    if not names:
+        return None
+    cells = [[number(text) or 1.0 for text in table.texts[name]] for name in names]
+    return np.asarray(np.max(np.array(cells, dtype=np.float64), axis=0))
+
+
+def law_columns(table: Table, law: AnyLaw, asked: dict[str, str | None]) -> tuple[dict[str, Floats], dict[str, str]]:
     """The columns [M] that the law takes, and what each was read from.
 
-    Tokens come from their column, or from compute: D = C / (6 N).
+    Tokens come from their column, or from compute: D = C / (6 N). Unique tokens come from theirs, or are tokens / epochs.
 
     Args:
         table: the runs.
         law: columns that it may leave out are taken where they are there.
-        asked: names of columns by `n_params`, `tokens`, `flops`, `ratio`; None to guess.
+        asked: names of columns by `n_params`, `tokens`, `unique_tokens`, `flops`, `ratio`; None to guess.
     """
-    options = {name: f"--{'n' if name == N_PARAMS else name}-column" for name in (N_PARAMS, TOKENS, FLOPS, RATIO)}
+    short = {N_PARAMS: "n", UNIQUE_TOKENS: "unique"}
+    options = {name: f"--{short.get(name, name)}-column" for name in (N_PARAMS, TOKENS, FLOPS, RATIO, UNIQUE_TOKENS, EPOCHS)}
     found = {name: find_column(table, name, asked.get(name), option) for name, option in options.items()}
     if asked.get(FLOPS) is not None and asked.get(TOKENS) is None:
         found[TOKENS] = None  # whoever names one of the two means it
     values: dict[str, Floats] = {}
     read_from: dict[str, str] = {}
     for name in law.columns:
-        source, compute, size = found[name], found[FLOPS], found[N_PARAMS]
+        source, compute, size, epochs = found[name], found[FLOPS], found[N_PARAMS], found[EPOCHS]
         if source is not None:
             values[name], read_from[name] = table.numbers(source), source
         elif name == TOKENS and compute is not None and size is not None:
             values[name] = table.numbers(compute) / (FLOPS_PER_PARAMETER_AND_TOKEN * table.numbers(size))
             read_from[name] = f"{compute} / (6 x {size})"
+        elif name == UNIQUE_TOKENS and epochs is not None:
+            values[name] = values[TOKENS] / np.maximum(table.numbers(epochs), 1)
+            read_from[name] = f"{read_from[TOKENS]} / {epochs}"
         elif name not in law.optional:
             hint = f" (or compute with {options[FLOPS]} and sizes with {options[N_PARAMS]})" if name == TOKENS else ""
             raise UserError(

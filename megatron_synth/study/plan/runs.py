@@ -149,7 +149,7 @@ def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple
 
 
 def _tokens_per_step(study: Study, size: str) -> int | None:
-    """Tokens of a batch; None where the protocol does not say, which is told elsewhere."""
+    """Tokens of a batch; None where the protocol does not say, which is reported elsewhere."""
     train = merge(study.protocol, study.sizes[size].settings).get("train")
     values = [train.get(key) for key in ("global_batch_size", "sequence_length")] if isinstance(train, dict) else [None]
     if not all(isinstance(value, int) and value > 0 for value in values):

@@ -18,7 +18,8 @@ from pydantic import BeforeValidator, Field
 
 from megatron_synth.config.errors import ConfigError, Problem, UserError
 from megatron_synth.config.load import apply_overrides, load_yaml
-from megatron_synth.config.schema import Amount, PositiveInt, Ratio, Section, Seed, ValidationConfig
+from megatron_synth.config.schema import ValidationConfig
+from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, Seed
 from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
 

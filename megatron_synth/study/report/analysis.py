@@ -125,7 +125,7 @@ class Analysis:
 def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
     """Fit and answer what the runs allow.
 
-    tell: is told what is being done.
+    tell: called with what is being done.
     """
     result = Analysis(study, list(rows), noise_floor([row.cell for row in rows], [row.loss for row in rows]))
     arms = [arm for arm in study.arms if any(row.arm == arm for row in rows)]
@@ -189,7 +189,10 @@ def _fitted(
     bootstraps: int | None = None,
 ) -> Fitted:
     loss = np.array([row.loss if domain is None else row.domains[domain] for row in rows])
-    options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS}
+    epochs = np.array(
+        [max([1.0, *(value for name, value in row.others.items() if name.startswith("epochs/"))]) for row in rows]
+    )
+    options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
     try:
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:

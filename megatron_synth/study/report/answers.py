@@ -250,10 +250,11 @@ def compare_at_compute(arms: Mapping[str, Fit], baseline: str, flops: float, *, 
 def compute_optimal(joint: Fit, theta: Floats, flops: float) -> dict[str, Floats]:
     """The best `n_params` and `tokens` [S] for `flops` = 6 N D, by theta [S, P] of a joint law."""
     p = joint.law.to_params(theta)
-    total = p["alpha"] + p["beta"]
-    log_g = (np.log(p["alpha"] / p["beta"]) + np.log(p["A"]) - np.log(p["B"])) / total
+    beta = p.get("beta", p["alpha"])  # one for both in the law `tied`
+    total = p["alpha"] + beta
+    log_g = (np.log(p["alpha"] / beta) + np.log(p["A"]) - np.log(p["B"])) / total
     log_budget = np.log(flops / FLOPS_PER_PARAMETER_AND_TOKEN)
-    log_n = log_g + p["beta"] / total * log_budget
+    log_n = log_g + beta / total * log_budget
     return {N_PARAMS: np.exp(log_n), TOKENS: np.exp(log_budget - log_n)}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import parse_ratio
+from megatron_synth.config.section import parse_ratio
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.records import LARGEST
 from megatron_synth.study.execute.folder import Folder

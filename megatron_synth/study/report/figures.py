@@ -169,7 +169,7 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, capt
 
     def draw(figure: Figure) -> None:
         for ax, (family, at, arms) in zip(_grid(figure, len(panels)), panels, strict=True):
-            where = f"{at} parameters" if law == "data" else f"{compact(at)} tokens"
+            where = f"size {at}" if law == "data" else f"{compact(at)} tokens"
             _panel_title(ax, f"{family or baseline} at {where}")
             ax.set_xscale("log")
             labels = [_arm_curve(ax, fits[arm, at], law, style[arm], arm) for arm in arms]
@@ -280,7 +280,7 @@ def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
 
     def draw(figure: Figure) -> None:
         for ax, size in zip(_grid(figure, len(sizes), 2), sizes, strict=True):
-            _panel_title(ax, f"{size} parameters")
+            _panel_title(ax, f"size {size}")
             ax.axhline(1, color=GREY, linewidth=0.9)
             ax.set_yscale("log")
             for (arm, at), curve in analysis.speed.items():
@@ -368,7 +368,7 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
 
     caption = (
-        f"Loss of each arm on each validation domain against {baseline}, at {cell[0]} parameters and {human(cell[1])} tokens, "
+        f"Loss of each arm on each validation domain against {baseline}, at size {cell[0]} and {human(cell[1])} tokens, "
         "the largest cell that all arms have. Bars: means over seeds; whiskers: one standard error of the difference."
     )
     size = (11.5, 1.2 + (0.24 * len(arms) + 0.25) * len(domains))

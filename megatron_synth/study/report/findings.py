@@ -48,7 +48,7 @@ def _best(analysis: Analysis) -> Iterator[str]:
         assert measured is not None
         others = [ratio for ratio in measured.band if ratio != measured.ratio]
         ties = f"; {', '.join(map(_share, others))} cannot be told from it" if others else "; all others are worse"
-        where = f"{largest.size} parameters and {compact(largest.tokens)} tokens"
+        where = f"size {largest.size} and {compact(largest.tokens)} tokens"
         yield f"{family}: at {where} the lowest loss is at a share of {_share(measured.ratio)} ({measured.loss:.3f}){ties}."
         winners = [_share(best.measured.ratio) for best in tested if best.measured is not None]
         if len(set(winners)) > 1 and len(tested) > 1:

@@ -34,7 +34,9 @@ def write_figure(fit: Fit, path: Path, title: str) -> None:
         figure.subplots_adjust(left=0.05, right=0.985, top=0.84, bottom=0.12, wspace=0.24)
         figure.text(0.05, 0.94, title, fontsize=18, fontweight="bold", va="center")
         figure.text(0.985, 0.94, fit.law.formula, fontsize=11, color=GREY, va="center", ha="right")
-        {"joint": draw_compute, "mixture": draw_ratio, "mixture-additive": draw_ratio}.get(fit.law.name, draw_curve)(left, fit)
+        kinds = {"mixture": draw_ratio, "mixture-additive": draw_ratio}
+        kinds |= dict.fromkeys(("joint", "tied", "repetition"), draw_compute)
+        kinds.get(fit.law.name, draw_curve)(left, fit)
         draw_residuals(middle, fit)
         draw_numbers(right, fit)
         buffer = io.BytesIO()
@@ -74,7 +76,8 @@ def draw_compute(axes: Axes, fit: Fit) -> None:
     ticks = np.linspace(np.log10(n.min()), np.log10(n.max()), 4)
     bar.set_ticks(list(ticks), labels=[human(10**tick) for tick in ticks])
     bar.set_label("N, parameters")
-    if fit.params["alpha"] > 0 and fit.params["beta"] > 0:
+    has_best = set(fit.law.columns) == {N_PARAMS, TOKENS} and not getattr(fit.law, "fixed", {})
+    if has_best and fit.params["alpha"] > 0 and fit.params.get("beta", 1.0) > 0:
         grid = np.geomspace(compute.min(), compute.max(), LINES)
         best = np.array([fit.predict(compute_optimal(fit, fit.theta[None], float(flops)))[0] for flops in grid])
         axes.plot(grid, best, color=ACCENT, linewidth=1.8, label="best N and D by the law")
@@ -132,6 +135,6 @@ def draw_numbers(axes: Axes, fit: Fit) -> None:
         lines.append(f"hold-out {held.rule}: {held.mean_absolute_relative_error:.2%} ({held.points} points)")
     axes.text(0, 1, "\n".join(lines), family="DejaVu Sans Mono", fontsize=9.5, va="top", transform=axes.transAxes)
     if fit.warnings:
-        text = "\n".join(textwrap.fill(str(caveat), 66) for caveat in fit.warnings)
+        text = "\n".join(textwrap.fill(str(diagnostic), 66) for diagnostic in fit.warnings)
         axes.text(0, 0, text, color=ACCENT, fontsize=8.5, va="bottom", transform=axes.transAxes)
     axes.set_title("Parameters, 90 % intervals", loc="left")

@@ -1,7 +1,6 @@
 """The report as one HTML file: no network, no script, light and dark, every number beside the runs that it comes from.
 
-Names come from tables that others may have written. Everything that is put into the page is escaped by markupsafe unless
-it is `Markup` already, and only `_html` and the drawn figures make that.
+Names come from tables that others may have written: only `core.html` and the drawn figures make `Markup`.
 """
 
 from __future__ import annotations
@@ -13,48 +12,12 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from megatron_synth.core.html import bullets, document, html, table
 from megatron_synth.core.log import compact, duration, human, scientific
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
 from megatron_synth.study.report.collect import Collected, Row
 from megatron_synth.study.report.figures import Drawn, Look, describe_fit
 from megatron_synth.study.report.findings import findings, percent
-
-STYLE = """
-:root { --ink:#22262b; --gray:#6b737c; --faint:#e3e6e9; --paper:#ffffff; --panel:#f6f7f8; --accent:#2f6fb0; --warn:#a8560f;
-  color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e4e7ea; --gray:#98a1ab; --faint:#343a41; --paper:#16191d; --panel:#1e2227;
-  --accent:#79b0e8; --warn:#e0a05a; } }
-* { box-sizing: border-box; }
-body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif; }
-main { max-width:1120px; margin:0 auto; padding:40px 28px 80px; }
-h1 { font-size:34px; line-height:1.15; margin:0 0 6px; letter-spacing:-.01em; }
-h2 { font-size:22px; margin:52px 0 10px; padding-top:14px; border-top:1px solid var(--faint); }
-h3 { font-size:16px; margin:26px 0 6px; }
-p { max-width:76ch; margin:6px 0 12px; } .muted, figcaption { color:var(--gray); font-size:14px; }
-nav { font-size:14px; margin:14px 0 0; display:flex; flex-wrap:wrap; gap:4px 16px; }
-a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:24px 0 8px; }
-.tile { background:var(--panel); border-radius:8px; padding:12px 14px; }
-.tile b { display:block; font-size:24px; line-height:1.25; font-variant-numeric:tabular-nums; }
-.tile span { color:var(--gray); font-size:13px; }
-.findings { padding-left:20px; max-width:82ch; } .findings li { margin:7px 0; }
-figure { margin:18px 0 8px; } figure svg { display:block; width:100%; height:auto; }
-figcaption { max-width:90ch; margin-top:6px; } .scroll { overflow-x:auto; margin:10px 0; }
-table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums; }
-th, td { text-align:right; padding:5px 12px 5px 0; border-bottom:1px solid var(--faint); }
-th, td { white-space:nowrap; vertical-align:top; }
-th:first-child, td:first-child { text-align:left; } th { color:var(--gray); font-weight:600; }
-.wide { white-space:normal; text-align:left; width:46ch; }
-tr:target td { background:color-mix(in srgb,var(--accent) 18%,transparent); }
-details { margin:8px 0; } summary { cursor:pointer; color:var(--accent); font-size:14px; } td details { margin:0; }
-td details p { max-width:36ch; white-space:normal; font-size:12px; line-height:1.5; }
-.warn { color:var(--warn); } .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:7px; }
-code { font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace; }
-@media print { details { display:none; } h2 { break-after:avoid; } figure { break-inside:avoid; } }
-"""
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-"""No script runs and nothing is loaded, whatever stands in the page."""
 
 
 def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], style: dict[str, Look], git: str) -> str:
@@ -71,8 +34,8 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
     title = f"Study {analysis.study.name}"
     parts = [
         Markup("<header>"),
-        _html("<h1>{}</h1>", title),
-        _html("<p>{}</p>", analysis.study.description) if analysis.study.description else "",
+        html("<h1>{}</h1>", title),
+        html("<p>{}</p>", analysis.study.description) if analysis.study.description else "",
         page.tiles(),
         Markup(
             '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
@@ -81,30 +44,18 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
         Markup("</header>"),
         page.missing(),
         Markup('<h2 id="findings">Findings</h2>'),
-        _list(findings(analysis)),
+        bullets(findings(analysis)),
         Markup('<h2 id="figures">Figures</h2>'),
         *(_figure(figure) for figure in figures),
         page.answers(),
         page.laws(),
         page.design(),
         page.runs(),
-        _html(
+        html(
             '<p class="muted">Made {} with {} from {} runs.</p>', datetime.now(UTC).date().isoformat(), git, len(collected.rows)
         ),
     ]
-    body = Markup("\n").join(part for part in parts if part)
-    return str(
-        _html(
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta http-equiv="Content-Security-Policy" content="{}">\n<title>{}</title>\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{}</style>\n</head>\n'
-            "<body>\n<main>\n{}\n</main>\n</body>\n</html>\n",
-            POLICY,
-            title,
-            Markup(STYLE),
-            body,
-        )
-    )
+    return document(title, parts)
 
 
 class _Page:
@@ -129,19 +80,19 @@ class _Page:
         if held:
             error = sum(one.mean_absolute_relative_error * one.points for one in held) / sum(one.points for one in held)
             tiles.append((percent(error), "mean absolute relative error of the laws on held-out runs"))
-        inner = (_html('<div class="tile"><b>{}</b><span>{}</span></div>', value, what) for value, what in tiles)
-        return _html('<div class="tiles">{}</div>', Markup("").join(inner))
+        inner = (html('<div class="tile"><b>{}</b><span>{}</span></div>', value, what) for value, what in tiles)
+        return html('<div class="tiles">{}</div>', Markup("").join(inner))
 
     def missing(self) -> Markup:
         """Names of the runs without a result."""
         missing = self.collected.missing
         if not missing:
             return Markup("")
-        return _html(
+        return html(
             '<p class="warn" id="missing">{} runs of the study are missing; everything below is from the others.</p>'
             "<details><summary>Which</summary><ul>{}</ul></details>",
             len(missing),
-            Markup("").join(_html("<li><code>{}</code></li>", run.name) for run in missing),
+            Markup("").join(html("<li><code>{}</code></li>", run.name) for run in missing),
         )
 
     # ---- answers
@@ -179,7 +130,7 @@ class _Page:
             "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
             "the lowest.</p>"
         )
-        return _section("Best ratio by size and budget", note, _table(heads, rows)) if rows else Markup("")
+        return _section("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
 
     def _equal(self) -> Markup:
         rows: list[tuple[str, ...]] = []
@@ -203,7 +154,7 @@ class _Page:
         elif self.analysis.compute:
             compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
         text = f"Equal tokens at one size is equal compute, too.{compute} Generating the text is not counted."
-        return _section("At equal cost", _html("<p class='muted'>{}</p>", text), _table(heads, rows)) if rows else Markup("")
+        return _section("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
 
     def _speed(self) -> Markup:
         rows = []
@@ -219,7 +170,7 @@ class _Page:
         heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
         if not rows:
             return Markup("")
-        return _html("<h3>Speed-up</h3><details><summary>Table</summary>{}</details>", _table(heads, rows))
+        return html("<h3>Speed-up</h3><details><summary>Table</summary>{}</details>", table(heads, rows))
 
     def _collapse(self) -> Markup:
         rows = []
@@ -236,7 +187,7 @@ class _Page:
             "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "
             "between seeds, corrected for the number of tests (Holm).</p>"
         )
-        return _section("Does anything collapse?", note, _table(heads, rows)) if rows else Markup("")
+        return _section("Does anything collapse?", note, table(heads, rows)) if rows else Markup("")
 
     def _verdict(self, one: Any) -> str:
         limit = (100 - LEVEL) / 200
@@ -252,7 +203,7 @@ class _Page:
         heads = ("law", "of", f"parameters [{LEVEL:.0f} %]", "error", "held-out error", "doubts", "runs")
         parts = [Markup('<h2 id="laws">Laws</h2>')]
         parts.append(
-            _html(
+            html(
                 "<p>Huber's loss (delta 1e-3) on the logarithm of the loss, the best of a grid of starts. Intervals are those "
                 "of the bootstrap ({:,} draws). A law that is not to be believed says so in “doubts”. "
                 "Error: mean absolute relative error, on the runs fitted to and on those held out.</p>",
@@ -260,14 +211,14 @@ class _Page:
             )
         )
         none = Markup("<p>No law could be tried: three budgets, sizes or ratios are needed.</p>")
-        parts.append(_table(heads, rows) if rows else none)
+        parts.append(table(heads, rows) if rows else none)
         if self.analysis.domains:
-            table = _table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
+            laws = table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
             parts.append(
-                _html(
+                html(
                     "<details><summary>Laws of single validation domains ({})</summary>{}</details>",
                     len(self.analysis.domains),
-                    table,
+                    laws,
                 )
             )
         return Markup("\n").join(parts)
@@ -279,20 +230,20 @@ class _Page:
             return (
                 law,
                 label,
-                _html('<div class="wide warn">{}</div>', fitted.problem),
+                html('<div class="wide warn">{}</div>', fitted.problem),
                 "",
                 "",
                 "",
                 self._sources(fitted.rows),
             )
-        warnings = Markup("").join(_html("<p>{}</p>", str(warning)) for warning in fitted.fit.warnings)
+        warnings = Markup("").join(html("<p>{}</p>", str(warning)) for warning in fitted.fit.warnings)
         codes = ", ".join(warning.code for warning in fitted.fit.warnings)
-        doubts = _html('<details><summary class="warn">{}</summary>{}</details>', codes, warnings) if warnings else "none"
+        doubts = html('<details><summary class="warn">{}</summary>{}</details>', codes, warnings) if warnings else "none"
         held = "n/a"
         if fitted.holdout is not None:
             held = f"{percent(fitted.holdout.mean_absolute_relative_error)} of {fitted.holdout.points}"
         error = percent(fitted.fit.mean_absolute_relative_error)
-        wide = _html('<div class="wide">{}</div>', describe_fit(fitted.fit))
+        wide = html('<div class="wide">{}</div>', describe_fit(fitted.fit))
         return law, label, wide, error, held, doubts, self._sources(fitted.rows)
 
     # ---- design and runs
@@ -310,14 +261,14 @@ class _Page:
             )
             rows.append((self._arm(arm), mixture, str(len(members)), tokens, epochs))
         heads = ("arm", "mixture", "runs", "tokens by source, longest run", "epochs by source, longest run")
-        ours = Markup("").join(_html("<li><code>{}</code>: {}</li>", key, why) for key, why in study.ours.items())
-        marked = _html("<h3>Choices of this study's own</h3><ul class='findings'>{}</ul>", ours) if ours else ""
+        ours = Markup("").join(html("<li><code>{}</code>: {}</li>", key, why) for key, why in study.ours.items())
+        marked = html("<h3>Choices of this study's own</h3><ul class='findings'>{}</ul>", ours) if ours else ""
         shown = study.model_dump(mode="json", include={"protocol", "rates", "seeds", "grid", "sources", "validation"})
-        return _html(
+        return html(
             '<h2 id="design">Design</h2>{}<p class="muted">Runs that differ in the mixture alone share '
             "initial weights and the order of each source's text. Every run starts from its seed; none continues another.</p>"
             "{}<details><summary>Protocol</summary><pre><code>{}</code></pre></details>",
-            _table(heads, rows),
+            table(heads, rows),
             marked,
             _yaml(shown),
         )
@@ -332,34 +283,29 @@ class _Page:
             epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
             numbers = (human(row.n_params), compact(row.tokens), str(row.seed), str(row.steps), f"{row.loss:.4f}")
             rows.append(
-                (_html("<code>{}</code>", row.id), self._arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
+                (html("<code>{}</code>", row.id), self._arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
             )
         anchors = [f"run-{row.id}" for row in self.rows]
-        table = _table(heads, rows, anchors)
+        listing = table(heads, rows, anchors)
         note = "Also in runs.csv; ratios.csv and metrics.csv beside it join on the run."
-        return _html('<h2 id="runs">Runs</h2><p class="muted">{}</p>{}', note, table)
+        return html('<h2 id="runs">Runs</h2><p class="muted">{}</p>{}', note, listing)
 
     def _arm(self, arm: str) -> Markup:
         color = self.style[arm].color
         shown = "var(--ink)" if arm == self.study.baseline_arm else color
-        return _html('<span class="dot" style="background:{}"></span>{}', shown, arm)
+        return html('<span class="dot" style="background:{}"></span>{}', shown, arm)
 
     def _sources(self, rows: Sequence[Row]) -> Markup:
-        links = Markup(" ").join(_html('<a href="#run-{}">{}</a>', row.id, row.id[:6]) for row in rows)
-        return _html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
-
-
-def _html(template: str, *values: object) -> Markup:
-    """HTML with `values` in its `{}`, each escaped unless it is `Markup`."""
-    return Markup(template).format(*values)
+        links = Markup(" ").join(html('<a href="#run-{}">{}</a>', row.id, row.id[:6]) for row in rows)
+        return html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
 
 
 def _section(title: str, note: Markup, table: Markup) -> Markup:
-    return _html("<h3>{}</h3>{}{}", title, note, table)
+    return html("<h3>{}</h3>{}{}", title, note, table)
 
 
 def _figure(figure: Drawn) -> Markup:
-    return _html(
+    return html(
         '<figure id="figure-{}"><h3>{}</h3>{}<figcaption>{}</figcaption></figure>',
         figure.name,
         figure.title,
@@ -404,21 +350,6 @@ def _bounds(bounds: Iterable[float], form: str) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> Markup:
-    """A table; cells that are not `Markup` are text."""
-    top = Markup("").join(_html("<th>{}</th>", head) for head in heads)
-    lines = []
-    for number, row in enumerate(rows):
-        anchor = _html(' id="{}"', anchors[number]) if anchors else ""
-        lines.append(_html("<tr{}>{}</tr>", anchor, Markup("").join(_html("<td>{}</td>", cell) for cell in row)))
-    body = Markup("").join(lines)
-    return _html('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', top, body)
-
-
-def _list(items: Iterable[str]) -> Markup:
-    return _html('<ul class="findings">{}</ul>', Markup("").join(_html("<li>{}</li>", item) for item in items))
 
 
 def _yaml(content: dict[str, Any]) -> str:

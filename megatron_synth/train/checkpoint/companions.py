@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Section
+from megatron_synth.config.section import Section
 from megatron_synth.core.files import write_json
 
 FILE = "huggingface.json"

@@ -94,16 +94,22 @@ class _Report:
         return cls(entries, {name: FileInfo(**info) for name, info in value["files"].items()}, value["error"])
 
 
+PINNED_AT_ONCE = 512 * 2**20
+"""Bytes of the host that are pinned by one call; no copy crosses from one such part to the next."""
+
+
 class HostBuffer:
     """Memory of the host that is asked for once: the first touch of a page costs more than ten copies into it.
 
-    Pinned where there is a GPU, so that copies run beside its work.
+    Pinned where there is a GPU, so that copies run beside its work. torch's allocator of pinned memory rounds up to a power
+    of two, 70 GB to 137, so the pages of a mapping are pinned instead, a bounded part at a time.
     """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._memory: memoryview | None = None
-        self._owner: Any = None
+        self._owner: mmap.mmap | None = None
+        self._pinned: list[int] = []
 
     @property
     def bytes(self) -> int:
@@ -111,18 +117,52 @@ class HostBuffer:
         return 0 if self._memory is None else self._memory.nbytes
 
     def reserve(self, size: int) -> None:
-        """Hold at least `size` bytes; what was in it is lost."""
+        """Hold at least `size` bytes; what was in it is lost.
+
+        Raises:
+            OSError: the host does not have them, or does not pin them.
+        """
         if size <= self.bytes:
             return
-        self._memory = self._owner = None  # before the next: both at once may be too much
+        self._release()  # before the next: both at once may be too much
+        self._owner = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._owner.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(self._owner)
         if self._on_gpu:
-            self._owner = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            self._memory = memoryview(self._owner.numpy())
-        else:
-            self._owner = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._owner.madvise(mmap.MADV_HUGEPAGE)
-            self._memory = memoryview(self._owner)
+            try:
+                self._pin(size)
+            except OSError:
+                self._release()
+                raise
+
+    def _pin(self, size: int) -> None:
+        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        for begin in range(0, size, PINNED_AT_ONCE):
+            part = min(PINNED_AT_ONCE, size - begin)
+            error = torch.cuda.cudart().cudaHostRegister(address + begin, part, 0)
+            if int(error):
+                done = f"{human(begin)} of {human(size)} bytes of the host's memory could be pinned"
+                raise OSError(f"{done} (CUDA error {int(error)}); see `ulimit -l` and the memory limit of the job")
+            self._pinned.append(address + begin)
+
+    def _release(self) -> None:
+        for address in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._pinned.clear()
+        self._memory = self._owner = None
+
+    def fill(self, begin: int, data: torch.Tensor) -> None:
+        """Copy a tensor to `begin`, in row-major order. On a GPU the copy is only begun, on the current stream."""
+        flat, done = data.detach().reshape(-1), 0
+        step = data.element_size()
+        while done < flat.numel():
+            place = begin + done * step
+            count = flat.numel() - done
+            if self._on_gpu:
+                count = min(count, (PINNED_AT_ONCE - place % PINNED_AT_ONCE) // step)
+            self.tensor(place, count, data.dtype).copy_(flat[done : done + count], non_blocking=True)
+            done += count
 
     def tensor(self, begin: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """A part of it as a flat tensor with a storage of its own size."""
@@ -157,16 +197,21 @@ class CheckpointWriter:
     def begin(self, state: Callable[[], LocalState], request: SaveRequest) -> None:
         """Copy `state` to the host and let a thread write it. Waits first for the save before this one.
 
-        Nothing is raised for a disk that cannot be written to: rank 0 calls `request.failed`.
+        Nothing is raised for a disk that cannot be written to, nor for a host without room for the copy: rank 0 calls
+        `request.failed`.
         """
         began = time.perf_counter()
         self.join()
         found = state()
-        staged, ready = self._stage(found)
+        error = ""
+        try:
+            staged, ready = self._stage(found)
+        except (OSError, RuntimeError) as failure:  # the host's memory; torch has errors of its own for it
+            staged, ready, error = [], None, str(failure)
         self._saves += 1
         self.blocked_s = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._work, args=(found, staged, ready, request, str(self._saves)), name="checkpoint", daemon=True
+            target=self._work, args=(found, staged, ready, request, str(self._saves), error), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -207,8 +252,7 @@ class CheckpointWriter:
             order.append(places[key])
         self._buffer.reserve(size)
         for begin, data in sources:
-            if data.numel():
-                self._buffer.tensor(begin, data.numel(), data.dtype).copy_(data, non_blocking=True)
+            self._buffer.fill(begin, data)
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
@@ -221,9 +265,11 @@ class CheckpointWriter:
 
     # ---- in the thread
 
-    def _work(self, state: LocalState, staged: list[torch.Tensor], ready: Any, request: SaveRequest, number: str) -> None:
+    def _work(
+        self, state: LocalState, staged: list[torch.Tensor], ready: Any, request: SaveRequest, number: str, error: str
+    ) -> None:
         folder = self._root / f"{files.name_of(request.step)}.{self._attempt}{files.TEMPORARY}"
-        report = self._write_own(folder, state.pieces, staged, state.objects, ready)
+        report = _Report([], {}, error) if error else self._write_own(folder, state.pieces, staged, state.objects, ready)
         if self._rank:
             self._mailbox.put(f"{number}/{self._rank}", report.to_json())
             return
@@ -321,7 +367,7 @@ class CheckpointWriter:
             free = ""
         return (
             f"{folder}: the checkpoint of step {step} could not be written: {error}{free}. Older checkpoints are untouched. "
-            "Make room or mend the path; the same command, started again, resumes from the last one"
+            "Make room or fix the path; the same command, started again, resumes from the last one"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, BeforeValidator, with_config
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
-from megatron_synth.config.schema import parse_ratio
+from megatron_synth.config.section import parse_ratio
 from megatron_synth.core.records import OPEN, Amount, Count, Positive, Reader
 
 

@@ -52,13 +52,13 @@ class Tracker:
         run_config: the resolved configuration, shown beside the run. name: display name if the config has none. step: the run
         goes on from here; `replay` then takes what is missing before.
         A restarted run with the same id continues the same run: online at once, offline when its parts are synced.
-        UserError if tracking was asked for and cannot start: that is a wish to be mended before hours are spent.
+        UserError if tracking was asked for and cannot start: that must be fixed before hours are spent.
         """
         if config.mode == "disabled":
             return cls()
-        hint = "mend it, or set log.wandb.mode to offline or disabled"
+        hint = "fix it, or set log.wandb.mode to offline or disabled"
         if config.mode == "offline":
-            hint = "mend it, or set log.wandb.mode to disabled"
+            hint = "fix it, or set log.wandb.mode to disabled"
         try:
             import wandb
         except ImportError as error:

@@ -55,13 +55,13 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_engine_and_rivals_train_alike(benched: dict[str, tuple[dict[str, Any], str]], case: str) -> None:
+def test_engine_and_baselines_train_alike(benched: dict[str, tuple[dict[str, Any], str]], case: str) -> None:
     found, _ = benched[case]
-    engine, *rivals = found["rows"]
+    engine, *baselines = found["rows"]
     assert [row["name"] for row in found["rows"]] == ["megatron-synth", "hf", "plain"]
     assert len(set(engine["warmup_losses"])) == 4
-    for rival in rivals:
-        assert rival["warmup_losses"] == pytest.approx(engine["warmup_losses"], abs=AGREEMENT[case])
+    for baseline in baselines:
+        assert baseline["warmup_losses"] == pytest.approx(engine["warmup_losses"], abs=AGREEMENT[case])
 
 
 @pytest.mark.slow
@@ -98,10 +98,10 @@ def measured(name: str, *blocks: tuple[float, ...]) -> Row:
 
 
 def test_ratios_are_taken_within_pairs() -> None:
-    engine, rival = measured("a", (1.0, 1.0, 9.0), (4.0, 4.0, 4.0)), measured("b", (2.0, 2.0, 2.0), (8.0, 0.1, 8.0))
-    assert engine.speedups_over(rival) == [2.0, 2.0]
-    assert engine.cpu_speedups_over(rival) == [1.0, 1.0]
-    assert bench_train._spread(engine.speedups_over(rival)) == "x2.000 (2.000 to 2.000)"
+    engine, baseline = measured("a", (1.0, 1.0, 9.0), (4.0, 4.0, 4.0)), measured("b", (2.0, 2.0, 2.0), (8.0, 0.1, 8.0))
+    assert engine.speedups_over(baseline) == [2.0, 2.0]
+    assert engine.cpu_speedups_over(baseline) == [1.0, 1.0]
+    assert bench_train._spread(engine.speedups_over(baseline)) == "x2.000 (2.000 to 2.000)"
 
 
 def test_losses_that_differ_are_refused() -> None:
@@ -117,7 +117,7 @@ def test_losses_that_differ_are_refused() -> None:
     ("arguments", "message"),
     [
         (["trian"], "unknown benchmark 'trian'; one of: train"),
-        (["train", "--vs", "hf,nanogpt"], "unknown rival 'nanogpt'; any of hf, plain"),
+        (["train", "--vs", "hf,nanogpt"], "unknown baseline 'nanogpt'; any of hf, plain"),
         (["train", "model.vocab_size=null"], "model.vocab_size: a benchmark reads no tokenizer"),
         (["train", "--json", "no/such/folder/x.json"], "no/such/folder is not a folder"),
         (["train", "bench/tiny-8m.yaml"], "did you mean 'bench/tiny-7m.yaml'"),
@@ -128,9 +128,9 @@ def test_mistakes_are_told_before_anything_is_built(arguments: list[str], messag
         bench.main(arguments)
 
 
-def test_rivals_need_a_single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_need_a_single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="rivals run on a single rank, this launch has 2: give --vs none"):
+    with pytest.raises(UserError, match="baselines run on a single rank, this launch has 2: give --vs none"):
         bench.main(["train", "--vs", "plain"])
 
 

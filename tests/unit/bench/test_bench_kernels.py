@@ -23,7 +23,7 @@ TOGETHER = {"cross_entropy_stats": "cross_entropy", "cross_entropy_grad": "cross
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="rivals on a GPU are compiled, which takes minutes")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="baselines on a GPU are compiled, which takes minutes")
 def test_every_operation_and_backend_is_measured_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kernels.json"
     assert bench.main(["kernels", "--smoke", "--dtype", "fp32", "--vs", "eager,liger", "--json", str(file)]) == 0
@@ -52,7 +52,7 @@ def test_what_does_not_compute_the_same_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cases_module, "eager_swiglu", lambda x: x.chunk(2, dim=-1)[0] * 1.01)
     with pytest.raises(UserError, match="swiglu smoke: eager does not compute what torch's does"):
         measure.run(
-            bench_kernels.smoke_sizes(), torch.float32, torch.device("cpu"), measure.SMOKE, only="swiglu", rivals=["eager"]
+            bench_kernels.smoke_sizes(), torch.float32, torch.device("cpu"), measure.SMOKE, only="swiglu", baselines=["eager"]
         )
 
 
@@ -85,7 +85,7 @@ def test_the_table_follows_from_the_times() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vs", "eager,ligr"], "unknown rival 'ligr'; any of eager, compile"),
+        (["--vs", "eager,ligr"], "unknown baseline 'ligr'; any of eager, compile"),
         (["--json", "no/such/folder/x.json"], "no/such/folder is not a folder"),
         (["--tokens", "0"], "--tokens 0: at least 1"),
         (["--smoke", "--only", "conv"], "--only conv: no operation has this in its name; known: rms_norm"),

@@ -31,8 +31,8 @@ EOD = "<|endoftext|>"
 SMALL = {
     bpe_cache: {"WORDS": 2**8},
     formats: {"SAMPLE_BYTES": 2**14},
-    splits: {"SMALL_PORTION": 2**16, "PORTION_BYTES": 2**16, "STREAMED_BYTES": 2**16, "STREAMED_ABOVE": 2**13},
-    pipeline: {"PIECE_BYTES": 2**16, "CHUNK_CHARACTERS": 2**13},
+    splits: {"SMALL_SPLIT": 2**16, "SPLIT_BYTES": 2**16, "STREAMED_BYTES": 2**16, "STREAMED_ABOVE": 2**13},
+    pipeline: {"RUN_BYTES": 2**16, "CHUNK_CHARACTERS": 2**13},
     shuffle: {"BUCKET_BYTES": 2**16},
     ngrams: {"BATCH_TOKENS": 2**11, "BATCH_DOCUMENTS": 2**4},
     minhash: {"PARTITION_BYTES": 2**14, "BLOCK": 2**6, "VALIDATION_NGRAMS": 2**13, "FILTER_BITS": 10},
@@ -91,7 +91,7 @@ def test_three_times_the_text_takes_no_more_memory(tmp_path, small):
         config = settings(folder, **packed)
         sources = [folder / "out" / name for name in ("web", "web-valid")]
         peaks.append((peak(lambda config=config: prepare(config)), peak(lambda sources=sources: find_duplicates(sources))))
-    # some kB for each piece are kept, which here has 64 kB and 16 MiB in a run; the text grows by 300 kB, its tokens by 600
+    # some kB for each token run are kept, which here has 64 kB and 16 MiB in a run; the text grows by 300 kB, its tokens by 600
     assert all(more - less < 200_000 for less, more in zip(*peaks[1:], strict=True)), peaks
 
 

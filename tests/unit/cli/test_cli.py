@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_synth.cli import main as cli
-from megatron_synth.config.errors import RankError, UserError
+from megatron_synth.config.errors import EXIT_UNREAD, RankError, UserError
 from tests.support import write_config, write_corpus
 
 
@@ -91,6 +91,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert (result.stdout, result.stderr) == ("model:\n", "")
 
 
+def test_a_verb_whose_output_nobody_reads_does_not_say_that_it_is_done() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as nowhere:
+        command = [sys.executable, "-m", "megatron_synth", "config", "show", "train/quickstart.yaml"]
+        result = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (EXIT_UNREAD, "")
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert importlib.import_module("megatron_synth").__version__ == cli.__version__
 
@@ -108,7 +117,7 @@ def test_an_interrupted_eval_says_what_is_kept(
     run.mkdir()
     write_config(run / "config.yaml", write_corpus(tmp_path / "corpus"))
     assert cli.main(["eval", str(run)]) == 130
-    assert "nothing was written" in capsys.readouterr().out and [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert "nothing was written" in capsys.readouterr().err and [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
 def test_train_says_what_it_does_before_the_engine_is_loaded(tmp_path: Path) -> None:

@@ -105,6 +105,49 @@ def test_numbers_of_a_launcher_that_are_none(
     assert capsys.readouterr().err.startswith(f"error: {variable}='{value}' in the environment: expected a whole number")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("submit", "x", "--nodes", "0"), "--nodes: expected a whole number of 1 or more, found '0'"),
+        (("submit", "x", "--nodes", "1", "--gpus-per-node", "-1"), "--gpus-per-node: expected a whole number of 0 or more"),
+        (("doctor", "--nodes", "-1"), "--nodes: expected a whole number of 1 or more"),
+        (("train", "x", "--dry-run", "--world-size", "0"), "--world-size: expected a whole number of 1 or more"),
+        (("train", "x", "--world-size", "9" * 5000), "--world-size: expected a whole number of 1 or more"),
+        (("logs", "x", "--rank", "\u0665"), "--rank: expected a whole number of 0 or more"),
+        (("train",), "the following arguments are required: config\n"),
+    ],
+)
+def test_numbers_of_the_command_line(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(list(words))
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb", ["status", "report", "eval", "config show", "checkpoint ls", "mix audit", "prepare", "study plan"]
+)
+def test_names_of_510_bytes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*verb.split(), "n" * 510]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "File name too long" in error and "Traceback" not in error
+
+
+def test_a_library_that_is_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
+
+    assert cli.guarded(run, []) == 2
+    assert (
+        "matplotlib.figure is not installed, and this needs it: pip install 'megatron-synth[study]'" in capsys.readouterr().err
+    )
+
+    def broken(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'megatron_synth.x'", name="megatron_synth.x")
+
+    with pytest.raises(ModuleNotFoundError):
+        cli.guarded(broken, [])
+
+
 # ---- terminals
 
 HOSTILE = "a\x1b[31mb\x07\x9b\u202ec\r\x7f\nd\te"

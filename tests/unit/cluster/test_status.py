@@ -14,6 +14,8 @@ from megatron_synth.cluster import slurm
 from megatron_synth.cluster.slurm import JobState
 from megatron_synth.cluster.status import find_runs, rows, status
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.lock import Lock
+from megatron_synth.train.record.run_lock import LOCK
 from tests.support import run_info
 
 NOW = 1_800_000_000.0
@@ -161,3 +163,51 @@ def test_logs_by_rank_and_the_last_lines(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["logs", str(run), "-n", "1"]) == 0
     assert capsys.readouterr().out == "[rank 1] two\n"
     assert cli.main(["logs", str(make_run(tmp_path / "b"))]) == 2
+
+
+def die_in(run: Path, machine: str | None = None) -> Path:
+    """A lock whose holder has died on this machine, or works on another."""
+    file = run / LOCK
+    with Lock(file, "train"):
+        info = json.loads(file.read_text())
+    file.touch()
+    changes = {"started": "1"} if machine is None else {"machine": machine}
+    file.write_text(json.dumps(info | changes | {"inode": file.stat().st_ino}))
+    return file
+
+
+START = "start 2 of run 12345678: TP1, 1 ranks, CPU"
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        ("failed at step 40: ValueError: x", "failed"),
+        ("failed at step 40: rank 1 of 2 is lost", "failed"),
+        ("interrupted at step 40, without a save", "interrupted"),
+        ("stopped on request at step 0, before the first step of this start", "stopped"),
+    ],
+)
+def test_how_a_run_ended_is_known_at_once(event: str, expected: str, tmp_path: Path) -> None:
+    found = status(make_run(tmp_path / "a", events=(START, event, "a line that comes later")), {}, NOW)
+    assert (found.state, found.eta_s) == (expected, None)
+    # what an earlier start said of itself says nothing of this one
+    assert state(make_run(tmp_path / "b", events=(event, START))) == "running"
+
+
+def test_a_run_that_was_killed_and_one_that_is_held(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", events=(START,))
+    with Lock(run / LOCK, "train"):
+        found = status(run, {}, NOW + 1e6)  # however long it has written nothing
+        assert found.state == "running" and found.eta_s == 30.0
+    die_in(run)
+    assert state(run) == "killed"
+    file = die_in(make_run(tmp_path / "b", events=(START,)), "another")
+    os.utime(file, (NOW - 5, NOW - 5))
+    assert state(tmp_path / "b") == "running"
+    os.utime(file, (NOW - 3600, NOW - 3600))
+    assert state(tmp_path / "b") == "lost, no sign of life for 1:00:00"
+
+
+def test_a_time_in_the_future_is_no_sign_of_life(tmp_path: Path) -> None:
+    assert state(make_run(tmp_path / "a", age=-7200)) == "silent, with a clock that is ahead"

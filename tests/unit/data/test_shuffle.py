@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from megatron_synth.data.preparing import shuffle
 from megatron_synth.data.preparing.assembly import Assembly, ShardTask, plan_shards, write_shard
 from megatron_synth.data.preparing.shuffle import document_keys, gather
-from megatron_synth.data.preparing.token_runs import RECORD, trim, write_piece
+from megatron_synth.data.preparing.token_runs import RECORD, trim, write_run
 from megatron_synth.data.shards.source import Shard
 
 DTYPE = np.dtype(np.int32)
 
 
-def piece(folder, portion, lengths, seed):
-    """Documents of the token portion * 1000 + place, each `length` times, sorted by key."""
+def run(folder, split, lengths, seed):
+    """Documents of the token split * 1000 + place, each `length` times, sorted by key."""
     records = np.zeros(len(lengths), RECORD)
     records["length"], records["place"], records["text_bytes"] = lengths, np.arange(len(lengths)), lengths
-    records["key"] = document_keys(seed, "web", portion, records["place"])
+    records["key"] = document_keys(seed, "web", split, records["place"])
     records = records[np.argsort(records["key"])]
-    tokens = np.repeat(portion * 1000 + records["place"], records["length"]).astype(DTYPE)
-    return write_piece(folder, "web", portion, 0, records, tokens)
+    tokens = np.repeat(split * 1000 + records["place"], records["length"]).astype(DTYPE)
+    return write_run(folder, "web", split, 0, records, tokens)
 
 
 def assemble(folder, assembly, shard_tokens):
@@ -42,18 +42,18 @@ def assemble(folder, assembly, shard_tokens):
 
 @settings(deadline=None, max_examples=50)
 @given(
-    portions=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=25), min_size=1, max_size=6),
+    splits=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=25), min_size=1, max_size=6),
     buckets=st.integers(1, 9),
     shard_tokens=st.integers(1, 200),
     seed=st.integers(0, 2**63),
 )
-def test_any_number_of_buckets_and_shards_gives_the_same_permutation(tmp_path_factory, portions, buckets, shard_tokens, seed):
-    folder = tmp_path_factory.mktemp("pieces")
-    pieces = tuple(piece(folder, number, lengths, seed) for number, lengths in enumerate(portions))
-    found, sizes = assemble(folder, Assembly(pieces, buckets), shard_tokens)
+def test_any_number_of_buckets_and_shards_gives_the_same_permutation(tmp_path_factory, splits, buckets, shard_tokens, seed):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = tuple(run(folder, number, lengths, seed) for number, lengths in enumerate(splits))
+    found, sizes = assemble(folder, Assembly(runs, buckets), shard_tokens)
     keyed = sorted(
         (int(document_keys(seed, "web", number, np.array([place]))[0]), number * 1000 + place, length)
-        for number, lengths in enumerate(portions)
+        for number, lengths in enumerate(splits)
         for place, length in enumerate(lengths)
     )
     assert found == [(token, length) for _, token, length in keyed]
@@ -64,20 +64,20 @@ def test_any_number_of_buckets_and_shards_gives_the_same_permutation(tmp_path_fa
 
 @settings(deadline=None, max_examples=50)
 @given(
-    portions=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=25), min_size=1, max_size=6),
+    splits=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=25), min_size=1, max_size=6),
     shard_tokens=st.integers(1, 200),
 )
-def test_without_a_shuffle_shards_hold_the_pieces_in_order(tmp_path_factory, portions, shard_tokens):
-    folder = tmp_path_factory.mktemp("pieces")
-    pieces = tuple(piece(folder, number, lengths, 0) for number, lengths in enumerate(portions))
-    found, _ = assemble(folder, Assembly(pieces, None), shard_tokens)
-    expected = [(token, length) for one in pieces for token, length in zip(
-        (one.portion * 1000 + one.read_records()["place"]).tolist(), one.read_records()["length"].tolist(), strict=True
+def test_without_a_shuffle_shards_hold_the_runs_in_order(tmp_path_factory, splits, shard_tokens):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = tuple(run(folder, number, lengths, 0) for number, lengths in enumerate(splits))
+    found, _ = assemble(folder, Assembly(runs, None), shard_tokens)
+    expected = [(token, length) for one in runs for token, length in zip(
+        (one.split * 1000 + one.read_records()["place"]).tolist(), one.read_records()["length"].tolist(), strict=True
     )]  # fmt: skip
     assert found == expected
 
 
-def test_keys_are_uniform_and_differ_by_seed_target_portion_and_place():
+def test_keys_are_uniform_and_differ_by_seed_target_split_and_place():
     keys = document_keys(1, "web", 0, np.arange(100_000))
     assert np.unique(keys).size == keys.size
     counts = np.bincount((keys >> np.uint64(60)).astype(np.int64), minlength=16)
@@ -90,8 +90,8 @@ def test_keys_are_uniform_and_differ_by_seed_target_portion_and_place():
     assert not np.isin(document_keys(1, "web-valid", 0, np.arange(10)), keys).any()
 
 
-def test_a_damaged_piece_is_noticed(tmp_path):
-    one = piece(tmp_path, 3, [4, 5, 6], 0)
+def test_a_damaged_run_is_noticed(tmp_path):
+    one = run(tmp_path, 3, [4, 5, 6], 0)
     assert one.is_whole()
     data = bytearray(one.path.read_bytes())
     for at in (9, 40, len(data) - 1):
@@ -105,8 +105,8 @@ def test_a_damaged_piece_is_noticed(tmp_path):
     assert not one.is_whole()
 
 
-def test_trimming_keeps_the_first_documents_of_the_portion(tmp_path):
-    one = piece(tmp_path, 0, [3, 1, 4, 1, 5], seed=9)
+def test_trimming_keeps_the_first_documents_of_the_split(tmp_path):
+    one = run(tmp_path, 0, [3, 1, 4, 1, 5], seed=9)
     cut = trim(one, DTYPE, 3)
     assert cut.is_whole() and sorted(cut.read_records()["place"].tolist()) == [0, 1, 2]
     assert sorted(cut.read_tokens(DTYPE, 0, cut.tokens).tolist()) == [0, 0, 0, 1, 2, 2, 2, 2]

@@ -101,5 +101,5 @@ def test_tokens_that_forget_the_text_say_so(tmp_path: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     path = tmp_path / "tokenizer.json"
     path.write_text(backend.to_str())
-    with pytest.raises(ValueError, match="cannot be had back"):
+    with pytest.raises(ValueError, match="cannot be recovered"):
         token_bytes(path, None)

@@ -19,6 +19,7 @@ from megatron_synth.estimate.published_runs import RUNS, configuration, fit, pre
 from megatron_synth.estimate.search import search
 from megatron_synth.estimate.step_time import Assumptions, gemm_seconds, step_time
 from megatron_synth.parallel.plan import plan
+from tests.support import write_config, write_corpus
 
 H200, H100 = ACCELERATORS["h200"], ACCELERATORS["h100"]
 
@@ -118,3 +119,20 @@ def test_the_verb_answers_without_torch_and_says_what_does_not_fit(tmp_path: Pat
 def test_mistakes(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_module.main(argv)
+
+
+def test_a_run_is_planned_with_its_own_precision_and_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", write_corpus(tmp_path / "corpus"))  # fp32, its tokenizer has 256 tokens
+    told = {}
+    for dtype in ("fp32", "bf16"):
+        assert (
+            plan_module.main([str(config), f"precision.dtype={dtype}", "--gpus", "1", "--json", str(tmp_path / "p.json")]) == 0
+        )
+        out = capsys.readouterr().out
+        assert f"{dtype.upper()}, vocabulary 256: " in out and ("in FP32 products are slower" in out) == (dtype == "fp32")
+        told[dtype] = json.loads((tmp_path / "p.json").read_text())["plans"][0]["layouts"][0]["memory_bytes"]
+    assert told["fp32"]["weights"] == 2 * told["bf16"]["weights"]
+    assert plan_module.main([str(config), "--gpus", "1", "--vocab-size", "512"]) == 0
+    assert ", vocabulary 512: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--fp8: .* has precision.dtype fp32"):
+        plan_module.main([str(config), "--gpus", "1", "--fp8"])

@@ -87,7 +87,13 @@ def test_a_second_interrupt_ends_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "launcher", "code"), [("exit 2", "say started", 2), ("exit 0", "exit 1", 1), ("exit 0", "exit 0", 0)]
+    ("check", "launcher", "code"),
+    [
+        ("exit 2", "say started", 2),
+        ("exit 0", "exit 0", 0),
+        *(("exit 0", f"exit {code}", code) for code in (1, 2, 70, 75)),
+        ("exit 0", "kill -KILL $$", 70),
+    ],
 )
 def test_exit_codes(check: str, launcher: str, code: int, tmp_path: Path) -> None:
     found, log = _run(tmp_path, check, launcher)

@@ -167,7 +167,7 @@ def test_a_product_that_is_wrong_is_found(setup: Any, cpu_device: Any, monkeypat
     monkeypatch.setattr(setup.ops.fp8, "product", without_scale)
     with pytest.raises(
         UserError,
-        match=r"fp8: delayed \(hybrid\) cannot be had on this CPU.*forward product is off.*works here: blockwise .hybrid., bl",
+        match=r"fp8: delayed \(hybrid\) is unavailable on this CPU.*forward product is off.*works here: blockwise .hybrid., bl",
     ):
         setup.plan_fp8(build("delayed"), cpu_device)
 

@@ -30,7 +30,7 @@ def chinchilla() -> tuple[dict[str, Floats], Floats]:
 
 
 def codes(result: Fit) -> set[str]:
-    return {caveat.code for caveat in result.warnings}
+    return {diagnostic.code for diagnostic in result.warnings}
 
 
 @pytest.fixture(scope="module")

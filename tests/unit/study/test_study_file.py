@@ -247,7 +247,7 @@ def test_small_sources_are_refused_before_anything_is_made(tmp_path: Path) -> No
     with pytest.raises(UserError, match="too small"):
         main(["submit", str(file), "--local"])
     assert not (tmp_path / "study").exists()
-    # a cap of three epochs allows it, and the epochs are told
+    # a cap of three epochs allows it, and the epochs are reported
     study, runs = expanded(tmp_path, "sources.qa.max_epochs=3")
     uses = check_sources(study, runs, open_sources(study, runs))
     largest = next(run for run in runs if run.arm == "synthetic")

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from megatron_synth.cli.study import main
-from megatron_synth.config.errors import UserError
+from megatron_synth.config.errors import EXIT_STOPPED, UserError
+from megatron_synth.study.execute import worker
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.execute.local import Progress, Slots
 from megatron_synth.study.plan.runs import Run, expand
@@ -115,7 +116,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
             time.sleep(0.02)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    # the children are told by the kernel, save, and leave; none is left that would write beside its successor
+    # the children are signaled by the kernel, save, and leave; none is left that would write beside its successor
     while any(folder.is_locked(run) for run in runs):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -212,3 +213,38 @@ def test_the_time_left_follows_what_was_measured(corpus: Path, tmp_path: Path) -
     progress.finished(runs[0], 10.0, TOKENS)
     assert progress.eta_s(runs[1:], {}, 1) == pytest.approx(30)
     assert progress.eta_s(runs[1:], {runs[1].id: STEPS // 2}, 2) == pytest.approx(12.5)
+
+
+def _ask_parent_to_stop(folder: Folder, run: Run, devices: Any, keep: bool, parent: int) -> int:
+    """A run that asks for Ctrl-C, and saves when it is asked to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    os.kill(parent, signal.SIGINT)
+    signal.sigwait({signal.SIGTERM})
+    return EXIT_STOPPED
+
+
+def _insist(*arguments: Any) -> int:
+    """One that does not leave, and asks for a second Ctrl-C."""
+    _ask_parent_to_stop(*arguments)
+    os.kill(arguments[-1], signal.SIGINT)
+    while True:
+        signal.pause()
+
+
+@pytest.mark.parametrize("work", [_ask_parent_to_stop, _insist])
+@pytest.mark.usefixtures("unheard")
+def test_ctrl_c_lets_runs_save_and_a_second_one_ends_them(
+    work: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "work", work)
+    monkeypatch.setattr(worker, "import_once", lambda: None)
+    file = write(corpus, tmp_path / "study")
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["submit", str(file), "--local"]) == 75
+    assert signal.getsignal(signal.SIGINT) == before
+    printed = capsys.readouterr().out
+    assert "asked to stop: running runs save and leave; Ctrl-C again ends them at once" in printed
+    assert "finished runs are kept, others go on from their checkpoints; the same command goes on" in printed
+    folder, runs = opened(file)
+    assert {folder.state(run) for run in runs} == {"to do"}  # nothing failed

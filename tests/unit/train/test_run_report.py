@@ -19,6 +19,7 @@ from megatron_synth.train.record import plot, run_dir
 from megatron_synth.train.record.metrics import MetricsFile
 from megatron_synth.train.record.plot import write_report
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.summary import summary
 
 RATIOS = {"web": "67/100", "rephrased": "1/5", "qa": "1/10", "textbook": "3/100"}
 BATCH, LENGTH = 64, 2048
@@ -116,7 +117,8 @@ def test_a_long_run_with_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture
     run = RunDir.create_or_open(path, Config.model_validate(RunDir.open(path).read_config()), layout="TP4", world_size=8)
     run.record_resume(400)
     assert main([str(path)]) == 0
-    assert capsys.readouterr().out.strip() == str(path / "report.png")
+    head, *_, last = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("run ") and f" in {path}: step 800 of " in head and last == f"-> {path / 'report.png'}"
     assert size(path / "report.png") == (1600, 1000)
     image = pixels(path / "report.png")
     assert all(has_color(image, color) for color in (*plot.PALETTE[:5], plot.ACCENT))
@@ -136,6 +138,9 @@ def test_young_and_bare_runs_are_drawn_without_a_warning(
     tmp_path: Path, shape: dict[str, Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     path = make_run(tmp_path / "run", **shape)
+    text = summary(path)
+    assert f"step {shape['steps']} of" in text and "training loss" in text and "source or domain" in text
+    assert ("validation, step" in text) == (shape["eval_every"] is not None)
     assert size(write_report(path)) == (1600, 1000)
     assert [str(warning.message) for warning in recwarn] == []
 
@@ -148,8 +153,9 @@ def test_a_finished_report_is_replaced(tmp_path: Path) -> None:
 
 def test_nothing_to_report(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", 0, None, ledger=False)
-    with pytest.raises(UserError, match="no steps recorded yet"):
-        write_report(path)
+    for tell in (write_report, summary):
+        with pytest.raises(UserError, match="no steps recorded yet"):
+            tell(path)
     with pytest.raises(UserError, match="not a run directory"):
         write_report(tmp_path)
     assert not (path / "report.png").exists()

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_synth.data.preparing import builtin_corpus
 from megatron_synth.data.preparing.readers.documents import Document
-from megatron_synth.data.preparing.readers.reader import Portion, Reader
-from megatron_synth.data.preparing.splits import portions_of_documents
+from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
+from megatron_synth.data.preparing.splits import splits_of_documents
 
 
 class BuiltinCorpus(Reader):
@@ -23,7 +23,7 @@ class BuiltinCorpus(Reader):
         assert self.source.builtin is not None
         return builtin_corpus.text_bytes(self.source.builtin)
 
-    def portions(self) -> Iterator[Portion]:
+    def splits(self) -> Iterator[InputSplit]:
         """The documents, sorted by module."""
         assert self.source.builtin is not None
-        yield from portions_of_documents(Document(text, key) for key, text in builtin_corpus.documents(self.source.builtin))
+        yield from splits_of_documents(Document(text, key) for key, text in builtin_corpus.documents(self.source.builtin))

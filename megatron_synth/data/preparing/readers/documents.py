@@ -115,7 +115,7 @@ def checked_text(value: Any, where: object, key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRecord(f"{where}: not valid Unicode, a lone surrogate at character {error.start}; mend the text") from None
+        raise BadRecord(f"{where}: not valid Unicode, a lone surrogate at character {error.start}; fix the text") from None
     return value
 
 

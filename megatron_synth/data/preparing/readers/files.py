@@ -19,7 +19,7 @@ from megatron_synth.data.preparing.readers.documents import SAMPLE_BYTES, BadRec
 from megatron_synth.data.preparing.readers.formats import COMPRESSIONS, FileFormat, is_compressed, open_file, reading
 from megatron_synth.data.preparing.readers.jsonl import JsonLines
 from megatron_synth.data.preparing.readers.parquet import Parquet
-from megatron_synth.data.preparing.readers.reader import Portion, Reader
+from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
 from megatron_synth.data.preparing.readers.text import Text
 
 FORMATS: tuple[type[FileFormat], ...] = (Text, JsonLines, Parquet)
@@ -47,7 +47,7 @@ class Files(Reader):
         return self._formats[kind]
 
     def files(self) -> list[Path]:
-        """Looked for anew each time.
+        """Looked for again each time.
 
         Raises:
             UserError: a pattern without files, a file of no known format, or one that cannot be reached.
@@ -81,11 +81,11 @@ class Files(Reader):
         """By the size of the files, and how text compresses."""
         return sum(self._format(file).text_bytes(file, file.stat().st_size) for file in self.files())
 
-    def portions(self) -> Iterator[Portion]:
+    def splits(self) -> Iterator[InputSplit]:
         """Segments of files; what can only be read from its start, and is large, is read here."""
         files = self.files()
         sizes = [file.stat().st_size for file in files]
-        limit = splits.portion_bytes(sum(sizes))
+        limit = splits.split_bytes(sum(sizes))
         many = sum(is_compressed(file) or format_of(file) is Parquet for file in files) >= splits.MANY_FILES
         pending: list[Any] = []
         filled = 0
@@ -93,27 +93,27 @@ class Files(Reader):
             form = self._format(file)
             if is_compressed(file) and size > splits.STREAMED_ABOVE and not many and form.texts_of_lines(()) is not None:
                 if pending:
-                    yield Portion(tuple(pending))
+                    yield InputSplit(tuple(pending))
                     pending, filled = [], 0
                 yield from _streamed(file)
                 continue
             for segment, weight in form.segments(file, size, limit):
                 if pending and filled + weight > limit:
-                    yield Portion(tuple(pending))
+                    yield InputSplit(tuple(pending))
                     pending, filled = [], 0
                 pending.append(segment)
                 filled += weight
         if pending:
-            yield Portion(tuple(pending))
+            yield InputSplit(tuple(pending))
 
-    def documents(self, portion: Portion) -> Iterator[Document | BadRecord]:
+    def documents(self, split: InputSplit) -> Iterator[Document | BadRecord]:
         """Read by a worker."""
-        if portion.lines is not None:
-            place, data = portion.lines
+        if split.lines is not None:
+            place, data = split.lines
             texts = self._format(place.path).texts_of_lines(splits.lines_of(place, data))
             assert texts is not None
             yield from map(_as_document, texts)
-        for segment in portion.segments:
+        for segment in split.segments:
             yield from map(_as_document, self._format(segment.path).texts(segment))
 
 
@@ -121,7 +121,7 @@ def _as_document(text: str | BadRecord) -> Document | BadRecord:
     return text if isinstance(text, BadRecord) else Document(text, text)
 
 
-def _streamed(file: Path) -> Iterator[Portion]:
+def _streamed(file: Path) -> Iterator[InputSplit]:
     """A compressed line file, decompressed here."""
     place, total = Place(file), 0
     held: list[bytes] = []
@@ -132,10 +132,10 @@ def _streamed(file: Path) -> Iterator[Portion]:
             size += len(line)
             place.number += 1
             if size >= splits.growing(total):
-                yield Portion(lines=(Place(file, number=first), b"".join(held)))
+                yield InputSplit(lines=(Place(file, number=first), b"".join(held)))
                 total, held, size, first = total + size, [], 0, place.number
     if held:
-        yield Portion(lines=(Place(file, number=first), b"".join(held)))
+        yield InputSplit(lines=(Place(file, number=first), b"".join(held)))
 
 
 def find(pattern: str, where: str) -> Iterator[Path]:
@@ -156,7 +156,7 @@ def find(pattern: str, where: str) -> Iterator[Path]:
             mode = match.stat().st_mode
         except FileNotFoundError:
             if match.is_symlink():
-                raise UserError(f"{where}: {match}: a link to nothing ({os.readlink(match)}); mend or remove it") from None
+                raise UserError(f"{where}: {match}: a link to nothing ({os.readlink(match)}); fix or remove it") from None
             continue
         except OSError as error:
             raise UserError(f"{where}: {match}: {error.strerror}; every file of the input must be readable") from None

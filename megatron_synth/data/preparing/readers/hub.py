@@ -10,8 +10,8 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import HubInput, PrepareSource
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, check_column, checked_text
 from megatron_synth.data.preparing.readers.files import fingerprint
-from megatron_synth.data.preparing.readers.reader import Portion, Reader
-from megatron_synth.data.preparing.splits import portions_of_documents
+from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
+from megatron_synth.data.preparing.splits import splits_of_documents
 
 
 class HubDataSet(Reader):
@@ -39,9 +39,9 @@ class HubDataSet(Reader):
         """All files of a folder."""
         return [] if self._folder is None else sorted(path for path in self._folder.rglob("*") if path.is_file())
 
-    def portions(self) -> Iterator[Portion]:
+    def splits(self) -> Iterator[InputSplit]:
         """Documents as they come."""
-        yield from portions_of_documents(self._documents())
+        yield from splits_of_documents(self._documents())
 
     def _documents(self) -> Iterator[Document | BadRecord]:
         import datasets

@@ -24,7 +24,7 @@ def reader_of(name: str, source: PrepareSource) -> Reader:
 
 def read_documents(reader: Reader) -> Iterator[tuple[Document, int]]:
     """All documents of a source with text, in order, and their UTF-8 bytes, up to `max_bytes`; bad ones may be skipped."""
-    found = (document for portion in reader.portions() for document in reader.documents(portion))
+    found = (document for split in reader.splits() for document in reader.documents(split))
     read = 0
     for document, size in with_text(reader.name, reader.source, found):
         yield document, size

@@ -14,7 +14,7 @@ from megatron_synth.data.preparing.readers.formats import Segment
 
 
 @dataclass(frozen=True)
-class Portion:
+class InputSplit:
     """What one worker does at a time: segments of files that it reads, lines that were read for it, or documents."""
 
     segments: tuple[Segment, ...] = ()
@@ -23,7 +23,7 @@ class Portion:
 
 
 class Reader(ABC):
-    """One kind of input. Its portions depend on the input alone, not on the number of workers."""
+    """One kind of input. Its splits depend on the input alone, not on the number of workers."""
 
     rereadable = True
     """Whether reading it again costs little more than the disk."""
@@ -49,12 +49,12 @@ class Reader(ABC):
         """Roughly how much text it holds; 0 where nothing is known before reading."""
 
     @abstractmethod
-    def portions(self) -> Iterator[Portion]:
+    def splits(self) -> Iterator[InputSplit]:
         """All of it in order."""
 
-    def documents(self, portion: Portion) -> Iterator[Document | BadRecord]:
-        """The documents of a portion, empty ones included."""
-        yield from portion.documents
+    def documents(self, split: InputSplit) -> Iterator[Document | BadRecord]:
+        """The documents of a split, empty ones included."""
+        yield from split.documents
 
     def files(self) -> list[Path]:
         """The files that it reads, each once; none where the input is no files."""

@@ -61,8 +61,8 @@ def test_the_end_of_a_name_decides_the_format(name, kind):
 def test_a_text_file_is_one_document_whatever_else_is_in_its_name(tmp_path):
     path = tmp_path / "corpus.jsonl.clean.txt"
     path.write_text("the only document, line\n" * 80_000)
-    (portion,) = Files("web", source(str(path))).portions()
-    assert len(portion.segments) == 1 and texts(path) == [path.read_text()]
+    (split,) = Files("web", source(str(path))).splits()
+    assert len(split.segments) == 1 and texts(path) == [path.read_text()]
 
 
 def test_a_new_format_is_one_class(tmp_path, monkeypatch):

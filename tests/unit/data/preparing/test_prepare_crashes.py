@@ -19,9 +19,9 @@ SHUFFLED = {"shuffle": {"seed": 5}, "packing": {"sequence_length": 32}, **PLAIN}
 
 
 def prepare_in_small_parts(settings: str, force: bool) -> None:
-    """What runs in a process of its own: pieces, portions and buckets are small, so that there are many."""
-    pipeline.CHUNK_CHARACTERS, pipeline.PIECE_BYTES = 300, 200
-    splits.SMALL_PORTION = splits.PORTION_BYTES = 700
+    """What runs in a process of its own: runs, splits and buckets are small, so that there are many."""
+    pipeline.CHUNK_CHARACTERS, pipeline.RUN_BYTES = 300, 200
+    splits.SMALL_SPLIT = splits.SPLIT_BYTES = 700
     shuffle.BUCKET_BYTES = 400
     prepare(PrepareConfig.model_validate_json(settings), force=force)
 
@@ -61,7 +61,7 @@ def damage(folder: Path, generator: random.Random) -> None:
 
 
 def finish(step: int, settings: str, force: bool) -> None:
-    """Go on to the end; a run that is refused has cleaned up, and the next begins anew."""
+    """Go on to the end; a run that is refused has cleaned up, and the next starts over."""
     ended = run_until(None, False, prepare_in_small_parts, settings, force)
     assert not ended.killed
     if ended.refused is not None:

@@ -1,0 +1,153 @@
+"""`megatron-synth fit --law shares`: laws over the shares of several sources."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.files import write_json
+from megatron_synth.core.log import say, table
+from megatron_synth.study.fit.domains import aggregate
+from megatron_synth.study.fit.fit import holdout_mask
+from megatron_synth.study.fit.laws import N_PARAMS, TOKENS
+from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, loss_columns
+from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
+from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
+from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
+
+
+def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str, Any]) -> int:
+    """Fit what `options` of the verb `fit` say, and write a folder per loss column into `out`.
+
+    about: what law.json says of versions and commit.
+    """
+    if not options.sources:
+        raise UserError("--law shares needs --sources, the columns of the sources: --sources 'share/*'")
+    if options.method != AUTO:
+        share_law_named(options.method)
+    for name in ("starts", "ratio_column", "group"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is no option of --law shares")
+    if options.drop_highest_loss:
+        raise UserError("--drop-highest-loss is no option of --law shares, which is robust against single runs; see --where")
+    runs = read_mixtures(options.runs, options.losses, options.key)
+    if options.where:
+        runs = runs.where(options.where)
+    asked = {N_PARAMS: options.n_column, TOKENS: options.tokens_column, FLOPS: options.flops_column}
+    points = mixtures_of(runs, options.sources, asked)
+    targets = _targets(runs, options)
+    held = None if options.holdout is None else holdout_mask(options.holdout, runs.values(), len(runs))
+    files = [options.runs, *([options.losses] if options.losses else [])]
+    about = {
+        "data": {
+            "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            "rows": len(runs),
+            "where": options.where,
+        },
+        "command": shlex.join(["megatron-synth", "fit", *argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": about,
+    }
+    found: dict[str, ShareFit] = {}
+    for name, losses in targets.items():  # every fit before any file
+        try:
+            found[name] = fit_shares(
+                points,
+                losses,
+                law=options.method,
+                holdout=held,
+                rule=options.holdout or "",
+                epochs=epochs_of(runs),
+                seed=options.seed,
+                progress=_progress(name) if sys.stderr.isatty() else None,
+            )
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    for name, result in found.items():
+        folder = out / _file_name(name) if len(found) > 1 else out
+        _write(folder, result, {**about, "loss": name}, name)
+        say(describe(result, name))
+        say(f"  -> {folder}/law.json, fit.png\n")
+    if len(found) > 1:
+        say(summary(found))
+    return EXIT_OK
+
+
+def _targets(runs: Table, options: argparse.Namespace) -> dict[str, Any]:
+    values = {name: runs.numbers(name) for name in loss_columns(runs, options.loss_column)}
+    if not options.aggregate:
+        return values
+    if len(values) < 2:
+        raise UserError(f"--aggregate {options.aggregate}: needs several loss columns; give --loss-column 'loss/*'")
+    return {options.aggregate: aggregate(values, options.aggregate)}
+
+
+def describe(result: ShareFit, name: str) -> str:
+    """A fit for the console: every law with its error, the one that was chosen, the hold-out, and the doubts."""
+    rows: list[tuple[str, ...]] = [("law", "error of unseen mixtures", "rank correlation", "parameters")]
+    for law, one in sorted(result.compared.items(), key=lambda item: item[1].error):
+        count = len(one.law.parameters(result.points))
+        mark = "*" if law == result.law.name else " "
+        rows.append((f"{mark} {law}", f"{one.error:.2%}", _rank(one.rank), str(count) if count else ""))
+    lines = [
+        f"{name}: {len(result.loss)} runs of {len(result.points.sources)} sources; cross-validated in "
+        f"{len(result.chosen.folds)} folds",
+        table(rows),
+        f"  * {result.law.name}: {result.law.formula}",
+    ]
+    lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
+    held = result.holdout
+    if held is not None:
+        inside = "" if held.covered is None else f", {held.covered} of {held.points} in their 90 % intervals"
+        lines.append(
+            f"  hold-out {held.rule}: {held.points} runs, mean absolute relative error "
+            f"{held.mean_absolute_relative_error:.2%}, worst {held.worst:.2%}, rank correlation {_rank(held.rank)}{inside}"
+        )
+    return "\n".join([*lines, *(f"  warning: {caveat}" for caveat in result.warnings)])
+
+
+def summary(found: dict[str, ShareFit]) -> str:
+    """A line per loss, and their means."""
+    rows: list[tuple[str, ...]] = [("loss", "law", "error", "rank correlation")]
+    for name, result in found.items():
+        rows.append((name, result.law.name, f"{result.chosen.error:.2%}", _rank(result.chosen.rank)))
+    ranks = [result.chosen.rank for result in found.values() if result.chosen.rank is not None]
+    mean = float(np.mean([result.chosen.error for result in found.values()]))
+    rows.append(("mean", "", f"{mean:.2%}", _rank(float(np.mean(ranks)) if ranks else None)))
+    return table(rows)
+
+
+def _rank(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _progress(name: str) -> Any:
+    def show(law: str) -> None:
+        print(f"\r  {name}: {law:<20}", end="\r", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _write(folder: Path, result: ShareFit, about: dict[str, Any], name: str) -> None:
+    from megatron_synth.study.report.shares_figure import write_shares_figure
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    write_shares_figure(result, folder / "fit.png", name)
+    write_json(folder / "law.json", {**result.to_json(), **about})
+
+
+def _file_name(name: str) -> str:
+    import re
+
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".")

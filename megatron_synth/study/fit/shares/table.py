@@ -1,0 +1,108 @@
+"""Mixtures of runs in tables as they are published: RegMix's and olmix's pairs of files, and ours.
+
+A table of mixtures has a column per source: shares, or amounts such as `tokens/SOURCE` of our runs.csv. Losses stand in the
+same table, or in a second one that is joined to it by a column of names that both have (`index` of RegMix, `run` of olmix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, TOKENS
+from megatron_synth.study.fit.runs_table import FLOPS, Table, find_column, read_table
+from megatron_synth.study.fit.shares.points import Mixtures, normalized
+
+KEYS = ("run", "index", "id", "name")
+"""Columns that name a run, the first that both tables have is taken."""
+
+
+def joined(mixtures: Table, losses: Table, key: str | None = None) -> Table:
+    """The rows of both tables by a column that names the run; lines are those of the mixtures.
+
+    Raises:
+        UserError: no such column, a run twice in one of them, or runs that only one of them has.
+    """
+    by = key or next((name for name in KEYS if name in mixtures.texts and name in losses.texts), None)
+    if by is None or by not in mixtures.texts or by not in losses.texts:
+        tried = f"'{by}'" if by else " or ".join(KEYS)
+        raise UserError(
+            f"{mixtures.path} and {losses.path}: no column {tried} in both, by which rows could be joined; see --key"
+        )
+    places: dict[str, int] = {}
+    for place, name in enumerate(losses.texts[by]):
+        if name in places:
+            raise UserError(f"{losses.path}, line {losses.lines[place]}: {by} '{name}' stands there twice")
+        places[name] = place
+    names = mixtures.texts[by]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{mixtures.path}: {by} '{twice}' stands there twice")
+    absent = sorted(set(names) ^ set(places))
+    if absent:
+        where = losses.path if absent[0] in names else mixtures.path
+        raise UserError(f"{where}: has no row of {by} '{absent[0]}' ({len(absent)} rows stand in one of the two tables only)")
+    order = [places[name] for name in names]
+    both = sorted(name for name in losses.texts if name != by and name in mixtures.texts)
+    if both:
+        raise UserError(f"{mixtures.path} and {losses.path}: both have a column '{both[0]}'; rename one")
+    added = {name: [texts[place] for place in order] for name, texts in losses.texts.items() if name != by}
+    return Table(mixtures.path, mixtures.lines, {**mixtures.texts, **added})
+
+
+def source_columns(table: Table, patterns: Sequence[str]) -> dict[str, str]:
+    """The columns of sources by the name of the source, which is what `*` stands for.
+
+    Raises:
+        UserError: a pattern matches nothing, or fewer than two columns are found.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matches = [name for name in table.texts if name == pattern or fnmatchcase(name, pattern)]
+        if not matches:
+            raise UserError(f"{table.path}: --sources '{pattern}' matches no column; columns: {', '.join(table.texts)}")
+        prefix, star, suffix = pattern.partition("*")
+        cut = star and not any(sign in prefix + suffix for sign in "*?[")
+        for name in matches:
+            source = name[len(prefix) : len(name) - len(suffix)] if cut and name != pattern else name
+            if found.setdefault(source, name) != name:
+                raise UserError(f"{table.path}: --sources names both '{found[source]}' and '{name}' as source '{source}'")
+    if len(found) < 2:
+        raise UserError(f"{table.path}: --sources finds {len(found)} column; a mixture has at least two")
+    return found
+
+
+def mixtures_of(table: Table, patterns: Sequence[str], asked: dict[str, str | None] | None = None) -> Mixtures:
+    """The mixtures of a table, with sizes and tokens where it has them.
+
+    Args:
+        table: a row per run.
+        patterns: of the columns of sources.
+        asked: names of the columns `n_params`, `tokens`, `flops`; None to guess, as for other laws.
+    """
+    columns = source_columns(table, patterns)
+    amounts = np.column_stack([table.numbers(name) for name in columns.values()])
+    where = f"{table.path}, columns {', '.join(list(columns.values())[:2])}, ..."
+    named = asked or {}
+    options = {N_PARAMS: "--n-column", TOKENS: "--tokens-column", FLOPS: "--flops-column"}
+    rest = Table(table.path, table.lines, {name: cells for name, cells in table.texts.items() if name not in columns.values()})
+    found = {name: find_column(rest, name, named.get(name), option) for name, option in options.items()}
+    size, tokens, compute = found[N_PARAMS], found[TOKENS], found[FLOPS]
+    n_params = None if size is None else table.numbers(size)
+    trained = None if tokens is None else table.numbers(tokens)
+    if trained is None and compute is not None and n_params is not None:
+        trained = table.numbers(compute) / (FLOPS_PER_PARAMETER_AND_TOKEN * n_params)
+    for name, values in ((size, n_params), (tokens or compute, trained)):
+        if values is not None and not (values > 0).all():
+            raise UserError(f"{table.path}: column '{name}' holds {values.min():g}, expected more than 0")
+    return Mixtures(tuple(columns), normalized(amounts, where, table.lines), n_params, trained)
+
+
+def read_mixtures(mixtures: Path, losses: Path | None, key: str | None = None) -> Table:
+    """The table of runs in a file, or in two that are joined."""
+    table = read_table(mixtures)
+    return table if losses is None else joined(table, read_table(losses), key)

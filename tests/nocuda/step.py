@@ -1,0 +1,110 @@
+"""Optimizer steps of a benchmark's engine on the device that computes nothing: what the last one asked of the device.
+
+    python -m tests.nocuda.step bench/h200.yaml precision.fp8=current --documents 512 --json out.json --record out.tsv
+
+Run it in a process that has the device preloaded. The steps are those of `bench train`: random tokens, on the device before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from megatron_synth.config.load import load_file
+from megatron_synth.config.schema import Config
+from megatron_synth.estimate.memory import memory_per_rank
+from megatron_synth.parallel.groups import process_group
+from megatron_synth.parallel.plan import plan
+from megatron_synth.train.batch import TensorBatch
+from tests.nocuda.record import Counts, read, recording
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=4, help="the first fills caches and is left out")
+    parser.add_argument("--documents", type=int, default=0, help="tokens of a document; 0: each row is one")
+    parser.add_argument("--world", type=int, default=1, help="ranks of the whole run, this process being --rank")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument(
+        "--trace", default="", metavar="TEXT", help="also tell where kernels are launched whose names hold TEXT"
+    )
+    parser.add_argument("--profile", action="store_true", help="where the host spends a step's time")
+    return parser
+
+
+def in_documents(batch: TensorBatch, config: Config, length: int) -> TensorBatch:
+    """The same tokens as documents of `length`."""
+    from megatron_synth.model.documents import Documents
+
+    rows, tokens = config.train.micro_batch_size, config.train.sequence_length
+    starts = torch.arange(0, rows * tokens + 1, length, dtype=torch.int32, device="cuda")
+    positions = (torch.arange(tokens, dtype=torch.int32, device="cuda") % length).expand(rows, tokens).contiguous()
+    return replace(batch, documents=Documents(starts, length, positions))
+
+
+def main() -> None:
+    asked = options().parse_intermixed_args()
+    config = load_file(Config, asked.config, asked.overrides)
+    layout = plan(config, asked.world)
+    if asked.world > 1:
+        from tests.nocuda.one_of_many import pretend
+
+        pretend(asked.rank, asked.world)
+    with process_group(layout, 1) as ranks:
+        from megatron_synth.bench.train.engine import Engine, random_batches
+        from megatron_synth.model.fp8 import setup
+
+        trial = setup._disagreement
+        setup._disagreement = lambda *given: (trial(*given), None)[1]  # it runs; its numbers mean nothing here
+        engine = Engine(config, layout, ranks)
+        built = torch.cuda.memory_allocated()
+        (batches,) = random_batches(config, layout, ranks, 1)
+        if asked.documents:
+            batches = [in_documents(batch, config, asked.documents) for batch in batches]
+        processor, wall = [], []
+        for index in range(asked.steps):
+            if index == asked.steps - 1:
+                torch.cuda.reset_peak_memory_stats()
+            began, used = time.perf_counter(), time.process_time()
+            engine.step(batches)
+            wall.append(time.perf_counter() - began)
+            processor.append(time.process_time() - used)
+        peak = torch.cuda.max_memory_allocated()  # of a step that is not recorded: records take no device memory anyway
+        with recording(asked.record, asked.trace):
+            engine.step(batches)
+        if asked.profile:
+            profile = cProfile.Profile()
+            profile.runcall(engine.step, batches)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+        modeled = memory_per_rank(config, layout.data, config.model.vocab_size)[ranks.pipeline_rank].total
+        result = {
+            "config": [asked.config, *asked.overrides, *(["documents"] if asked.documents else [])],
+            "rank": f"{asked.rank} of {asked.world}",
+            "micro_batches": layout.num_microbatches,
+            **asdict(Counts.of(read(asked.record))),
+            "host_s": statistics.median(processor[1:]),
+            "wall_s": statistics.median(wall[1:]),
+            "built_bytes": built,
+            "peak_bytes": peak,
+            "reserved_bytes": torch.cuda.memory_reserved(),
+            "modeled_bytes": modeled,
+        }
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
