@@ -7,6 +7,7 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 70  # EX_SOFTWARE: a rank hangs or is gone, start me again to resume
+EXIT_UNREAD = 141  # 128 + SIGPIPE, as shells do: nobody reads the output any more
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start me again to resume
 
 
