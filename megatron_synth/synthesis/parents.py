@@ -85,7 +85,7 @@ class Parents:
         settings, reader = self._sources[name], self._readers[name]
         skipped: list[str] = []
         documents = read = 0
-        found = (document for portion in reader.portions() for document in reader.documents(portion))
+        found = (document for split in reader.splits() for document in reader.documents(split))
         for document, size in with_text(name, settings.as_source(), found, skipped):
             if len(skipped) > settings.max_errors:
                 raise UserError(f"sources.{name}: more than {settings.max_errors} records are no text; the first: {skipped[0]}")

@@ -249,7 +249,9 @@ def test_concurrency_follows_what_the_server_tells():
 
 
 def test_the_queue_is_read_from_metrics():
-    text = '# HELP vllm:num_requests_waiting\nvllm:num_requests_running{model="a"} 3.0\nvllm:num_requests_waiting{model="a"} 7.0\n'
+    text = (
+        '# HELP vllm:num_requests_waiting\nvllm:num_requests_running{model="a"} 3.0\nvllm:num_requests_waiting{model="a"} 7.0\n'
+    )
     assert queue_of(text) == (3, 7)
     assert queue_of("vllm:num_requests_running 1\nvllm:num_requests_waiting x\n") == (1, 0)
     assert queue_of("vllm:num_requests_running nan\n") is None

@@ -150,14 +150,18 @@ def test_a_template_is_checked_before_anything_runs_and_cannot_run_code(tmp_path
 
 
 def test_keywords_are_words_of_the_text_drawn_by_what_they_say():
-    texts = [f"common words stand everywhere, special{number} matters stand with special{number // 2} alone" for number in range(40)]
+    texts = [
+        f"common words stand everywhere, special{number} matters stand with special{number // 2} alone" for number in range(40)
+    ]
     texts = [text.replace("0", "a").replace("1", "b").replace("2", "c").replace("3", "d") for text in texts]
     known = Keywords(texts)
     drawn = known.draw(texts[0] + " typo", 3, seed=5)
     assert drawn == known.draw(texts[0] + " typo", 3, seed=5)
     assert set(drawn) <= set(words(texts[0]))
     assert not {"common", "words", "stand", "everywhere", "typo"} & set(drawn)
-    assert len({known.draw("river mill road bridge " * 2, 2, seed) for seed in range(20)}) == 1  # none is known: nothing to draw
+    assert (
+        len({known.draw("river mill road bridge " * 2, 2, seed) for seed in range(20)}) == 1
+    )  # none is known: nothing to draw
 
 
 # ---- keys
