@@ -41,7 +41,7 @@ def synthesis(tmp_path: Path) -> Callable[..., SynthesisConfig]:
             "parents": {"web": {"input": str(parents)}},
             "generator": {"model": "stub", "api": "completions"},
             "engine": engine if url is not None else {},
-            "filters": {},
+            "filters": {"off": ["copy_of_parent", "repetition", "little_of_parent", "wrong_language"]},
         }
         for name, change in changes.items():
             known = data.get(name)
