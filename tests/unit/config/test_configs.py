@@ -17,6 +17,8 @@ from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config, ModelConfig
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.estimate.flops import count_parameters
+from megatron_synth.synthesis.kinds.template import template_of
+from megatron_synth.synthesis.synthesis_file import load_synthesis
 from megatron_synth.train.dryrun import dry_run
 
 CONFIGS = shipped("configs")
@@ -29,7 +31,7 @@ def files(folder: str) -> list[str]:
 
 
 def test_every_folder_has_a_schema() -> None:
-    schemas = {"model", "data", "train", "bench", "cluster", "study"}  # studies: test_study_file.py
+    schemas = {"model", "data", "train", "bench", "cluster", "study", "synthesis"}  # studies: test_study_file.py
     assert {file.relative_to(CONFIGS).parts[0] for file in CONFIGS.rglob("*.yaml")} == schemas
 
 
@@ -56,6 +58,13 @@ def test_training_files_are_sound(path: str) -> None:
 @pytest.mark.parametrize("path", files("data"))
 def test_preparation_files_are_sound(path: str) -> None:
     load_file(PrepareConfig, path)
+
+
+@pytest.mark.parametrize("path", [path for path in files("synthesis") if "output" in load_yaml(path)])
+def test_synthesis_files_are_sound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_synthesis(path)
+    assert template_of(config.kind, config.template).source_kind in ("rephrased", "qa", "textbook", "other")
 
 
 @pytest.mark.parametrize("path", files("cluster"))
