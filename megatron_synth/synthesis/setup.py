@@ -56,6 +56,11 @@ class Setup:
             UserError: something is missing or does not fit.
         """
         template = template_of(config.kind, config.template)
+        if config.filters.choice is not None and template.reassemble and config.missing_chunks == "drop":
+            raise UserError(
+                f"filters.choice: chooses answers, and template {template.name} makes documents of several: one that is left "
+                f"out would take all with it; set missing_chunks to join, or take a kind that asks once for a document"
+            )
         parents = Parents(config.parents)
         parents.check()
         generator = generator_of(config.generator, config.folder, export=export)

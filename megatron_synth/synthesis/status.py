@@ -122,7 +122,7 @@ def _samples(config: SynthesisConfig, record: SynthesisRecord) -> str:
     """A few documents of the corpus beside their parents, drawn with the seed of the file."""
     draw = random.Random(config.seed)
     chosen: list[dict[str, Any]] = []
-    for number, entry in enumerate(_entries(config.folder / CORPUS, record.files)):
+    for number, entry in enumerate(entries(config.folder / CORPUS, record.files)):
         # reservoir sampling: each document is as likely as any other
         if len(chosen) < SAMPLES:
             chosen.append(entry)
@@ -149,7 +149,7 @@ def _rejected(folder: Path) -> str:
     shown: dict[str, str] = {}
     file = folder / REJECTED
     if file.is_file():
-        for entry in _entries(folder, [REJECTED]):
+        for entry in entries(folder, [REJECTED]):
             shown.setdefault(entry["reason"], entry["text"])
     lines = ["## Rejected: one of each reason", ""]
     for reason, text in sorted(shown.items()):
@@ -157,7 +157,12 @@ def _rejected(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _entries(folder: Path, files: list[str]) -> Iterator[dict[str, Any]]:
+def entries(folder: Path, files: list[str]) -> Iterator[dict[str, Any]]:
+    """Documents of the corpus, or rejected answers, of the files of a folder.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     for name in files:
         with open(folder / name, encoding="utf-8") as opened:
             for number, line in enumerate(opened, start=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.synthesized import SynthesisRecord
+from megatron_synth.synthesis.filters.base import FiltersConfig
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 from tests.support import save_tiny_causal_model
@@ -94,6 +97,18 @@ def test_prefixes_are_continued(synthesis: MakeFile, models: list[str], capsys: 
     whole = parents(config)
     assert documents and all(any(one["text"][:8] in parent for parent in whole) for one in documents)
     assert not any(one["text"] in parent for one in documents for parent in whole)
+
+
+def test_a_choice_stands_in_the_account(synthesis: MakeFile, models: list[str]) -> None:
+    choice = {"method": "coverage", "share": "1/3"}
+    config = editing(synthesis, models, "chosen", 1.5)
+    chosen = config.model_copy(
+        update={"filters": FiltersConfig.model_validate({"language": None, "choice": choice}), "missing_chunks": "join"}
+    )
+    before, after = corpus(config)[0].account, corpus(chosen)[0].account
+    assert after.kept == math.ceil(before.kept / 3) and after.rejected["not_chosen"] == before.kept - after.kept
+    with pytest.raises(UserError, match="missing_chunks to join"):
+        run(chosen.model_copy(update={"missing_chunks": "drop"}))
 
 
 @pytest.mark.parametrize(
