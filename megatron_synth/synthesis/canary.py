@@ -19,7 +19,20 @@ TOKENS = 12
 CONCURRENT = 4
 
 
-def check_engine(engine: Engine, wording: Wording, found: Capabilities) -> dict[str, Any]:
+def check_chat(wording: Wording, found: Capabilities) -> None:
+    """Refuse a chat with a model that has no template for one.
+
+    Raises:
+        UserError: it has none.
+    """
+    if wording.api == "chat" and found.chat is False:
+        raise UserError(
+            "generator.api: the model has no chat template, so it is a base model; set generator.api to completions, or take a "
+            "model that follows instructions"
+        )
+
+
+def check_engine(engine: Engine, wording: Wording) -> dict[str, Any]:
     """Ask the engine: one token, the same seed twice, and several prompts at once beside one by one.
 
     Returns what it can, for the record: whether the same seed gives the same text, alone and among others.
@@ -27,11 +40,6 @@ def check_engine(engine: Engine, wording: Wording, found: Capabilities) -> dict[
     Raises:
         UserError: it cannot do without what it lacks.
     """
-    if wording.api == "chat" and found.chat is False:
-        raise UserError(
-            "generator.api: the model has no chat template, so it is a base model; set generator.api to completions, or take a "
-            "model that follows instructions"
-        )
     one = _request(wording, 0)
     (answer,) = _ask(engine, [one], 1)
     if answer.finish == REFUSED:

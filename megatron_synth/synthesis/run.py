@@ -18,7 +18,7 @@ from megatron_synth.core.records import Reader
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.synthesized import Account, SynthesisRecord
 from megatron_synth.synthesis.answers.parts import Answer, Answers
-from megatron_synth.synthesis.canary import check_engine
+from megatron_synth.synthesis.canary import check_chat, check_engine
 from megatron_synth.synthesis.corpus import make_corpus
 from megatron_synth.synthesis.engines.base import Engine, EngineGone
 from megatron_synth.synthesis.requests import Request
@@ -134,11 +134,11 @@ def _generate(setup: Setup, answers: Answers, stop: Callable[[], bool], made: Ma
 def _check(setup: Setup, engine: Engine) -> None:
     """Refuse an engine that cannot do what is asked; note what it can."""
     found = engine.check()
+    facts = {}
     if setup.config.decoding is None:  # models that are only asked for probabilities have no such faults
+        check_chat(setup.wording, found)
         setup.check_context(found.context)
-        facts = check_engine(engine, setup.wording, found)
-    else:
-        facts = {}
+        facts = check_engine(engine, setup.wording)
     write_json(setup.config.folder / ENGINE, {**engine.facts(), "context": found.context, **facts})
 
 

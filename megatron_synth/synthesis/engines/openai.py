@@ -2,8 +2,8 @@
 
 Each request is answered at most once and never lost: it is in flight, waits for another attempt, has been given to the sink,
 or stays unanswered after its last attempt. A server that fails several times in a row gets no requests until it answers a
-probe; when none has answered for `patience_s` the engine is gone. The key comes from the environment and is struck out of
-whatever is shown.
+probe. When all fail and none has answered a request for `patience_s`, the engine is gone. The key comes from the environment
+and is struck out of whatever is shown.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ class _Run:
         """Probe a server that is down, and read the queue of one that is up."""
         tells = True
         while not self._done.is_set():
-            if server.down_since is not None:
+            if server.down:
                 await asyncio.sleep(server.pause())
                 if self._engine._revive is not None:
                     try:
@@ -326,13 +326,13 @@ class _Run:
         told = False
         while not self._done.is_set():
             await asyncio.sleep(min(0.25, self._settings.patience_s / 4))
-            downs = [server.down_since for server in self._servers]
-            if None in downs:
+            failing = [server.failing_since for server in self._servers]
+            if None in failing:
                 told = False
                 continue
-            waited = time.monotonic() - max(down for down in downs if down is not None)
+            waited = time.monotonic() - max(since for since in failing if since is not None)
             reasons = "; ".join(f"{server.url}: {server.last_failure}" for server in self._servers)
-            if not told:
+            if not told and all(server.down for server in self._servers):
                 told = True
                 show(f"no server answers, waiting up to {self._settings.patience_s:.0f} s ({reasons})", error=True)
             if waited >= self._settings.patience_s:

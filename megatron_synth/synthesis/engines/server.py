@@ -29,7 +29,9 @@ class Server:
     failures: int = 0
     answered: int = 0
     last_failure: str = ""
-    down_since: float | None = None
+    down: bool = False
+    failing_since: float | None = None
+    """When it first failed after its last answer."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     _halved: float = 0.0
     _since_limit: int = 0
@@ -45,11 +47,11 @@ class Server:
 
     def may_send(self, worker: int) -> bool:
         """Whether the worker of that number has a turn: they take turns by number, so that a limit needs no lock."""
-        return self.down_since is None and worker < self.limit
+        return not self.down and worker < self.limit
 
     def succeeded(self) -> None:
         """An answer came."""
-        self.failures = 0
+        self.failures, self.failing_since = 0, None
         self.answered += 1
         self._pause = FIRST_PAUSE_S
         self._since_limit += 1
@@ -60,8 +62,10 @@ class Server:
         """No answer came; after several in a row it gets no more requests."""
         self.failures += 1
         self.last_failure = reason
-        if self.failures >= self.breaker and self.down_since is None:
-            self.down_since = time.monotonic()
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
+        if self.failures >= self.breaker:
+            self.down = True
 
     def busy(self) -> None:
         """It asked for fewer requests."""
@@ -79,7 +83,7 @@ class Server:
 
     def up(self) -> None:
         """A probe was answered."""
-        self.down_since, self.failures = None, 0
+        self.down, self.failures = False, 0
         self.wake()
 
     def pause(self) -> float:
