@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "laws": ("benchmarks.laws_cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
     "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),
     "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
+    "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 

@@ -28,6 +28,7 @@ EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "trans
 """Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
+    "synthesize": "plan | run | status | report: make synthetic text from natural documents",
     "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
     "train": "train a model, alone or under torchrun; resumes by itself",
     "submit": "train on SLURM nodes: check, write the job, put it into the queue",
