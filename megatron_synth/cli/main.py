@@ -28,6 +28,7 @@ EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "trans
 """Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
+    "synthesize": "plan | run | status | report: make synthetic text from natural documents",
     "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
     "train": "train a model, alone or under torchrun; resumes by itself",
     "submit": "train on SLURM nodes: check, write the job, put it into the queue",
@@ -39,7 +40,7 @@ VERBS = {
     "checkpoint": "ls RUN | verify RUN | prune RUN: look after checkpoints",
     "config": "show FILE | check FILE: resolve or check a configuration",
     "convert": "to-hf | from-hf: exchange weights with Hugging Face",
-    "study": "plan | prepare | submit | status | report: from one file to fitted laws",
+    "study": "plan | prepare | submit | status | report | propose: from one file to fitted laws",
     "bench": "measure training, kernels, loader, checkpoints ...: bench alone lists them",
     "kernels": "which implementation of each operation this machine uses, and why",
     "fit": "fit a scaling law to a table of runs",

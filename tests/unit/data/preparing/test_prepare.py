@@ -189,7 +189,7 @@ def test_the_token_type_can_be_forced(tmp_path, make, tokenizer_path, dtype, nam
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": None}, "exactly one of input, hf and builtin, found none"),
+        ({"input": None}, "exactly one of input, hf, builtin and synthesized, found none"),
         ({"builtin": "qa"}, "found input and builtin"),
         ({"holdout": "1/9", "split": "validation"}, "a validation source has no holdout"),
         ({"holdout": 0}, "holdout must lie between 0 and 1"),
