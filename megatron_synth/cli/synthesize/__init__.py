@@ -82,7 +82,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megatron_synth.synthesis.status import write_report
+    from megatron_synth.synthesis.report import write_report
     from megatron_synth.synthesis.synthesis_file import load_synthesis
 
     show(str(write_report(load_synthesis(arguments.file, arguments.overrides))))
