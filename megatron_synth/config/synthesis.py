@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_synth.config.prepare import HubInput, PrepareSource, as_tuple
-from megatron_synth.config.schema import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
+from megatron_synth.config.section import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
 
 MAX_TEMPERATURE = 10.0
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

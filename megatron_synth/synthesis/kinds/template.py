@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from megatron_synth.config import yaml12
 from megatron_synth.config.errors import ConfigError, Problem, UserError
 from megatron_synth.config.load import resolve
-from megatron_synth.config.schema import NonNegativeInt, PositiveInt, Section
+from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 from megatron_synth.config.validation import suggest, validate
 from megatron_synth.core.records import read_text
 from megatron_synth.data.shards.manifest import canonical_digest

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, PrepareSource
-from megatron_synth.config.schema import Section
+from megatron_synth.config.section import Section
 from megatron_synth.core.names import plain_name
 from megatron_synth.core.records import Count
 from megatron_synth.core.records import Reader as RecordReader
