@@ -52,7 +52,7 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu coverage golden tables docs lint \
+.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal coverage golden tables docs lint \
     lock clean
 .DEFAULT_GOAL := test
 
@@ -63,6 +63,7 @@ help:
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
+	@echo "gpu-rehearsal  the GPU path on a machine without one: launches, waits, memory; downloads 5 GB the first time"
 	@echo "docs         the documentation, as a site in build/site"
 	@echo "tables       the measured tables of README.md and docs/, again"
 	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
@@ -182,6 +183,26 @@ golden: $(READY_TEST)
 
 test-gpu: $(READY_TEST)
 	$(BIN)/python -m pytest -m gpu
+
+# the GPU path without a GPU, on the oldest torch that is allowed, in an environment of its own (5 GB, kept in build/rehearsal):
+# faults that are planted, runs whose numbers the CPU computes, steps of 1.3B and 3B held against their limits
+REHEARSAL := build/rehearsal
+REHEARSAL_TORCH := 2.11.0
+REHEARSAL_PYTHON ?= $(or $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    $$python -c '' 2>/dev/null && echo $$python && break; done),$(PYTHON))
+REHEARSE = PYTHONPATH=.:kernels TRITON_INTERPRET=0 $(REHEARSAL)/bin/python
+
+$(REHEARSAL)/ready: pyproject.toml constraints.txt
+	@echo "== set-up: torch $(REHEARSAL_TORCH) with CUDA and what a run needs into $(REHEARSAL), 5 GB"
+	@$(REHEARSAL_PYTHON) -m venv $(REHEARSAL)
+	@grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	@$(REHEARSAL)/bin/python -m pip install -qq --constraint $(REHEARSAL)/constraints.txt torch==$(REHEARSAL_TORCH) pytest hypothesis \
+	    $$($(REHEARSAL_PYTHON) tests/nocuda/requirements.py)
+	@touch $@
+
+gpu-rehearsal: $(REHEARSAL)/ready
+	$(REHEARSE) -m pytest -q --noconftest -p no:cacheprovider tests/nocuda
+	$(REHEARSE) -m tests.nocuda.rehearse
 
 bench-gpu: $(READY)
 	$(BIN)/megatron-synth bench gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import shutil
 from pathlib import Path
 
@@ -62,8 +63,7 @@ def _from_hf(folder: Path, out: Path) -> int:
     tokenizer = folder / FILE_NAME
     fingerprint = fingerprint_of(tokenizer) if tokenizer.is_file() else None
     dtypes = {weight.dtype for weight in weights.values()}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}")  # of this program alone
     try:
         with process_group(Layout.single(), seed=0):
             import torch

@@ -40,7 +40,7 @@ VERBS = {
     "checkpoint": "ls RUN | verify RUN | prune RUN: look after checkpoints",
     "config": "show FILE | check FILE: resolve or check a configuration",
     "convert": "to-hf | from-hf: exchange weights with Hugging Face",
-    "study": "plan | prepare | submit | status | report: from one file to fitted laws",
+    "study": "plan | prepare | submit | status | report | propose: from one file to fitted laws",
     "bench": "measure training, kernels, loader, checkpoints ...: bench alone lists them",
     "kernels": "which implementation of each operation this machine uses, and why",
     "fit": "fit a scaling law to a table of runs",
