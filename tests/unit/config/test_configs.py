@@ -33,8 +33,7 @@ def files(folder: str) -> list[str]:
 
 
 def test_every_folder_has_a_schema() -> None:
-    # studies: test_study_file.py; synthesis: tests/unit/synthesis
-    schemas = {"model", "data", "train", "bench", "cluster", "study", "synthesis"}
+    schemas = {"model", "data", "train", "bench", "cluster", "study", "synthesis"}  # studies: test_study_file.py
     assert {file.relative_to(CONFIGS).parts[0] for file in CONFIGS.rglob("*.yaml")} == schemas
 
 
@@ -63,13 +62,6 @@ def test_preparation_files_are_sound(path: str) -> None:
     load_file(PrepareConfig, path)
 
 
-@pytest.mark.parametrize("path", [path for path in files("synthesis") if "output" in load_yaml(path)])
-def test_synthesis_files_are_sound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(CONFIGS.parent)
-    config = load_synthesis(path)
-    assert template_of(config.kind, config.template).source_kind in ("rephrased", "qa", "textbook", "other")
-
-
 @pytest.mark.parametrize("path", files("data") + files("train") + files("bench") + files("cluster"))
 def test_an_explained_configuration_is_the_same(path: str, tmp_path: Path) -> None:
     kind = {"data": PrepareConfig, "cluster": ClusterConfig}.get(Path(path).parts[0], Config)
@@ -95,6 +87,13 @@ def test_own_text_is_prepared_and_planned_by_the_files_for_it(tmp_path: Path, mo
     assert "vocabulary         512" in text and "not prepared" not in text
     with pytest.raises(UserError, match=r"mine: has .* windows"):
         dry_run(load_file(Config, "train/own-text.yaml"), 1)
+
+
+@pytest.mark.parametrize("path", [path for path in files("synthesis") if "output" in load_yaml(path)])
+def test_synthesis_files_are_sound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_synthesis(path)
+    assert template_of(config.kind, config.template).source_kind in ("rephrased", "qa", "textbook", "other")
 
 
 @pytest.mark.parametrize("path", files("cluster"))
