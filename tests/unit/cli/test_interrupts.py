@@ -49,34 +49,32 @@ def test_one_rank_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-def interrupted(words: list[str], number: int, ready: Path, pattern: str) -> tuple[int, str]:
-    """Exit code and standard error of a verb that gets a signal when a file is there."""
-    process = subprocess.Popen([sys.executable, "-m", "megatron_synth", *words], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    deadline = time.monotonic() + 300  # to end, not to judge
-    while not list(ready.glob(pattern)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, printed = process.communicate()
-    return process.returncode, printed
-
-
 def test_an_interrupted_preparation_is_kept_and_goes_on(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {number} of a text that is long enough to take its time\n" for number in range(300_000)))
-    file = tmp_path / "data.yaml"
+    text, file = tmp_path / "text.jsonl", tmp_path / "data.yaml"
+    line = '{"text": "%d words of a text that take their time to become tokens, as there are so many of them"}\n'
+    text.write_text("".join(line % number for number in range(150_000)))
     file.write_text(
-        f"output: {tmp_path}/out\ntokenizer: {{train: {{vocab_size: 300, max_bytes: 10_000}}}}\nshard_tokens: 200000\n"
-        f"sources: {{web: {{kind: natural, input: {text}}}}}\n".replace("10_000", "10000")
+        f"output: {tmp_path}/out\ntokenizer: {{train: {{vocab_size: 300, max_bytes: 10000}}}}\n"
+        f"sources: {{web: {{kind: natural, input: {text}}}}}\n"
     )
-    words = ["prepare", str(file), "--workers", "1"]
-    code, printed = interrupted(words, signal.SIGTERM, tmp_path, ".out.partial-*/.staging/*/*.piece")
-    assert code == 143, printed
-    assert re.search(rf"^ended by SIGTERM: what is done is kept in {tmp_path}/\.out\.partial-\d+; the same", printed, re.M), (
-        printed
+    words = [sys.executable, "-m", "megatron_synth", "prepare", str(file), "--workers", "1"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        deadline = time.monotonic() + 300  # to end, not to judge
+
+        def begun() -> bool:  # its tokenizer is trained: the second line of its journal
+            return any(journal.read_bytes().count(b"\n") > 1 for journal in tmp_path.glob(".out.partial-*/journal.jsonl"))
+
+        while not begun():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate()
+    assert process.returncode == 143, printed
+    assert re.search(
+        rf"^ended by SIGTERM: what is done is kept in {tmp_path}/\.out\.partial-\d+; the same", printed, re.MULTILINE
     )
     assert "Traceback" not in printed and not (tmp_path / ".out.lock").exists()
-    again = subprocess.run([sys.executable, "-m", "megatron_synth", *words], capture_output=True, text=True, cwd=ROOT)
+    again = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0 and "continuing a run that was stopped" in again.stderr, again.stderr
 
 
