@@ -21,6 +21,7 @@ from megatron_synth.synthesis.answers.parts import Answer, Answers
 from megatron_synth.synthesis.canary import check_chat, check_engine
 from megatron_synth.synthesis.corpus import make_corpus
 from megatron_synth.synthesis.engines.base import Engine, EngineGone
+from megatron_synth.synthesis.filters.base import Filters
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -66,6 +67,7 @@ def run(config: SynthesisConfig, stop: Callable[[], bool] = lambda: False) -> Ou
     with Lock(config.folder / LOCK, "synthesize run"):
         setup = Setup.of(config, export=True)
         setup.warn()
+        filters = Filters(config.filters)  # what it lacks is told before any long work
         write_atomic(config.folder / SETTINGS, to_yaml(config))
         with closing(Answers(setup.answers)) as answers:
             made, gone = Made(), None
@@ -74,7 +76,7 @@ def run(config: SynthesisConfig, stop: Callable[[], bool] = lambda: False) -> Ou
             if gone is not None or stop():
                 return Outcome(None, None, gone, made.answers)
             show(f"{config.output}: judging {human(len(answers))} answers", error=True)
-            found = make_corpus(setup, answers, _facts(config.folder))
+            found = make_corpus(setup, answers, filters, _facts(config.folder))
     if isinstance(found, Account):
         return Outcome(found, None, None, made.answers)
     return Outcome(found.account, found, None, made.answers)
