@@ -52,8 +52,8 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal coverage golden tables docs lint \
-    lock clean
+.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
+    coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
 help:

@@ -145,13 +145,39 @@ class SamplingConfig(Section):
     """Tokens of an answer at most. One that reaches it is cut, and rejected as such."""
 
 
+DECODED = {"token-editing": "token-editing", "continuation": "contrastive"}
+"""Kinds that are made from a model's probabilities, and how."""
+
+
+class DecodingConfig(Section):
+    """How text is made from a model's probabilities, in this process; the kinds `token-editing` and `continuation` need it."""
+
+    method: Literal["token-editing", "contrastive"]
+    """token-editing: tokens of a natural text that the generator is sure of are drawn anew. contrastive: prefixes are continued
+    by what the generator says and a worse model does not."""
+    p: Annotated[float, Field(gt=0, le=2)] = 0.99
+    """token-editing: probability from which on a token is drawn anew. Above 1 nothing is edited."""
+    against: GeneratorConfig | None = None
+    """contrastive: the worse model, a smaller one or an earlier checkpoint, of the same tokenizer: `model` or `run`."""
+    strength: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """contrastive: lambda in log p_good - lambda log p_bad. 0 is plain sampling from the generator."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """contrastive: only tokens with this share of the best one's probability."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DecodingConfig:
+        if (self.against is not None) != (self.method == "contrastive"):
+            raise ValueError("against: name the worse model with `method: contrastive`, and only there")
+        return self
+
+
 class SynthesisSettings(Section):
     """What to make. Paths are relative to the working directory."""
 
     output: str
     """Folder for answers, corpus, account and report. A run that is there already goes on."""
     kind: str | None = None
-    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook."""
+    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook, token-editing, continuation."""
     template: str | None = None
     """Or a template file of your own; copy one of megatron_synth/synthesis/kinds/templates."""
     parents: dict[str, ParentsConfig] = Field(min_length=1)
@@ -159,6 +185,8 @@ class SynthesisSettings(Section):
     generator: GeneratorConfig
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig | None = None
+    """Text from probabilities: token editing or contrastive decoding, for the kinds of these names."""
     seed: Seed = 1
     """Each request has a seed of its own, made from this one and from what it asks."""
     per_parent: PositiveInt = 1
@@ -176,6 +204,21 @@ class SynthesisSettings(Section):
         for name in self.parents:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(f"parents: name {name!r}: use letters, digits, `.`, `_` and `-`")
+        if self.decoding is not None:
+            self._check_decoding(self.decoding)
+        elif self.kind in DECODED:
+            raise ValueError(f"kind {self.kind}: needs `decoding`, with `method: {DECODED[self.kind]}`")
         if self.sampling.temperature == 0 and self.per_parent > 1:
             raise ValueError("per_parent: texts of one parent are all equal at temperature 0; set per_parent to 1")
         return self
+
+    def _check_decoding(self, decoding: DecodingConfig) -> None:
+        if self.engine.name != "transformers" or self.generator.api != "completions":
+            raise ValueError("decoding: needs `engine.name: transformers` and `generator.api: completions`")
+        if self.sampling.temperature != 1 or self.sampling.top_p != 1:
+            raise ValueError("decoding: takes probabilities as they are: set sampling.temperature and sampling.top_p to 1")
+        if decoding.method == "contrastive" and self.sampling.top_k:
+            raise ValueError("decoding: contrastive decoding has its own choice of plausible tokens: set sampling.top_k to 0")
+        if self.kind is not None and DECODED.get(self.kind) != decoding.method:
+            kind = next(name for name, method in DECODED.items() if method == decoding.method)
+            raise ValueError(f"decoding: `method: {decoding.method}` is for `kind: {kind}`, found {self.kind!r}")

@@ -250,7 +250,7 @@ def _record(
         parent_documents=counted.documents,
         skipped=skipped,
         account=account,
-        cost=tally.cost(setup.generator.parameters),
+        cost=tally.cost(setup.parameters),
         license=licenses.warning(setup.generator.license),
         files=written.files,
         fingerprint=fingerprint(folder / name for name in written.files),

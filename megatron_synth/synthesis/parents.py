@@ -81,7 +81,15 @@ class Parents:
             except UserError as error:
                 raise _as_parents(error) from None
 
-    def _texts(self, name: str) -> Iterator[str]:
+    def with_holdout(self) -> list[str]:
+        """Names of the sources of which documents are held out for validation."""
+        return [name for name, settings in self._sources.items() if settings.holdout is not None]
+
+    def held_out(self, name: str) -> Iterator[str]:
+        """Texts of a source that are no parents, as `prepare` holds them out for validation."""
+        return self._texts(name, held_out=True)
+
+    def _texts(self, name: str, *, held_out: bool = False) -> Iterator[str]:
         settings, reader = self._sources[name], self._readers[name]
         skipped: list[str] = []
         documents = read = 0
@@ -89,7 +97,7 @@ class Parents:
         for document, size in with_text(name, settings.as_source(), found, skipped):
             if len(skipped) > settings.max_errors:
                 raise UserError(f"sources.{name}: more than {settings.max_errors} records are no text; the first: {skipped[0]}")
-            if settings.holdout is None or not is_held_out(document.key, settings.holdout):
+            if (settings.holdout is not None and is_held_out(document.key, settings.holdout)) == held_out:
                 yield document.text
                 documents += 1
             read += size

@@ -136,9 +136,11 @@ def _generate(setup: Setup, answers: Answers, stop: Callable[[], bool], made: Ma
 def _check(setup: Setup, engine: Engine) -> None:
     """Refuse an engine that cannot do what is asked; note what it can."""
     found = engine.check()
-    check_chat(setup.wording, found)
-    setup.check_context(found.context)
-    facts = check_engine(engine, setup.wording)
+    facts = {}
+    if setup.config.decoding is None:  # models that are only asked for probabilities have no such faults
+        check_chat(setup.wording, found)
+        setup.check_context(found.context)
+        facts = check_engine(engine, setup.wording)
     write_json(setup.config.folder / ENGINE, {**engine.facts(), "context": found.context, **facts})
 
 

@@ -22,6 +22,7 @@ from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 ANSWERS = "answers"
 LOG = "vllm.log"
+AGAINST = "against"
 CHAT_TOKENS = 64
 """What a chat template adds to a prompt at most, with some room."""
 
@@ -44,6 +45,8 @@ class Setup:
     generator: Generator
     parents: Parents
     counter: TokenCounter
+    against: Generator | None = None
+    """The worse model of contrastive decoding."""
 
     @classmethod
     def of(cls, config: SynthesisConfig, *, export: bool) -> Setup:
@@ -53,10 +56,18 @@ class Setup:
             UserError: something is missing or does not fit.
         """
         template = template_of(config.kind, config.template)
+        if config.filters.choice is not None and template.reassemble and config.missing_chunks == "drop":
+            raise UserError(
+                f"filters.choice: chooses answers, and template {template.name} makes documents of several: one that is left "
+                f"out would take all with it; set missing_chunks to join, or take a kind that asks once for a document"
+            )
         parents = Parents(config.parents)
         parents.check()
         generator = generator_of(config.generator, config.folder, export=export)
-        return cls(config, template, generator, parents, generator.counter())
+        against = None
+        if config.decoding is not None and config.decoding.against is not None:
+            against = generator_of(config.decoding.against, config.folder / AGAINST, export=export)
+        return cls(config, template, generator, parents, generator.counter(), against)
 
     @cached_property
     def wording(self) -> Wording:
@@ -77,8 +88,23 @@ class Setup:
                 yield parent
 
         found = chunks(documents(), self.template, self.counter, counted.skipped)
-        identity = self.generator.identity()
+        identity = {**self.generator.identity(), **self._decoding()}
         return requests(found, self.wording, identity, config.sampling, config.seed, config.per_parent, counted.asking)
+
+    def _decoding(self) -> dict[str, Any]:
+        """What a request's key, and the record, hold of decoding by probabilities; nothing without it."""
+        if self.config.decoding is None:
+            return {}
+        settings = self.config.decoding.model_dump(mode="json", exclude={"against"})
+        against = {} if self.against is None else {"against": self.against.identity()}
+        return {"decoding": {**settings, **against}}
+
+    @property
+    def parameters(self) -> int | None:
+        """Those that a token is computed with: of both models of contrastive decoding."""
+        models = [self.generator, *([] if self.against is None else [self.against])]
+        counts = [model.parameters for model in models if model.parameters is not None]
+        return sum(counts) if len(counts) == len(models) else None
 
     def prompt_tokens(self, request: Request) -> int:
         """About as many as the generator reads for a request."""
@@ -111,6 +137,11 @@ class Setup:
         from megatron_synth.synthesis.engines.protocol import Shape
 
         config, generator, settings = self.config, self.generator, self.config.engine
+        if config.decoding is not None:
+            from megatron_synth.synthesis.decoding.engine import DecodingEngine
+
+            against = None if self.against is None else self.against.model
+            return DecodingEngine(generator.model, against, config.decoding, settings, config.sampling)
         if settings.name == "transformers":
             from megatron_synth.synthesis.engines.embedded import Embedded
 
@@ -143,5 +174,6 @@ class Setup:
             **self.generator.identity(),
             "parameters": self.generator.parameters,
             "license": self.generator.license,
+            **self._decoding(),
             **facts,
         }

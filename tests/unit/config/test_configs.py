@@ -19,6 +19,8 @@ from megatron_synth.config.schema import Config, ModelConfig
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.estimate.flops import count_parameters
+from megatron_synth.synthesis.kinds.template import template_of
+from megatron_synth.synthesis.synthesis_file import load_synthesis
 from megatron_synth.train.dryrun import dry_run
 
 CONFIGS = shipped("configs")
@@ -86,6 +88,13 @@ def test_own_text_is_prepared_and_planned_by_the_files_for_it(tmp_path: Path, mo
     assert "vocabulary         512" in text and "not prepared" not in text
     with pytest.raises(UserError, match=r"mine: has .* windows"):
         dry_run(load_file(Config, "train/own-text.yaml"), 1)
+
+
+@pytest.mark.parametrize("path", [path for path in files("synthesis") if "output" in load_yaml(path)])
+def test_synthesis_files_are_sound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_synthesis(path)
+    assert template_of(config.kind, config.template).source_kind in ("rephrased", "qa", "textbook", "other")
 
 
 @pytest.mark.parametrize("path", files("cluster"))
