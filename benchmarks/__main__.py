@@ -18,8 +18,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "laws": ("benchmarks.laws_cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
     "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),
     "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
-    "synthesis": ("benchmarks.synthesis.cli:main", "how much of a server's speed the client of `synthesize` leaves unused"),
     "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),
+    "synthesis": ("benchmarks.synthesis.cli:main", "how much of a server's speed the client of `synthesize` leaves unused"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 

@@ -17,7 +17,7 @@ from megatron_synth.synthesis import run as run_module
 from megatron_synth.synthesis.answers.parts import keys_of, lines
 from megatron_synth.synthesis.engines.protocol import queue_of
 from megatron_synth.synthesis.engines.server import Server
-from megatron_synth.synthesis.report_page import write_page
+from megatron_synth.synthesis.report import write_report
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.setup import ANSWERS
 from megatron_synth.synthesis.status import status_text
@@ -213,7 +213,7 @@ def test_status_and_report_tell_what_was_made(synthesis):
         text = status_text(config)
         assert f"{found.account.asked:,} answers" in text
         assert "kept" in text
-        report = write_page(config).read_text()
+        report = write_report(config).read_text()
         assert "Samples beside their parents" in report
         assert "KL" in report
         (first, *_) = (config.folder / "corpus" / "part-00000.jsonl").read_text().splitlines()
