@@ -173,7 +173,7 @@ class _Run:
         self._settings = engine._settings
         self._again: list[Waiting] = []
         self._in_flight = 0
-        self._exhausted = self._stopping = False
+        self._exhausted = self._stopping = self._full = False
         self._failure: BaseException | None = None
         self._done = asyncio.Event()
         self._came: list[tuple[Request, Answer]] = []
@@ -299,10 +299,11 @@ class _Run:
 
     def _flush(self) -> None:
         came, self._came = self._came, []
-        if came:
+        if came and not self._full:
             try:
                 self._sink(came)
-            except BaseException as error:  # such as a full disk: told by the run
+            except BaseException as error:  # such as a full disk: told by the run, with what was kept until then
+                self._full = True
                 self._end(error)
 
     def _later(self, waiting: Waiting, counts: bool = True, after: float | None = None) -> None:
