@@ -77,7 +77,7 @@ class Tally:
         )
 
 
-def make_corpus(setup: Setup, answers: Answers, facts: dict[str, Any]) -> SynthesisRecord | Account:
+def make_corpus(setup: Setup, answers: Answers, filters: Filters, facts: dict[str, Any]) -> SynthesisRecord | Account:
     """Judge all answers and write the corpus; the account alone where too many requests have no answer.
 
     facts: what the engine said of itself.
@@ -92,7 +92,6 @@ def make_corpus(setup: Setup, answers: Answers, facts: dict[str, Any]) -> Synthe
     try:
         counted, tally = Counted(), Tally()
         spool = partial / "judged"
-        filters = Filters(config.filters)
         with open(spool, "w", encoding="utf-8") as file:
             late = filters.finish(_judged(setup, answers, counted, tally, filters, file))
         for reason in late.values():

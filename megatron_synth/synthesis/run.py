@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from megatron_synth.data.preparing.readers.synthesized import Account, Synthesis
 from megatron_synth.synthesis.answers.parts import Answer, Answers
 from megatron_synth.synthesis.canary import check_chat, check_engine
 from megatron_synth.synthesis.corpus import make_corpus
-from megatron_synth.synthesis.engines.base import Engine, EngineGone
+from megatron_synth.synthesis.engines.base import Engine, EngineGone, StopAsking
+from megatron_synth.synthesis.filters.base import Filters
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -66,6 +67,7 @@ def run(config: SynthesisConfig, stop: Callable[[], bool] = lambda: False) -> Ou
     with Lock(config.folder / LOCK, "synthesize run"):
         setup = Setup.of(config, export=True)
         setup.warn()
+        filters = Filters(config.filters)  # what it lacks is told before any long work
         write_atomic(config.folder / SETTINGS, to_yaml(config))
         with closing(Answers(setup.answers)) as answers:
             made, gone = Made(), None
@@ -74,7 +76,7 @@ def run(config: SynthesisConfig, stop: Callable[[], bool] = lambda: False) -> Ou
             if gone is not None or stop():
                 return Outcome(None, None, gone, made.answers)
             show(f"{config.output}: judging {human(len(answers))} answers", error=True)
-            found = make_corpus(setup, answers, _facts(config.folder))
+            found = make_corpus(setup, answers, filters, _facts(config.folder))
     if isinstance(found, Account):
         return Outcome(found, None, None, made.answers)
     return Outcome(found.account, found, None, made.answers)
@@ -116,10 +118,11 @@ def _generate(setup: Setup, answers: Answers, stop: Callable[[], bool], made: Ma
             def asked() -> Iterator[Request]:
                 for number, request in enumerate(_missing(setup, answers, engine.group)):
                     if number % engine.group == 0 and stop():
-                        return
+                        raise StopAsking
                     yield request
 
-            engine.run(asked(), sink, setup.config.sampling.max_tokens)
+            with suppress(StopAsking):
+                engine.run(asked(), sink, setup.config.sampling.max_tokens)
         took = time.monotonic() - start
         rate = made.tokens / max(took, 1e-9)
         told = f"{made.answers:,} answers, {human(made.tokens)} tokens in {duration(took)}, {human(rate)} tokens/s"

@@ -17,6 +17,10 @@ class EngineGone(Exception):
     """No server answers any more. Nothing is lost: the same command goes on when one is there again."""
 
 
+class StopAsking(Exception):
+    """Raised by the requests of a run that is to stop: none is sent any more, not even for another attempt."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What an engine says of its model.

@@ -22,7 +22,7 @@ from megatron_synth.config.synthesis import EngineConfig
 from megatron_synth.core.log import show
 from megatron_synth.core.records import parse_json
 from megatron_synth.synthesis.answers.parts import REFUSED, Answer
-from megatron_synth.synthesis.engines.base import Capabilities, EngineGone, Sink
+from megatron_synth.synthesis.engines.base import Capabilities, EngineGone, Sink, StopAsking
 from megatron_synth.synthesis.engines.protocol import (
     BUSY,
     FATAL,
@@ -173,7 +173,7 @@ class _Run:
         self._settings = engine._settings
         self._again: list[Waiting] = []
         self._in_flight = 0
-        self._exhausted = False
+        self._exhausted = self._stopping = self._full = False
         self._failure: BaseException | None = None
         self._done = asyncio.Event()
         self._came: list[tuple[Request, Answer]] = []
@@ -211,7 +211,10 @@ class _Run:
         if self._again and self._again[0].at <= time.monotonic():
             return heapq.heappop(self._again)
         if not self._exhausted:
-            request = next(self._requests, None)
+            try:
+                request = next(self._requests, None)
+            except StopAsking:
+                self._stopping, self._again, request = True, [], None
             if request is not None:
                 return Waiting(0.0, request.order, request, 0)
             self._exhausted = True
@@ -296,16 +299,17 @@ class _Run:
 
     def _flush(self) -> None:
         came, self._came = self._came, []
-        if came:
+        if came and not self._full:
             try:
                 self._sink(came)
-            except BaseException as error:  # such as a full disk: told by the run
+            except BaseException as error:  # such as a full disk: told by the run, with what was kept until then
+                self._full = True
                 self._end(error)
 
     def _later(self, waiting: Waiting, counts: bool = True, after: float | None = None) -> None:
         """Send it again after a pause, unless its attempts are used up."""
         attempts = waiting.attempts + counts
-        if attempts >= self._settings.attempts:
+        if attempts >= self._settings.attempts or self._stopping:
             return  # it stays unanswered
         backoff = min(self._settings.backoff_s * 2 ** min(attempts, 30), LONGEST_BACKOFF_S)
         # spread by the seed, so that requests that failed together do not come back together

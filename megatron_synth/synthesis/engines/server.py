@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 LONGEST_PAUSE_S = 30.0
 FIRST_PAUSE_S = 0.5
 HALVE_EVERY_S = 1.0
-START = 32
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Server:
     _pause: float = FIRST_PAUSE_S
 
     def __post_init__(self) -> None:
-        self.limit = min(self.most, max(START, self.most // 4))
+        self.limit = self.most
 
     @property
     def root(self) -> str:

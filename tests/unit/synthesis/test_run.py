@@ -158,6 +158,15 @@ def test_a_request_to_stop_keeps_what_came(synthesis):
         assert run(config).account is not None
 
 
+def test_after_a_request_to_stop_nothing_is_tried_again(synthesis):
+    with RunningStub(rate=300) as stub:
+        config = synthesis(stub.url, engine={"breaker": 10_000, "attempts": 100, "backoff_s": 30, "patience_s": 600})
+        when(stub, 30, faults={"500": 1.0})
+        stopped = run(config, lambda: stub.seen.requests > 40)  # what has failed would come back after half a minute
+        assert stopped.account is None
+        assert stopped.made < 40
+
+
 def test_two_servers_share_the_work_and_one_may_fail(synthesis):
     with RunningStub(rate=300) as first, RunningStub(rate=300) as second:
         config = synthesis(first.url, engine={"servers": [first.url, second.url], "breaker": 2})
