@@ -100,15 +100,18 @@ def solve_each(
     steps: int = _STEPS,
     progress: Callable[[int], object] | None = None,
 ) -> Solutions:
-    """Minimize from every start [S, P], each with its own weights [S, M] where they are given."""
+    """Minimize from every start [S, P], each with its own weights [S, M] and log losses [S, M] where they are given so."""
     from scipy.optimize import least_squares
 
     thetas, objectives, converged = [], [], []
     for place, start in enumerate(starts):
-        own = np.ones(len(log_loss)) if weights is None else weights[place]
+        losses = log_loss[place] if log_loss.ndim == 2 else log_loss
+        own = np.ones(len(losses)) if weights is None else weights[place]
         with np.errstate(over="ignore", invalid="ignore"):
             found = least_squares(
-                lambda theta: np.nan_to_num(law.value(theta, columns)[0] - log_loss, nan=1e3, posinf=1e3, neginf=-1e3),
+                lambda theta, losses=losses: np.nan_to_num(
+                    law.value(theta, columns)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3
+                ),
                 start,
                 jac=lambda theta: np.nan_to_num(law.value(theta, columns)[1]),
                 loss=lambda squares, own=own: _weighted_huber(squares, own),
