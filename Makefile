@@ -52,16 +52,18 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu coverage golden tables docs lint \
-    lock clean
+.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
+    coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
 help:
 	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
 	@echo "study        a study of 72 small runs, fitted and reported"
+	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
+	@echo "gpu-rehearsal  the GPU path on a machine without one: launches, waits, memory; downloads 5 GB the first time"
 	@echo "docs         the documentation, as a site in build/site"
 	@echo "tables       the measured tables of README.md and docs/, again"
 	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
@@ -108,6 +110,30 @@ study: $(READY)
 	$(BIN)/megatron-synth study plan $(STUDY)
 	$(BIN)/megatron-synth study submit $(STUDY) --local --jobs $$(nproc)
 	$(BIN)/megatron-synth study report $(STUDY)
+
+# synthetic text in small: trains a generator, generates, filters, prepares, and trains on the mixture
+SYNTHESIS := runs/synthesis
+READY_SYNTHESIS := $(VENV)/ready-synthesis
+
+$(READY_SYNTHESIS): $(READY)
+	@$(INSTALL) --editable '.[study,synthesis]'
+	@touch $@
+
+synthesis: $(READY_SYNTHESIS)
+	@echo "== 1 of 5: text becomes tokens (configs/data/quickstart.yaml)"
+	@$(BIN)/megatron-synth prepare configs/data/quickstart.yaml
+	@echo "== 2 of 5: a generator of a million parameters is trained, about two minutes"
+	@$(BIN)/megatron-synth train configs/train/synthesis-generator.yaml --run-dir $(SYNTHESIS)/generator
+	@echo "== 3 of 5: it writes about natural documents, in this process, and what it wrote is judged: about a minute"
+	@for kind in qa rephrase; do \
+	    $(BIN)/megatron-synth synthesize plan configs/synthesis/tiny-$$kind.yaml && \
+	    $(BIN)/megatron-synth synthesize run configs/synthesis/tiny-$$kind.yaml && \
+	    $(BIN)/megatron-synth synthesize report configs/synthesis/tiny-$$kind.yaml || exit; done
+	@echo "== 4 of 5: its text becomes sources beside the natural one (configs/data/synthesis.yaml)"
+	@$(BIN)/megatron-synth prepare configs/data/synthesis.yaml
+	@echo "== 5 of 5: a model is trained on 2/3 natural and 1/3 synthetic text, about a minute"
+	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
+	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
 
 # what a change is held against while it is made
 check: lint
@@ -158,6 +184,26 @@ golden: $(READY_TEST)
 test-gpu: $(READY_TEST)
 	$(BIN)/python -m pytest -m gpu
 
+# the GPU path without a GPU, on the oldest torch that is allowed, in an environment of its own (5 GB, kept in build/rehearsal):
+# faults that are planted, runs whose numbers the CPU computes, steps of 1.3B and 3B held against their limits
+REHEARSAL := build/rehearsal
+REHEARSAL_TORCH := 2.11.0
+REHEARSAL_PYTHON ?= $(or $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    $$python -c '' 2>/dev/null && echo $$python && break; done),$(PYTHON))
+REHEARSE = PYTHONPATH=.:kernels TRITON_INTERPRET=0 $(REHEARSAL)/bin/python
+
+$(REHEARSAL)/ready: pyproject.toml constraints.txt
+	@echo "== set-up: torch $(REHEARSAL_TORCH) with CUDA and what a run needs into $(REHEARSAL), 5 GB"
+	@$(REHEARSAL_PYTHON) -m venv $(REHEARSAL)
+	@grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	@$(REHEARSAL)/bin/python -m pip install -qq --constraint $(REHEARSAL)/constraints.txt torch==$(REHEARSAL_TORCH) pytest hypothesis \
+	    $$($(REHEARSAL_PYTHON) tests/nocuda/requirements.py)
+	@touch $@
+
+gpu-rehearsal: $(REHEARSAL)/ready
+	$(REHEARSE) -m pytest -q --noconftest -p no:cacheprovider tests/nocuda
+	$(REHEARSE) -m tests.nocuda.rehearse
+
 bench-gpu: $(READY)
 	$(BIN)/megatron-synth bench gpu
 
@@ -168,7 +214,7 @@ lint: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin data/quickstart data/study-twin
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/synthesis data/quickstart data/study-twin data/synthesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f megatron_synth/data/shards/_native*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

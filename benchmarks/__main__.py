@@ -15,8 +15,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "prepare": ("benchmarks.prepare.cli:main", "tokens/s of turning text into shards, beside Megatron-LM's way"),
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
     "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
+    "laws": ("benchmarks.laws_cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
     "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),
     "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
+    "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside random choices as large."""
+"""`python -m benchmarks coverage`: what coverage selection covers of the built-in corpus, beside as large random choices."""
 
 from __future__ import annotations
 

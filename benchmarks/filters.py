@@ -15,7 +15,7 @@ from megatron_synth.synthesis.filters.base import KINDS, PREAMBLE, REASONS, Cand
 _FOLDER = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "synthesis"
 WRITTEN, GENERATED = _FOLDER / "labeled_outputs.jsonl", _FOLDER / "generated_outputs.jsonl"
 HALVES = ("tune", "held_out")
-LABELS = (*(reason for reason in REASONS if reason != "equal_to_another"), PREAMBLE)
+LABELS = (*(reason for reason in REASONS if reason not in ("equal_to_another", "not_chosen")), PREAMBLE)
 """What a single answer can be labeled with."""
 
 

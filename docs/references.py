@@ -1,4 +1,4 @@
-"""Checks that what documents name exists: files of the repository, Python modules, verbs of the command line and make targets.
+"""Checks that what documents name exists: files and tests of the repository, Python modules, verbs and make targets.
 
 `python docs/references.py` prints what does not exist, with file and line; `make docs` runs it, and a test as well.
 """
@@ -21,6 +21,7 @@ PATH = re.compile(rf"(?<![\w/.<{{*-])((?:[\w.-]+/)+[\w.-]+\.(?:{SUFFIXES}))(?![\
 MODULE = re.compile(r"(?<![\w/.])((?:megatron_synth|megatron_synth_kernels|benchmarks)(?:\.(?!md\b)\w+)+)")
 VERB = re.compile(r"(?:`|^ *|&& )megatron-synth ([a-z]+)", re.MULTILINE)
 EXAMPLE = re.compile(r"^```python\n.*?^```", re.MULTILINE | re.DOTALL)
+TEST = re.compile(r"(?<![\w/])(tests/[\w/]+\.py)::(\w+)")
 TARGET = re.compile(r"`make ([a-z][a-z-]*)`")
 
 
@@ -71,6 +72,10 @@ def missing(text: str, folder: Path) -> Iterator[tuple[int, str]]:
             continue
         if not any((ROOT / home / path).exists() for home in HOMES) and not (folder / path).exists():
             yield line(match), f"no file {path}"
+    for match in TEST.finditer(text):
+        file = ROOT / match[1]
+        if file.is_file() and f"\ndef {match[2]}(" not in file.read_text():
+            yield line(match), f"no test {match[2]} in {match[1]}"
     for match in MODULE.finditer(text):
         if not is_module(match[1]):
             yield line(match), f"no module {match[1]}"

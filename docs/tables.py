@@ -25,6 +25,7 @@ DOCUMENTS = [
         "docs/benchmarks.md",
         "docs/cluster.md",
         "docs/fp8.md",
+        "docs/gpu-rehearsal.md",
         "docs/kernels.md",
         "docs/synthesis-filters.md",
         "docs/throughput.md",
@@ -244,6 +245,12 @@ def kernels_compiled() -> str:
     return f"{table}\n\n`megatron-synth kernels --compile`, triton {version('triton')}, no GPU, {today}, {commit}."
 
 
+def gpu_rehearsal() -> str | None:
+    """What `make gpu-rehearsal` has written; it needs torch's CUDA build in an environment of its own."""
+    written = ROOT / "build" / "rehearsal-out" / "table.md"
+    return written.read_text().strip() if written.exists() else None
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "sizes": sizes,
     "quickstart": quickstart,
@@ -256,6 +263,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "filters": filters,
     "launch": launch,
     "kernels-compiled": kernels_compiled,
+    "gpu-rehearsal": gpu_rehearsal,
     "memory": memory,
     "fp8-passes": fp8_passes,
     "fp8-passes-models": fp8_passes_models,

@@ -23,6 +23,10 @@ interrupt() {
     kill -KILL "$agent"
   fi
 }
+killed() { # who was ended by a signal that nobody here asked for
+  echo "error: $1 ended by signal $((code - 128)); the same command resumes" >&2
+  exit 70
+}
 # before everything else: a request in the first second is one, too
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM HUP
@@ -34,6 +38,7 @@ echo "${1:-}: checked, then trained on $ranks ranks, which start within some sec
 python -m megatron_synth train "$@" --dry-run --world-size "$ranks" >/dev/null
 code=$?
 if [ "$stopping" = 1 ]; then exit 75; fi
+if [ "$code" -gt 128 ]; then killed 'the check'; fi
 if [ "$code" != 0 ]; then exit "$code"; fi
 # A session of its own: Ctrl-C in a terminal reaches this script alone. torchrun that gets a second signal while it waits for its
 # ranks leaves them behind.
@@ -51,8 +56,5 @@ while kill -0 "$agent" 2>/dev/null; do # a trapped signal ends `wait` before the
 done
 if [ "$interrupts" -gt 1 ]; then exit 130; fi
 if [ "$stopping" = 1 ]; then exit 75; fi
-if [ "$code" -gt 128 ]; then # killed, and its ranks with it
-  echo "error: the launcher was ended by signal $((code - 128)), and its ranks with it; the same command resumes" >&2
-  exit 70
-fi
+if [ "$code" -gt 128 ]; then killed 'the launcher, and its ranks with it,'; fi
 exit "$code"

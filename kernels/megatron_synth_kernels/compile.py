@@ -150,13 +150,15 @@ def _quantize_fp8(sizes: Sizes) -> None:
         triton_quantize.transpose(row.data)
 
 
-def _quantized_every_way(make: Callable[[], Source]) -> None:
+def _quantized_every_way(make: Callable[[], Source], evaluated: bool = True) -> None:
+    """`evaluated`: whether evaluations make it, too, which leave no trace in the history and need no transpose."""
     for dtype in (E4M3, E5M2):
         number = torch.empty((), device="meta")
         make().amax(number)
-        for scaling in _scalings(number):
+        for scaling in _scalings(number)[: 3 if evaluated else 2]:
             make().tensorwise(scaling, dtype)
-            make().tensorwise(scaling, dtype, transposed=False)  # evaluations, and parts that are gathered
+            if evaluated:
+                make().tensorwise(scaling, dtype, transposed=False)  # and parts that are gathered
         make().blocks(dtype)
 
 
@@ -164,7 +166,7 @@ def _swiglu_quantize(sizes: Sizes) -> None:
     x = torch.empty((sizes.tokens, 2 * sizes.ffn), dtype=torch.bfloat16, device="meta")
     grad = torch.empty((sizes.tokens, sizes.ffn), dtype=torch.bfloat16, device="meta")
     _quantized_every_way(lambda: triton_swiglu_quantize.SwiGLU(x))
-    _quantized_every_way(lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x))
+    _quantized_every_way(lambda: triton_swiglu_quantize.SwiGLUGradient(grad, x), evaluated=False)
 
 
 def _rms_norm_quantize(sizes: Sizes) -> None:

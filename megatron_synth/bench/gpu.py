@@ -185,11 +185,14 @@ def parts(smoke: bool, memory: int = 0) -> list[Part]:
     levers = ("--ablations", ",".join(names), "--budget", "65", *few)
     train(f"{sizes[0]} bf16, levers", sizes[0], "precision.dtype=bf16", *real, *levers, budget_s=80, engines=2)
     if not smoke:
-        found.append(_tests("numerics of runs", smoke, ("-m", "gpu", "gpu"), 65))
+        found.append(_tests("numerics of runs", smoke, ("-m", "gpu", "gpu/"), 65))
     return found
 
 
-_QUICK_TESTS = ("-m", "gpu", "gpu/test_kernels_gpu.py", "gpu/test_fp8_gpu.py", "-k", "not trains and not fused and not weights")
+_QUICK_TESTS = (
+    *("-m", "gpu", "gpu/test_kernels_gpu.py", "gpu/test_fp8_gpu.py::test_kernels_are_bit_equal_to_their_definition"),
+    "gpu/test_fp8_gpu.py::test_what_quantizes_as_it_makes_is_bit_equal_to_making_and_quantizing",
+)
 """Those that start no process of their own."""
 
 
@@ -213,7 +216,7 @@ def _tests(name: str, smoke: bool, chosen: Sequence[str], budget_s: float) -> Pa
     folder = Path(__file__).resolve().parents[2] / "tests"
     if smoke:
         chosen = ("unit/data/test_permutation.py",)
-    paths = [str(folder / one) if one.startswith(("gpu/", "unit/")) or chosen[-1] == one == "gpu" else one for one in chosen]
+    paths = [str(folder / one) if one.startswith(("gpu/", "unit/")) else one for one in chosen]
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths)
     return Part(name, command, budget_s, "" if folder.is_dir() else "no tests beside the package: run it from a clone")
 

@@ -126,7 +126,8 @@ def _prune(root: Path, found: list[Path], keep: int, every: int | None, *, dry_r
     sound: list[Path] = []
     for checkpoint in reversed(found):
         # of those that may go, sizes tell whether someone should look at them
-        faults = _faults(checkpoint) if len(sound) < keep else files.faults(checkpoint, checksums=False)
+        read = len({one.resolve() for one in sound}) < keep
+        faults = _faults(checkpoint) if read else files.faults(checkpoint, checksums=False)
         if faults:
             damaged[checkpoint] = faults
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.config.explain import explain
 from megatron_synth.config.load import apply_overrides, digest, load_file, load_yaml, to_yaml
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     show = verbs.add_parser("show", help="print every setting, bases merged and defaults filled in")
     check = verbs.add_parser("check", help="tell all problems of a file, or its digest when there are none")
+    show.add_argument("--explain", action="store_true", help="with what each setting means, as comments")
     for verb in (show, check):
         verb.add_argument("file", type=Path, help="a YAML file; also looked for in the shipped configs/ folder")
         verb.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change: train.steps=10")
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     config = _load(arguments.file, arguments.overrides)
     if arguments.verb == "show":
-        show(to_yaml(config), end="")
+        show(explain(config) if arguments.explain else to_yaml(config), end="")
     else:
         show(f"{arguments.file}: ok, digest {digest(config)}")
     return EXIT_OK

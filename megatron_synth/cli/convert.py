@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import shutil
 from pathlib import Path
 
@@ -36,37 +37,12 @@ def main(argv: list[str]) -> int:
 
 def _to_hf(run: Path, folder: Path) -> int:
     _refuse_existing(folder)
-    from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
-    from megatron_synth.parallel.groups import process_group
-    from megatron_synth.parallel.plan import Layout
-    from megatron_synth.train.checkpoint import companions
+    from megatron_synth.interop.export import export_to_hf
 
-    with process_group(Layout.single(), seed=0):
-        from megatron_synth.train.checkpoint import resume
-
-        found = resume.newest_sound(run, "checksums")
-        if found is None:
-            raise UserError(f"{run}: expected a run directory or a checkpoint, found no whole checkpoint")
-        saved = resume.read_trainer(found)
-        model = resume.saved_model(found, saved)
-        sequence_length, dtype = resume.saved_shape(found, saved)
-        tokenizer = resume.tokenizer_of(found, saved)
-        kept = companions.load(resume.run_of(found))
-        weights = resume.full_weights(found)
-    settings = hf_config(
-        model,
-        saved.vocab_size,
-        sequence_length,
-        dtype,
-        # what ends a document is what ends a text
-        eos_token_id=kept.eos_token_id if kept is not None and saved.eod_id in (None, *kept.ends) else saved.eod_id,
-        bos_token_id=None if kept is None else kept.bos_token_id,
-        pad_token_id=None if kept is None else kept.pad_token_id,
-    )
-    write_hf(folder, to_hf_state(weights, model, saved.vocab_size), settings, tokenizer, companions=kept)
-    if saved.tokenizer and tokenizer is None:
-        say(f"warning: {saved.tokenizer} of the run is not there any more; the folder has no tokenizer")
-    say(f"{found} -> {folder}: {human(sum(w.numel() for w in weights.values()))} parameters, step {saved.step}")
+    made = export_to_hf(run, folder)
+    if made.lost_tokenizer is not None:
+        say(f"warning: {made.lost_tokenizer} of the run is not there any more; the folder has no tokenizer")
+    say(f"{made.checkpoint} -> {folder}: {human(made.parameters)} parameters, step {made.step}")
     return 0
 
 
@@ -87,8 +63,7 @@ def _from_hf(folder: Path, out: Path) -> int:
     tokenizer = folder / FILE_NAME
     fingerprint = fingerprint_of(tokenizer) if tokenizer.is_file() else None
     dtypes = {weight.dtype for weight in weights.values()}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}")  # of this program alone
     try:
         with process_group(Layout.single(), seed=0):
             import torch

@@ -95,6 +95,13 @@ def parser() -> argparse.ArgumentParser:
     )
     shares.add_argument("--losses", type=Path, metavar="LOSSES.csv", help="losses in a table of their own")
     shares.add_argument("--key", metavar="COLUMN", help="column that names a run in both; default run, index, id or name")
+    shares.add_argument(
+        "--bounds",
+        action="append",
+        default=[],
+        metavar="SOURCE=LOW:HIGH",
+        help="bounds of a share in the search for the lowest loss; may be given again",
+    )
     shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
     add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result

@@ -6,22 +6,34 @@ import argparse
 import hashlib
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
-from megatron_synth.core.log import say, table
+from megatron_synth.core.log import human, say
+from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import holdout_mask
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS
+from megatron_synth.study.fit.noise import noise_floor
 from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, loss_columns
 from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
 from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
+from megatron_synth.study.fit.shares.trees import BoostedTrees
+from megatron_synth.study.search.optimum import minimize, objective_of
+from megatron_synth.study.search.space import make_space
+
+FEWEST_RUNS = 9
+"""From which an interval of 90 % is known."""
+SHOWN = 0.005
+"""Sources that no mixture near the best has more of are left out on the console."""
 
 
 def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str, Any]) -> int:
@@ -39,23 +51,28 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     if options.drop_highest_loss:
         raise UserError("--drop-highest-loss is no option of --law shares, which is robust against single runs; see --where")
     runs = read_mixtures(options.runs, options.losses, options.key)
+    if runs.left_out:
+        say(f"{runs.left_out} rows stand in {options.runs} or {options.losses} alone and are left out")
     if options.where:
         runs = runs.where(options.where)
     asked = {N_PARAMS: options.n_column, TOKENS: options.tokens_column, FLOPS: options.flops_column}
     points = mixtures_of(runs, options.sources, asked)
-    targets = _targets(runs, options)
-    held = None if options.holdout is None else holdout_mask(options.holdout, runs.values(), len(runs))
+    table = runs.table
+    targets = _targets(table, options)
+    held = None if options.holdout is None else holdout_mask(options.holdout, table.values(), len(table))
     files = [options.runs, *([options.losses] if options.losses else [])]
     about = {
         "data": {
             "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            "rows": len(runs),
+            "rows": len(table),
             "where": options.where,
         },
         "command": shlex.join(["megatron-synth", "fit", *argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": about,
     }
+    bounds = bounds_of(options.bounds)
+    make_space(points.sources, bounds=bounds)  # what is wrong with them, before any fit
     found: dict[str, ShareFit] = {}
     for name, losses in targets.items():  # every fit before any file
         try:
@@ -65,7 +82,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
                 law=options.method,
                 holdout=held,
                 rule=options.holdout or "",
-                epochs=epochs_of(runs),
+                epochs=epochs_of(table),
                 seed=options.seed,
                 progress=_progress(name) if sys.stderr.isatty() else None,
             )
@@ -73,8 +90,10 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
             raise UserError(f"{name}: {error}") from None
     for name, result in found.items():
         folder = out / _file_name(name) if len(found) > 1 else out
-        _write(folder, result, {**about, "loss": name}, name)
+        lowest = lowest_of(result, bounds, options.seed)
+        _write(folder, result, {**about, "loss": name, "lowest": lowest}, name)
         say(describe(result, name))
+        say(describe_lowest(lowest))
         say(f"  -> {folder}/law.json, fit.png\n")
     if len(found) > 1:
         say(summary(found))
@@ -90,6 +109,52 @@ def _targets(runs: Table, options: argparse.Namespace) -> dict[str, Any]:
     return {options.aggregate: aggregate(values, options.aggregate)}
 
 
+def lowest_of(result: ShareFit, bounds: Mapping[str, tuple[float, float]], seed: int) -> dict[str, Any]:
+    """The mixture of lowest predicted loss, with no source above the most that was run, at the largest size and budget.
+
+    Returns:
+        As law.json holds it: `shares`, `loss`, the `interval` of a run at 90 %, `near` (what each share may be without a loss
+        above the lowest by more than the `noise`), `at` (N and D), and the shares that are `at_bound`.
+    """
+    points = result.points
+    highest = dict(zip(points.sources, map(float, points.shares.max(axis=0)), strict=True))
+    at = {name: float(np.exp(logs.max())) for name, logs in points.scales.items()}
+    floor = noise_floor(list(points.settings), result.loss)
+    noise = result.chosen.error if floor is None else floor.relative
+    caps = {name: (share, "the most that was run") for name, share in highest.items()}
+    space = make_space(points.sources, bounds=bounds, caps=caps)
+    smooth = result.law.name != BoostedTrees().name
+    best = minimize(space, objective_of({"loss": result}, **at), noise=noise, smooth=smooth, seed=seed)  # type: ignore[arg-type]
+    interval = None
+    if len(result.loss) >= FEWEST_RUNS:
+        interval = [float(bound[0]) for bound in result.predict_interval(points.at(best.shares, **at))]
+    return {
+        "shares": dict(zip(points.sources, map(float, best.shares), strict=True)),
+        "loss": best.loss,
+        "interval": interval,
+        "noise": noise,
+        "near": {name: list(ends) for name, ends in best.near.items()},
+        "at": at,
+        "at_bound": best.at_bound,
+    }
+
+
+def describe_lowest(lowest: Mapping[str, Any]) -> str:
+    """It, for the console: sources with a share, and what their shares may be."""
+    at = ", ".join(f"{name} {human(value)}" for name, value in lowest["at"].items())
+    span = "" if lowest["interval"] is None else " ({:.4f} to {:.4f})".format(*lowest["interval"])
+    lines = [
+        f"  lowest predicted loss{f' at {at}' if at else ''}: {lowest['loss']:.4f}{span}; not told from it, within "
+        f"{lowest['noise']:.2%}:"
+    ]
+    rows: list[tuple[str, ...]] = [("source", "share", "from", "to", "")]
+    for name, share in lowest["shares"].items():
+        low, high = lowest["near"][name]
+        if high >= SHOWN:
+            rows.append((name, f"{share:.3f}", f"{low:.3f}", f"{high:.3f}", lowest["at_bound"].get(name, "")))
+    return "\n".join([*lines, text_table(rows)])
+
+
 def describe(result: ShareFit, name: str) -> str:
     """A fit for the console: every law with its error, the one that was chosen, the hold-out, and the doubts."""
     rows: list[tuple[str, ...]] = [("law", "error of unseen mixtures", "rank correlation", "parameters")]
@@ -100,7 +165,7 @@ def describe(result: ShareFit, name: str) -> str:
     lines = [
         f"{name}: {len(result.loss)} runs of {len(result.points.sources)} sources; cross-validated in "
         f"{len(result.chosen.folds)} folds",
-        table(rows),
+        text_table(rows),
         f"  * {result.law.name}: {result.law.formula}",
     ]
     lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
@@ -122,7 +187,7 @@ def summary(found: dict[str, ShareFit]) -> str:
     ranks = [result.chosen.rank for result in found.values() if result.chosen.rank is not None]
     mean = float(np.mean([result.chosen.error for result in found.values()]))
     rows.append(("mean", "", f"{mean:.2%}", _rank(float(np.mean(ranks)) if ranks else None)))
-    return table(rows)
+    return text_table(rows)
 
 
 def _rank(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """The command line: a verb names a function, which is imported only when it is called.
 
 A function takes the arguments after its verb and returns the exit code: 0 done, 1 a check found differences, 2 wrong
-configuration or input, 70 a rank hangs or is gone, 75 stopped on request.
+configuration or input, 70 a rank hangs or is gone, 75 stopped on request, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from megatron_synth import __version__
-from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, RankError, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, RankError, UserError
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
@@ -28,6 +28,7 @@ EXTRAS = {"matplotlib": "study", "scipy": "study", "markupsafe": "study", "trans
 """Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
     "prepare": "turn text into token shards",
+    "synthesize": "plan | run | status | report: make synthetic text from natural documents",
     "plan": "layouts of a model on GPUs: memory and predicted speed, on paper",
     "train": "train a model, alone or under torchrun; resumes by itself",
     "submit": "train on SLURM nodes: check, write the job, put it into the queue",
@@ -39,7 +40,7 @@ VERBS = {
     "checkpoint": "ls RUN | verify RUN | prune RUN: look after checkpoints",
     "config": "show FILE | check FILE: resolve or check a configuration",
     "convert": "to-hf | from-hf: exchange weights with Hugging Face",
-    "study": "plan | prepare | submit | status | report: from one file to fitted laws",
+    "study": "plan | prepare | submit | status | report | propose: from one file to fitted laws",
     "bench": "measure training, kernels, loader, checkpoints ...: bench alone lists them",
     "kernels": "which implementation of each operation this machine uses, and why",
     "fit": "fit a scaling law to a table of runs",
@@ -135,7 +136,8 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         raise
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return EXIT_OK  # the reader, such as `head`, has seen enough
+            report(EXIT_UNREAD, error)
+            return EXIT_UNREAD  # quietly: the reader, such as `head`, has seen enough; but what was begun is not done
         if not _is_mishap(error):
             report(EXIT_FAILURE, error)
             raise

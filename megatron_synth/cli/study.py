@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.study_propose import add_options as add_propose_options
+from megatron_synth.cli.study_propose import run as propose
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")
     report.add_argument("--from", dest="table", metavar="RUNS.csv", type=Path, help="take the runs from such a table instead")
     verbs.add_parser("prepare", help="prepare the text that the study names")
+    add_propose_options(verbs.add_parser("propose", help="the mixtures to run next, written as arms into a study file"))
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
         verb.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
@@ -62,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run a verb of `study` and return the exit code: 1 when runs failed or are missing."""
     arguments = parse_verb(parser(), argv)
+    if argv[0] == "propose":
+        return propose(arguments, argv)
     return int(_VERBS[argv[0]](arguments))
 
 
@@ -89,11 +94,16 @@ def _checked(opened: Opened) -> Sources:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from megatron_synth.study.execute.status_text import plan_text
+    from megatron_synth.study.fit.worth import worth_table
 
     study, runs, folder = _open(arguments)
     sources = open_sources(study, runs)
     uses = check_sources(study, runs, sources)
     say(plan_text(study, runs, sources, uses, folder, each=arguments.runs))
+    seen = [(arm, name, use.epochs or 0.0) for (arm, *_), use_of in uses.items() for name, use in use_of.items()]
+    repeated = worth_table(seen)
+    if repeated:
+        say(f"\n{repeated}")
     if importlib.util.find_spec("scipy") is None:
         say("\nWhat it will be able to show: with scipy only, which megatron-synth[study] brings")
         return EXIT_OK

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST, _LONGEST = 50, 1000
+"""Problems that a message lists, and characters of each."""
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 70  # EX_SOFTWARE: a rank hangs or is gone, start me again to resume
+EXIT_UNREAD = 141  # 128 + SIGPIPE, as shells do: nobody reads the output any more
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start me again to resume
 
 
@@ -43,4 +47,7 @@ class ConfigError(UserError):
         assert problems
         self.source, self.problems = source, problems
         head = f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("\n".join([head, *(f"  {problem}" for problem in problems)]))
+        lines = [f"  {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}" for text in map(str, problems[:_MOST])]
+        if len(problems) > _MOST:
+            lines.append(f"  and {len(problems) - _MOST} more")
+        super().__init__("\n".join([head, *lines]))

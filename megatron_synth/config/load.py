@@ -8,6 +8,7 @@ package. Paths of data and checkpoints inside a configuration stay relative to t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -26,6 +27,8 @@ from megatron_synth.config.validation import examine, validate
 __all__ = ["apply_overrides", "digest", "load_file", "load_yaml", "merge", "resolve", "shipped", "to_yaml", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_FILES = 100
+"""That a configuration is made of."""
 
 
 def shipped(folder: str) -> Path:
@@ -51,12 +54,14 @@ def resolve(path: str | Path, beside: Path | None = None) -> Path:
     inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
     candidates = [(beside or Path()) / path, shipped_folder / inside]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        with contextlib.suppress(OSError):  # a name that no file can have
+            if candidate.is_file():
+                return candidate
     known = [str(file.relative_to(shipped_folder)) for file in sorted(shipped_folder.rglob("*.yaml"))]
-    close = difflib.get_close_matches(str(inside), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(inside)[:255], known, n=1, cutoff=0.6)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"no configuration file {path}, neither as {candidates[0]} nor in {shipped_folder}{hint}")
+    text = f"no configuration file {path}, neither as {candidates[0]} nor in {shipped_folder}{hint}"
+    raise UserError(text if len(text) < 2000 else f"no configuration file {str(path)[:200]}...")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -65,11 +70,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing, is not YAML, has a key twice, or is its own base.
     """
-    return _load(resolve(path), ())
+    return _load(resolve(path), (), [])
 
 
-def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _load(path: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """The content of a file over its bases. above: files that it is a base of; read: all files so far."""
     identity = path.resolve()
+    read.append(identity)
+    if len(read) > MAX_FILES:  # each may name the next one twice
+        raise UserError(f"{path}: more than {MAX_FILES} files are read for one configuration, by `base:`")
     if identity in above:
         chain = " -> ".join(str(file) for file in (*above[above.index(identity) :], identity))
         raise UserError(f"{path}: a file cannot be its own base: {chain}")
@@ -95,7 +104,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             file = resolve(base, path.parent)
         except UserError as error:
             raise ConfigError(str(path), [Problem("base", str(error))]) from None
-        merged = merge(merged, _load(file, (*above, identity)))
+        merged = merge(merged, _load(file, (*above, identity), read))
     return merge(merged, content)
 
 

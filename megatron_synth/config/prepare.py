@@ -34,7 +34,7 @@ class HubInput(Section):
 
 
 class PrepareSource(Section):
-    """One source. Give exactly one of `input`, `hf` and `builtin`."""
+    """One source. Give exactly one of `input`, `hf`, `builtin` and `synthesized`."""
 
     kind: Kind
     """What the text is."""
@@ -46,6 +46,8 @@ class PrepareSource(Section):
     """A data set of the `datasets` library."""
     builtin: Literal["natural", "qa", "unseen"] | None = None
     """Text of Python 3.11.7's standard library, which comes with the program: for trying things out without any data."""
+    synthesized: str | None = None
+    """The output of `megatron-synth synthesize`. Its record goes into the manifest, and its generator is that of the source."""
     text_key: str = "text"
     """Field or column that holds the text (.jsonl, .parquet, hf)."""
     text_as: Literal["file", "line"] = "file"
@@ -64,9 +66,9 @@ class PrepareSource(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrepareSource:
-        given = [key for key in ("input", "hf", "builtin") if getattr(self, key) is not None]
+        given = [key for key in ("input", "hf", "builtin", "synthesized") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of input, hf and builtin, found {' and '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of input, hf, builtin and synthesized, found {' and '.join(given) or 'none'}")
         if self.input == ():
             raise ValueError("input names no file")
         if self.holdout is not None and self.split == "validation":

@@ -101,6 +101,9 @@ def _data(config: Config) -> Iterator[Problem]:
         near = sorted(sorted(divisors, key=lambda n: abs(n - data.windows_per_sequence))[:2])
         message = f"{data.windows_per_sequence} does not divide train.sequence_length = {train.sequence_length}"
         yield Problem("data.windows_per_sequence", f"{message}; nearest: {' or '.join(map(str, near))}")
+    elif data.windows_per_sequence > 1 and train.sequence_length == data.windows_per_sequence:
+        message = f"{data.windows_per_sequence} leaves windows of one token, which has no context of its own; take fewer"
+        yield Problem("data.windows_per_sequence", message)
     tokens = train.steps * train.tokens_per_step
     if tokens > 2**60:
         yield Problem("train.steps", f"{train.steps} steps are {tokens} tokens in all, at most {2**60} can be counted")

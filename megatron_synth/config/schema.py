@@ -171,7 +171,7 @@ class DataConfig(Section):
     """Seed of the data order. Default: train.seed."""
     verify: Literal["sizes", "blocks"] = "sizes"
     """What is checked while reading: file sizes when a source is opened, or also the checksum of every 4 MiB block before
-    anything of it is used, at 0.5 to 1 times the reading speed."""
+    anything of it is used, at 0.5 to 1 times the reading speed. Token ids beyond the vocabulary are refused either way."""
     memory_map: bool = True
     """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but some network file systems
     like it better. With `verify: blocks` it is always so."""

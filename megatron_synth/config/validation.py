@@ -34,6 +34,23 @@ _SYNONYMS = {
     "vp": "virtual_pipeline_model_parallel_size",
     "weight": "ratio",
 }
+_TOKENIZER = (
+    "a tokenizer is one tokenizer.json, named in the data file (tokenizer.path); docs/from-megatron-lm.md converts others"
+)
+_ABSENT = {
+    "exit_duration_in_mins": "the time limit is the launcher's: `--time` of submit, or `timeout -s USR1 90m` before the "
+    "command; the run saves, and the same command resumes",
+    "lr_warmup_fraction": "give steps: optim.warmup_steps = fraction x train.steps",
+    "lr_warmup_samples": "give steps: optim.warmup_steps = samples / train.global_batch_size",
+    "merge_file": _TOKENIZER,
+    "qk_layernorm": "queries and keys have no norms here; CONTRIBUTING.md says what such a model takes",
+    "rampup_batch_size": "the batch size is constant; stop the run, and go on with another train.global_batch_size",
+    "tensorboard_dir": "every step is in metrics.jsonl of the run directory, and in wandb where log.wandb says so",
+    "tokenizer_model": _TOKENIZER,
+    "train_samples": "give steps: train.steps = samples / train.global_batch_size",
+    "vocab_file": _TOKENIZER,
+}
+"""Settings of Megatron-LM that have no counterpart of their own -> what to do instead."""
 
 
 def validate(model_class: type[Model], data: Any, source: str) -> Model:
@@ -62,9 +79,17 @@ def examine(model_class: type[Model], data: Any) -> tuple[list[Problem], Model |
         model = model_class.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        problems = [Problem(_dotted(item["loc"]), _message(model_class, dict(item))) for item in errors]
+        problems = [
+            # what nobody reads gets no hint: looking for close names takes its time
+            Problem(_dotted(item["loc"]), _message(model_class, dict(item), hint=number < _HINTS))
+            for number, item in enumerate(errors)
+        ]
         return problems, _salvage(model_class, data, errors)
     return [], model
+
+
+_HINTS = 50
+"""Unknown keys that get a hint."""
 
 
 def suggest(word: str, candidates: list[str]) -> str:
@@ -88,13 +113,13 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _message(model_class: type[BaseModel], error: dict[str, Any]) -> str:
+def _message(model_class: type[BaseModel], error: dict[str, Any], *, hint: bool = True) -> str:
     """One pydantic error in a user's words; https://docs.pydantic.dev/latest/errors/validation_errors/ lists them."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     got = f", got {_show(value)}"
     match kind:
         case "extra_forbidden":
-            return "unknown key" + _suggest_key(model_class, tuple(error["loc"]))
+            return "unknown key" + (_suggest_key(model_class, tuple(error["loc"])) if hint else "")
         case "missing":
             return "required, but not set"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
@@ -133,6 +158,9 @@ def _message(model_class: type[BaseModel], error: dict[str, Any]) -> str:
 def _suggest_key(model_class: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """A hint for an unknown key: its synonym here, the same name elsewhere, a close one here, a close one elsewhere."""
     word, here = str(location[-1]), location[:-1]
+    instead = _ABSENT.get(word.lower().lstrip("-").replace("-", "_"))
+    if instead is not None:
+        return f"; {instead}"
     keys = list(_keys(model_class))
     siblings = [path[-1] for path in keys if len(path) == len(location) and _matches(path[:-1], here)]
     name = _SYNONYMS.get(word.lower(), word)

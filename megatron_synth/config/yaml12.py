@@ -34,6 +34,8 @@ MAX_DEPTH = 64
 MAX_NODES = 100_000
 """Values of a file, with what its aliases repeat."""
 MAX_DIGITS = 100
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+"""Of Unicode's default ignorable code points (UAX 44) those that other categories have, and Braille's blank."""
 
 
 class Loader(yaml.SafeLoader):
@@ -183,11 +185,22 @@ def _hidden(value: Any, path: tuple[str, ...]) -> Iterator[Problem]:
             yield from _hidden(inner, (*path, str(number)))
     elif isinstance(value, str):
         for character in value:
-            if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t":
+            if _is_hidden(character) and character not in "\n\t":
                 where = ".".join(path) if all(part.isprintable() for part in path) else ""
                 message = f"{ascii(value)[:60]} has the character U+{ord(character):04X}, which is not shown; leave it out"
                 yield Problem(where, message)
                 break
+
+
+def _is_hidden(character: str) -> bool:
+    """Whether nothing is seen of a character: controls, formats, halves of pairs, private ones, line separators, and those that
+    Unicode calls letters, marks or symbols, but that fonts leave blank; or that it is none at all.
+    """
+    code = ord(character)
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") or character in _BLANK:
+        return True
+    selects_variant = 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF
+    return selects_variant or code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
 
 
 def dump(value: Any) -> str:

@@ -176,6 +176,11 @@ def fingerprint_of(path: Path) -> str:
 
 def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:
     """Read a tokenizer.json."""
+    if Path(path).name.endswith((".model", "vocab.json", "merges.txt", ".bpe", ".tiktoken")):
+        raise UserError(
+            f"{path}: expected a tokenizer.json; `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT)` of the library "
+            "transformers makes one of other formats, which the folder of a model holds"
+        )
     try:
         content = Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.core.names import plain_name
 from megatron_synth.model.architecture import Weight, weights
 from megatron_synth.train.checkpoint.companions import Companions
 
@@ -313,8 +314,10 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not settings.is_file():
         raise UserError(f"{settings}: no such file; expected a Hugging Face model folder")
     config = _read_json(settings)
+    if not isinstance(config, dict):
+        raise UserError(f"{settings}: expected a mapping of settings, found {type(config).__name__}")
     if index.is_file():
-        weight_map = _read_json(index)["weight_map"]
+        weight_map = _weight_map(index)
         files = sorted({folder / file for file in weight_map.values()})
     elif single.is_file():
         weight_map, files = None, [single]
@@ -332,6 +335,18 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         odd = sorted(set(weight_map) ^ set(state))
         raise UserError(f"{index}: disagrees with the files about {', '.join(odd[:4])}; download or copy it again")
     return state, config
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensors and the files that hold them, which are in the folder of the index."""
+    content = _read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index}: has no weight_map of tensors to files; download or copy it again")
+    try:
+        return {name: plain_name(file, name) for name, file in found.items()}
+    except ValueError as error:
+        raise UserError(f"{index}: weight_map: {error}") from None
 
 
 def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
@@ -363,7 +378,7 @@ def _tokenizer_config(tokenizer_path: Path, config: Mapping[str, Any]) -> dict[s
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 

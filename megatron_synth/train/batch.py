@@ -5,7 +5,8 @@ B sequences of a micro-batch, S tokens in k windows of L, K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_synth.config.errors import RankError, UserError
 from megatron_synth.config.schema import NOT_BEGUN, Config, DataConfig, Progress
 from megatron_synth.data.loading.loader import Batch, Loader, Tokens, WindowSource, is_packed
 from megatron_synth.data.loading.prefetch import Prefetcher
@@ -68,6 +70,21 @@ class TensorBatch:
 def needs_boundaries(data: DataConfig, sources: Iterable[WindowSource]) -> bool:
     """Whether windows of these sources are read with where documents begin and end: for masks, or for padding."""
     return data.document_masks or data.eod_mask_loss or any(map(is_packed, sources))
+
+
+@contextmanager
+def reading(layout: Layout) -> Iterator[None]:
+    """Around reads of data. Where ranks read different rows, what one cannot read is an error of that rank, which tells it.
+
+    Raises:
+        RankError: in place of a UserError, where there are several data-parallel ranks.
+    """
+    try:
+        yield
+    except UserError as error:
+        if layout.data == 1 or isinstance(error, RankError):
+            raise
+        raise RankError(str(error)) from error
 
 
 def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.NDArray[np.bool_] | None = None) -> TensorBatch:

@@ -28,6 +28,7 @@ from megatron_synth.train.batch import (
     TensorBatch,
     labels_that_count,
     needs_boundaries,
+    reading,
     to_device,
 )
 from megatron_synth.train.record import metrics
@@ -130,7 +131,12 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
         with_tokens=ranks.needs_tokens,
     )
     sums = torch.zeros((NUM_SUMS + 1, 1), dtype=torch.float64, device=ranks.device)
-    while rounds := [to_device(batch, ranks.device, data, batch.valid) for batch in islice(stream, layout.num_microbatches)]:
+    while True:
+        with reading(layout):
+            read = list(islice(stream, layout.num_microbatches))
+        if not read:
+            break
+        rounds = [to_device(batch, ranks.device, data, batch.valid) for batch in read]
         if stop.asked():
             return None
         sums[:NUM_SUMS] += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)

@@ -28,7 +28,7 @@ from megatron_synth.model import kernels
 from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from megatron_synth.train.batch import TensorBatch, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -272,7 +272,9 @@ class Trainer:
 
     def _batches(self) -> list[TensorBatch]:
         # a step ends with a wait for the device: nothing reads the buffers of the last step any more
-        return [to_device(batch, self.ranks.device, self.config.data) for batch in self.prefetcher.step(self.samples)]
+        with reading(self.layout):
+            batches = self.prefetcher.step(self.samples)
+        return [to_device(batch, self.ranks.device, self.config.data) for batch in batches]
 
     def _is_written(self) -> bool:
         """Wait for the save that is being written, if there is one; False: it failed."""

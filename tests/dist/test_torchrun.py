@@ -127,7 +127,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_and_the_next_start_takes_over(
         rest = process.stdout.read()
         assert process.wait(timeout=120) == 70, rest
     _, alive = psutil.wait_procs(ranks, timeout=60)
-    assert not alive and "ended by signal 9, and its ranks with it; the same command resumes" in rest
+    assert not alive and "the launcher, and its ranks with it, ended by signal 9; the same command resumes" in rest
     assert status(run, {}).state == "killed"
     more = files.step_of(files.candidates(run)[0]) + 2
     again = _start("-m", "megatron_synth", "train", str(config), *settings, f"train.steps={more}", "--run-dir", str(run))

@@ -39,6 +39,12 @@ def causal_attention(
         [S, B, A * D].
     """
     sequence, batch, heads, channels = query.shape
+    if cu_seqlens is None and batch > 1 and query.device.type != "cpu":
+        # Sequences as more heads of one: torch's flash attention copies what is not [B, S, A, D] in memory, its output and the
+        # gradient of it, in every backward pass. As [1, S, B A, D] they lie as it wants them.
+        q, k, v = (x.reshape(sequence, 1, -1, channels) for x in (query, key, value))
+        one = _whole_rows(q, k, v, scale)  # [1, B A, S, D]
+        return one.permute(2, 0, 1, 3).reshape(sequence, batch, heads * channels)
     if cu_seqlens is None:
         out = _whole_rows(query, key, value, scale)  # [B, A, S, D]
     elif query.device.type == "cpu":

@@ -111,6 +111,30 @@ def rms_norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * HIDDEN + column, partial, mask=column < HIDDEN)
 
 
+@triton.jit
+def sum_of_rows_kernel(x_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """x [rows, columns] fp32 -> its sum over rows, [columns], rounded once; the order depends on the shape alone."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < columns)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for first in range(0, rows, ROWS):
+        place = x_ptr + (first + row) * columns + column[None, :]
+        total += tl.load(place, mask=(first + row < rows) & inside, other=0.0)
+    tl.store(out_ptr + column, rounded(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=column < columns)
+
+
+def _sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, H] fp32 -> [H]: in one launch what torch's sum and its conversion take two for."""
+    rows, columns = x.shape
+    out = torch.empty(columns, dtype=dtype, device=x.device)
+    if rows:
+        sum_of_rows_kernel[(ceil_div(columns, 32),)](x, out, rows, columns, ROWS=32, BLOCK=32, num_warps=4)
+    else:
+        out.zero_()
+    return out
+
+
 def tile_of(hidden: int) -> tuple[int, int, int]:
     """Rows of a program, columns of its tile, warps: 16 elements for each thread."""
     assert hidden <= MAX_HIDDEN, f"RMSNorm over {hidden} channels; at most {MAX_HIDDEN} fit in registers"
@@ -200,7 +224,7 @@ def gradients(
             BLOCK=block,
             num_warps=warps,
         )
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, _sum_of_rows(partial, weight.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

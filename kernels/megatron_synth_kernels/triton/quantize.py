@@ -414,7 +414,7 @@ def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpo
         ROW=row,
         TRANSPOSED=transposed,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=16,
     )
     return (
         None if row_data is None else Quantized(row_data, row_scale, (BLOCK, BLOCK)),

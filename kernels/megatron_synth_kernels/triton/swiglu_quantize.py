@@ -351,7 +351,7 @@ class SwiGLUGradient(_OneLaunch):
             TRANSPOSED=transposed,
             TILE_N=_TILE_N,
             TILE_K=_TILE_K,
-            num_warps=8,
+            num_warps=16,
         )
         return data, other
 

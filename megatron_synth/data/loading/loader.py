@@ -65,6 +65,10 @@ class WindowSource(Protocol):
         """Type of the stored tokens."""
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many token ids there are: `read` refuses others. None: that is not known."""
+
+    @property
     def places(self) -> Places:
         """Where its shards lie in memory."""
 
@@ -325,9 +329,9 @@ class Loader:
         if library is not None and self.with_tokens:
             maps = [source.places.tokens for source in self.sources]
             codes = [token_code(source.dtype) for source in self.sources]
-            copier = native.RowCopier(
-                library, maps, codes, source_ids, shards, begins, self.window_length + 1, wide=self.dtype.itemsize == 8
-            )
+            vocab_sizes = [source.vocab_size for source in self.sources]
+            length, wide = self.window_length + 1, self.dtype.itemsize == 8
+            copier = native.RowCopier(library, maps, codes, vocab_sizes, source_ids, shards, begins, length, wide=wide)
         return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
@@ -382,7 +386,10 @@ class Loader:
         return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
 
     def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
-        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains."""
+        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains.
+
+        So is a row with an id beyond the vocabulary, which the source then refuses with its file and byte.
+        """
         done, end, begin = row, row + len(tokens), native.address_of(tokens)
         while True:
             if table.copier is not None:

@@ -138,6 +138,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     for source in (*sources, *validation.values()):
         if source.manifest is None:
             content_of(source.shard(0)).check_ids(source.shard(0).bin_path, vocab_size)
+            source.limit_ids(vocab_size)
     contents = {source.name: _content(source) for source in sources}
     shape, sizes = _shape(length, number), [_size(source) for source in sources]
     digest, sizes_digest = (_hash([plan.digest(), *shape, content]) for content in ([*contents.values()], sizes))

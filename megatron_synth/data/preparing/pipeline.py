@@ -330,7 +330,7 @@ class SourceWork:
         return Manifest(
             name=target,
             kind=source.kind,
-            generator=source.generator,
+            generator=reader_of(self.name, source).generator,
             split=self._split(target),
             dtype="uint16" if self.dtype == np.uint16 else "int32",
             tokenizer=TokenizerInfo(
@@ -382,4 +382,6 @@ def _cut(found: Tokenized, dtype: np.dtype[Any], limit: int) -> Tokenized:
 def _origin(source: PrepareSource) -> str:
     if source.input is not None:
         return ", ".join(source.input)
+    if source.synthesized is not None:
+        return source.synthesized
     return source.hf.path if source.hf is not None else f"builtin {source.builtin}"

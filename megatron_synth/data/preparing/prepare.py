@@ -248,6 +248,8 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     for source in settings["sources"].values():
         if source["on_error"] == "fail":
             del source["on_error"], source["max_errors"]
+        if source["synthesized"] is None:
+            del source["synthesized"]
     return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.shards.indexed import AGAIN, Shard
+from megatron_synth.data.shards.indexed import AGAIN, Shard, beyond_vocabulary
 
 READ_BYTES = 4 << 20
 
@@ -35,10 +35,7 @@ class Content:
         """Refuse (UserError) token ids that a vocabulary of this size does not have. path: the .bin file."""
         for token, byte in (self.smallest, self.largest):
             if not 0 <= token < vocab_size:
-                raise UserError(
-                    f"{path}, byte {byte}: token id {token}, the ids of the vocabulary are 0 to {vocab_size - 1}; set "
-                    "model.vocab_size to the number of tokens of the tokenizer that made the file, or write the file again"
-                )
+                raise beyond_vocabulary(path, byte, token, vocab_size)
 
 
 def content_of(shard: Shard) -> Content:

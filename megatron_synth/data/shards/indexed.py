@@ -51,6 +51,26 @@ MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
 AGAIN = "prepare the source again, or copy it again"
 
 
+def check_ids(tokens: np.ndarray, vocab_size: int, path: Path, offset: int) -> None:
+    """Refuse (UserError) ids that a vocabulary of this size does not have.
+
+    tokens: [N] as they stand in the file `path` from byte `offset` on.
+    """
+    unsigned = tokens.view(f"u{tokens.itemsize}")  # negative ids read as large ones
+    if not unsigned.size or int(unsigned.max()) < vocab_size:
+        return
+    at = int(np.argmax(unsigned >= vocab_size))
+    raise beyond_vocabulary(path, offset + at * tokens.itemsize, int(tokens[at]), vocab_size)
+
+
+def beyond_vocabulary(path: Path, byte: int, token: int, vocab_size: int) -> UserError:
+    """What an id that the vocabulary does not have means, in the .bin file `path`."""
+    return UserError(
+        f"{path}, byte {byte}: token id {token}, the ids of the vocabulary are 0 to {vocab_size - 1}; {AGAIN}; for a file of "
+        "another program set model.vocab_size to the number of tokens of the tokenizer that made it"
+    )
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type that Megatron stores tokens of such a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32)
@@ -225,6 +245,8 @@ class Shard:
         """
         self.places, self._number, self._one_each = places or Places(1), number, one_each
         self._index_checked = False
+        self.vocab_size: int | None = None
+        """How many token ids there are: tokens that `read` would hand out beyond them are refused. None: that is not known."""
         self.before_index: Callable[[], None] | None = None
         """Called before the index is first used; what it raises reaches the reader."""
         self.prefix, self.memory_map = prefix, memory_map
@@ -298,24 +320,29 @@ class Shard:
         """Fill `out` [N], of any integer type that holds the vocabulary, with tokens [begin, begin + N).
 
         Raises:
-            UserError: the file cannot be opened or read there, or has become shorter.
+            UserError: the file cannot be opened or read there, or has become shorter, or holds ids beyond the vocabulary.
         """
+        stored = self._stored(begin, len(out))
+        if self.vocab_size is not None:
+            check_ids(stored, self.vocab_size, self.bin_path, begin * self.dtype.itemsize)
+        out[:] = stored
+
+    def _stored(self, begin: int, count: int) -> np.ndarray:
+        """Tokens [begin, begin + count) as they are stored."""
         tokens = self.mapped
         if tokens is None and self.memory_map:
             tokens = self._mapped()
         offset = begin * self.dtype.itemsize
         library = native.library()
         if tokens is not None and library is None:
-            out[:] = tokens[begin : begin + len(out)]
-            return
-        stored = np.empty(len(out), self.dtype)
+            return tokens[begin : begin + count].copy()  # what is checked must be what is handed out
+        stored = np.empty(count, self.dtype)
         if tokens is not None and library is not None:
             try:
                 native.read_map(library, tokens, offset, stored)
             except native.BusError as error:
                 raise self.unreadable(error) from None
-            out[:] = stored
-            return
+            return stored
         try:
             done = os.preadv((self._file or self._opened()).fd, [stored.data], offset)
         except OSError as error:
@@ -328,7 +355,7 @@ class Shard:
                 f"{self.bin_path}: {stored.nbytes} bytes expected at offset {offset}, found {done}: the file was cut off "
                 f"after it was opened; {AGAIN}"
             )
-        out[:] = stored
+        return stored
 
     def will_need(self, begin: int, count: int) -> None:
         """Ask the system to fetch tokens [begin, begin + count) from disk in the background."""

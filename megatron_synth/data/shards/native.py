@@ -83,11 +83,13 @@ def address_of(array: npt.NDArray[np.generic]) -> int:
 
 
 _Byte = ctypes.c_char
+_INT32_MAX = 2**31 - 1
+"""Vocabularies are smaller (`model.vocab_size` has an upper limit)."""
 
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("maps", "codes", "source_ids", "shards", "begins")),
+        *((name, ctypes.c_void_p) for name in ("maps", "codes", "lasts", "source_ids", "shards", "begins")),
         *((name, ctypes.c_int64) for name in ("rows", "length", "wide")),
     ]
 
@@ -100,6 +102,7 @@ class RowCopier:
         compiled: Library,
         maps: Sequence[Int64],
         codes: Sequence[int],
+        vocab_sizes: Sequence[int | None],
         source_ids: Int64,
         shards: Int64,
         begins: Int64,
@@ -114,6 +117,7 @@ class RowCopier:
             maps: of each source, the address at which each of its shards lies in memory, 0 for one that does not; it may
                 change, under `MAPS`.
             codes: of each source, the code of its token type in an index file.
+            vocab_sizes: of each source, how many token ids there are; None: that is not known, and none is refused.
             source_ids: [N] source of each row.
             shards: [N] its shard, -1 for a row that lies in several.
             begins: [N] its first token there.
@@ -124,13 +128,22 @@ class RowCopier:
         self._failed_address = compiled.failed_address
         addresses = np.array([address_of(one) for one in maps], dtype=np.int64)
         code_array = np.array(codes, dtype=np.int64)
-        arrays = [addresses, code_array, *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins))]
+        last_array = np.array([-1 if size is None else min(size - 1, _INT32_MAX) for size in vocab_sizes], dtype=np.int64)
+        arrays = [
+            addresses,
+            code_array,
+            last_array,
+            *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins)),
+        ]
         self._keep = (arrays, tuple(maps))  # the structure holds addresses only
         self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide))
         self._address = ctypes.addressof(self._rows)
 
     def copy(self, begin: int, end: int, out: int) -> int:
-        """Copy rows [begin, end) to address `out` on. Returns `end`, or the first row that lies in no map: it is not copied.
+        """Copy rows [begin, end) to address `out` on.
+
+        Returns `end`, or the first row that is not copied: it lies in no map, or holds an id that its source's vocabulary does
+        not have.
 
         Raises:
             BusError: a read failed.

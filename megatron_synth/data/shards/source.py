@@ -52,6 +52,16 @@ class Source:
         self._before_read: Callable[[int, int, int], None] | None = None
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many token ids there are: tokens beyond them are never handed out. None: that is not known."""
+        return self.shard(0).vocab_size if self.manifest is None else self.manifest.tokenizer.vocab_size
+
+    def limit_ids(self, vocab_size: int) -> None:
+        """Say how many token ids there are, where no manifest does."""
+        assert self.manifest is None, self.path
+        self.shard(0).vocab_size = vocab_size
+
+    @property
     def num_documents(self) -> int:
         """Documents of the stream."""
         if self.manifest is None:
@@ -247,6 +257,7 @@ def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "
             f"{manifest.dtype}, the index {shard.num_tokens} of {shard.num_documents} as {shard.dtype.name}; {AGAIN}"
         )
+    shard.vocab_size = source.vocab_size
     return shard
 
 

@@ -166,11 +166,15 @@ class Execution:
         if sys.stdout.isatty():
             show("", control="\r\033[K", end="")
         took = duration(time.monotonic() - self.progress.began)
-        say(f"{self.finished} of {self.total} runs finished, {self.failed} failed, in {took}")
+        # others may have finished theirs meanwhile
+        finished = sum(self.folder.result(run) is not None for run in self.runs)
+        elsewhere = sum(self.folder.is_locked(run) for run in self.runs)
+        others = f", {elsewhere} trained by another process" if elsewhere else ""
+        say(f"{finished} of {self.total} runs finished, {self.failed} failed{others}, in {took}")
         if self.stop:
             say("stopped on request: finished runs are kept, others go on from their checkpoints; the same command goes on")
             return EXIT_STOPPED
-        return 1 if self.failed or self.finished < self.total else EXIT_OK
+        return 1 if self.failed or finished < self.total else EXIT_OK
 
     def _waiting(self, places: int) -> list[Run]:
         waiting = [run for run in self.runs if self.folder.result(run) is None]

@@ -30,6 +30,7 @@ PART_OF = 1e-3  # part of a parameter in a free direction from which it is not d
 NOTICED = 1e-2  # change of a prediction along a free direction, in units of the points' own
 SPARE_CLUSTERS = 10
 UNEQUAL = 1e-3  # p-value of Bartlett's test, which finds long tails, too
+NEEDED = 0.05  # p-value below which a law's extra parameter is needed
 REJECTED = 0.01  # p-value of the lack-of-fit test, and of the hold-out's
 
 
@@ -38,8 +39,8 @@ class Diagnostic:
     """One reason for doubt.
 
     code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected`,
-    `holdout-missed`, `repetition-ignored`, `no-interval`, `equal-rows`, `dependent-rows`, `few-clusters`, `unequal-noise` or
-    `wild-between-ratios`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
+    `holdout-missed`, `simpler-law-does`, `repetition-ignored`, `no-interval`, `equal-rows`, `dependent-rows`, `few-clusters`,
+    `unequal-noise` or `wild-between-ratios`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
     message: with numbers, for people.
     """
 
@@ -264,6 +265,27 @@ def lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> tuple[f
     if scatter == 0:
         return (1.0 if misfit == 0 else 0.0), free, pure
     return float(f_distribution.sf(misfit / scatter, free, pure)), free, pure
+
+
+def nested_p(solve: Solver, theta: Floats, simpler: Solver, simple_theta: Floats) -> float | None:
+    """The p-value of a law against one that is its special case, by an F-test of least squares on log losses; None if no
+    degree of freedom is left.
+
+    Args:
+        solve: of the larger law and its points.
+        theta: [P] near its optimum.
+        simpler: of the smaller law at the same points.
+        simple_theta: [Q] near its optimum, Q below P.
+    """
+    from scipy.stats import f as f_distribution
+
+    extra, free = len(theta) - len(simple_theta), len(solve.log_loss) - len(theta)
+    if free < 1:
+        return None
+    whole = float(solve(theta[None], 1e6, tolerance=1e-14).objective[0])
+    part = float(simpler(simple_theta[None], 1e6, tolerance=1e-14).objective[0])
+    gained = max(part - whole, 0.0) / extra
+    return float(f_distribution.sf(gained / (whole / free), extra, free)) if whole > 0 else (0.0 if gained > 0 else 1.0)
 
 
 def _lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:

@@ -23,6 +23,8 @@ from megatron_synth.study.fit.solver import Solver
 
 DELTA = 1e-3
 SAME_OBJECTIVE = 1e-6  # relative; starts that end this close ended at one optimum
+SIMPLER = {"rectified": "data"}  # laws with a special case that is a law of its own
+SIMPLE_STARTS = 60
 SINGLE_STARTS = 24  # of a law that is fitted one start at a time
 MOST_OPTIMA, OPTIMUM_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
 
@@ -272,7 +274,28 @@ def fit(
     )
     other_optima = found.theta[optima[1:]], found.objective[optima[1:]]
     seen = None if epochs is None else _column("epochs", epochs, len(losses))[kept]
-    return replace(result, warnings=diagnostics.find(result, solve, settings, other_optima, seen))
+    doubts = diagnostics.find(result, solve, settings, other_optima, seen)
+    if chosen.name in SIMPLER and not fixed:
+        doubts += _simpler(solve, theta, SIMPLER[chosen.name], delta)
+    return replace(result, warnings=doubts)
+
+
+def _simpler(solve: Solver, theta: Floats, name: str, delta: float) -> tuple[Diagnostic, ...]:
+    """The doubt that a law with fewer parameters, which is a special case of this one, does as well."""
+    law = law_named(name)
+    other = Solver(law, {column: solve.columns[column] for column in law.columns}, solve.log_loss)
+    found = other(start_grid(law, other.columns, solve.log_loss, SIMPLE_STARTS), delta)
+    best = found.theta[found.objective.argmin()]
+    p = diagnostics.nested_p(solve, theta, other, best)
+    if p is None or p < diagnostics.NEEDED:
+        return ()
+    return (
+        Diagnostic(
+            "simpler-law-does",
+            f"the law '{name}', with {len(theta) - len(best)} parameter less, fits as well (F-test, p = {p:.2g}): the runs do "
+            f"not show that '{solve.law.name}' is needed",
+        ),
+    )
 
 
 def start_grid(law: AnyLaw, columns: Columns, log_loss: Floats, starts: int | ArrayLike | None = None) -> Floats:

@@ -230,9 +230,7 @@ def _fitted(
     bootstraps: int | None = None,
 ) -> Fitted:
     loss = np.array([row.loss if domain is None else row.domains[domain] for row in rows])
-    epochs = np.array(
-        [max([1.0, *(value for name, value in row.others.items() if name.startswith("epochs/"))]) for row in rows]
-    )
+    epochs = np.array([row.epochs for row in rows])
     options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
     try:
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)

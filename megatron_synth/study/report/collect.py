@@ -68,6 +68,11 @@ class Row:
     """The remaining columns, by their names."""
 
     @property
+    def epochs(self) -> float:
+        """How often it saw the source that it repeated most; at least 1."""
+        return max([1.0, *(value for name, value in self.others.items() if name.startswith("epochs/"))])
+
+    @property
     def cell(self) -> tuple[str, str, int]:
         """What runs that differ in the seed alone share."""
         return self.arm, self.size, self.tokens

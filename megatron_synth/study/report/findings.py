@@ -9,7 +9,11 @@ import numpy as np
 
 from megatron_synth.core.log import compact
 from megatron_synth.study.fit.contrast import Estimate
+from megatron_synth.study.fit.worth import OTHER_R_D, SOURCE, worth_of
 from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
+
+REPEATED = 2.0
+"""Epochs from which the page says what a source was worth."""
 
 
 def percent(value: float) -> str:
@@ -20,8 +24,16 @@ def percent(value: float) -> str:
 
 
 def findings(analysis: Analysis) -> list[str]:
-    """Sentences: the noise, collapse, best ratios, speed-up, laws."""
-    return [*_noise(analysis), *_behind(analysis), *_collapse(analysis), *_best(analysis), *_speed(analysis), *_laws(analysis)]
+    """Sentences: the noise, collapse, best ratios, speed-up, repetition, laws."""
+    return [
+        *_noise(analysis),
+        *_behind(analysis),
+        *_collapse(analysis),
+        *_best(analysis),
+        *_speed(analysis),
+        *_repetition(analysis),
+        *_laws(analysis),
+    ]
 
 
 def doubts(*fits: Fitted | None) -> str:
@@ -160,6 +172,22 @@ def _collapse(analysis: Analysis) -> Iterator[str]:
     if shares:
         between = f"between shares of {' and '.join(_share(value) for value in shares[0].trend.values)}"
         yield f"Towards the highest share the loss rises in {len(worse)} of {len(shares)} cells ({between})."
+
+
+def _repetition(analysis: Analysis) -> Iterator[str]:
+    """What the text that was repeated most is worth."""
+    most: dict[str, tuple[float, str]] = {}
+    for row in analysis.rows:
+        for column, epochs in row.others.items():
+            source = column.removeprefix("epochs/")
+            if source != column and epochs >= REPEATED and epochs > most.get(source, (0.0, ""))[0]:
+                most[source] = epochs, row.arm
+    for source, (epochs, arm) in most.items():
+        low, high = worth_of(epochs), worth_of(epochs, OTHER_R_D)
+        yield (
+            f"{source} was seen {epochs:.1f} times in {arm}: worth {low:.1f} to {high:.1f} epochs of new text, by the law of "
+            f"{SOURCE}. Laws and speed-ups here count every token as new."
+        )
 
 
 def _laws(analysis: Analysis) -> Iterator[str]:

@@ -8,15 +8,17 @@ names all. Thresholds are settings. Nothing here depends on the order or on the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, model_validator
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind
-from megatron_synth.config.section import Section
+from megatron_synth.config.section import Ratio, Section, Seed
 from megatron_synth.synthesis.filters import phrases
 from megatron_synth.synthesis.filters.language import LanguageCheck
 from megatron_synth.synthesis.filters.numbers import numbers_in, supported_by
@@ -37,9 +39,11 @@ Reason = Literal[
     "numbers_not_in_parent",
     "talk_about_text",
     "equal_to_another",
+    "not_chosen",
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 """Every reason of a rejection, in the order in which they are asked."""
+MOST_COMPARED = 100_000
 PREAMBLE = "preamble_stripped"
 """The note on an answer that lost a preamble or a closing remark; no rejection."""
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -78,6 +82,25 @@ class Verdict:
     reason: str | None
     text: str
     notes: tuple[str, ...] = ()
+
+
+class ChoiceConfig(Section):
+    """A choice among the answers that are kept, so that few stand for many."""
+
+    method: Literal["coverage", "random"]
+    """coverage: those that are most similar to the others (arXiv 2504.14508). random: any, to hold the first against."""
+    share: Ratio
+    """How many of them are chosen, such as 1/2, rounded up."""
+    coverage: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """coverage: share of the answers that shall be chosen or similar to one that is; how similar follows from it."""
+    seed: Seed = 1
+    """random: of the choice."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChoiceConfig:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected a share above 0 and at most 1, got {self.share}")
+        return self
 
 
 class FiltersConfig(Section):
@@ -124,6 +147,8 @@ class FiltersConfig(Section):
     """Whole numbers up to this are not looked for in the parent: they count, enumerate, and stand for `a` and `both`."""
     max_new_numbers: Share = 0.1
     """Share of an answer's other numbers that no parent has at most."""
+    choice: ChoiceConfig | None = None
+    """Keep some of the answers that passed all else; null: all of them."""
 
     @model_validator(mode="after")
     def _check(self) -> FiltersConfig:
@@ -162,14 +187,32 @@ class Filters:
         """Reasons that only all answers together show, by key, of those that were kept until now.
 
         Of answers that are equal but for case and spaces, that of the least key stays, whatever the order: one text is no
-        document of several parents. Keys must be different and have an order. Takes about 150 bytes for each answer.
+        document of several parents. Keys must be different and have an order. Takes about 150 bytes for each answer. With a
+        choice, all texts that are kept are held, too, and 16 kB for each in a choice by coverage.
+
+        Raises:
+            UserError: more answers were kept than a choice by coverage can compare.
         """
-        if "equal_to_another" in self.config.off:
-            return {}
+        texts: dict[Key, str] = {}
+
+        def noted() -> Iterator[tuple[Key, Verdict]]:
+            for key, verdict in verdicts:
+                if verdict.kept and self.config.choice is not None:
+                    texts[key] = verdict.text
+                yield key, verdict
+
+        rejected = self._equal(noted())
+        if self.config.choice is not None and "not_chosen" not in self.config.off:
+            left = {key: texts[key] for key in sorted(texts, key=_as_is) if key not in rejected}
+            rejected |= dict.fromkeys(_not_chosen(self.config.choice, left), "not_chosen")
+        return rejected
+
+    def _equal(self, verdicts: Iterable[tuple[Key, Verdict]]) -> dict[Key, str]:
+        asked = "equal_to_another" not in self.config.off
         least: dict[bytes, Any] = {}
         rejected: dict[Key, str] = {}
         for key, verdict in verdicts:
-            if not verdict.kept:
+            if not verdict.kept or not asked:
                 continue
             plain = " ".join(verdict.text.casefold().split())
             digest = hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -188,6 +231,31 @@ class Filters:
     def _reasons(self, candidate: Candidate, text: str) -> Iterable[str]:
         off = self.config.off
         return (reason for reason in _Judged(self.config, self._language, candidate, text).reasons() if reason not in off)
+
+
+def _as_is(key: Any) -> Any:
+    return key
+
+
+def _not_chosen(choice: ChoiceConfig, texts: dict[Key, str]) -> list[Key]:
+    """Keys of the texts that a choice leaves out."""
+    from megatron_synth.synthesis.selection.coverage import choose_at_random, hashed_ngrams, nearest, select
+
+    if not texts:
+        return []
+    keys = list(texts)
+    k = math.ceil(choice.share * len(keys))
+    if choice.method == "random":
+        chosen = choose_at_random(len(keys), k, choice.seed)
+    else:
+        if len(keys) > MOST_COMPARED:
+            raise UserError(
+                f"filters.choice: {len(keys):,} answers were kept, a choice by coverage compares up to {MOST_COMPARED:,}; make "
+                f"the corpus in parts, or set method to random"
+            )
+        chosen = select(nearest(hashed_ngrams(list(texts.values()))), k, choice.coverage).chosen
+    wanted = set(chosen)
+    return [key for number, key in enumerate(keys) if number not in wanted]
 
 
 class _Judged:

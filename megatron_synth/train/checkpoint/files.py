@@ -288,9 +288,11 @@ def removable(checkpoints: Iterable[Path], newest: int, keep_last: int, keep_eve
     """Checkpoints that need not be kept, by step.
 
     Later ones than the step `newest` are of a future that the run has left: they stay and are replaced when it comes there
-    again. That one of those kept is sound is for the caller to know.
+    again. Names of one folder, such as a link and what it points to, are one checkpoint: the newest name counts, and the
+    others stay with it. That one of those kept is sound is for the caller to know.
     """
-    old = sorted((one for one in checkpoints if step_of(one) <= newest), key=step_of)[:-keep_last]
+    named = {one.resolve(): one for one in sorted(checkpoints, key=step_of)}
+    old = sorted((one for one in named.values() if step_of(one) <= newest), key=step_of)[:-keep_last]
     return [one for one in old if keep_every is None or step_of(one) % keep_every]
 
 

@@ -50,7 +50,7 @@ class SaveRequest:
 
     trainer: content of trainer.json.
     committed, failed: called on rank 0, in the writing thread, when the checkpoint is whole, or with the reason why it could
-        not be written. They raise nothing.
+        not be written. They may print: an OSError of theirs is raised by the next `begin` or `outcome`.
     keep_last, keep_every: which checkpoints to keep then.
     """
 
@@ -186,6 +186,8 @@ class CheckpointWriter:
         self._buffer = HostBuffer(device)
         self._thread: threading.Thread | None = None
         self._saves = 0
+        self._untold: OSError | None = None
+        """Why a save could not be told of on the console."""
         self.blocked_s = 0.0
         """How long the last `begin` took: the wait for the save before, and the copy."""
 
@@ -202,6 +204,7 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         self.join()
+        self._raise_untold()
         found = state()
         error = ""
         try:
@@ -226,6 +229,7 @@ class CheckpointWriter:
 
         Raises:
             SaveFailed: it failed, on all ranks alike.
+            OSError: how it ended could not be printed.
         """
         self.join()
         if self._saves:
@@ -233,6 +237,12 @@ class CheckpointWriter:
             torch.distributed.barrier()  # rank 0 holds the store: it must not leave before all have read
             if error:
                 raise SaveFailed(error)
+        self._raise_untold()
+
+    def _raise_untold(self) -> None:
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            raise untold
 
     # ---- at the end of the step
 
@@ -286,12 +296,19 @@ class CheckpointWriter:
                 traceback.print_exc()
             shutil.rmtree(folder, ignore_errors=True)
             text = self._explain(folder, request.step, error)
-            request.failed(text)
+            self._tell(lambda: request.failed(text))
             self._mailbox.put(f"{number}/end", text)
             return
-        self._prune(request)
-        request.committed(final)
+        self._tell(lambda: self._prune(request))
+        self._tell(lambda: request.committed(final))
         self._mailbox.put(f"{number}/end", "")
+
+    def _tell(self, what: Callable[[], object]) -> None:
+        """Do `what`, which may print. A console that is gone is for the main thread to raise: the ranks wait for the word."""
+        try:
+            what()
+        except OSError as error:
+            self._untold = error
 
     def _write_own(
         self, folder: Path, pieces: list[Piece], staged: list[torch.Tensor], objects: dict[str, bytes], ready: Any

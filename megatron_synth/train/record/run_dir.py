@@ -1,4 +1,4 @@
-"""A run is a directory: everything needed to read it, or to copy it elsewhere and resume it.
+"""A run is a directory: everything needed to read it, and with its data to resume it, also when it is copied elsewhere.
 
     config.yaml     the resolved configuration of the latest start
     run.json        who and where: id, digest, versions, git commit, host, device, layout, and every start
@@ -10,6 +10,7 @@
     huggingface.json  what the model that it started from came with (checkpoint/companions.py)
     slurm/          a folder for each job that was submitted for the run (cluster/)
     checkpoints/    what resume.py wrote
+    .lock           who trains in it now (run_lock.py)
 
 The id is made once. It is also kept in the checkpoints, so that the tracker continues the same run after a restart.
 """

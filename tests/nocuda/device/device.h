@@ -3,7 +3,7 @@
 // The library is preloaded before a CUDA build of torch. It answers the calls of the CUDA runtime, the CUDA driver,
 // cuBLAS and NCCL. Host code, torch's allocator, autograd, streams, events, NCCL's wrappers and Triton's compiler
 // and launcher run for real. Device memory is host memory that is only touched when somebody writes to it. Kernels
-// and products are recorded and left out; copies below LIMIT bytes are made.
+// and products are recorded and left out.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -18,7 +18,7 @@
 #undef cuDevicePrimaryCtxRetain
 
 enum { OK = 0, SHARED_LIMIT = 232448, THREADS_LIMIT = 1024, GRID_YZ_LIMIT = 65535 };
-static const size_t LIMIT = (size_t)64 << 20; // copies of more bytes are recorded, but not made
+static const size_t LIMIT = (size_t)64 << 20; // copies of more bytes are not made even where numbers count
 
 // What a record is. The names are those of KINDS in record.c.
 typedef enum { LAUNCH, PRODUCT, COPY, WAIT, MEMORY, COLLECTIVE, FAULT, UNKNOWN } Kind;
@@ -37,6 +37,7 @@ void* map(size_t bytes, Place place);
 void copy_memory(void* to, const void* from, size_t bytes, const char* how, const void* stream);
 void need_on_device(const char* who, const void* address);
 size_t total_memory(void);
+int numbers_count(void);
 
 // device.c
 int attribute(int which);

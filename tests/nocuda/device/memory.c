@@ -74,6 +74,14 @@ Place place_of(const void* address) {
     return place;
 }
 
+// Whether somebody computes what the device is asked to (NOCUDA_NUMBERS; numbers.py). If nobody does, what the device
+// holds is no number: nothing is written to it, and the host reads zeros.
+int numbers_count(void) {
+    static int count = -1;
+    if (count < 0) count = getenv("NOCUDA_NUMBERS") != NULL;
+    return count;
+}
+
 void* map(size_t bytes, Place place) {
     if (!bytes) bytes = 4096;
     void* begin = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -163,11 +171,8 @@ void copy_memory(void* to, const void* from, size_t bytes, const char* how, cons
     record(COPY, name, one, one, 0, stream, bytes, 0, 0);
     if (how[0] == 's') note(WAIT, "copy that waits", bytes, 0, 0);
     if (bytes >= LIMIT || to == from) return;
-    // what nobody computed is no number: the host reads zeros, unless NOCUDA_NUMBERS says that somebody computes
-    static int numbers = -1;
-    if (numbers < 0) numbers = getenv("NOCUDA_NUMBERS") != NULL;
-    if (source == ON_DEVICE && target != ON_DEVICE && !numbers) memset(to, 0, bytes);
-    else memmove(to, from, bytes);
+    if (numbers_count() || (target != ON_DEVICE && source != ON_DEVICE)) memmove(to, from, bytes);
+    else if (target != ON_DEVICE) memset(to, 0, bytes);
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
@@ -184,7 +189,7 @@ cudaError_t cudaMemsetAsync(void* begin, int value, size_t bytes, cudaStream_t s
     need_on_device("memset", begin);
     const dim3 one = {1, 1, 1};
     record(COPY, "memset", one, one, 0, stream, bytes, 0, 0);
-    if (bytes < LIMIT) memset(begin, value, bytes);
+    if (bytes < LIMIT && numbers_count()) memset(begin, value, bytes);
     return OK;
 }
 

@@ -161,6 +161,9 @@ def test_the_gpu_script_keeps_to_ten_minutes_and_tells_most_first() -> None:
     names = [part.name for part in gpu.parts(smoke=False)]
     assert names[:3] == ["numerics of kernels", "llama-1.3b bf16", "llama-1.3b fp8 own"]
     assert {"llama-3b bf16", "llama-1.3b bf16, real loader", "kernels", "numerics of runs"} <= set(names)
+    for argument in gpu.parts(smoke=False)[0].command:  # tests that it names are there
+        file, _, test = argument.partition("::")
+        assert not test or f"def {test}(" in Path(file).read_text()
 
 
 @pytest.mark.parametrize(

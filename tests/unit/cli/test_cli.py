@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_synth.cli import main as cli
-from megatron_synth.config.errors import RankError, UserError
+from megatron_synth.config.errors import EXIT_UNREAD, RankError, UserError
 from tests.support import write_config, write_corpus
 
 
@@ -89,6 +89,15 @@ def test_a_closed_pipe_ends_quietly() -> None:
     command = f"{sys.executable} -u -m megatron_synth config show train/quickstart.yaml | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("model:\n", "")
+
+
+def test_a_verb_whose_output_nobody_reads_does_not_say_that_it_is_done() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as nowhere:
+        command = [sys.executable, "-m", "megatron_synth", "config", "show", "train/quickstart.yaml"]
+        result = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (EXIT_UNREAD, "")
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -149,6 +149,24 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int | None
     assert time_limit_s(text) == seconds
 
 
+def test_a_cluster_file_is_read_and_shown_without_running_it(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm, "test", lambda script: "would start at once")
+    file, mark = tmp_path / "cluster.yaml", tmp_path / "ran"
+    touch = f"touch {mark}"
+    file.write_text(
+        f"setup: ['{touch}', '$({touch})']\nenv: {{A: '`{touch}`', B: '$({touch})'}}\npartition: 'x$({touch})'\n"
+        f"gpus_per_node: 1\npython: '/bin/sh -c {touch}'\n"
+    )
+    code = cli.main(
+        ["submit", str(config), "--nodes", "1", "--cluster", str(file), "--dry-run", "--run-dir", str(tmp_path / "run")]
+    )
+    out = capsys.readouterr().out
+    assert code == 0 and touch in out  # it is shown: whoever submits it runs it
+    assert not mark.exists() and not (tmp_path / "run").exists()
+
+
 def test_an_unknown_cluster_is_refused() -> None:
     with pytest.raises(UserError, match=r"did you mean 'cluster/default.yaml'"):
         load_cluster("defualt")

@@ -12,11 +12,15 @@ import pytest
 
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.explain import explain
 from megatron_synth.config.load import load_file, load_yaml, shipped, to_yaml, validate
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config, ModelConfig
+from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.estimate.flops import count_parameters
+from megatron_synth.synthesis.kinds.template import template_of
+from megatron_synth.synthesis.synthesis_file import load_synthesis
 from megatron_synth.train.dryrun import dry_run
 
 CONFIGS = shipped("configs")
@@ -29,7 +33,7 @@ def files(folder: str) -> list[str]:
 
 
 def test_every_folder_has_a_schema() -> None:
-    schemas = {"model", "data", "train", "bench", "cluster", "study"}  # studies: test_study_file.py
+    schemas = {"model", "data", "train", "bench", "cluster", "study", "synthesis"}  # studies: test_study_file.py
     assert {file.relative_to(CONFIGS).parts[0] for file in CONFIGS.rglob("*.yaml")} == schemas
 
 
@@ -56,6 +60,40 @@ def test_training_files_are_sound(path: str) -> None:
 @pytest.mark.parametrize("path", files("data"))
 def test_preparation_files_are_sound(path: str) -> None:
     load_file(PrepareConfig, path)
+
+
+@pytest.mark.parametrize("path", files("data") + files("train") + files("bench") + files("cluster"))
+def test_an_explained_configuration_is_the_same(path: str, tmp_path: Path) -> None:
+    kind = {"data": PrepareConfig, "cluster": ClusterConfig}.get(Path(path).parts[0], Config)
+    config = load_file(kind, path)
+    text = explain(config)
+    (tmp_path / "explained.yaml").write_text(text)
+    assert load_file(kind, tmp_path / "explained.yaml") == config
+    comments = "\n".join(line.strip() for line in text.splitlines() if line.strip().startswith("#"))
+    for name, field in kind.model_fields.items():
+        words = (field.description or type(getattr(config, name)).__doc__ or "").split()
+        assert f"# {' '.join(words[:5])}" in comments or getattr(config, name) is None, name
+
+
+def test_own_text_is_prepared_and_planned_by_the_files_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for number in range(80):
+        words = " ".join(f"word{(number * 7 + place) % 50}" for place in range(400))
+        (tmp_path / "text" / f"{number}.txt").write_text(f"text {number}. {words}\n")
+    small = ["tokenizer.train.vocab_size=512", "sources.synthetic.max_bytes=300000", "sources.synthetic.holdout=1/2"]
+    prepare(load_file(PrepareConfig, "data/own-text.yaml", small))
+    text = dry_run(load_file(Config, "train/own-text.yaml", ["train.steps=2", "optim.warmup_steps=1"]), 1)
+    assert "vocabulary         512" in text and "not prepared" not in text
+    with pytest.raises(UserError, match=r"mine: has .* windows"):
+        dry_run(load_file(Config, "train/own-text.yaml"), 1)
+
+
+@pytest.mark.parametrize("path", [path for path in files("synthesis") if "output" in load_yaml(path)])
+def test_synthesis_files_are_sound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_synthesis(path)
+    assert template_of(config.kind, config.template).source_kind in ("rephrased", "qa", "textbook", "other")
 
 
 @pytest.mark.parametrize("path", files("cluster"))

@@ -41,6 +41,7 @@ class MemorySource:
         self.read(window * (len(out) - 1), out)
 
     dtype = np.dtype(np.int32)
+    vocab_size = None
     places = Places(1)
 
     def open_index(self, shard: int) -> None:

@@ -47,7 +47,9 @@ def test_rows_of_every_token_type_are_copied_as_numpy_would(code: int, dtype: ty
     out = np.full((8, 151), -1, dtype)
     library = native.library()
     assert library is not None
-    copier = native.RowCopier(library, where, [code], np.zeros(8, np.int64), shards, begins, 151, wide=dtype is np.int64)
+    copier = native.RowCopier(
+        library, where, [code], [None], np.zeros(8, np.int64), shards, begins, 151, wide=dtype is np.int64
+    )
     address = native.address_of(out)
     assert copier.copy(0, 8, address) == 4
     assert copier.copy(5, 8, address + 5 * out.strides[0]) == 6

@@ -22,6 +22,11 @@ def test_documents_name_what_exists() -> None:
         ("megatron_synth.train.loop", []),
         ("megatron_synth.train.loops", [(1, "no module megatron_synth.train.loops")]),
         ("`megatron-synth trian x.yaml`", [(1, "no verb trian")]),
+        ("`tests/unit/docs/test_references.py::test_documents_name_what_exists`", []),
+        (
+            "`tests/unit/docs/test_references.py::test_documents`",
+            [(1, "no test test_documents in tests/unit/docs/test_references.py")],
+        ),
         ("`make quickstart` and `make quick`", [(1, "no target quick in the Makefile")]),
         ("```python\n# megatron_synth/nothing.py\n```", []),
     ],

@@ -195,6 +195,29 @@ def test_weights_are_sharded_above_the_limit_and_read_back(tmp_path: Path) -> No
         read_hf(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", "[]", "expected a mapping of settings"),
+        ("config.json", "[" * 100_000, "not valid JSON"),
+        ("model.safetensors.index.json", "{}", "has no weight_map"),
+        ("model.safetensors.index.json", "[1]", "has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../secret.safetensors"}}', "expected a plain name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/passwd"}}', "expected a plain name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "expected the name of a file"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "b.safetensors: named by"),
+    ],
+)
+def test_a_folder_of_a_stranger_names_files_of_its_own(file: str, content: str, says: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "secret.safetensors").write_text("x")
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=says):
+        read_hf(folder)
+
+
 def test_tokenizer_goes_along(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -90,6 +90,7 @@ def test_a_second_interrupt_ends_the_ranks(tmp_path: Path) -> None:
     ("check", "launcher", "code"),
     [
         ("exit 2", "say started", 2),
+        ("kill -KILL $$", "say started", 70),
         ("exit 0", "exit 0", 0),
         *(("exit 0", f"exit {code}", code) for code in (1, 2, 70, 75)),
         ("exit 0", "kill -KILL $$", 70),

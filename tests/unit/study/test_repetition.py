@@ -15,6 +15,7 @@ from megatron_synth.study.fit.fit import fit
 from megatron_synth.study.fit.laws import LAWS, Floats
 from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
 from megatron_synth.study.fit.repetition import PUBLISHED, RECTIFIED, REPETITION, effective_tokens
+from megatron_synth.study.fit.worth import worth_of, worth_table
 
 COLUMNS = {
     "n_params": np.array([1e8, 1e9, 3e9, 3e8, 6e9]),
@@ -112,6 +113,9 @@ def test_the_rectified_law_is_told_from_the_plain_one() -> None:
     assert "law-rejected" in {doubt.code for doubt in plain.warnings}
     assert "law-rejected" not in {doubt.code for doubt in rectified.warnings}
     np.testing.assert_allclose(rectified.predict({"tokens": d}), truth, rtol=3e-3)
+    assert "simpler-law-does" not in {doubt.code for doubt in rectified.warnings}
+    without = (1.6 + 2000 / d**0.36) * np.exp(0.002 * np.random.default_rng(1).standard_normal(len(d)))
+    assert "simpler-law-does" in {doubt.code for doubt in fit("rectified", {"tokens": d}, without, bootstraps=0).warnings}
 
 
 def test_one_exponent_for_both_determines_what_two_do_not() -> None:
@@ -163,3 +167,14 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["fit", str(path), "--law", "tied", *options]) == 0
     assert cli.main(["fit", str(path), "--law", "joint", "--fix", "E", *options]) == 2
     assert "--fix 'E': expected a parameter and a number, such as E=1.8" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_epochs_are_worth() -> None:
+    text = worth_table([("mixed", "qa", 4.0), ("mixed", "qa", 40.0), ("mixed", "web", 0.7), ("all", "qa", 4.0)])
+    lines = [line.split() for line in text.splitlines() if line.strip().startswith(("mixed", "all"))]
+    assert lines == [
+        ["mixed", "qa", "40.00", "15.17", "(to", "32.99)", "38%", "(to", "82%)"],
+        ["all", "qa", "4.00", "3.73", "(to", "3.95)", "93%", "(to", "99%)"],
+    ]
+    assert worth_table([("natural", "web", 1.0)]) == ""
+    assert worth_of(0.5) == 0.5

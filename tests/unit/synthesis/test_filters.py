@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from benchmarks import filters as benchmark
 from megatron_synth.config.errors import UserError
-from megatron_synth.synthesis.filters import language, phrases, repetition
+from megatron_synth.synthesis.filters import base, language, phrases, repetition
 from megatron_synth.synthesis.filters.base import PREAMBLE, REASONS, Candidate, Filters, FiltersConfig, Verdict
 from megatron_synth.synthesis.filters.numbers import numbers_in, supported_by
 from megatron_synth.synthesis.filters.words import content_stems, copied_share, words_of
@@ -90,7 +90,7 @@ def test_each_reason_is_found_and_a_near_miss_is_not(filters: Filters, reason: s
 
 
 def test_every_reason_has_a_case() -> None:
-    assert {*CASES, "equal_to_another"} == set(REASONS)
+    assert {*CASES, "equal_to_another", "not_chosen"} == set(REASONS)
 
 
 def test_the_first_reason_of_several_is_the_verdict(filters: Filters) -> None:
@@ -241,3 +241,32 @@ def test_a_broken_file_of_labels_names_its_line(tmp_path: Path) -> None:
 def test_scores_by_hand() -> None:
     one = benchmark._score([(True, True), (True, False), (False, True), (True, True), (False, False)])
     assert (one.right, one.wrong, one.missed) == (2, 1, 1) and one.precision == one.recall == 2 / 3
+
+
+TOPICS = [
+    f"{topic} and more words about {topic}, number {number}" for topic in ("tides", "bread", "trains") for number in range(4)
+]
+
+
+@pytest.mark.parametrize("method", ["coverage", "random"])
+def test_a_choice_leaves_out_what_was_kept(method: str) -> None:
+    filters = Filters(FiltersConfig.model_validate({"choice": {"method": method, "share": "1/4", "coverage": 1.0}}))
+    verdicts = [(f"{number:02}", Verdict(True, None, text)) for number, text in enumerate(TOPICS)]
+    verdicts += [("50", Verdict(True, None, TOPICS[0])), ("60", Verdict(False, "empty", ""))]
+    found = filters.finish(verdicts)
+    assert found == filters.finish(reversed(verdicts)) and found.pop("50") == "equal_to_another" and "60" not in found
+    assert set(found.values()) == {"not_chosen"} and len(found) == 12 - 3  # a quarter of twelve stays
+    if method == "coverage":
+        assert [int(key) // 4 for key in sorted({key for key, _ in verdicts[:12]} - set(found))] == [0, 1, 2]
+    assert filters.finish([]) == {}
+
+
+def test_a_choice_of_all_and_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [(number, Verdict(True, None, text)) for number, text in enumerate(TOPICS)]
+    everything = Filters(FiltersConfig.model_validate({"choice": {"method": "coverage", "share": 1}}))
+    assert everything.finish(verdicts) == {}
+    monkeypatch.setattr(base, "MOST_COMPARED", 3)
+    with pytest.raises(UserError, match="12 answers were kept, a choice by coverage compares up to 3"):
+        everything.finish(verdicts)
+    with pytest.raises(ValidationError, match="share"):
+        FiltersConfig.model_validate({"choice": {"method": "random", "share": 0}})

@@ -189,6 +189,30 @@ def test_prune_of_a_link_and_of_a_name_that_is_not_padded(
     assert "(the link, not what it points to)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("step", [25, 99])
+def test_prune_never_removes_what_a_kept_link_points_to(run: Path, step: int) -> None:
+    root = run / "checkpoints"
+    for damaged in (30, 40):
+        _damage(root / files.name_of(damaged))
+    (root / files.name_of(step)).symlink_to(files.name_of(20))
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert {20, step} <= set(_steps(files.all_of(root)))
+    assert not files.faults(root / files.name_of(20), checksums=True)
+    make(root, 10)
+    # two names of one are one: the other that is kept is another, and was read
+    _damage(root / files.name_of(10))
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "2"]) == 0
+    assert {10, 20, step} <= set(_steps(files.all_of(root)))
+
+
+def test_a_save_never_removes_what_a_later_link_points_to(tmp_path: Path) -> None:
+    for number in (10, 20, 30, 40):
+        make(tmp_path, number)
+    (tmp_path / files.name_of(50)).symlink_to(files.name_of(10))
+    assert _steps(files.removable(files.all_of(tmp_path), 40, 1, None)) == [20, 30]
+    assert _steps(files.removable(files.all_of(tmp_path), 50, 1, None)) == [20, 30, 40]
+
+
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", "", "a\nb"])
 def test_names_in_a_manifest_are_plain(run: Path, name: str) -> None:
     checkpoint = run / "checkpoints" / files.name_of(40)

@@ -10,12 +10,15 @@ from megatron_synth.data.preparing.readers.documents import Document, with_text
 from megatron_synth.data.preparing.readers.files import Files
 from megatron_synth.data.preparing.readers.hub import HubDataSet
 from megatron_synth.data.preparing.readers.reader import Reader
+from megatron_synth.data.preparing.readers.synthesized import Synthesized
 
 
 def reader_of(name: str, source: PrepareSource) -> Reader:
     """The reader of a source's input."""
     if source.builtin is not None:
         return BuiltinCorpus(name, source)
+    if source.synthesized is not None:
+        return Synthesized(name, source)
     return HubDataSet(name, source) if source.hf is not None else Files(name, source)
 
 

@@ -31,6 +31,11 @@ class Reader(ABC):
     def __init__(self, name: str, source: PrepareSource):
         self.name, self.source = name, source
 
+    @property
+    def generator(self) -> str | None:
+        """What wrote the text; None for natural text."""
+        return self.source.generator
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What the source is read from, so that changed inputs are noticed, down to a fingerprint of the content.

@@ -99,7 +99,7 @@ class ShareFit:
             },
             "fitted": self.fitted.to_json(),
             "holdout": None if self.holdout is None else self.holdout.to_json(),
-            "warnings": [{"code": caveat.code, "message": caveat.message} for caveat in self.warnings],
+            "warnings": [{"code": diagnostic.code, "message": diagnostic.message} for diagnostic in self.warnings],
         }
 
 

@@ -22,6 +22,8 @@ _ITERATIONS, _WARM_ITERATIONS = 60, 8
 _JITTER = 1e-8
 _WEIGHT_SPREAD, _OTHER_SPREAD = 1.8, 3.0
 """Standard deviations of the priors, of logarithms."""
+_REACH = 12.0
+"""How far from its prior a logarithm may end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class GaussianProcess:
             prior if warm is None else warm.theta,
             jac=True,
             method="L-BFGS-B",
+            bounds=[(start - _REACH, start + _REACH) for start in prior],
             options={"maxiter": _ITERATIONS if warm is None else _WARM_ITERATIONS},
         )
         return FittedProcess(self, np.asarray(found.x), features, (center, spread), (mean, deviation), target, points)

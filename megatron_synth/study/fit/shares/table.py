@@ -1,12 +1,13 @@
 """Mixtures of runs in tables as they are published: RegMix's and olmix's pairs of files, and ours.
 
 A table of mixtures has a column per source: shares, or amounts such as `tokens/SOURCE` of our runs.csv. Losses stand in the
-same table, or in a second one that is joined to it by a column of names that both have (`index` of RegMix, `run` of olmix).
+same table, or in a second one that is joined to it by a column of names that both have (`index` of RegMix, `run_id` of olmix).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,52 +18,75 @@ from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAM
 from megatron_synth.study.fit.runs_table import FLOPS, Table, find_column, read_table
 from megatron_synth.study.fit.shares.points import Mixtures, normalized
 
-KEYS = ("run", "index", "id", "name")
-"""Columns that name a run, the first that both tables have is taken."""
+KEYS = ("run_id", "run", "index", "id", "name")
+"""Columns that name a run; the first that both tables have is taken. None of them is a source."""
 
 
-def joined(mixtures: Table, losses: Table, key: str | None = None) -> Table:
-    """The rows of both tables by a column that names the run; lines are those of the mixtures.
+@dataclass(frozen=True)
+class MixtureTable:
+    """The runs of a table, or of two that were joined.
+
+    table: all columns. offered: columns that may be sources. left_out: rows that only one of the two tables has.
+    """
+
+    table: Table
+    offered: tuple[str, ...]
+    left_out: int = 0
+
+    def where(self, rule: str) -> MixtureTable:
+        """The rows that a rule chooses."""
+        return replace(self, table=self.table.where(rule))
+
+
+def read_mixtures(mixtures: Path, losses: Path | None = None, key: str | None = None) -> MixtureTable:
+    """The runs in a file, or in two that are joined."""
+    table = read_table(mixtures)
+    if losses is not None:
+        return joined(table, read_table(losses), key)
+    return MixtureTable(table, tuple(name for name in table.texts if name not in KEYS))
+
+
+def joined(mixtures: Table, losses: Table, key: str | None = None) -> MixtureTable:
+    """The rows that both tables have, by a column that names the run; lines are those of the mixtures.
 
     Raises:
-        UserError: no such column, a run twice in one of them, or runs that only one of them has.
+        UserError: no such column, a run twice in one of them, or no run in both.
     """
     by = key or next((name for name in KEYS if name in mixtures.texts and name in losses.texts), None)
     if by is None or by not in mixtures.texts or by not in losses.texts:
         tried = f"'{by}'" if by else " or ".join(KEYS)
-        raise UserError(
-            f"{mixtures.path} and {losses.path}: no column {tried} in both, by which rows could be joined; see --key"
-        )
-    places: dict[str, int] = {}
-    for place, name in enumerate(losses.texts[by]):
-        if name in places:
-            raise UserError(f"{losses.path}, line {losses.lines[place]}: {by} '{name}' stands there twice")
-        places[name] = place
-    names = mixtures.texts[by]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{mixtures.path}: {by} '{twice}' stands there twice")
-    absent = sorted(set(names) ^ set(places))
-    if absent:
-        where = losses.path if absent[0] in names else mixtures.path
-        raise UserError(f"{where}: has no row of {by} '{absent[0]}' ({len(absent)} rows stand in one of the two tables only)")
-    order = [places[name] for name in names]
-    both = sorted(name for name in losses.texts if name != by and name in mixtures.texts)
+        raise UserError(f"{mixtures.path} and {losses.path}: no column {tried} in both, by which to join rows; see --key")
+    for table in (mixtures, losses):
+        names = table.texts[by]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{table.path}: {by} '{twice}' stands there twice")
+    places = {name: place for place, name in enumerate(losses.texts[by])}
+    common = np.array([name in places for name in mixtures.texts[by]])
+    if not common.any():
+        raise UserError(f"{mixtures.path} and {losses.path}: no {by} stands in both")
+    both = sorted(name for name in losses.texts if name not in KEYS and name != by and name in mixtures.texts)
     if both:
         raise UserError(f"{mixtures.path} and {losses.path}: both have a column '{both[0]}'; rename one")
-    added = {name: [texts[place] for place in order] for name, texts in losses.texts.items() if name != by}
-    return Table(mixtures.path, mixtures.lines, {**mixtures.texts, **added})
+    kept = mixtures.rows(common, f"the runs of {losses.path}")
+    order = [places[name] for name in kept.texts[by]]
+    taken = [name for name in losses.texts if name not in (*KEYS, by)]
+    added = {name: [losses.texts[name][place] for place in order] for name in taken}
+    offered = tuple(name for name in mixtures.texts if name not in (*KEYS, by))
+    left_out = len(mixtures) + len(losses) - 2 * len(kept)
+    return MixtureTable(Table(kept.path, kept.lines, {**kept.texts, **added}), offered, left_out)
 
 
-def source_columns(table: Table, patterns: Sequence[str]) -> dict[str, str]:
-    """The columns of sources by the name of the source, which is what `*` stands for.
+def source_columns(runs: MixtureTable, patterns: Sequence[str]) -> dict[str, str]:
+    """The columns of sources by the name of the source, which is what `*` stands for; `*` alone: all but names of runs.
 
     Raises:
         UserError: a pattern matches nothing, or fewer than two columns are found.
     """
+    table = runs.table
     found: dict[str, str] = {}
     for pattern in patterns:
-        matches = [name for name in table.texts if name == pattern or fnmatchcase(name, pattern)]
+        matches = [name for name in runs.offered if name == pattern or fnmatchcase(name, pattern)]
         if not matches:
             raise UserError(f"{table.path}: --sources '{pattern}' matches no column; columns: {', '.join(table.texts)}")
         prefix, star, suffix = pattern.partition("*")
@@ -76,15 +100,15 @@ def source_columns(table: Table, patterns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def mixtures_of(table: Table, patterns: Sequence[str], asked: dict[str, str | None] | None = None) -> Mixtures:
+def mixtures_of(runs: MixtureTable, patterns: Sequence[str], asked: dict[str, str | None] | None = None) -> Mixtures:
     """The mixtures of a table, with sizes and tokens where it has them.
 
     Args:
-        table: a row per run.
+        runs: a row per run.
         patterns: of the columns of sources.
         asked: names of the columns `n_params`, `tokens`, `flops`; None to guess, as for other laws.
     """
-    columns = source_columns(table, patterns)
+    table, columns = runs.table, source_columns(runs, patterns)
     amounts = np.column_stack([table.numbers(name) for name in columns.values()])
     where = f"{table.path}, columns {', '.join(list(columns.values())[:2])}, ..."
     named = asked or {}
@@ -100,9 +124,3 @@ def mixtures_of(table: Table, patterns: Sequence[str], asked: dict[str, str | No
         if values is not None and not (values > 0).all():
             raise UserError(f"{table.path}: column '{name}' holds {values.min():g}, expected more than 0")
     return Mixtures(tuple(columns), normalized(amounts, where, table.lines), n_params, trained)
-
-
-def read_mixtures(mixtures: Path, losses: Path | None, key: str | None = None) -> Table:
-    """The table of runs in a file, or in two that are joined."""
-    table = read_table(mixtures)
-    return table if losses is None else joined(table, read_table(losses), key)

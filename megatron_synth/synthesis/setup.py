@@ -1,0 +1,179 @@
+"""A synthesis made ready: settings, template, generator, parents and engine, checked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.core.log import show
+from megatron_synth.synthesis.chunks import Skipped, chunks
+from megatron_synth.synthesis.counting import TokenCounter, TokenizerCounter
+from megatron_synth.synthesis.engines.base import Engine
+from megatron_synth.synthesis.generator import Generator, generator_of
+from megatron_synth.synthesis.kinds.keywords import Keywords
+from megatron_synth.synthesis.kinds.template import Template, template_of
+from megatron_synth.synthesis.parents import Parent, Parents
+from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
+from megatron_synth.synthesis.synthesis_file import SynthesisConfig
+
+ANSWERS = "answers"
+LOG = "vllm.log"
+AGAINST = "against"
+CHAT_TOKENS = 64
+"""What a chat template adds to a prompt at most, with some room."""
+
+
+@dataclass
+class Counted:
+    """What was counted on the way from documents to requests."""
+
+    documents: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+    asking: Asking = field(default_factory=Asking)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A synthesis file with what it names."""
+
+    config: SynthesisConfig
+    template: Template
+    generator: Generator
+    parents: Parents
+    counter: TokenCounter
+    against: Generator | None = None
+    """The worse model of contrastive decoding."""
+
+    @classmethod
+    def of(cls, config: SynthesisConfig, *, export: bool) -> Setup:
+        """Look up what the file names. export: of a run, write its weights.
+
+        Raises:
+            UserError: something is missing or does not fit.
+        """
+        template = template_of(config.kind, config.template)
+        if config.filters.choice is not None and template.reassemble and config.missing_chunks == "drop":
+            raise UserError(
+                f"filters.choice: chooses answers, and template {template.name} makes documents of several: one that is left "
+                f"out would take all with it; set missing_chunks to join, or take a kind that asks once for a document"
+            )
+        parents = Parents(config.parents)
+        parents.check()
+        generator = generator_of(config.generator, config.folder, export=export)
+        against = None
+        if config.decoding is not None and config.decoding.against is not None:
+            against = generator_of(config.decoding.against, config.folder / AGAINST, export=export)
+        return cls(config, template, generator, parents, generator.counter(), against)
+
+    @cached_property
+    def wording(self) -> Wording:
+        """How prompts are made. Templates from keywords read all parents once, to count words."""
+        keywords = None
+        if self.template.made_from == "keywords":
+            keywords = Keywords(parent.text for parent in self.parents)
+        special = self.counter.special if isinstance(self.counter, TokenizerCounter) else ()
+        return Wording(self.template, self.config.generator.api, special, keywords)
+
+    def requests(self, counted: Counted) -> Iterator[Request]:
+        """All requests in order, the same each time."""
+        config = self.config
+
+        def documents() -> Iterator[Parent]:
+            for parent in self.parents:
+                counted.documents += 1
+                yield parent
+
+        found = chunks(documents(), self.template, self.counter, counted.skipped)
+        identity = {**self.generator.identity(), **self._decoding()}
+        return requests(found, self.wording, identity, config.sampling, config.seed, config.per_parent, counted.asking)
+
+    def _decoding(self) -> dict[str, Any]:
+        """What a request's key, and the record, hold of decoding by probabilities; nothing without it."""
+        if self.config.decoding is None:
+            return {}
+        settings = self.config.decoding.model_dump(mode="json", exclude={"against"})
+        against = {} if self.against is None else {"against": self.against.identity()}
+        return {"decoding": {**settings, **against}}
+
+    @property
+    def parameters(self) -> int | None:
+        """Those that a token is computed with: of both models of contrastive decoding."""
+        models = [self.generator, *([] if self.against is None else [self.against])]
+        counts = [model.parameters for model in models if model.parameters is not None]
+        return sum(counts) if len(counts) == len(models) else None
+
+    def prompt_tokens(self, request: Request) -> int:
+        """About as many as the generator reads for a request."""
+        (count,) = self.counter.count([request.prompt.characters()])
+        return count + (CHAT_TOKENS if request.prompt.messages else 0)
+
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that the template can make."""
+        (words,) = self.counter.count([self.wording.prompt(("",)).characters()])
+        room = CHAT_TOKENS if self.config.generator.api == "chat" else 8
+        of_slot = self.template.parent_tokens if self.template.made_from == "text" else 16 * self.template.keywords
+        return words + of_slot + room
+
+    def check_context(self, context: int | None) -> None:
+        """Refuse a model whose context does not hold prompt and answer.
+
+        Raises:
+            UserError: it does not.
+        """
+        longest, answer = self.longest_prompt(), self.config.sampling.max_tokens
+        if context is not None and longest + answer > context:
+            about = "" if self.counter.exact else "about "
+            raise UserError(
+                f"generator: its context has {context} tokens, prompts have up to {about}{longest} and answers up to {answer}; "
+                f"lower parent_tokens of the template or sampling.max_tokens, or take another model"
+            )
+
+    def engine(self) -> Engine:
+        """The engine of the file, not started."""
+        from megatron_synth.synthesis.engines.protocol import Shape
+
+        config, generator, settings = self.config, self.generator, self.config.engine
+        if config.decoding is not None:
+            from megatron_synth.synthesis.decoding.engine import DecodingEngine
+
+            against = None if self.against is None else self.against.model
+            return DecodingEngine(generator.model, against, config.decoding, settings, config.sampling)
+        if settings.name == "transformers":
+            from megatron_synth.synthesis.engines.embedded import Embedded
+
+            return Embedded(generator.model, generator.revision, settings, config.sampling, self.template.stop)
+        shape = Shape(generator.model, config.generator.api, config.sampling, self.template.stop)
+        if settings.name == "vllm":
+            from megatron_synth.synthesis.engines.vllm import Vllm
+
+            return Vllm(generator.model, generator.revision, settings, shape, config.folder / LOG)
+        from megatron_synth.synthesis.engines.openai import HttpEngine, key_of
+
+        return HttpEngine(shape, settings, settings.servers, key_of(settings))
+
+    @property
+    def answers(self) -> Path:
+        """The folder of raw answers."""
+        return self.config.folder / ANSWERS
+
+    def warn(self) -> None:
+        """Say what is likely a mistake."""
+        if not self.counter.exact:
+            show(
+                "note: prompts are counted by their bytes; set generator.tokenizer to a tokenizer.json to count tokens",
+                error=True,
+            )
+
+    def about_generator(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a record says of it."""
+        return {
+            **self.generator.identity(),
+            "parameters": self.generator.parameters,
+            "license": self.generator.license,
+            **self._decoding(),
+            **facts,
+        }
