@@ -151,9 +151,9 @@ test-avx2: $(READY_TEST)
 system:
 	PYTHON=$(PYTHON) tests/install-system.sh
 
-# where the package was installed before there was a compiler
+# where the package was installed before there was a compiler, or before native.c was changed
 compiled: $(READY_TEST)
-	@if command -v cc > /dev/null && ! ls megatron_synth/data/shards/_native*.so > /dev/null 2>&1; then \
+	@if command -v cc > /dev/null && $(BIN)/python -c 'import sys; from megatron_synth.data.shards import native; sys.exit(not native.missing())'; then \
 	    $(INSTALL) --no-deps --editable .; fi
 
 # ranks and jobs are processes of their own, which are not counted

@@ -1,10 +1,12 @@
 """What pyproject.toml cannot say: the packages that stand elsewhere in the repository, and the compiled part."""
 
+import hashlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+NATIVE = ROOT / "megatron_synth" / "data" / "shards" / "native.c"
 
 # configs/ and launch/ stand at the top of the repository and are installed inside the package, so that a wheel works
 # without the clone. The kernels' folder is not a package itself: a top-level `kernels` would shadow Hugging Face's.
@@ -31,6 +33,9 @@ setup(
             "megatron_synth.data.shards._native",
             ["megatron_synth/data/shards/native.c"],
             extra_compile_args=["-O3"],
+            # by which native.py knows that what was compiled is what is there now
+            define_macros=[("SOURCE_DIGEST", f"0x{hashlib.sha256(NATIVE.read_bytes()).hexdigest()[:15]}")],
+            depends=["setup.py"],
             optional=True,
         )
     ],

@@ -165,7 +165,7 @@ def repetition(file: Path) -> dict[str, Any]:
     fits = {
         "published, R_N fitted": fit("repetition", columns, loss, fixed={**base, "R_D": PUBLISHED["R_D"]}, bootstraps=0),
         "base as published": fit("repetition", columns, loss, fixed=base, bootstraps=0),
-        "all parameters": fit("repetition", columns, loss, bootstraps=200),
+        "all parameters": fit("repetition", columns, loss, bootstraps=100),
         "joint": fit("joint", columns, loss, bootstraps=0, epochs=epochs),
         "joint, one epoch": fit("joint", columns, loss, bootstraps=0, holdout=epochs > 1),
     }

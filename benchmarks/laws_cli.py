@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,73 +19,92 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say
 
-FILES = {"regmix": "regmix", "repetition": "datablations/datablations_c4_fit.csv", "gadre": "gadre/gadre_104.csv"}
+FILES = {"regmix": "regmix", "repetition": "datablations/datablations_c4_fit.csv", "over-training": "gadre/gadre_104.csv"}
+"""Of the parts that need data, in the folder of `--data`."""
+PARTS = ("regmix", "few", "proposal", "repetition", "over-training", "designs", "coverage")
 
 
 def main(argv: list[str]) -> int:
-    """Fit the laws, print the tables."""
+    """Run the parts, print their tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks laws",
         description="Laws beside published ones on public tables, and designs and intervals on simulated studies.",
     )
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--data", type=Path, metavar="DIR", help=f"folder with {', '.join(FILES.values())}")
-    parser.add_argument("--simulate", type=int, default=0, metavar="N", help="simulated studies of three sources; default none")
+    parser.add_argument("--studies", type=int, default=40, metavar="N", help="simulated studies; default %(default)s")
     parser.add_argument("--subsets", type=int, default=5, help="draws of 64 of RegMix's mixtures; default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add what was measured to this file, by part")
     options = parser.parse_args(argv)
-    if options.data is None and not options.simulate:
-        raise UserError("give --data DIR, --simulate N, or both")
+    parts = list(dict.fromkeys(options.parts.split(",")))
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise UserError(f"--parts: unknown part '{unknown[0]}'; any of {', '.join(PARTS)} with commas")
+    if options.data is None and set(parts) - {"designs", "coverage"}:
+        raise UserError("--data: needed for all parts but designs and coverage")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     shown = ["DIR" if options.data is not None and part == str(options.data) else part for part in argv]
     head = {**tables.header("benchmarks", []), "command": shlex.join(["python", "-m", "benchmarks", "laws", *shown])}
     say("\n".join(tables.header_lines(head)))
-    result: dict[str, Any] = {}
-    if options.data is not None:
-        files = laws.require(options.data, FILES)
-        result |= _public(files, options.subsets)
-    if options.simulate:
-        result["designs"] = laws.designs(options.simulate, _tell)
-        result["coverage"] = laws.coverage(options.simulate, tell=_tell)
-        _print("simulated studies of three sources: true loss of the mixture that is chosen", _designs(result["designs"]))
-        _print("simulated studies of three sources: 90 % intervals", _coverage(result["coverage"]))
-    if options.json is not None:
-        write_json(options.json, {**head, **result})
+    for part in parts:
+        file = None
+        if part in FILES or part in ("few", "proposal"):
+            name = FILES.get(part, FILES["regmix"])
+            file = laws.require(options.data, {part: name})[part]
+        found = _run(part, file, options)
+        if options.json is not None:
+            before = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
+            write_json(options.json, {**before, part: {**head, "found": found}})
     return EXIT_OK
 
 
-def _public(files: dict[str, Path], subsets: int) -> dict[str, Any]:
-    data = laws.read_regmix(files["regmix"])
-    scores, chosen = laws.regmix_scores(data, tell=_tell)
-    _print(
-        f"RegMix at 1M: {len(data.train)} mixtures, {len(data.test)} to predict, {len(data.domains)} domains", _scores(scores)
-    )
-    few = [laws.regmix_scores(data, 64, seed, _tell)[0] for seed in range(subsets)]
-    by_law = {score.law: [one for draw in few for one in draw if one.law == score.law] for score in few[0]}
-    means = [
-        laws.Score(
-            name,
-            *(float(np.mean([getattr(one, key) for one in found])) for key in ("rank", "error")),
-            None if found[0].covered is None else float(np.mean([one.covered for one in found])),
-            float(np.mean([one.seconds for one in found])),
+def _run(part: str, file: Path | None, options: argparse.Namespace) -> Any:
+    """Run a part and print its table."""
+    if part == "designs":
+        found = laws.designs(options.studies, _tell)
+        _print(
+            f"{options.studies} simulated studies of three sources: true loss of the mixture that is chosen", _designs(found)
         )
-        for name, found in by_law.items()
-    ]
-    _print(f"the same from 64 mixtures, means of {subsets} draws", _scores(sorted(means, key=lambda score: score.error)))
-    proposal = laws.regmix_proposal(data)
-    say(f"\n{proposal}")
-    repeated = laws.repetition(files["repetition"])
-    _print(f"repetition: {repeated['runs']} runs, {repeated['beyond_20_epochs']} beyond 20 epochs", _repetition(repeated))
-    trained = laws.over_training(files["gadre"])
-    _print("over-training: fitted to five small runs per corpus, on the runs of 1.4B and 6.9B", _gadre(trained))
-    return {
-        "regmix": [asdict(score) for score in scores],
-        "chosen": chosen,
-        "regmix_64": [asdict(score) for score in means],
-        "proposal": proposal,
-        "repetition": repeated,
-        "over_training": trained,
-    }
+        return found
+    if part == "coverage":
+        covered = laws.coverage(options.studies, tell=_tell)
+        _print(f"{options.studies} simulated studies of three sources: 90 % intervals", _coverage(covered))
+        return covered
+    assert file is not None
+    if part == "repetition":
+        repeated = laws.repetition(file)
+        _print(f"repetition: {repeated['runs']} runs, {repeated['beyond_20_epochs']} beyond 20 epochs", _repetition(repeated))
+        return repeated
+    if part == "over-training":
+        trained = laws.over_training(file)
+        _print("over-training: fitted to five small runs per corpus, on the runs of 1.4B and 6.9B", _gadre(trained))
+        return trained
+    data = laws.read_regmix(file)
+    if part == "proposal":
+        proposal = laws.regmix_proposal(data)
+        say("\n" + json.dumps(proposal, indent=2))
+        return proposal
+    if part == "regmix":
+        scores, chosen = laws.regmix_scores(data, tell=_tell)
+        title = f"RegMix at 1M: {len(data.train)} mixtures, {len(data.test)} to predict, {len(data.domains)} domains"
+        _print(title, _scores(scores))
+        return {"scores": [asdict(score) for score in scores], "chosen": chosen}
+    draws = [laws.regmix_scores(data, 64, seed, _tell)[0] for seed in range(options.subsets)]
+    means = sorted(_means(draws), key=lambda score: score.error)
+    _print(f"RegMix at 1M from 64 mixtures, means of {options.subsets} draws", _scores(means))
+    return [asdict(score) for score in means]
+
+
+def _means(draws: Sequence[Sequence[laws.Score]]) -> list[laws.Score]:
+    """Means over draws by law."""
+    means = []
+    for name in [score.law for score in draws[0]]:
+        found = [one for draw in draws for one in draw if one.law == name]
+        covered = [one.covered for one in found if one.covered is not None]
+        rank, error, seconds = (float(np.mean([getattr(one, key) for one in found])) for key in ("rank", "error", "seconds"))
+        means.append(laws.Score(name, rank, error, float(np.mean(covered)) if covered else None, seconds))
+    return means
 
 
 def _tell(text: str) -> None:

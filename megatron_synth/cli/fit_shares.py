@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.cli.share_bounds import bounds_of
+from megatron_synth.cli.share_predictions import FEWEST_RUNS, read_asked, write_predictions
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say
@@ -30,8 +31,6 @@ from megatron_synth.study.fit.shares.trees import BoostedTrees
 from megatron_synth.study.search.optimum import minimize, objective_of
 from megatron_synth.study.search.space import make_space
 
-FEWEST_RUNS = 9
-"""From which an interval of 90 % is known."""
 SHOWN = 0.005
 """Sources that no mixture near the best has more of are left out on the console."""
 
@@ -73,6 +72,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     }
     bounds = bounds_of(options.bounds)
     make_space(points.sources, bounds=bounds)  # what is wrong with them, before any fit
+    asked_for = read_asked(options, points.sources)
     found: dict[str, ShareFit] = {}
     for name, losses in targets.items():  # every fit before any file
         try:
@@ -95,6 +95,9 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
         say(describe(result, name))
         say(describe_lowest(lowest))
         say(f"  -> {folder}/law.json, fit.png\n")
+    if asked_for is not None:
+        write_predictions(out / "predictions.csv", asked_for, found)
+        say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}\n")
     if len(found) > 1:
         say(summary(found))
     return EXIT_OK

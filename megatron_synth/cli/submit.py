@@ -23,6 +23,7 @@ from megatron_synth.parallel.placement import check_placement
 from megatron_synth.parallel.plan import Layout, plan
 from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record.run_dir import JOBS, RunDir, versions
+from megatron_synth.train.record.run_lock import refuse_used
 
 
 def main(argv: list[str]) -> int:
@@ -122,7 +123,8 @@ def _cluster(options: argparse.Namespace) -> ClusterConfig:
 
 
 def _refuse_second_job(run_dir: Path) -> None:
-    """Two jobs in one run directory would write over each other."""
+    """Two jobs in one run directory would write over each other, as would a job and who trains there without one."""
+    refuse_used(run_dir)
     jobs = [job.id for job in jobs_of(run_dir) if job.id is not None]
     active = [(job, state) for job, state in slurm.states(jobs).items() if state.active]
     if active:

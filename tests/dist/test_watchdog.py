@@ -54,6 +54,7 @@ def test_a_rank_in_trouble_is_named(
     for rank in set(range(world_size)) - {target}:
         stacks = (run / "hang" / f"rank-{rank}.txt").read_text()
         assert stacks.startswith(f"rank {rank} on ") and "step of step 8" in stacks and "loop.py" in stacks
+        assert stacks.splitlines()[2] == "MainThread, the innermost line first" and "watchdog.py" not in stacks.split("\n\n")[1]
     assert " | ".join(text.splitlines()) in (run / "events.log").read_text()
     # it resumes as from a kill; what is left of the report is not in the way
     train(run, layout, "checkpoint.interval=5")

@@ -36,12 +36,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder / "base.yaml", write_corpus(folder / "corpus"))
 
 
-def command(*arguments: str, on_device: bool = True, **more: str) -> str:
+def command(*arguments: str, on_device: bool = True, code: int = 0, **more: str) -> str:
     module = "tests.nocuda.numbers" if on_device else "megatron_synth"
     base = {**environment(build(ROOT / "build/nocuda")), "NOCUDA_NUMBERS": "1"} if on_device else dict(os.environ)
     base |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=base, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
@@ -85,6 +85,9 @@ def _numbers(printed: str) -> list[float]:
     return [float(word) for line in lines for word in line if word.replace(".", "", 1).isdigit()]
 
 
-def test_memory_of_the_host_that_cannot_be_pinned_is_a_warning(config: Path, tmp_path: Path) -> None:
-    printed = train(config, tmp_path / "run", NOCUDA_PINNED="1000")
-    assert "bytes of the host's memory could be pinned" in printed and "Training goes on" in printed
+def test_memory_of_the_host_that_cannot_be_pinned_is_a_warning_and_in_the_end_an_error(config: Path, tmp_path: Path) -> None:
+    """As a full disk is: training goes on to its last step, and then says that nothing was saved."""
+    printed = train(config, tmp_path / "run", NOCUDA_PINNED="1000", code=2)
+    warnings = [line for line in printed.splitlines() if line.startswith("warning:") and "memory could be pinned" in line]
+    assert [step in line for step, line in zip(("step 2 ", "step 4 "), warnings, strict=True)] == [True, True]
+    assert len(losses(tmp_path / "run")) == 6 and "error:" in printed

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, to tell the cost")
     verbs.add_parser("run", help="ask what has no answer yet, filter, and write the corpus; again to go on")
     verbs.add_parser("status", help="what has been made, and rejected by which reason")
-    verbs.add_parser("report", help="account, cost, figures beside natural text, and samples beside their parents")
+    verbs.add_parser("report", help="the account, the cost, and samples beside their parents")
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the synthesis file; see configs/synthesis")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
@@ -82,13 +82,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megatron_synth.synthesis.report_page import write_page
-    from megatron_synth.synthesis.status import write_report
+    from megatron_synth.synthesis.report import write_report
     from megatron_synth.synthesis.synthesis_file import load_synthesis
 
-    config = load_synthesis(arguments.file, arguments.overrides)
-    show(str(write_report(config)))
-    show(str(write_page(config)))
+    show(str(write_report(load_synthesis(arguments.file, arguments.overrides))))
     return EXIT_OK
 
 

@@ -15,6 +15,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
+#ifndef SOURCE_DIGEST
+#define SOURCE_DIGEST 0
+#endif
+
+/* Of this file, as it was compiled (setup.py): arguments of another version would be read as what they are not. */
+EXPORT int64_t source_digest(void) { return SOURCE_DIGEST; }
+
 /* ---- reads that may fail ---- */
 
 static _Thread_local sigjmp_buf *volatile armed;

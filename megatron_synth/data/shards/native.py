@@ -8,6 +8,7 @@ numpy, at about half the speed, and a read error of a memory map ends the proces
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.machinery
 import threading
 from collections.abc import Callable, Sequence
@@ -35,20 +36,40 @@ class BusError(Exception):
 
 @lru_cache(maxsize=1)
 def library() -> Library | None:
-    """The compiled functions; None where they were not compiled."""
+    """The compiled functions; None where they were not compiled, or are those of another version."""
+    path = _compiled()
+    return _loaded(path) if path is not None and _is_current(path) else None
+
+
+def _compiled() -> Path | None:
     stem = Path(__file__).parent / "_native"
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = stem.with_name(stem.name + suffix)
         if path.is_file():
-            return _loaded(path)
+            return path
     return None
+
+
+def _is_current(path: Path) -> bool:
+    """Whether the functions are those of native.c as it is now; where that is not installed they came together."""
+    source = Path(__file__).with_name("native.c")
+    if not source.is_file():
+        return True
+    digest = getattr(ctypes.CDLL(str(path)), "source_digest", None)
+    if digest is None:  # of a version that did not say
+        return False
+    digest.restype = ctypes.c_int64
+    return bool(digest() == int(hashlib.sha256(source.read_bytes()).hexdigest()[:15], 16))
 
 
 def missing() -> str | None:
     """Why numpy does the work, in words; None where the compiled functions do."""
     if library() is not None:
         return None
-    return "rows are copied by numpy, at half the speed: there was no C compiler when megatron-synth was installed"
+    slow = "rows are copied by numpy, at half the speed"
+    if _compiled() is not None:
+        return f"{slow}: the compiled functions are of another version; install megatron-synth again"
+    return f"{slow}: there was no C compiler when megatron-synth was installed"
 
 
 def _loaded(path: Path) -> Library:

@@ -134,7 +134,7 @@ class Fp8Run:
                 group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
                 torch.distributed.all_reduce(self.amax, torch.distributed.ReduceOp.MAX, group=group)
                 # one rank's infinity that the loss did not see must not stay for the length of the history
-                self.history[:, :, self.updates % self.recipe.history_len] = torch.where(self.amax.isfinite(), self.amax, 0.0)
+                self.history[:, :, self.updates % self.recipe.history_len] = self.amax.nan_to_num(0.0, 0.0, 0.0)
             self.updates += 1
             self._rescale()
         self.amax.zero_()

@@ -32,6 +32,7 @@ class NonlinearLaw:
     parameters: names in the order of theta. factors: those that stand in theta as logarithms.
     starts: starting values of each, in theta; all combinations are tried. Empty where `fit` makes them.
     fixed: values, as people give them, of parameters that are not fitted and not in `parameters`.
+    bounds: of parameters that may run away where the points do not determine them, in theta.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NonlinearLaw:
     starts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     fixed: Mapping[str, float] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def check(self, columns: Columns) -> None:
         """UserError if a column is absent, or a value is outside its range."""
@@ -104,6 +106,7 @@ def solve_each(
     from scipy.optimize import least_squares
 
     thetas, objectives, converged = [], [], []
+    limits = np.array([law.bounds.get(name, (-np.inf, np.inf)) for name in law.parameters]).T
     for place, start in enumerate(starts):
         losses = log_loss[place] if log_loss.ndim == 2 else log_loss
         own = np.ones(len(losses)) if weights is None else weights[place]
@@ -112,7 +115,8 @@ def solve_each(
                 lambda theta, losses=losses: np.nan_to_num(
                     law.value(theta, columns)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3
                 ),
-                start,
+                np.clip(start, *limits),
+                bounds=limits,
                 jac=lambda theta: np.nan_to_num(law.value(theta, columns)[1]),
                 loss=lambda squares, own=own: _weighted_huber(squares, own),
                 f_scale=delta,
@@ -183,4 +187,5 @@ def with_fixed(law: Law | NonlinearLaw, fixed: Mapping[str, float]) -> Nonlinear
         columns=law.columns,
         value=value,
         fixed={**earlier, **fixed},
+        bounds={name: ends for name, ends in (law.bounds if isinstance(law, NonlinearLaw) else {}).items() if name in free},
     )

@@ -105,6 +105,7 @@ REPETITION = NonlinearLaw(
         "alpha": (0.25, 0.35),
         "beta": (0.35, 0.45),
     },
+    bounds={"R_D": _BOUNDS, "R_N": _BOUNDS},
 )
 
 

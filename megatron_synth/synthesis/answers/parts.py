@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -110,19 +110,29 @@ class Answers:
             UserError: the disk is full or fails. Nothing of these answers is kept then, and all before is.
         """
         lines = []
-        fresh: list[tuple[str, int]] = []
+        fresh: dict[str, int] = {}
         length = 0
         for key, parents, chunk, sample, answer in found:
-            if key in self.index or any(key == other for other, _ in fresh):
+            if key in fresh or key in self.index:
                 continue
-            data = asdict(answer)
-            text = data.pop("text")
+            text = answer.text
             if not text.isascii():  # half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD
                 text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-            record = {"key": key, "parents": list(parents), "chunk": chunk, "sample": sample, **data, "text": text}
+            record = {
+                "key": key,
+                "parents": list(parents),
+                "chunk": chunk,
+                "sample": sample,
+                "finish": answer.finish,
+                "tokens_in": answer.tokens_in,
+                "tokens_out": answer.tokens_out,
+                "cached": answer.cached,
+                "seconds": round(answer.seconds, 6),
+                "text": text,
+            }
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             assert line[_KEY] == key.encode()
-            fresh.append((key, length))
+            fresh[key] = length
             lines.append(line)
             length += len(line)
         if not fresh:
@@ -130,7 +140,7 @@ class Answers:
         self._make_room()
         start = self._size
         self._write(b"".join(lines))
-        for key, offset in fresh:
+        for key, offset in fresh.items():
             self.index.add(key, (len(self._parts) - 1, start + offset))
 
     def _make_room(self) -> None:

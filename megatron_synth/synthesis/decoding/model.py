@@ -44,7 +44,7 @@ class CausalModel:
 
         What spells a special token in the text is read letter by letter: a document cannot end itself.
         """
-        ids: list[int] = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        ids: list[int] = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
         while ids and ids[-1] in self.stops:  # tokenizers that close texts: the model shall go on
             ids.pop()
         return ids

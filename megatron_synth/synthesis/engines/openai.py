@@ -176,6 +176,7 @@ class _Run:
         self._exhausted = False
         self._failure: BaseException | None = None
         self._done = asyncio.Event()
+        self._came: list[tuple[Request, Answer]] = []
 
     async def go(self) -> None:
         """Until all is answered, or cannot be.
@@ -196,6 +197,7 @@ class _Run:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+        self._flush()
         if self._failure is not None:
             raise self._failure
 
@@ -272,11 +274,11 @@ class _Run:
                 self._later(waiting)
                 return
             server.succeeded()
-            self._sink([(request, answer)])
+            self._keep(request, answer)
         elif status in REFUSALS:
             server.succeeded()
             told = f"status {status}: {engine._plain(said(body))}"
-            self._sink([(request, Answer(told, REFUSED, None, None, 0, time.perf_counter() - start))])
+            self._keep(request, Answer(told, REFUSED, None, None, 0, time.perf_counter() - start))
         elif status in FATAL:
             self._end(UserError(engine._refused(server.url, status, body)))
         elif status in BUSY:
@@ -285,6 +287,20 @@ class _Run:
         else:
             server.failed(f"status {status}: {engine._plain(said(body))}")
             self._later(waiting, after=_seconds(after))
+
+    def _keep(self, request: Request, answer: Answer) -> None:
+        """Give an answer to the sink, together with those that came at the same moment."""
+        if not self._came:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._came.append((request, answer))
+
+    def _flush(self) -> None:
+        came, self._came = self._came, []
+        if came:
+            try:
+                self._sink(came)
+            except BaseException as error:  # such as a full disk: told by the run
+                self._end(error)
 
     def _later(self, waiting: Waiting, counts: bool = True, after: float | None = None) -> None:
         """Send it again after a pause, unless its attempts are used up."""
@@ -346,6 +362,9 @@ async def _body(reply: Any) -> bytes:
     Raises:
         ValueError: it is.
     """
+    if reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES:
+        whole: bytes = await reply.read()
+        return whole
     found, size = [], 0
     async for part in reply.content.iter_any():
         size += len(part)

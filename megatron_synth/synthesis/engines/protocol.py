@@ -71,7 +71,7 @@ def parse_answer(body: bytes, api: str, seconds: float) -> Answer:
         BadAnswer: there is none in it.
     """
     try:
-        reply = json.loads(body)
+        reply = json.loads(body.decode("utf-8"))
         choice = reply["choices"][0]
         finish = choice.get("finish_reason")
         if api == "chat":

@@ -18,6 +18,7 @@ from typing import IO, Any
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import EngineConfig
 from megatron_synth.core.log import show
+from megatron_synth.core.processes import end_with_parent
 from megatron_synth.synthesis.engines.base import Capabilities, EngineGone, Sink
 from megatron_synth.synthesis.engines.openai import HttpEngine
 from megatron_synth.synthesis.engines.protocol import Shape
@@ -69,6 +70,7 @@ class VllmServer:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # its own workers end with it, and a Ctrl-C is ours to handle
+            preexec_fn=_end_with_us,
         )
         self.starts += 1
         deadline = time.monotonic() + self._engine.startup_s
@@ -160,6 +162,11 @@ class Vllm:
     def close(self) -> None:
         """Stop the server."""
         self._server.stop()
+
+
+def _end_with_us() -> None:
+    """In the process of the server: it must not keep the GPU when this program is killed."""
+    end_with_parent(signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -32,6 +32,26 @@ def test_a_machine_with_a_compiler_has_the_compiled_functions() -> None:
 
 
 @needs_compiled
+def test_functions_of_another_version_are_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of this version would be read as what they are not, and end the process."""
+    compiled = native._compiled()
+    assert compiled is not None
+    shutil.copy(compiled, tmp_path)
+    shutil.copy(compiled.with_name("native.c"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "__file__", str(tmp_path / "native.py"))
+        native.library.cache_clear()
+        assert native.library() is not None
+        (tmp_path / "native.c").write_text("/* changed since */")
+        native.library.cache_clear()
+        assert native.library() is None and "of another version; install megatron-synth again" in str(native.missing())
+        (tmp_path / "native.c").unlink()  # as where a wheel was installed
+        native.library.cache_clear()
+        assert native.library() is not None
+    native.library.cache_clear()
+
+
+@needs_compiled
 @pytest.mark.parametrize("code", sorted(TOKEN_TYPES))
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 def test_rows_of_every_token_type_are_copied_as_numpy_would(code: int, dtype: type) -> None:

@@ -224,6 +224,28 @@ def test_a_pair_of_tables_is_fitted_per_domain(
     assert json.loads((out / "x" / "law.json").read_text())["loss"] == "macro"
 
 
+def test_other_mixtures_are_predicted(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sources in another order; their losses are not known."""
+    new = mixtures(30, seed=9)
+    order = [1, 0, 3, 2]
+    head = ["run", *(f"train_{SOURCES[place]}" for place in order)]
+    asked = write(tmp_path / "new.csv", head, [[f"n{row}", *shares[order]] for row, shares in enumerate(new.shares)])
+    out = tmp_path / "out"
+    base = ["fit", str(pair[0]), "--law", "shares", "--sources", "train_*", "--losses", str(pair[1]), "--out", str(out)]
+    options = ["--loss-column", "metric/a", "--method", "additive", "--predict", str(asked)]
+    assert cli.main([*base, *options]) == 0
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows[:2]] == ["n0", "n1"]
+    np.testing.assert_allclose([float(row["metric/a"]) for row in rows], truth(new), rtol=0.03)
+    assert all(float(row["metric/a/low"]) < float(row["metric/a"]) < float(row["metric/a/high"]) for row in rows)
+    parts = new.shares[:, order][:, :-1]
+    parts = parts / parts.sum(axis=1, keepdims=True)
+    write(asked, head[:-1], [[f"n{row}", *shares] for row, shares in enumerate(parts)])
+    assert cli.main([*base, *options, "--out", str(tmp_path / "other")]) == 2
+    assert "source 'qa' stands in one of the two tables only" in capsys.readouterr().err
+
+
 def test_our_own_table_is_read_by_its_tokens(tmp_path: Path) -> None:
     points = mixtures(30, sizes=True)
     assert points.tokens is not None and points.n_params is not None

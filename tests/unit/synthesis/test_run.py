@@ -17,9 +17,10 @@ from megatron_synth.synthesis import run as run_module
 from megatron_synth.synthesis.answers.parts import keys_of, lines
 from megatron_synth.synthesis.engines.protocol import queue_of
 from megatron_synth.synthesis.engines.server import Server
+from megatron_synth.synthesis.report import write_report
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.setup import ANSWERS
-from megatron_synth.synthesis.status import status_text, write_report
+from megatron_synth.synthesis.status import status_text
 
 FAULTS = {"429": 0.06, "500": 0.06, "slow": 0.04, "drop": 0.06, "json": 0.06, "truncated": 0.06, "empty": 0.06}
 
@@ -204,9 +205,12 @@ def test_status_and_report_tell_what_was_made(synthesis):
         assert f"{found.account.asked:,} answers" in text
         assert "kept" in text
         report = write_report(config).read_text()
-        assert "## Samples beside their parents" in report
-        assert f"| asked | {found.account.asked} |" in report
-        assert "Moreover," in report
+        assert "Samples beside their parents" in report
+        assert "KL" in report
+        (first, *_) = (config.folder / "corpus" / "part-00000.jsonl").read_text().splitlines()
+        assert first
+        assert "Moreover," in report  # of the stub
+        assert report.count("<pre>") >= 10  # five samples, each beside its parent
 
 
 def test_the_record_of_a_corpus_is_checked(synthesis):

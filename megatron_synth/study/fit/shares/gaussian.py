@@ -11,6 +11,7 @@ array of M x M x K for its gradients; this one needs products of matrices alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,17 +75,15 @@ class FittedProcess:
 
     def log_predict(self, points: Mixtures) -> Floats:
         """The logarithm [M] of the predicted loss."""
-        from scipy.linalg import cho_solve
-
         between = _kernel(self.theta, self._scaled(points), self.features)
-        return np.asarray(self.outcome[0] + self.outcome[1] * (between @ cho_solve((self._factor(), True), self.target)))
+        return np.asarray(self.outcome[0] + self.outcome[1] * (between @ self._solved))
 
     def deviation(self, points: Mixtures) -> Floats:
         """Standard deviation [M] of the law's value, without the noise of a run, of log losses."""
         from scipy.linalg import solve_triangular
 
         scaled = self._scaled(points)
-        explained = solve_triangular(self._factor(), _kernel(self.theta, self.features, scaled), lower=True)
+        explained = solve_triangular(self._factor, _kernel(self.theta, self.features, scaled), lower=True)
         weight, linear = np.exp(2 * self.theta[-3]), np.exp(2 * self.theta[-1])
         own = weight + linear * (scaled**2).sum(axis=1)
         return np.asarray(self.outcome[1] * np.sqrt(np.maximum(own - (explained**2).sum(axis=0), 1e-12)))
@@ -109,6 +108,14 @@ class FittedProcess:
     def _scaled(self, points: Mixtures) -> Floats:
         return np.asarray((_features(points) - self.scaling[0]) / self.scaling[1])
 
+    @cached_property
+    def _solved(self) -> Floats:
+        """The inverse covariance of the runs times what was measured: a search asks for thousands of predictions."""
+        from scipy.linalg import cho_solve
+
+        return np.asarray(cho_solve((self._factor, True), self.target))
+
+    @cached_property
     def _factor(self) -> Floats:
         """The lower Cholesky factor of the covariance of the runs."""
         covariance = _kernel(self.theta, self.features, self.features)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.synthesis import report_page
+from megatron_synth.synthesis import report
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 from tests.support import save_tiny_causal_model
@@ -36,41 +36,30 @@ def config(synthesis: Callable[..., SynthesisConfig], tmp_path: Path) -> Synthes
 
 
 def figures(config: SynthesisConfig) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((config.folder / report_page.FIGURES).read_text())
+    found: dict[str, Any] = json.loads((config.folder / report.FIGURES).read_text())
     return found
 
 
 def test_a_corpus_that_is_its_parents(config: SynthesisConfig) -> None:
     outcome = run(config)
     assert outcome.record is not None and outcome.record.account.rejected["too_short"] > 0
-    page = report_page.write_page(config).read_text()
+    page = report.write_report(config).read_text()
     found = figures(config)
-    assert found["kl"] == pytest.approx(0, abs=1e-12) and found["novelty"]["other"] == {"1": 0, "2": 0, "4": 0, "8": 0}
-    assert found["synthetic"]["lengths"]["texts"] == outcome.record.documents == found["natural"]["lengths"]["texts"]
+    assert found["kl"] > 0  # rejected texts are natural ones, too
+    assert found["novelty"]["other"] == {"1": 0, "2": 0, "4": 0, "8": 0}
+    assert found["synthetic"]["lengths"]["texts"] == outcome.record.documents
     assert (
         found["contamination"][0]["domain"] == "web-valid"
         and found["contamination"][0]["any"] == 0 < found["contamination"][0]["texts"]
     )
     assert "other, kept" in page and '<span class="warn">too_short</span>' in page and "token-editing by model" in page
     assert f"<td>kept</td><td>{outcome.record.account.kept}</td>" in page
-    assert report_page.UNKNOWN not in page
-
-
-def test_documents_are_drawn_where_there_are_many(config: SynthesisConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = run(config)
-    assert outcome.record is not None
-    monkeypatch.setattr(report_page, "MEASURED", 5)
-    page = report_page.write_page(config).read_text()
-    assert f"from 5 of {outcome.record.documents} documents" in page and figures(config)["synthetic"]["lengths"]["texts"] == 5
-    drawn = [report_page._drawn([{"n": number} for number in range(10)], 4, seed) for seed in range(300)]
-    counts = [sum({"n": number} in one for one in drawn) for number in range(10)]
-    assert all(len(one) == 4 for one in drawn) and min(counts) > 80 and max(counts) < 160  # 120 each, 5 deviations of 8.5
 
 
 def test_no_corpus_and_none_that_is_left(config: SynthesisConfig) -> None:
     with pytest.raises(UserError, match="no finished corpus"):
-        report_page.write_page(config)
+        report.write_report(config)
     strict = config.model_copy(update={"filters": config.filters.model_copy(update={"min_words": 10_000})})
     run(strict)
     with pytest.raises(UserError, match="the corpus has no words"):
-        report_page.write_page(strict)
+        report.write_report(strict)

@@ -1,0 +1,117 @@
+"""`synthesize report`: the account, the cost, figures of the corpus beside its parents, and samples, on one page."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import megatron_synth
+from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import VALID_SUFFIX
+from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.data.preparing.readers.synthesized import CORPUS, SynthesisRecord, read_record
+from megatron_synth.synthesis.corpus import REJECTED
+from megatron_synth.synthesis.measure.corpus import Synthetic, measure_corpus
+from megatron_synth.synthesis.measure.page import Sample, render
+from megatron_synth.synthesis.parents import Parent
+from megatron_synth.synthesis.setup import Setup
+from megatron_synth.synthesis.synthesis_file import SynthesisConfig
+
+REPORT = "report.html"
+FIGURES = "figures.json"
+SAMPLES = 5
+
+
+def write_report(config: SynthesisConfig) -> Path:
+    """Write the page of a finished corpus and figures.json beside it; the path of the page. Parents are read three times.
+
+    Raises:
+        UserError: there is no finished corpus, it is damaged, or nothing was kept.
+    """
+    record = read_record(config.folder)
+    setup = Setup.of(config, export=False)
+    kept: list[Sample] = []
+    draw = random.Random(config.seed)
+
+    def documents() -> Iterator[Synthetic]:
+        entries = _entries(config.folder / CORPUS, record.files)
+        for number, (entry, parents) in enumerate(_beside(entries, setup.parents)):
+            sample = Sample(record.kind, parents, entry["text"], None)
+            # reservoir sampling: each document is as likely as any other
+            if len(kept) < SAMPLES:
+                kept.append(sample)
+            elif (place := draw.randrange(number + 1)) < SAMPLES:
+                kept[place] = sample
+            yield Synthetic(record.kind, parents, entry["text"])
+
+    try:
+        natural = (parent.text for parent in setup.parents)
+        validation = {f"{name}{VALID_SUFFIX}": setup.parents.held_out(name) for name in setup.parents.with_holdout()}
+        figures = measure_corpus(documents(), natural, validation=validation)
+    except ValueError as error:
+        raise UserError(
+            f"{config.output}: {error}; loosen the filters and give `megatron-synth synthesize run` again"
+        ) from None
+    account = {"asked": record.account.asked, "kept": record.account.kept, **record.account.rejected}
+    account |= {"refused by the engine": record.account.refused, "unanswered": record.account.unanswered}
+    title = f"{record.template['name']} by {record.generator_name}"
+    samples = [*kept, *_rejected(config.folder, record, setup.parents)]
+    made_by = f"megatron-synth {megatron_synth.__version__}; {cost_text(record)}"
+    file = config.folder / REPORT
+    write_atomic(file, render(title, figures, samples, account=account, made_by=made_by))
+    write_json(config.folder / FIGURES, asdict(figures))
+    return file
+
+
+def cost_text(record: SynthesisRecord) -> str:
+    """What a corpus has cost, in a line."""
+    cost = record.cost
+    flops = "" if cost.flops is None else f", {cost.flops:.2e} FLOPs"
+    return f"{cost.tokens_in:,} tokens read, {cost.tokens_out:,} written{flops}; {record.license}"
+
+
+def _rejected(folder: Path, record: SynthesisRecord, parents: Iterable[Parent]) -> Iterator[Sample]:
+    """The first rejected answer of each reason."""
+    seen: set[str] = set()
+    wanted = set(record.account.rejected) | ({"refused"} if record.account.refused else set())
+    for entry, texts in _beside(_entries(folder, [REJECTED]), parents):
+        reason = str(entry.get("reason"))
+        if reason not in seen:
+            seen.add(reason)
+            yield Sample(record.kind, texts, entry["text"], reason)
+        if seen >= wanted:
+            return
+
+
+def _beside(entries: Iterable[dict[str, Any]], parents: Iterable[Parent]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Entries with the texts of their parents. Both are in the order of the parents: only those of an entry are held."""
+    rest = iter(parents)
+    held: dict[str, str] = {}
+    for entry in entries:
+        wanted = entry["parents"]
+        held = {name: text for name, text in held.items() if name in wanted}
+        while not all(name in held for name in wanted):
+            parent = next(rest, None)
+            if parent is None:
+                break  # the parents are others than when the corpus was made
+            if parent.id in wanted:
+                held[parent.id] = parent.text
+        yield entry, tuple(held[name] for name in wanted if name in held)
+
+
+def _entries(folder: Path, files: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for name in files:
+        with open(folder / name, encoding="utf-8") as opened:
+            for number, line in enumerate(opened, start=1):
+                try:
+                    entry = json.loads(line)
+                    whole = isinstance(entry["text"], str) and all(isinstance(one, str) for one in entry["parents"])
+                except (ValueError, KeyError, TypeError):
+                    whole = False
+                if not whole:
+                    raise UserError(f"{folder / name}, line {number}: damaged; give `megatron-synth synthesize run` again")
+                yield entry

@@ -1,0 +1,73 @@
+"""A server that is started here: with a key, on the loopback, started again when it dies, and ended with the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.synthesis.engines import vllm
+from megatron_synth.synthesis.run import run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Path:
+    """A `vllm` on the path; the file that counts its starts."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "vllm"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.unit.synthesis.fake_vllm "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path / "starts"))
+    monkeypatch.setattr(vllm, "POLL_S", 0.02)
+    return tmp_path / "starts"
+
+
+def config(synthesis, **engine: object):
+    return synthesis(None, engine={"name": "vllm", "backoff_s": 0.02, "attempts": 100, "breaker": 3, "startup_s": 60, **engine})
+
+
+def running(output: Path) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in listed if "fake_vllm serve" in line]
+
+
+def test_a_server_that_dies_is_started_again_and_ends_with_the_run(synthesis, fake, monkeypatch):
+    monkeypatch.setenv("FAKE_DEATHS", "1")
+    settings = config(synthesis)
+    found = run(settings)
+    assert found.record is not None
+    assert found.record.account.unanswered == 0
+    assert found.record.generator["engine"] == "vllm"
+    assert fake.read_text() == "2"
+    assert not running(settings.folder)
+    assert run(settings).made == 0
+    assert fake.read_text() == "2"
+
+
+def test_a_server_that_dies_too_often_is_gone(synthesis, fake, monkeypatch):
+    monkeypatch.setenv("FAKE_DEATHS", "9")
+    found = run(config(synthesis, restarts=1, concurrency=2))
+    assert found.gone is not None
+    assert "vllm: died 2 times" in found.gone
+    assert found.made > 0
+
+
+def test_a_server_that_does_not_start_is_told(synthesis, fake, monkeypatch):
+    monkeypatch.setenv("FAKE_BROKEN", "1")
+    with pytest.raises(UserError, match=r"vllm: ended with 1 while starting; .*vllm.log says why.*out of memory, as they say"):
+        run(config(synthesis))
+
+
+def test_without_vllm_it_says_so(synthesis, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="vllm is not installed here"):
+        run(config(synthesis))
