@@ -1,13 +1,17 @@
-"""Simulated studies with known laws and noise: how often intervals hold the truth. `python -m tests.simulate` makes a table."""
+"""Simulated studies with known laws and noise: how often intervals hold the truth, and tests find what is there.
+
+`python -m tests.simulate few-runs` prints a table; so do `designs` and `collapse`.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_synth.study.fit.contrast import contrast
 from megatron_synth.study.fit.fit import Fit, fit
 from megatron_synth.study.fit.laws import LAWS, Columns, Floats
 from megatron_synth.study.fit.noise import best_measured, noise_floor
@@ -103,7 +107,91 @@ def best_measured_rate(noise: float, losses: list[float], seeds: int, draws: int
     return hits / draws, sizes / draws
 
 
-def main(draws: int) -> None:
+COLLAPSE_BUDGETS = [float(value) for value in np.geomspace(1e9, 1e11, 8)]
+
+
+def natural_loss(tokens: Floats) -> Floats:
+    """The baseline's loss of `COLLAPSE`."""
+    return np.asarray(DATA["E"] + DATA["B"] / tokens ** DATA["beta"])
+
+
+# the loss of an arm at its budgets [M], and whether that is collapse beside `natural_loss`
+COLLAPSE: dict[str, tuple[Callable[[Floats], Floats], bool]] = {
+    "the same law": (natural_loss, False),
+    "needs 0.6 of the tokens": (lambda tokens: natural_loss(tokens / 0.6), False),
+    "needs 1.7 times the tokens": (lambda tokens: natural_loss(tokens / 1.7), False),
+    "plateau from 30B": (lambda tokens: natural_loss(np.minimum(tokens, 30 * B)), True),
+    "floor 5 % higher": (lambda tokens: natural_loss(tokens) + 0.05 * DATA["E"], True),
+    "exponent 0.31": (lambda tokens: DATA["E"] + DATA["B"] * B ** (0.31 - DATA["beta"]) / tokens**0.31, True),
+}
+
+
+def collapse_rate(
+    arm: Callable[[Floats], Floats], budgets: int, seeds: int, noise: tuple[float, float], draws: int, seed: int = 0
+) -> float:
+    """How often the floor's contrast calls it collapse (one-sided, 5 %); noise of the arm and of the baseline."""
+    random, hits = np.random.default_rng(seed), 0
+    chosen = np.array(COLLAPSE_BUDGETS)[np.linspace(0, len(COLLAPSE_BUDGETS) - 1, budgets).round().astype(int)]
+    tokens = np.repeat(chosen, seeds)
+    for _ in range(draws):
+        own, base = (np.exp(scale * random.standard_normal(len(tokens))) for scale in noise)
+        floor = contrast(tokens, arm(tokens) * own, tokens, natural_loss(tokens) * base).floor
+        hits += floor is not None and floor.p < 0.05
+    return hits / draws
+
+
+FEW_RUNS = [
+    (4, 1, 0.0005),
+    (4, 1, 0.003),
+    (4, 1, 0.01),
+    (5, 1, 0.003),
+    (4, 3, 0.003),
+    (8, 3, 0.0005),
+    (8, 3, 0.01),
+    (10, 1, 0.003),
+    (10, 5, 0.01),
+]
+BEYOND = 10  # times the largest budget
+
+
+def few_runs_rates(budgets: int, seeds: int, noise: float, draws: int, seed: int = 0) -> dict[str, float]:
+    """How often the 90 % intervals of the law in D hold the truth, of its parameters and of the loss far beyond."""
+    random = np.random.default_rng(seed)
+    study = Study("data", {"tokens": np.repeat(np.geomspace(1 * B, 200 * B, budgets), seeds)}, DATA, noise)
+    far = {"tokens": [BEYOND * 200 * B]}
+    truth = {**DATA, "far": float(LAWS["data"].predict(LAWS["data"].to_theta(DATA), far)[0])}
+    hits = dict.fromkeys(truth, 0)
+    for _ in range(draws):
+        found = study.fit(random)
+        low, high = found.predict_interval(far)
+        bounds = {**found.intervals["90"], "far": [low[0], high[0]]}
+        for name, value in truth.items():
+            hits[name] += bool(bounds[name][0] <= value <= bounds[name][1])
+    return {name: count / draws for name, count in hits.items()}
+
+
+def few_runs_table(draws: int) -> None:
+    """Print the coverage with few runs."""
+    print("| budgets | seeds | noise | B | beta | E | loss at 10 times the largest D |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for budgets, seeds, noise in FEW_RUNS:
+        rates = few_runs_rates(budgets, seeds, noise, draws)
+        cells = " | ".join(f"{rates[name]:.0%}" for name in ("B", "beta", "E", "far"))
+        print(f"| {budgets} | {seeds} | {noise:.2%} | {cells} |", flush=True)
+
+
+def collapse_table(draws: int) -> None:
+    """Print how often an arm is said to fall behind, at 8 budgets x 3 seeds; of collapse with equal noise alone."""
+    noises = {"0.3 % both": (0.003, 0.003), "arm 1.5 %": (0.015, 0.003), "baseline 1.5 %": (0.003, 0.015)}
+    print("| arm | collapse | " + " | ".join(noises) + " |\n| --- | --- |" + " ---: |" * len(noises))
+    for name, (arm, collapses) in COLLAPSE.items():
+        chosen = list(noises.values())[: 1 if collapses else None]
+        cells = [f"{collapse_rate(arm, 8, 3, noise, draws):.1%}" for noise in chosen]
+        cells += [""] * (len(noises) - len(cells))
+        print(f"| {name} | {'yes' if collapses else 'no'} | {' | '.join(cells)} |", flush=True)
+
+
+def designs_table(draws: int) -> None:
     """Print how often 90 % intervals hold the truth."""
     print("| study | noise | " + "coverage of 90 % intervals |\n| --- | ---: | --- |")
     for name, study in STUDIES.items():
@@ -119,5 +207,10 @@ def main(draws: int) -> None:
         print(f"| best ratio at N {n / B:g}B, D {d / B:g}B (true: {truth:.2f}) | {study.noise:.1%} | {rate:.1%} |", flush=True)
 
 
+TABLES = {"designs": designs_table, "few-runs": few_runs_table, "collapse": collapse_table}
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    if not sys.argv[1:] or sys.argv[1] not in TABLES:
+        sys.exit(f"usage: python -m tests.simulate {'|'.join(TABLES)} [DRAWS]")
+    TABLES[sys.argv[1]](int(sys.argv[2]) if len(sys.argv) > 2 else 200)

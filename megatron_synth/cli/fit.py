@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
 from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
+from megatron_synth.study.fit.diagnostics import Diagnostic, dependent_rows
 from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS
 from megatron_synth.study.fit.row_filter import number
-from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, law_columns, loss_columns, read_table
+from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, find_column, law_columns, loss_columns, read_table
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
 SHARES = "shares"
+RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
 CLI_AGGREGATES = ("macro", "worst")
 
 
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--where", metavar="RULE", help="use only these rows")
     add("--group", metavar="COLUMN", help="one fit per value of this column, such as arm")
+    add("--cluster", metavar="COLUMN", help="rows of one value depend on each other, such as checkpoints of one run")
     add("--n-column", metavar="NAME", help="model sizes; guessed by default, as are the following")
     add("--tokens-column", metavar="NAME", help="training tokens")
     add(
@@ -129,6 +133,8 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
     digest = hashlib.sha256(options.runs.read_bytes()).hexdigest()
     if options.where:
         runs = runs.where(options.where)
+    if options.cluster is not None:
+        find_column(runs, "cluster", options.cluster, "--cluster")
     groups = {"": runs} if options.group is None else runs.groups(options.group)
     losses = loss_columns(runs, options.loss_column)
     if options.aggregate and len(losses) < 2:
@@ -143,6 +149,8 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
             result = _fit(law, job, options)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name else str(error)) from None
+        if options.cluster is None:
+            result = replace(result, warnings=(*result.warnings, *_dependent(rows)))
         about = {
             "data": {
                 "file": str(options.runs),
@@ -152,6 +160,8 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
                 "where": options.where,
                 "columns": {**job["read_from"], "loss": job["named"]},
                 "dropped_lines": [int(rows.lines[index]) for index in result.dropped],
+                "repeated_lines": [int(rows.lines[index]) for index in result.repeated],
+                "cluster": options.cluster,
             },
             "command": shlex.join(["megatron-synth", "fit", *argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -200,10 +210,19 @@ def _jobs(
                         "named": named,
                         "extra": rows.values(),
                         "epochs": epochs_of(rows),
+                        "cluster": None if options.cluster is None else rows.texts[options.cluster],
                     },
                 )
             )
     return jobs
+
+
+def _dependent(rows: Table) -> list[Diagnostic]:
+    """The warning that a column which names runs has a value more than once."""
+    for column, texts in rows.texts.items():
+        if column.lower() in RUN_COLUMNS and len(set(texts)) < len(texts):
+            return [dependent_rows(column, len(texts), len(set(texts)))]
+    return []
 
 
 def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
@@ -218,6 +237,7 @@ def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
         holdout=options.holdout,
         bootstraps=options.bootstraps,
         seed=options.seed,
+        cluster=job["cluster"],
         epochs=job["epochs"],
         extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
         progress=_progress() if sys.stderr.isatty() else None,
@@ -252,11 +272,16 @@ def describe(result: Fit, name: str = "") -> str:
         if parameter not in result.law.parameters:
             rows.append((parameter, f"{value:.6g}", "held fixed", "", ""))
             continue
-        bounds = (result.intervals[level][parameter] for level in result.intervals)
+        bounds = [result.intervals[level][parameter] for level in result.intervals if parameter in result.intervals[level]]
         spans = [f"{low:.5g} to {high:.5g}" for low, high in bounds] or ["", ""]
-        error = f"{result.standard_errors[parameter]:.3g}" if result.standard_errors else ""
+        error = f"{result.standard_errors[parameter]:.3g}" if parameter in result.standard_errors else ""
+        if parameter in result.undetermined:
+            error = "not determined"
+        error += " *" if parameter in result.tails else ""
         rows.append((parameter, f"{value:.6g}", error, *spans))
     lines.append(table(rows))
+    if result.tails:
+        lines.append("  * half the central 68 % of the bootstraps: a few draws far out would rule the standard deviation")
     lines.append(
         f"  objective {result.objective:.10f} on {len(result.points)} points ({len(result.dropped)} dropped), mean absolute "
         f"relative error {result.mean_absolute_relative_error:.3%}; {result.starts.at_best} of {result.starts.total} starts "

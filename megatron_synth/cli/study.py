@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -103,6 +104,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     repeated = worth_table(seen)
     if repeated:
         say(f"\n{repeated}")
+    if importlib.util.find_spec("scipy") is None:
+        say("\nWhat it will be able to show: with scipy only, which megatron-synth[study] brings")
+        return EXIT_OK
+    from megatron_synth.study.fit.power import power_text
+
+    budgets: dict[str, list[float]] = {}
+    for run in runs:
+        budgets.setdefault(run.size, []).append(float(run.tokens))
+    say("\n" + power_text({size: sorted(set(tokens)) for size, tokens in budgets.items()}, len(study.seeds)))
     return EXIT_OK
 
 

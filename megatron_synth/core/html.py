@@ -34,9 +34,10 @@ figcaption { max-width:90ch; margin-top:6px; } .scroll { overflow-x:auto; margin
 table { border-collapse:collapse; font-size:14px; font-variant-numeric:tabular-nums; }
 th, td { text-align:right; padding:5px 12px 5px 0; border-bottom:1px solid var(--faint); }
 th, td { white-space:nowrap; vertical-align:top; }
-th:first-child, td:first-child { text-align:left; } th { color:var(--gray); font-weight:600; }
+th:first-child, td:first-child { text-align:left; }
+thead th { color:var(--gray); font-weight:600; } tbody th { font-weight:400; }
 .wide { white-space:normal; text-align:left; width:46ch; }
-tr:target td { background:color-mix(in srgb,var(--accent) 18%,transparent); }
+tr:target :is(td,th) { background:color-mix(in srgb,var(--accent) 18%,transparent); }
 details { margin:8px 0; } summary { cursor:pointer; color:var(--accent); font-size:14px; } td details { margin:0; }
 td details p { max-width:36ch; white-space:normal; font-size:12px; line-height:1.5; }
 .warn { color:var(--warn); } .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:7px; }
@@ -70,13 +71,18 @@ def document(title: str, parts: Iterable[Markup | str], style: str = "") -> str:
     )
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> Markup:
-    """A table; cells that are not `Markup` are text. anchors: an id for each row."""
-    top = Markup("").join(html("<th>{}</th>", head) for head in heads)
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = (), *, row_heads: bool = False
+) -> Markup:
+    """A table; cells that are not `Markup` are text. anchors: an id for each row. row_heads: its first cell names a row."""
+    top = Markup("").join(html('<th scope="col">{}</th>', head) for head in heads)
     lines = []
     for number, row in enumerate(rows):
         anchor = html(' id="{}"', anchors[number]) if anchors else ""
-        lines.append(html("<tr{}>{}</tr>", anchor, Markup("").join(html("<td>{}</td>", cell) for cell in row)))
+        heads_of_row = 1 if row_heads else 0
+        cells = [html('<th scope="row">{}</th>', cell) for cell in row[:heads_of_row]]
+        cells += [html("<td>{}</td>", cell) for cell in row[heads_of_row:]]
+        lines.append(html("<tr{}>{}</tr>", anchor, Markup("").join(cells)))
     body = Markup("").join(lines)
     return html('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>', top, body)
 

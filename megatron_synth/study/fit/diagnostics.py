@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Floats
+from megatron_synth.study.fit import between_ratios
+from megatron_synth.study.fit.bootstrap import FEWEST_CLUSTERS
+from megatron_synth.study.fit.catalog import AnyLaw
+from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Columns, Floats
 
 if TYPE_CHECKING:
     from megatron_synth.study.fit.fit import Fit
@@ -23,6 +26,10 @@ UNKNOWN_EXPONENT = 0.5  # standard error of an exponent, relative
 FLOOR_SHARE = 0.01  # of the lowest loss
 RARE_START = 3  # fewer starts than this at the best optimum
 OPTIMA_DISTANCE = 2.0  # standard errors between two optima
+PART_OF = 1e-3  # part of a parameter in a free direction from which it is not determined
+NOTICED = 1e-2  # change of a prediction along a free direction, in units of the points' own
+SPARE_CLUSTERS = 10
+UNEQUAL = 1e-3  # p-value of Bartlett's test, which finds long tails, too
 NEEDED = 0.05  # p-value below which a law's extra parameter is needed
 REJECTED = 0.01  # p-value of the lack-of-fit test, and of the hold-out's
 
@@ -32,8 +39,8 @@ class Diagnostic:
     """One reason for doubt.
 
     code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected`,
-    `holdout-missed`, `simpler-law-does` or `repetition-ignored`; of laws over shares also `source-rarely-seen` or
-    `explains-nothing`.
+    `holdout-missed`, `simpler-law-does`, `repetition-ignored`, `no-interval`, `equal-rows`, `dependent-rows`, `few-clusters`,
+    `unequal-noise` or `wild-between-ratios`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
     message: with numbers, for people.
     """
 
@@ -59,12 +66,14 @@ def find(
     errors = log_errors(fit)
     return (
         *_points(fit, settings),
+        *_rows(fit),
         *_flatness(fit, errors),
         *_floor(fit),
+        *_between(fit),
         *_starts(fit, errors, other_optima),
         *_signs(fit),
-        *_lack_of_fit(fit, solve, settings),
-        *_holdout(fit),
+        *_unequal_noise(fit, settings),
+        *(() if fit.clusters else (*_lack_of_fit(fit, solve, settings), *_holdout(fit))),
         *repetition_ignored(None if UNIQUE_TOKENS in fit.law.columns else epochs),
     )
 
@@ -76,18 +85,38 @@ def log_errors(fit: Fit) -> Floats:
     stays where it started.
     """
     slopes = fit.law.gradient(fit.theta, fit.columns)  # [M, P]
-    scale = np.linalg.norm(slopes, axis=0)
-    scaled = slopes / np.where(scale > 0, scale, 1)
-    _, singular, directions = np.linalg.svd(scaled, full_matrices=True)
-    values = np.zeros(len(directions))
-    values[: len(singular)] = singular
-    free = (np.abs(directions[values < SINGULAR * values[0]]) > 0.1).any(axis=0)
     covariance, _ = least_squares_covariance(slopes, fit.residuals)
     errors = np.sqrt(np.diag(covariance))
     if len(fit.theta_samples) > 20:
         low, high = np.percentile(fit.theta_samples, [15.87, 84.13], axis=0)
         errors = np.maximum(errors, (high - low) / 2)
-    return np.where(free | (scale == 0), np.inf, errors)
+    free = [name in fit.undetermined for name in fit.law.parameters]
+    return np.where(free, np.inf, errors)
+
+
+def free_directions(law: AnyLaw, theta: Floats, columns: Columns) -> Floats:
+    """Directions [P, F] in theta along which no prediction at the points changes.
+
+    Their length is that which changes the predictions by 1, in the root of the sum of squares, if each parameter did so alone.
+    """
+    scale, free = _free(law.gradient(theta, columns))
+    return np.asarray(free.T / np.where(scale > 0, scale, 1.0)[:, None])
+
+
+def undetermined(law: AnyLaw, theta: Floats, columns: Columns) -> tuple[str, ...]:
+    """Parameters that can be changed, together with others, without changing any prediction at the points."""
+    scale, free = _free(law.gradient(theta, columns))
+    loose = (np.abs(free) > PART_OF).any(axis=0) | (scale == 0)
+    return tuple(name for name, is_loose in zip(law.parameters, loose, strict=True) if is_loose)
+
+
+def _free(slopes: Floats) -> tuple[Floats, Floats]:
+    """The length [P] of each parameter's slopes [M, P], and the directions [F, P] in units of these without any slope."""
+    scale = np.linalg.norm(slopes, axis=0)
+    _, singular, directions = np.linalg.svd(slopes / np.where(scale > 0, scale, 1), full_matrices=True)
+    values = np.zeros(len(directions))
+    values[: len(singular)] = singular
+    return scale, np.asarray(directions[values < SINGULAR * max(values[0], 1e-300)])
 
 
 def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
@@ -96,7 +125,13 @@ def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
         yield Diagnostic(
             "few-points",
             f"{len(settings)} points at {distinct} different settings for {parameters} parameters: little or nothing is left "
-            "to contradict the law, and intervals are too narrow",
+            "to contradict the law",
+        )
+    if len(settings) <= parameters:
+        yield Diagnostic(
+            "no-interval",
+            f"{len(settings)} points for {parameters} parameters leave nothing to estimate the scatter from, so there is no "
+            "interval; run more seeds or settings",
         )
     for column, name in ((N_PARAMS, "model sizes"), (TOKENS, "budgets")):
         if column in fit.columns:
@@ -107,6 +142,48 @@ def _points(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
                     f"{name} span a factor of {values.max() / values.min():.2g} only, below {NARROW:g}: an exponent read from "
                     "that says little outside",
                 )
+
+
+def _rows(fit: Fit) -> Iterator[Diagnostic]:
+    if len(fit.repeated):
+        shown = ", ".join(str(index) for index in fit.repeated[:5]) + (", ..." if len(fit.repeated) > 5 else "")
+        yield Diagnostic(
+            "equal-rows",
+            f"{len(fit.repeated)} rows (counted from 0: {shown}) equal an earlier one to the last digit of the loss: no other "
+            "seed does that, so each counts once; remove them from the table",
+        )
+    if fit.clusters is not None and fit.clusters < len(fit.law.parameters) + SPARE_CLUSTERS:
+        what = "there is no interval" if fit.clusters < FEWEST_CLUSTERS else "intervals may be too narrow"
+        yield Diagnostic("few-clusters", f"{fit.clusters} clusters for {len(fit.law.parameters)} parameters: {what}")
+
+
+def _unequal_noise(fit: Fit, settings: NDArray[np.int64]) -> Iterator[Diagnostic]:
+    """Bartlett's test of equal scatter between seeds, and the scatter of the loudest and quietest third of the settings."""
+    from scipy.stats import bartlett
+
+    logs = np.log(fit.loss)
+    groups = [logs[settings == number] for number in np.unique(settings)]
+    groups = [group for group in groups if len(group) > 1 and np.ptp(group) > 0]
+    if len(groups) < 2 or bartlett(*groups).pvalue >= UNEQUAL:
+        return
+    spreads = sorted(float(np.std(group, ddof=1)) for group in groups)
+    third = max(len(spreads) // 3, 1)
+    times = float(np.sqrt(np.mean(np.square(spreads[-third:])) / np.mean(np.square(spreads[:third]))))
+    yield Diagnostic(
+        "unequal-noise",
+        f"the loudest third of the settings scatters {times:.0f} times as much between seeds as the quietest: intervals take "
+        "all points to scatter alike, so they are too narrow where it is loud",
+    )
+
+
+def _between(fit: Fit) -> Iterator[Diagnostic]:
+    times = float(between_ratios.excess(fit.law, fit.theta[None], fit.columns)[0])
+    if times > 1:
+        yield Diagnostic(
+            "wild-between-ratios",
+            f"between the ratios that were run the law leaves their losses {times:.2g} times as far as a smooth curve may: "
+            "it says nothing about the best ratio",
+        )
 
 
 def _flatness(fit: Fit, errors: Floats) -> Iterator[Diagnostic]:
@@ -130,7 +207,7 @@ def _floor(fit: Fit) -> Iterator[Diagnostic]:
     if "E" not in fit.law.parameters:
         return
     floor, lowest = fit.params["E"], float(fit.loss.min())
-    bound = fit.intervals["95"]["E"][0] if fit.intervals else floor
+    bound = fit.intervals["95"]["E"][0] if "E" in fit.intervals.get("95", {}) else floor
     if min(floor, bound) < FLOOR_SHARE * lowest:
         yield Diagnostic(
             "floor-at-zero",
@@ -218,7 +295,7 @@ def _lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> Iterat
         yield Diagnostic(
             "law-rejected",
             f"the points miss the law by more than the seeds scatter (lack of fit, F({free}, {pure}), p = {p:.1g}): the law is "
-            "wrong for these runs",
+            "wrong for these runs, and intervals do not know that",
         )
 
 
@@ -264,6 +341,15 @@ def _holdout(fit: Fit) -> Iterator[Diagnostic]:
         "holdout-missed",
         f"held-out points are missed by {outside:.2%} on average (predicted {side} measured by {abs(signed):.2%}, "
         f"p = {p:.1g}), points fitted to by {inside:.2%}: the law does not extrapolate here",
+    )
+
+
+def dependent_rows(column: str, rows: int, values: int) -> Diagnostic:
+    """The warning of a table in which `values` names of runs stand in `rows` rows."""
+    return Diagnostic(
+        "dependent-rows",
+        f"column '{column}' has {values} values in {rows} rows: rows of one run depend on each other, and intervals are too "
+        f"narrow by far; use one row per run, or `--cluster {column}`",
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.study.fit import bootstrap, diagnostics
+from megatron_synth.study.fit import between_ratios, bootstrap, diagnostics
 from megatron_synth.study.fit.catalog import AnyLaw, law_named
 from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.laws import Columns, Floats
@@ -27,6 +27,8 @@ SIMPLER = {"rectified": "data"}  # laws with a special case that is a law of its
 SIMPLE_STARTS = 60
 SINGLE_STARTS = 24  # of a law that is fitted one start at a time
 MOST_OPTIMA, OPTIMUM_MARGIN = 3, 1.05  # optima that a bootstrap starts from, and how much higher than the best they may be
+
+BOUNDED_MARGIN = 2.0  # how much higher an optimum may be that keeps to the measured ratios than one that does not
 
 Progress = Callable[[str, int, int], object]
 
@@ -67,8 +69,12 @@ class Fit:
 
     params: by name, factors as they are (not as logarithms); those held fixed, too.
     objective: sum of Huber's losses of the log residuals over the points fitted to.
-    standard_errors, intervals: by bootstrap; empty without one. Intervals by level ("90", "95") and parameter.
+    standard_errors, intervals: by bootstrap; empty without one, and where nothing is left to estimate the scatter from.
+        Intervals by level ("90", "95") and parameter; parameters that the points do not determine have neither.
     points, dropped: indices of the rows fitted to, and of those left out for their high loss.
+    repeated: indices of rows that are equal to an earlier one in every column of the law and in the loss; each counts once.
+    tails: parameters whose standard error is half the central 68 % of the bootstraps, as few draws would rule it.
+    free: [P, F], directions in theta along which no prediction at the points changes.
     residuals: log(loss) - log(predicted) [M] of the points fitted to.
     theta, theta_samples: [P] and [bootstraps, P], internal parameters (logarithms of factors).
     columns: the columns [M] of the points fitted to.
@@ -90,6 +96,15 @@ class Fit:
     theta_samples: Floats = field(repr=False)
     columns: dict[str, Floats] = field(repr=False)
     loss: Floats = field(repr=False)
+    repeated: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tails: tuple[str, ...] = ()
+    free: Floats = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
+    clusters: int | None = None
+
+    @property
+    def undetermined(self) -> tuple[str, ...]:
+        """Parameters that can be changed, together with others, without changing any prediction at the points."""
+        return diagnostics.undetermined(self.law, self.theta, self.columns)
 
     @property
     def samples(self) -> Floats:
@@ -113,11 +128,22 @@ class Fit:
     def predict_interval(self, columns: Columns, level: float = 90) -> tuple[Floats, Floats]:
         """Lower and upper ends [M] of the interval of the law's value, `level` in percent.
 
-        Of the fitted curve: a single run scatters around it by its seed besides.
+        Of the fitted curve: a single run scatters around it by its seed besides. Not a number where the points do not determine
+        the prediction.
         """
         if not len(self.theta_samples):
-            raise UserError("no interval without bootstraps; fit with bootstraps=1000 or so")
-        return bootstrap.interval(self.predict_samples(columns), level)
+            raise UserError("no interval without bootstraps (bootstraps=1000 or so), or with no more points than parameters")
+        low, high = bootstrap.interval(self.predict_samples(columns), level)
+        known = self.determines(columns)
+        return np.where(known, low, np.nan), np.where(known, high, np.nan)
+
+    def determines(self, columns: Columns) -> NDArray[np.bool_]:
+        """Whether the points determine the loss [M] at other points."""
+        slopes = self.law.gradient(self.theta, columns)
+        if not self.free.size:
+            return np.ones(len(slopes), dtype=bool)
+        limit = diagnostics.NOTICED / np.sqrt(len(self.points))
+        return np.asarray((np.abs(slopes @ self.free) < limit).all(axis=1))
 
     def to_json(self) -> dict[str, Any]:
         """What law.json holds."""
@@ -133,6 +159,10 @@ class Fit:
             "bootstraps": len(self.theta_samples),
             "points": len(self.points),
             "dropped": [int(index) for index in self.dropped],
+            "repeated": [int(index) for index in self.repeated],
+            "undetermined": list(self.undetermined),
+            "standard_errors_of_central_68": list(self.tails),
+            "clusters": self.clusters,
             "mean_absolute_relative_error": self.mean_absolute_relative_error,
             "holdout": None if self.holdout is None else self.holdout.to_json(),
             "starts": dict(self.starts.__dict__),
@@ -152,6 +182,7 @@ def fit(
     holdout: str | ArrayLike | None = None,
     bootstraps: int = 1000,
     seed: int = 0,
+    cluster: Sequence[Any] | None = None,
     extra: Mapping[str, Sequence[Any]] | None = None,
     epochs: ArrayLike | None = None,
     progress: Progress | None = None,
@@ -169,6 +200,8 @@ def fit(
         holdout: points to predict, not to fit: a mask [M], or a rule such as `tokens>100e9`.
         bootstraps: draws for the intervals; 0 for none.
         seed: of the draws.
+        cluster: labels [M]; points of one label depend on each other, such as checkpoints of one run. Intervals then come from
+            clusters, and the tests of lack of fit and of the hold-out, which take points to be independent, are left out.
         extra: other columns [M] that a hold-out rule may name.
         epochs: [M], how often each run saw its text, for the warning that the law does not know it.
         progress: called with what is done, how much of it, and of how much.
@@ -185,7 +218,11 @@ def fit(
     if holdout is not None:
         rule = holdout if isinstance(holdout, str) else "a given mask"
         out = holdout_mask(holdout, {**columns, "loss": losses, **(extra or {})}, len(losses))
-    kept, dropped = _split(losses, np.flatnonzero(~out), drop_highest_loss)
+    inside = np.flatnonzero(~out)
+    repeated = inside[_equal_to_earlier({name: array[inside] for name, array in values.items()}, losses[inside])]
+    kept, dropped = _split(losses, np.setdiff1d(inside, repeated), drop_highest_loss)
+    clusters = None if cluster is None else _numbered(cluster, len(losses))[kept]
+    clusters = None if clusters is None else np.unique(clusters, return_inverse=True)[1].reshape(-1)
     used = {name: array[kept] for name, array in values.items()}
     chosen = chosen.reduced(used)
     used = {name: used[name] for name in chosen.columns}
@@ -200,17 +237,19 @@ def fit(
     log_loss = np.log(losses[kept])
     solve = Solver(chosen, used, log_loss)
     found = solve(grid, delta, progress=_counter(progress, "starts", len(grid)))
+    found = _bounded(found, chosen, used)
     optima = distinct_optima(found)
     best = solve(found.theta[optima[:1]], delta, iterations=300, tolerance=1e-15)
     theta, objective = best.theta[0], float(best.objective[0])
     samples: Floats = np.zeros((0, len(theta)))
     if bootstraps:
-        weights = bootstrap.draw_weights(len(kept), bootstraps, seed)
         centers = np.vstack([theta, found.theta[optima[1:]]])
-        advance = _counter(progress, "bootstraps", len(weights) * len(centers))
-        samples = bootstrap.resample(solve, centers, delta, weights, advance)
-    errors, intervals = bootstrap.summary(chosen, samples) if bootstraps > 1 else ({}, {})
-    at_best = int((found.objective <= objective * (1 + SAME_OBJECTIVE) + 1e-30).sum())
+        advance = _counter(progress, "bootstraps", bootstraps * len(centers))
+        samples = bootstrap.draw(solve, centers, delta, bootstraps, seed, clusters=clusters, progress=advance)
+    loose = diagnostics.undetermined(chosen, theta, used)
+    errors, intervals, tails = bootstrap.summary(chosen, samples, loose) if len(samples) > 1 else ({}, {}, ())
+    lowest = float(found.objective[optima[0]])  # of the starts, as the last steps below go lower than any of them
+    at_best = int((found.objective <= lowest * (1 + SAME_OBJECTIVE) + 1e-30).sum())
     result = Fit(
         law=chosen,
         params={**getattr(chosen, "fixed", {}), **chosen.to_params(theta)},
@@ -228,6 +267,10 @@ def fit(
         theta_samples=samples,
         columns=used,
         loss=losses[kept],
+        repeated=repeated,
+        tails=tails,
+        free=diagnostics.free_directions(chosen, theta, used),
+        clusters=None if clusters is None else len(np.unique(clusters)),
     )
     other_optima = found.theta[optima[1:]], found.objective[optima[1:]]
     seen = None if epochs is None else _column("epochs", epochs, len(losses))[kept]
@@ -296,6 +339,36 @@ def distinct_optima(found: Solutions) -> list[int]:
         if found.converged[index] and value > found.objective[kept[-1]] * (1 + SAME_OBJECTIVE):
             kept.append(int(index))
     return kept
+
+
+def _bounded(found: Solutions, law: AnyLaw, columns: Columns) -> Solutions:
+    """The solutions without those that leave the measured ratios far behind, where others are nearly as low.
+
+    With few ratios a law in the ratio has optima that fit the scatter by a spike between two ratios.
+    """
+    wild = between_ratios.excess(law, found.theta, columns) > 1
+    tame = ~wild & found.converged
+    if not wild.any() or not tame.any() or found.objective[tame].min() > BOUNDED_MARGIN * found.objective.min():
+        return found
+    return Solutions(found.theta[~wild], found.objective[~wild], found.converged[~wild])
+
+
+def _equal_to_earlier(columns: Mapping[str, Floats], losses: Floats) -> NDArray[np.int64]:
+    """Positions of the points that equal an earlier one in every column and in the loss, to the last digit.
+
+    Seeds never do. A loss of four digits or fewer may, by rounding: it is no sign.
+    """
+    rows = np.stack([*columns.values(), losses], axis=1)
+    first = np.unique(rows, axis=0, return_index=True)[1]
+    later = np.setdiff1d(np.arange(len(losses)), first)
+    precise = np.array([float(f"{loss:.4g}") != loss for loss in losses[later]], dtype=bool)
+    return np.asarray(later[precise] if len(later) else later, dtype=np.int64)
+
+
+def _numbered(labels: Sequence[Any], points: int) -> NDArray[np.int64]:
+    if len(labels) != points:
+        raise UserError(f"cluster: expected {points} labels, one per loss, got {len(labels)}")
+    return np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def holdout_mask(holdout: str | ArrayLike, columns: Mapping[str, Any], points: int) -> NDArray[np.bool_]:

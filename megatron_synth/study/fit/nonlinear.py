@@ -102,16 +102,19 @@ def solve_each(
     steps: int = _STEPS,
     progress: Callable[[int], object] | None = None,
 ) -> Solutions:
-    """Minimize from every start [S, P], each with its own weights [S, M] where they are given."""
+    """Minimize from every start [S, P], each with its own weights [S, M] and log losses [S, M] where they are given so."""
     from scipy.optimize import least_squares
 
     thetas, objectives, converged = [], [], []
     limits = np.array([law.bounds.get(name, (-np.inf, np.inf)) for name in law.parameters]).T
     for place, start in enumerate(starts):
-        own = np.ones(len(log_loss)) if weights is None else weights[place]
+        losses = log_loss[place] if log_loss.ndim == 2 else log_loss
+        own = np.ones(len(losses)) if weights is None else weights[place]
         with np.errstate(over="ignore", invalid="ignore"):
             found = least_squares(
-                lambda theta: np.nan_to_num(law.value(theta, columns)[0] - log_loss, nan=1e3, posinf=1e3, neginf=-1e3),
+                lambda theta, losses=losses: np.nan_to_num(
+                    law.value(theta, columns)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3
+                ),
                 np.clip(start, *limits),
                 bounds=limits,
                 jac=lambda theta: np.nan_to_num(law.value(theta, columns)[1]),

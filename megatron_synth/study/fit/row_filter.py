@@ -29,7 +29,8 @@ def matching(rule: str, columns: Mapping[str, ArrayLike | Sequence[Any]], rows: 
     """Which of the rows [M] the rule chooses.
 
     A rule is comparisons (`name OP value`, OP one of >= <= == != > <), joined by `and` and `or`; `and` binds more tightly.
-    A value is a number, also as 100e9, 100B or 1/3, or, with == and !=, a text.
+    A value is a number, also as 100e9, 100B or 1/3, or, with == and !=, a text. Where a column of numbers has no number (nan)
+    no comparison chooses the row.
 
     Raises:
         UserError: the rule cannot be read, or names no column.
@@ -70,7 +71,7 @@ def _compare(comparison: str, rule: str, columns: Mapping[str, ArrayLike | Seque
             raise UserError(f"rule '{rule}': column '{name}' holds numbers; '{text}' is none")
         if sign in ("==", "!="):  # a third in a file is 0.333333
             equal = np.isclose(values.astype(np.float64), value, rtol=1e-6, atol=0)
-            return np.asarray(equal if sign == "==" else ~equal, dtype=bool)
+            return np.asarray(equal if sign == "==" else ~equal & ~np.isnan(values.astype(np.float64)), dtype=bool)
         return np.asarray(_OPERATORS[sign](values, value), dtype=bool)
     if sign not in ("==", "!="):
         raise UserError(f"rule '{rule}': column '{name}' holds text, which can only be compared with == and !=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAM
 from megatron_synth.study.fit.row_filter import matching, number
 
 FLOPS, LOSS, EPOCHS = "flops", "loss", "epochs"
+EMPTY = ("", "nan", "na", "n/a", "null", "none")
+"""Cells, in lower case, that hold no number where the others of their column do."""
 MAX_BYTES = 2**28
 """Of a table of runs."""
 
@@ -56,19 +59,21 @@ class Table:
         for row, text in enumerate(self.texts[column]):
             value = number(text)
             if value is None:
+                rule = f"{column}>0" if text.lower() in EMPTY else f"{column}!={text}"
                 raise UserError(
                     f"{self.path}, line {self.lines[row]}: column '{column}' holds '{text}', expected a number; "
-                    "choose rows with --where"
+                    f"choose rows with --where '{rule}'"
                 )
             values[row] = value
         return values
 
     def values(self) -> dict[str, Floats | list[str]]:
-        """Every column, as numbers [M] where all its cells are numbers and as text otherwise."""
+        """Every column, as numbers [M] where all its cells are numbers or empty (then nan), and as text otherwise."""
         result: dict[str, Floats | list[str]] = {}
         for name, texts in self.texts.items():
-            found = [number(text) for text in texts]
-            result[name] = texts if None in found else np.array(found, dtype=np.float64)
+            found = [math.nan if text.lower() in EMPTY else number(text) for text in texts]
+            numeric = None not in found and not all(text.lower() in EMPTY for text in texts)
+            result[name] = np.array(found, dtype=np.float64) if numeric else texts
         return result
 
     def where(self, rule: str) -> Table:

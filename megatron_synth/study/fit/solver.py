@@ -28,12 +28,18 @@ class Solver:
         delta: float,
         *,
         weights: Floats | None = None,
+        log_loss: Floats | None = None,
         iterations: int = 100,
         tolerance: float = 1e-10,
         progress: Callable[[int], object] | None = None,
     ) -> Solutions:
-        """The end of every start [S, P]; weights [S, M]. Iterations and tolerance are those of the Newton method."""
+        """The end of every start [S, P].
+
+        Weights are [S, M], and so are log losses that take the place of those measured. Iterations and tolerance are those of
+        the Newton method.
+        """
+        losses = self.log_loss if log_loss is None else log_loss
         if isinstance(self.law, NonlinearLaw):
-            return solve_each(self.law, self.columns, self.log_loss, starts, delta, weights=weights, progress=progress)
+            return solve_each(self.law, self.columns, losses, starts, delta, weights=weights, progress=progress)
         options = {"weights": weights, "iterations": iterations, "tolerance": tolerance, "progress": progress}
-        return solve(self.law.design(self.columns), self.log_loss, starts, delta, **options)  # type: ignore[arg-type]
+        return solve(self.law.design(self.columns), losses, starts, delta, **options)  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.study.fit.contrast import Contrast, contrast
+from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.fit import Fit, Holdout, fit
 from megatron_synth.study.fit.noise import MeasuredBest, Noise, Trend, best_measured, holm, noise_floor, trend
 from megatron_synth.study.plan.study_file import Study
@@ -27,6 +29,9 @@ from megatron_synth.study.report.collect import Row
 LEVEL = 90.0
 _STARTS = 600
 """Of the grid of a law at most; only the joint law's is larger."""
+_REJECTED = ("law-rejected", "wild-between-ratios", "holdout-missed")
+_ENOUGH_FREEDOM = 4
+"""Degrees of freedom from which the scatter of some runs is their own."""
 _ENOUGH = 3
 """Different budgets (sizes, ratios) from which a law in them is tried."""
 
@@ -42,6 +47,18 @@ class Fitted:
     problem: str = ""
     holdout: Holdout | None = None
     """How the same law, fitted to the smaller budgets or sizes alone, predicts the largest."""
+    held_doubts: tuple[Diagnostic, ...] = ()
+    """What that second fit says of its hold-out."""
+
+    @property
+    def doubts(self) -> tuple[Diagnostic, ...]:
+        """All that speaks against the law, its hold-out included."""
+        return () if self.fit is None else (*self.fit.warnings, *self.held_doubts)
+
+    @property
+    def rejected(self) -> tuple[str, ...]:
+        """Codes of the doubts for which the law answers nothing."""
+        return tuple(dict.fromkeys(doubt.code for doubt in self.doubts if doubt.code in _REJECTED))
 
     @property
     def name(self) -> str:
@@ -56,6 +73,7 @@ class Fitted:
         else:
             content |= self.fit.to_json()
             content["holdout"] = None if self.holdout is None else self.holdout.to_json()
+            content["holdout_warnings"] = [{"code": doubt.code, "message": doubt.message} for doubt in self.held_doubts]
         return {**content, "runs": [row.run for row in self.rows]}
 
 
@@ -67,8 +85,29 @@ class BestAt:
     size: str
     tokens: int
     rows: tuple[Row, ...]
+    lowest: tuple[float, float]
+    """The ratio of lowest mean loss among those that were run, and that loss."""
     measured: MeasuredBest | None
     fitted: BestRatio | None
+    refused: str = ""
+    """Why the law's best ratio is no answer; empty where it is one."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Does an arm fall behind the baseline as budgets grow (`contrast`)?"""
+
+    arm: str
+    size: str
+    rows: tuple[Row, ...]
+    contrast: Contrast
+    p: float
+    """Of no collapse: that of the floor's contrast, or of the gap's where laws could not be fitted; corrected (Holm)."""
+
+    @property
+    def collapses(self) -> bool:
+        """Whether the runs show it, at one side of the level."""
+        return self.p < (100 - LEVEL) / 200
 
 
 @dataclass(frozen=True)
@@ -115,6 +154,7 @@ class Analysis:
     no_best_size: bool = False
     """Whether a joint law, or a bootstrap of one, does not fall in N or in D, so that there is no `equal_compute`."""
     collapse: list[Collapse] = field(default_factory=list)
+    behind: list[Behind] = field(default_factory=list)
 
     @property
     def fits(self) -> list[Fitted]:
@@ -145,6 +185,7 @@ def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) ->
     _best(result)
     _comparisons(result)
     _collapse(result)
+    _behind(result)
     return result
 
 
@@ -195,14 +236,17 @@ def _fitted(
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:
         return Fitted(key, tuple(rows), None, str(error))
-    held = None
+    held: Holdout | None = None
+    held_doubts: tuple[Diagnostic, ...] = ()
     out = _held_out(study, columns)
     if out is not None and domain is None:
         try:
-            held = fit(law, columns, loss, holdout=out, bootstraps=0, **options).holdout
+            second = fit(law, columns, loss, holdout=out, bootstraps=0, **options)
+            held = second.holdout
+            held_doubts = tuple(warning for warning in second.warnings if warning.code == "holdout-missed")
         except UserError:  # what is left is too little for this law
             held = None
-    return Fitted(key, tuple(rows), found, holdout=held)
+    return Fitted(key, tuple(rows), found, holdout=held, held_doubts=held_doubts)
 
 
 def _held_out(study: Study, columns: dict[str, Any]) -> Any:
@@ -247,12 +291,35 @@ def _best(result: Analysis) -> None:
             if len({row.ratio for row in rows}) < 2:
                 continue
             measured = None
-            if result.noise is not None:
-                measured = best_measured([row.ratio for row in rows], [row.loss for row in rows], result.noise, level=LEVEL)
+            noise = _noise(rows, result.noise)
+            if noise is not None:
+                measured = best_measured([row.ratio for row in rows], [row.loss for row in rows], noise, level=LEVEL)
             fitted = None
             if law is not None and law.fit is not None:
-                fitted = best_ratio(law.fit, n_params=n_params, tokens=tokens, noise=result.noise, level=LEVEL)
-            result.best.append(BestAt(family, size, tokens, tuple(rows), measured, fitted))
+                fitted = best_ratio(law.fit, n_params=n_params, tokens=tokens, noise=noise, level=LEVEL)
+            by_ratio: dict[float, list[float]] = {}
+            for row in rows:
+                by_ratio.setdefault(row.ratio, []).append(row.loss)
+            means = {ratio: float(np.mean(losses)) for ratio, losses in by_ratio.items()}
+            lowest = min(means.items(), key=lambda item: (item[1], item[0]))
+            refused = "" if law is None or fitted is None else refusal(law, fitted, sorted(means), lowest[0], measured)
+            result.best.append(BestAt(family, size, tokens, tuple(rows), lowest, measured, fitted, refused))
+
+
+def refusal(law: Fitted, fitted: BestRatio, ratios: Sequence[float], lowest: float, measured: MeasuredBest | None) -> str:
+    """Why the best ratio by a law is no answer: the law is rejected, or runs show the ratio next to it to be worse."""
+    if law.rejected:
+        return ", ".join(law.rejected)
+    nearest = min(ratios, key=lambda ratio: abs(ratio - fitted.ratio))
+    place = list(ratios).index(lowest)
+    good = ratios[max(place - 1, 0) : place + 2] if measured is None else measured.band
+    return "" if nearest in good else f"{fitted.ratio:.2f} is next to {nearest:.2g}, which the runs show to be worse"
+
+
+def _noise(rows: Sequence[Row], study: Noise | None) -> Noise | None:
+    """The scatter between seeds of these runs alone, as sizes and budgets differ; the study's where they are too few."""
+    own = noise_floor([row.cell for row in rows], [row.loss for row in rows])
+    return own if own is not None and own.freedom >= _ENOUGH_FREEDOM else study
 
 
 def _comparisons(result: Analysis) -> None:
@@ -276,12 +343,12 @@ def _collapse(result: Analysis) -> None:
     found: list[tuple[str, str, str, list[Row], Trend]] = []
     for (arm, size), fitted in result.data.items():
         rows = list(fitted.rows)
-        tested = _trend([math.log2(row.tokens) for row in rows], rows, result.noise)
+        tested = _trend([math.log2(row.tokens) for row in rows], rows, _noise(rows, result.noise))
         if tested is not None:
             found.append(("budget", arm, size, rows, tested))
     for best in result.best:
         rows = list(best.rows)
-        tested = _trend([row.ratio for row in rows], rows, result.noise)
+        tested = _trend([row.ratio for row in rows], rows, _noise(rows, result.noise))
         if tested is not None and len({row.ratio for row in rows}) >= _ENOUGH:
             found.append(("share", best.family, f"{best.size}, {best.tokens}", rows, tested))
     if not found:
@@ -289,6 +356,27 @@ def _collapse(result: Analysis) -> None:
     rises, falls = (holm([getattr(one[4], name) for one in found]) for name in ("p_rises", "p_falls"))
     for (what, of, at, rows, tested), rise, fall in zip(found, rises, falls, strict=True):
         result.collapse.append(Collapse(what, of, at, tuple(rows), tested, float(rise), float(fall)))
+
+
+def _behind(result: Analysis) -> None:
+    found: list[tuple[str, str, list[Row], Contrast]] = []
+    baseline = result.study.baseline_arm
+    for size in dict.fromkeys(row.size for row in result.rows):
+        natural = [row for row in result.rows if (row.arm, row.size) == (baseline, size)]
+        for arm in result.study.arms:
+            rows = [row for row in result.rows if (row.arm, row.size) == (arm, size)]
+            if arm == baseline or not rows or not natural:
+                continue
+            sides = [np.array([(row.tokens, row.loss) for row in side], dtype=np.float64).T for side in (rows, natural)]
+            try:
+                found.append((arm, size, [*rows, *natural], contrast(*sides[0], *sides[1], level=LEVEL)))
+            except UserError:  # too few budgets in common, or no scatter to hold it against
+                continue
+    if not found:
+        return
+    corrected = holm([(one.gap if one.floor is None else one.floor).p for *_, one in found])
+    for (arm, size, rows, one), p in zip(found, corrected, strict=True):
+        result.behind.append(Behind(arm, size, tuple(rows), one, float(p)))
 
 
 def _trend(x: Sequence[float], rows: Sequence[Row], noise: Noise | None) -> Trend | None:

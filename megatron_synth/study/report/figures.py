@@ -34,6 +34,8 @@ _BEYOND = 4.0
 """How far a law is drawn beyond the last budget or size."""
 _COLUMNS = 3
 _DOMAIN_COLUMNS = 4
+MOST_PANELS = 12
+"""Of best ratios; the map has all."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def _loss_name(analysis: Analysis) -> str:
     return "Validation loss, mean over " + ("domains" if how == "macro" else "tokens")
 
 
-def _render(name: str, title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Drawn:
+def render_figure(
+    name: str, title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None], told: str
+) -> Drawn:
+    """Draw a figure; `told` says in words what it shows, for those who do not see it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -121,10 +126,10 @@ def _render(name: str, title: str, caption: str, size: tuple[float, float], draw
         vector, raster = io.BytesIO(), io.BytesIO()
         figure.savefig(vector, format="svg", metadata={"Date": None})
         figure.savefig(raster, format="png", facecolor="white", dpi=110)
-    return Drawn(name, title, caption, _inline(vector.getvalue().decode(), name, title), raster.getvalue())
+    return Drawn(name, title, caption, _inline(vector.getvalue().decode(), name, f"{title}. {told}"), raster.getvalue())
 
 
-def _inline(svg: str, name: str, title: str) -> str:
+def _inline(svg: str, name: str, told: str) -> str:
     """SVG to stand inside a page: its own ids, the page's colors, scaled to the column."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -134,10 +139,19 @@ def _inline(svg: str, name: str, title: str) -> str:
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     head = re.sub(r' (?:width|height)="[^"]*"', "", svg[: svg.index(">")])
-    return f'{head} role="img" aria-label="{escape(title)}"' + svg[svg.index(">") :]
+    return f'{head} role="img" aria-label="{escape(told)}"' + svg[svg.index(">") :]
 
 
-def _grid(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:
+def marked(arm: str, *fits: Fitted | None) -> str:
+    """The arm's name, with a dagger where a law that is drawn carries doubts."""
+    return f"{arm} †" if any(fitted is not None and fitted.doubts for fitted in fits) else arm
+
+
+DOUBTED = " † A law with doubts, named in the table of laws."
+
+
+def panels_of(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:
+    """The first `count` panels of a grid; the others are left empty."""
     columns = min(columns, count)
     rows = -(-count // columns)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -147,7 +161,7 @@ def _grid(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:
     return flat[:count]
 
 
-def _size(count: int, columns: int = _COLUMNS, height: float = 3.6) -> tuple[float, float]:
+def figure_size(count: int, columns: int = _COLUMNS, height: float = 3.6) -> tuple[float, float]:
     """The figure is as wide as the page's column, however few panels it has."""
     return 11.5, 0.35 + height * -(-count // min(columns, count))
 
@@ -168,9 +182,9 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, capt
         return None
 
     def draw(figure: Figure) -> None:
-        for ax, (family, at, arms) in zip(_grid(figure, len(panels)), panels, strict=True):
+        for ax, (family, at, arms) in zip(panels_of(figure, len(panels)), panels, strict=True):
             where = f"size {at}" if law == "data" else f"{compact(at)} tokens"
-            _panel_title(ax, f"{family or baseline} at {where}")
+            panel_title(ax, f"{family or baseline} at {where}")
             ax.set_xscale("log")
             labels = [_arm_curve(ax, fits[arm, at], law, style[arm], arm) for arm in arms]
             _keep_to(ax, [row.loss for arm in arms for row in fits[arm, at].rows])
@@ -182,7 +196,18 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, capt
         f"{caption}, dashed up to {_BEYOND:g} times what was run, unless they rise; cut where they leave what was measured far "
         f"behind. Bands: {LEVEL:.0f} % of the bootstraps."
     )
-    return _render(f"loss-{law}", title, caption, _size(len(panels), min(len(panels), 2), 4.0), draw)
+    size = figure_size(len(panels), min(len(panels), 2), 4.0)
+    return render_figure(f"loss-{law}", title, caption + DOUBTED, size, draw, _told_laws(fits))
+
+
+def _told_laws(fits: dict[tuple[str, Any], Fitted]) -> str:
+    """The measured ends of every curve, in words."""
+    parts = []
+    for (arm, at), fitted in fits.items():
+        ends = sorted(((row.tokens, row.n_params), row.loss) for row in fitted.rows)
+        where = at if isinstance(at, str) else f"{compact(at)} tokens"
+        parts.append(f"{arm} at {where} from {ends[0][1]:.3f} to {ends[-1][1]:.3f}")
+    return "Loss from the smallest to the largest run: " + "; ".join(parts)
 
 
 def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tuple[float, str, str]:
@@ -191,7 +216,7 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     y = np.array([row.loss for row in fitted.rows])
     ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
     if fitted.fit is None:
-        return float(y[np.argmax(x)]), arm, look.color
+        return float(y[np.argmax(x)]), marked(arm, fitted), look.color
     inside = np.geomspace(x.min(), x.max(), 60)
     outside = np.geomspace(x.max(), x.max() * _BEYOND, 40)
     ax.plot(inside, fitted.fit.predict({column: inside}), color=look.color, linewidth=1.6)
@@ -204,7 +229,7 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     if len(fitted.fit.theta_samples) > 1:
         low, high = fitted.fit.predict_interval({column: whole}, LEVEL)
         ax.fill_between(whole, low, high, color=look.color, alpha=0.13, linewidth=0)
-    return float(beyond[-1]), arm, look.color
+    return float(beyond[-1]), marked(arm, fitted), look.color
 
 
 def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
@@ -214,7 +239,8 @@ def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
     ax.set_ylim(max(low, min(losses) - span), min(high, max(losses) + span))
 
 
-def _panel_title(ax: Axes, text: str) -> None:
+def panel_title(ax: Axes, text: str) -> None:
+    """Write the title of a panel."""
     ax.set_title(text, loc="left", fontweight="bold", fontsize=11)
 
 
@@ -233,23 +259,42 @@ def _log_ticks(ax: Axes) -> None:
 
 
 def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
-    panels = [best for best in analysis.best if len({row.ratio for row in best.rows}) > 2]
-    if not panels:
+    every = [best for best in analysis.best if len({row.ratio for row in best.rows}) > 2]
+    if not every:
         return None
+    panels = _largest(every)
     hues = {family: _HUES[number % len(_HUES)] for number, family in enumerate(dict.fromkeys(best.family for best in panels))}
 
     def draw(figure: Figure) -> None:
-        for ax, best in zip(_grid(figure, len(panels), _DOMAIN_COLUMNS), panels, strict=True):
-            _ratio_panel(ax, best, hues[best.family])
+        for ax, best in zip(panels_of(figure, len(panels), _DOMAIN_COLUMNS), panels, strict=True):
+            _ratio_panel(ax, best, hues[best.family], analysis.mixture.get(best.family))
 
-    text = f"{caption}. Curve: the law in the ratio, unless it leaves what was measured far behind between the ratios. "
-    text += "Triangle: the lowest mean among the ratios that were run."
-    size = _size(len(panels), _DOMAIN_COLUMNS, 2.9)
-    return _render("best-ratio", "Which ratio is best", text, size, draw)
+    text = f"{caption}. Curve: the law in the ratio, where it gives an answer. Triangle: the lowest mean among the ratios that "
+    text += "were run."
+    if len(panels) < len(every):
+        text += f" The {len(panels)} of {len(every)} cells with most compute; the map of best ratios has all."
+    told = "; ".join(
+        f"{best.family} at {best.size} and {compact(best.tokens)} tokens: {best.lowest[0]:.3g} with {best.lowest[1]:.3f}"
+        for best in panels
+    )
+    size = figure_size(len(panels), _DOMAIN_COLUMNS, 2.9)
+    return render_figure("best-ratio", "Which ratio is best", text + DOUBTED, size, draw, f"Lowest mean loss: {told}")
 
 
-def _ratio_panel(ax: Axes, best: BestAt, color: str) -> None:
-    _panel_title(ax, f"{best.size}, {compact(best.tokens)} tokens")
+def _largest(cells: Sequence[BestAt]) -> list[BestAt]:
+    """The cells with most compute of each family, in their order; all where they are few."""
+    families = dict.fromkeys(best.family for best in cells)
+    each = max(MOST_PANELS // len(families), 1)
+    chosen = []
+    for family in families:
+        own = [best for best in cells if best.family == family]
+        chosen += sorted(own, key=lambda best: best.rows[0].flops)[-each:]
+    return [best for best in cells if any(best is one for one in chosen)]
+
+
+def _ratio_panel(ax: Axes, best: BestAt, color: str, mixture: Fitted | None) -> None:
+    doubted = mixture is not None and bool(mixture.doubts) and not best.refused
+    panel_title(ax, f"{best.size}, {compact(best.tokens)} tokens{' †' if doubted else ''}")
     ratios = np.array([row.ratio for row in best.rows])
     losses = np.array([row.loss for row in best.rows])
     levels = np.unique(ratios)
@@ -259,8 +304,7 @@ def _ratio_panel(ax: Axes, best: BestAt, color: str) -> None:
         ax.axvspan(low - 0.02, high + 0.02, color=color, alpha=0.12, linewidth=0)
         bottom = best.measured.loss
         ax.plot([best.measured.ratio], [bottom], "^", color=color, markersize=9, markeredgecolor=PAPER, zorder=5)
-    span = np.ptp(losses)
-    if best.fitted is not None and np.ptp(np.clip(best.fitted.losses, losses.min(), losses.max()) - best.fitted.losses) <= span:
+    if best.fitted is not None and not best.refused:
         ax.plot(best.fitted.ratios, best.fitted.losses, color=color, linewidth=1.6)
     ax.plot(ratios, losses, "o", color=color, markersize=3.5, alpha=0.65, markeredgewidth=0, zorder=3)
     ax.plot(levels, means, "_", color=INK, markersize=12, markeredgewidth=1.4, zorder=4)
@@ -279,13 +323,14 @@ def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
     baseline = analysis.study.baseline_arm
 
     def draw(figure: Figure) -> None:
-        for ax, size in zip(_grid(figure, len(sizes), 2), sizes, strict=True):
-            _panel_title(ax, f"size {size}")
+        for ax, size in zip(panels_of(figure, len(sizes), 2), sizes, strict=True):
+            panel_title(ax, f"size {size}")
             ax.axhline(1, color=GREY, linewidth=0.9)
             ax.set_yscale("log")
             for (arm, at), curve in analysis.speed.items():
                 if at == size:
-                    _speed_curve(ax, curve, style[arm], arm)
+                    fits = analysis.data[arm, size], analysis.data[baseline, size]
+                    _speed_curve(ax, curve, style[arm], marked(arm, *fits))
             ax.invert_xaxis()
             ax.set_xlabel("loss to reach (falling to the right)", color=GREY)
             ax.set_ylabel(f"tokens of {baseline} / tokens of the mixture", color=GREY, fontsize=9)
@@ -297,7 +342,13 @@ def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
         "measured losses; lines: from the laws, dashed where at least one arm was not measured there. "
         f"Bands: {LEVEL:.0f} % of the bootstraps."
     )
-    return _render("speed-up", "Speed-up", caption, _size(len(sizes), 2, 4.2), draw)
+    told = "; ".join(
+        f"{arm} at {size}: {curve.measured[place]:.2f} at a loss of {curve.loss[place]:.3f}"
+        for (arm, size), curve in analysis.speed.items()
+        for place in np.flatnonzero(np.isfinite(curve.measured))[-1:]
+    )
+    size = figure_size(len(sizes), 2, 4.2)
+    return render_figure("speed-up", "Speed-up", caption + DOUBTED, size, draw, f"At the lowest loss measured: {told}")
 
 
 def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
@@ -372,7 +423,8 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
         "the largest cell that all arms have. Bars: means over seeds; whiskers: one standard error of the difference."
     )
     size = (11.5, 1.2 + (0.24 * len(arms) + 0.25) * len(domains))
-    return _render("domains", "Validation domains", caption, size, draw)
+    changes = (f"{arm}, {name}: {100 * _change(rows, arm, baseline, name)[0]:+.1f} %" for arm in arms for name in domains)
+    return render_figure("domains", "Validation domains", caption, size, draw, "; ".join(changes))
 
 
 def _change(rows: Sequence[Row], arm: str, baseline: str, domain: str) -> tuple[float, float]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_synth.core.log import compact
+from megatron_synth.study.fit.contrast import Estimate
 from megatron_synth.study.fit.worth import OTHER_R_D, SOURCE, worth_of
-from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt
+from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
 
 REPEATED = 2.0
 """Epochs from which the page says what a source was worth."""
@@ -23,21 +24,31 @@ def percent(value: float) -> str:
 
 
 def findings(analysis: Analysis) -> list[str]:
-    """Sentences, in the order of the page's figures."""
+    """Sentences: the noise, collapse, best ratios, speed-up, repetition, laws."""
     return [
         *_noise(analysis),
+        *_behind(analysis),
+        *_collapse(analysis),
         *_best(analysis),
         *_speed(analysis),
-        *_collapse(analysis),
         *_repetition(analysis),
         *_laws(analysis),
     ]
 
 
+def doubts(*fits: Fitted | None) -> str:
+    """` (doubts: few-points, ...)` of the laws that a number comes from; empty where there are none."""
+    codes = dict.fromkeys(doubt.code for fitted in fits if fitted is not None for doubt in fitted.doubts)
+    return f" (doubts: {', '.join(codes)})" if codes else ""
+
+
 def _noise(analysis: Analysis) -> Iterator[str]:
     noise = analysis.noise
     if noise is None:
-        yield "There is one seed per setting, so nothing says how large chance is: no difference below can be called real."
+        yield (
+            "There is one seed per setting, so nothing measures how large chance is: no difference between single runs can be "
+            "called real. What is called distinct rests on laws and on the scatter of runs around them, as far as these hold."
+        )
         return
     low, high = (percent(bound) for bound in noise.interval)
     yield (
@@ -46,44 +57,99 @@ def _noise(analysis: Analysis) -> Iterator[str]:
     )
 
 
+def _behind(analysis: Analysis) -> Iterator[str]:
+    if not analysis.behind:
+        return
+    how = f"corrected for {len(analysis.behind)} arms and sizes"
+    for one in (one for one in analysis.behind if one.collapses):
+        found, parts = one.contrast, []
+        if found.floor is not None:
+            parts.append(f"its floor is {_change(found.floor)} above the baseline's at one exponent")
+        if found.exponent is not None:
+            low, high = found.exponent.interval
+            parts.append(
+                f"or its exponent {found.exponent.value:+.3f} [{low:+.3f}, {high:+.3f}] of the baseline's at one floor"
+            )
+        parts.append(f"the gap changes by {_change(found.gap)} per doubling of the budget")
+        yield f"{one.arm} falls behind the baseline at {one.size} as budgets grow (p = {one.p:.2g}, {how}): {'; '.join(parts)}."
+    quiet = [one for one in analysis.behind if not one.collapses]
+    if quiet:
+        known = [one for one in quiet if one.contrast.floor is not None]
+        most = [one.contrast.floor.interval[1] for one in known if one.contrast.floor is not None]
+        limit = (
+            f"; floors higher by more than {percent(max(most))} are excluded in all of them" if most and max(most) < 1 else ""
+        )
+        none = "No arm falls" if len(quiet) == len(analysis.behind) else "The others do not fall"
+        source = {one.contrast.noise for one in quiet}
+        held = "" if source == {"seeds"} else ", held against the scatter around the laws, as there are no seeds"
+        yield f"{none} behind the baseline as budgets grow, as far as {len(quiet)} contrasts can tell{held}{limit}."
+
+
+def _change(one: Estimate) -> str:
+    low, high = one.interval
+    return f"{percent(one.value)} [{percent(low)}, {percent(high)}]"
+
+
 def _best(analysis: Analysis) -> Iterator[str]:
     families: dict[str, list[BestAt]] = {}
     for best in analysis.best:
         families.setdefault(best.family, []).append(best)
     for family, cells in families.items():
-        tested = [best for best in cells if best.measured is not None]
-        if not tested:
-            continue
-        largest = max(tested, key=lambda best: best.rows[0].flops)
-        measured = largest.measured
-        assert measured is not None
-        others = [ratio for ratio in measured.band if ratio != measured.ratio]
-        ties = f"; {', '.join(map(_share, others))} cannot be told from it" if others else "; all others are worse"
-        where = f"size {largest.size} and {compact(largest.tokens)} tokens"
-        yield f"{family}: at {where} the lowest loss is at a share of {_share(measured.ratio)} ({measured.loss:.3f}){ties}."
-        winners = [_share(best.measured.ratio) for best in tested if best.measured is not None]
-        if len(set(winners)) > 1 and len(tested) > 1:
+        largest = max(cells, key=lambda best: best.rows[0].flops)
+        where = f"{largest.size} parameters and {compact(largest.tokens)} tokens"
+        ratio, loss = largest.lowest
+        if largest.measured is None:
+            ties = "; without seeds nothing says which others are as good"
+        else:
+            others = [other for other in largest.measured.band if other != ratio]
+            ties = f"; {', '.join(map(_share, others))} cannot be told from it" if others else "; all others are worse"
+        yield f"{family}: at {where} the lowest loss is at a share of {_share(ratio)} ({loss:.3f}){ties}."
+        if any(best.refused for best in cells):
+            reasons = dict.fromkeys(best.refused for best in cells if best.refused)
+            count = sum(bool(best.refused) for best in cells)
+            yield f"{family}: the law in the share gives no best one in {count} of {len(cells)} cells ({next(iter(reasons))})."
+        winners = [_share(best.lowest[0]) for best in cells]
+        if len(set(winners)) > 1 and len(cells) > 1:
             counted = ", ".join(f"{share} in {winners.count(share)}" for share in dict.fromkeys(winners))
-            yield f"{family}: which share is best depends on size and budget: of {len(tested)} cells, {counted}."
-        elif len(tested) > 1:
-            yield f"{family}: the same share is best in all {len(tested)} cells of size and budget."
+            yield f"{family}: which share is best depends on size and budget: of {len(cells)} cells, {counted}."
+        elif len(cells) > 1:
+            yield f"{family}: the same share is best in all {len(cells)} cells of size and budget."
 
 
 def _speed(analysis: Analysis) -> Iterator[str]:
-    for (arm, size), curve in analysis.speed.items():
-        known = np.flatnonzero(np.isfinite(curve.measured))
-        if not len(known):
-            yield f"{arm}: its losses at {size} and those of the baseline do not overlap, so no speed-up was measured."
-            continue
-        last = known[-1]
-        value, loss = curve.measured[last], curve.loss[last]
-        word = "fewer" if value >= 1 else "more"
-        times = f"{max(value, 1 / value):.2f} times {word} tokens than the baseline"
-        text = f"{arm} reaches a loss of {loss:.3f} at {size} with {times}"
-        low, high = curve.low[last], curve.high[last]
-        if math.isfinite(low) and math.isfinite(high):
-            text += f" (measured; by the laws {curve.fitted[last]:.2f}x, {LEVEL:.0f} % interval {low:.2f} to {high:.2f})"
-        yield text + "."
+    """One sentence for each model size: at the lowest loss that both have measured."""
+    for size in dict.fromkeys(size for _, size in analysis.speed):
+        parts, apart = [], []
+        for (arm, at), curve in analysis.speed.items():
+            if at != size:
+                continue
+            known = np.flatnonzero(np.isfinite(curve.measured))
+            if not len(known):
+                apart.append(arm)
+                continue
+            last = known[-1]
+            text = f"{arm} reaches a loss of {curve.loss[last]:.3f} with {_times(curve.measured[last])} tokens"
+            low, high, law = curve.low[last], curve.high[last], curve.fitted[last]
+            if math.isfinite(low) and math.isfinite(high) and low > 0:
+                ends = " to ".join(_times(value) for value in (low, high))
+                said = f"{_times(law)}, {LEVEL:.0f} % interval {ends}"
+                agrees = low <= curve.measured[last] <= high
+                text += (
+                    f" (measured; by the laws {said})"
+                    if agrees
+                    else f" (measured; the laws, which say {said}, are wrong there)"
+                )
+            baseline = analysis.data.get((analysis.study.baseline_arm, size))
+            parts.append(text + doubts(analysis.data.get((arm, size)), baseline))
+        if parts:
+            yield f"Against the baseline at {size}: {'; '.join(parts)}."
+        if apart:
+            yield f"At {size} the losses of {', '.join(apart)} and of the baseline do not overlap, so no speed-up was measured."
+
+
+def _times(value: float) -> str:
+    """A speed-up as `1.90 times fewer` or `1.19 times more`."""
+    return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times more"
 
 
 def _collapse(analysis: Analysis) -> Iterator[str]:
@@ -130,7 +196,7 @@ def _laws(analysis: Analysis) -> Iterator[str]:
         yield "No law was tried: three budgets, sizes or ratios are needed."
         return
     failed = [fitted for fitted in fits if fitted.fit is None]
-    doubtful = [fitted for fitted in fits if fitted.fit is not None and fitted.fit.warnings]
+    doubtful = [fitted for fitted in fits if fitted.doubts]
     yield (
         f"Of {len(fits)} laws {len(doubtful)} carry doubts and {len(failed)} could not be fitted: their parameters are not to "
         "be quoted without what the table of laws says of them."

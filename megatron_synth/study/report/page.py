@@ -12,8 +12,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from megatron_synth.core.html import bullets, document, html, table
+from megatron_synth.core import html as pages
+from megatron_synth.core.html import bullets, document, html
 from megatron_synth.core.log import compact, duration, human, scientific
+from megatron_synth.study.fit.contrast import Estimate
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
 from megatron_synth.study.report.collect import Collected, Row
 from megatron_synth.study.report.figures import Drawn, Look, describe_fit
@@ -100,7 +102,7 @@ class _Page:
     def answers(self) -> Markup:
         """Tables behind the findings."""
         head = Markup('<h2 id="answers">Answers</h2>')
-        return Markup("\n").join([head, self._best(), self._equal(), self._speed(), self._collapse()])
+        return Markup("\n").join([head, self._behind(), self._collapse(), self._best(), self._equal(), self._speed()])
 
     def _best(self) -> Markup:
         rows = []
@@ -108,12 +110,16 @@ class _Page:
             measured, fitted = best.measured, best.fitted
             band = "n/a" if measured is None else ", ".join(_ratio(value) for value in measured.band)
             law, interval, flat = "n/a", "", "n/a"
-            if fitted is not None:
+            said: Markup | str = law
+            if fitted is not None and best.refused:
+                said = html('<span class="warn">no answer: {}</span>', best.refused)
+            elif fitted is not None:
                 law, interval = f"{fitted.ratio:.2f}", _bounds(fitted.interval, ".2f")
                 flat = "n/a" if fitted.flat is None else _bounds(fitted.flat, ".2f")
+                said = html("{}{}", f"{law} {interval}".strip(), self._mark(self.analysis.mixture.get(best.family)))
             head = (best.family, best.size, compact(best.tokens))
-            tested = ("n/a", "n/a") if measured is None else (_ratio(measured.ratio), f"{measured.loss:.4f}")
-            rows.append((*head, *tested, band, f"{law} {interval}".strip(), flat, self._sources(best.rows)))
+            tested = (_ratio(best.lowest[0]), f"{best.lowest[1]:.4f}")
+            rows.append((*head, *tested, band, said, flat, self._sources(best.rows)))
         heads = (
             "family",
             "N",
@@ -128,7 +134,8 @@ class _Page:
         note = Markup(
             "<p class='muted'>“Not worse”: ratios whose mean loss the noise between seeds can explain (t-tests, corrected for "
             "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
-            "the lowest.</p>"
+            "the lowest. † The law carries doubts, named in the table of laws. A law that is rejected, or whose best ratio is "
+            "next to one that the runs show to be worse, gives no answer.</p>"
         )
         return _section("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
 
@@ -138,12 +145,15 @@ class _Page:
             for one in comparisons:
                 sources = self.analysis.data[one.arm, size].rows
                 where = f"{size}, {compact(one.tokens or math.nan)} tokens"
-                rows.append((self._arm(one.arm), "tokens", where, *_comparison(one), self._sources(sources)))
+                marked = self._mark(self.analysis.data[one.arm, size], self.analysis.data[self.study.baseline_arm, size])
+                rows.append((self._arm(one.arm), "tokens", where, *self._comparison(one, marked), self._sources(sources)))
         for one in self.analysis.equal_compute:
             where = f"{human(one.n_params or math.nan)} at {human(one.tokens or math.nan)} tokens"
             outside = Markup("" if one.inside else ' <span class="warn">(extrapolated)</span>')
             sources = self.analysis.joint[one.arm].rows
-            rows.append((self._arm(one.arm), "compute", escape(where) + outside, *_comparison(one), self._sources(sources)))
+            marked = self._mark(self.analysis.joint[one.arm], self.analysis.joint[self.study.baseline_arm])
+            compared = self._comparison(one, marked)
+            rows.append((self._arm(one.arm), "compute", escape(where) + outside, *compared, self._sources(sources)))
         heads = ("arm", "equal", "at", f"loss by the law [{LEVEL:.0f} %]", f"against the baseline [{LEVEL:.0f} %]", "", "runs")
         compute = ""
         if self.analysis.no_best_size:
@@ -166,11 +176,36 @@ class _Page:
                 measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
                 kind = "measured" if curve.inside[position] else "extrapolated"
                 law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
-                rows.append((self._arm(arm), size, f"{curve.loss[position]:.3f}", measured, law, kind, self._sources(sources)))
+                marked = self._mark(self.analysis.data[arm, size], self.analysis.data[self.study.baseline_arm, size])
+                said = html("{}{}", law, marked)
+                rows.append((self._arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, self._sources(sources)))
         heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
         if not rows:
             return Markup("")
         return html("<h3>Speed-up</h3><details><summary>Table</summary>{}</details>", table(heads, rows))
+
+    def _behind(self) -> Markup:
+        rows = []
+        for one in self.analysis.behind:
+            found = one.contrast
+            floor = "n/a" if found.floor is None else _in_percent(found.floor)
+            exponent = "n/a"
+            if found.exponent is not None:
+                exponent = f"{found.exponent.value:+.3f} {_bounds(found.exponent.interval, '+.3f')}"
+            verdict: Markup | str = Markup('<span class="warn">falls behind</span>') if one.collapses else "no sign of it"
+            numbers = (_in_percent(found.last), _in_percent(found.gap), floor, exponent, _p(one.p))
+            rows.append((self._arm(one.arm), one.size, *numbers, found.noise, verdict, self._sources(one.rows)))
+        heads = (
+            *("arm", "N", f"gap at the largest D [{LEVEL:.0f} %]", "gap per doubling", "floor at one exponent"),
+            *("exponent at one floor", "p", "noise from", "", "runs"),
+        )
+        note = Markup(
+            "<p class='muted'>An arm collapses if it falls behind the baseline for good: a plateau, a higher floor and a "
+            "smaller exponent all make its law's floor higher than the baseline's where both have one exponent. p is of that "
+            "contrast, one-sided, corrected for the number of arms and sizes (Holm). A lead that only shrinks is none of it. "
+            "Every cell has the variance of its own seeds; without seeds, that around both laws.</p>"
+        )
+        return _section("Does an arm fall behind as budgets grow?", note, table(heads, rows)) if rows else Markup("")
 
     def _collapse(self) -> Markup:
         rows = []
@@ -185,9 +220,9 @@ class _Page:
         note = Markup(
             "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
             "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "
-            "between seeds, corrected for the number of tests (Holm).</p>"
+            "between seeds of the same arm and size (or size and budget), corrected for the number of tests (Holm).</p>"
         )
-        return _section("Does anything collapse?", note, table(heads, rows)) if rows else Markup("")
+        return _section("Does a loss rise?", note, table(heads, rows)) if rows else Markup("")
 
     def _verdict(self, one: Any) -> str:
         limit = (100 - LEVEL) / 200
@@ -211,7 +246,8 @@ class _Page:
             )
         )
         none = Markup("<p>No law could be tried: three budgets, sizes or ratios are needed.</p>")
-        parts.append(table(heads, rows) if rows else none)
+        anchors = [f"law-{self._number(fitted)}" for fitted in self.analysis.fits]
+        parts.append(table(heads, rows, anchors) if rows else none)
         if self.analysis.domains:
             laws = table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
             parts.append(
@@ -236,8 +272,8 @@ class _Page:
                 "",
                 self._sources(fitted.rows),
             )
-        warnings = Markup("").join(html("<p>{}</p>", str(warning)) for warning in fitted.fit.warnings)
-        codes = ", ".join(warning.code for warning in fitted.fit.warnings)
+        warnings = Markup("").join(html("<p>{}</p>", str(warning)) for warning in fitted.doubts)
+        codes = ", ".join(dict.fromkeys(warning.code for warning in fitted.doubts))
         doubts = html('<details><summary class="warn">{}</summary>{}</details>', codes, warnings) if warnings else "none"
         held = "n/a"
         if fitted.holdout is not None:
@@ -245,6 +281,28 @@ class _Page:
         error = percent(fitted.fit.mean_absolute_relative_error)
         wide = html('<div class="wide">{}</div>', describe_fit(fitted.fit))
         return law, label, wide, error, held, doubts, self._sources(fitted.rows)
+
+    def _number(self, fitted: Fitted) -> int:
+        return next(number for number, one in enumerate(self.analysis.fits) if one is fitted)
+
+    def _mark(self, *fits: Fitted | None) -> Markup:
+        """A dagger for each law with doubts that a number comes from; it leads to the row that tells them."""
+        marks = [
+            html(
+                ' <a class="warn" href="#law-{}" title="{}">†</a>',
+                self._number(fitted),
+                ", ".join(dict.fromkeys(doubt.code for doubt in fitted.doubts)),
+            )
+            for fitted in fits
+            if fitted is not None and fitted.doubts
+        ]
+        return Markup("").join(dict.fromkeys(marks))
+
+    def _comparison(self, one: Any, marked: Markup) -> tuple[str, str, str]:
+        loss, change, verdict = _comparison(one)
+        if verdict == "distinct" and self.analysis.noise is None:
+            verdict = "distinct, as far as the laws hold"
+        return html("{}{}", loss, marked), change, verdict
 
     # ---- design and runs
 
@@ -300,6 +358,11 @@ class _Page:
         return html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
 
 
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> Markup:
+    """A table whose rows are named by their first cell."""
+    return pages.table(heads, rows, anchors, row_heads=True)
+
+
 def _section(title: str, note: Markup, table: Markup) -> Markup:
     return html("<h3>{}</h3>{}{}", title, note, table)
 
@@ -320,6 +383,10 @@ def _comparison(one: Any) -> tuple[str, str, str]:
         return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, ""
     change = f"{100 * one.difference:+.2f} % {_bounds(tuple(100 * bound for bound in one.difference_interval), '+.2f')}"
     return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, "distinct" if one.distinct else "not distinct"
+
+
+def _in_percent(one: Estimate) -> str:
+    return f"{100 * one.value:+.2f} % {_bounds(tuple(100 * bound for bound in one.interval), '+.2f')}"
 
 
 def _parts(row: Row, prefix: str) -> list[tuple[str, float]]:

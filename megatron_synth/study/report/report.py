@@ -38,6 +38,7 @@ def write_report(
     """
     from megatron_synth.study.report.analysis import analyze
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
+    from megatron_synth.study.report.figure_maps import draw_maps
     from megatron_synth.study.report.figures import draw_all, looks
     from megatron_synth.study.report.findings import findings
     from megatron_synth.study.report.page import render
@@ -61,7 +62,7 @@ def write_report(
         raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
     analysis = analyze(study, collected.rows, say)
     say("figures")
-    figures = draw_all(analysis)
+    figures = [*draw_all(analysis), *draw_maps(analysis, looks(analysis))]
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:
         write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
