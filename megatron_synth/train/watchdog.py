@@ -281,7 +281,7 @@ class Watch:
             for thread in threads:
                 if thread.ident in frames and thread is not self._thread:
                     file.write(f"{thread.name}, the innermost line first\n")
-                    file.writelines(f"  {line}\n" for line in _lines(frames[thread.ident]))
+                    file.writelines(f"  {line}\n" for line in _lines(_without_own(frames[thread.ident])))
                     file.write("\n")
 
     # ---- what the beats say
@@ -329,6 +329,13 @@ class Watch:
             lines.append(f"  no beat of rank {_some(missing)}: ended, or never begun")
         lines.append(f"Stacks: {self._folder}/rank-N.txt. Started again, the run resumes from its last checkpoint")
         return "\n".join(lines)
+
+
+def _without_own(frame: FrameType) -> FrameType:
+    """Where the watchdog was called from; `frame` itself where it was not."""
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _lines(frame: FrameType | None) -> Iterator[str]:

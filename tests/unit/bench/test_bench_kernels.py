@@ -87,10 +87,15 @@ def test_the_table_follows_from_the_times() -> None:
     [
         (["--vs", "eager,ligr"], "unknown baseline 'ligr'; any of eager, compile"),
         (["--json", "no/such/folder/x.json"], "no/such/folder is not a folder"),
-        (["--tokens", "0"], "--tokens 0: at least 1"),
         (["--smoke", "--only", "conv"], "--only conv: no operation has this in its name; known: rms_norm"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench.main(["kernels", *arguments])
+
+
+def test_tokens_are_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["kernels", "--tokens", "0"])
+    assert "--tokens: expected a whole number of 1 or more, found '0'" in capsys.readouterr().err

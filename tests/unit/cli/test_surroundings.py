@@ -138,7 +138,8 @@ def test_numbers_of_the_command_line(words: tuple[str, ...], says: str, capsys: 
 def test_names_of_510_bytes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*verb.split(), "n" * 510]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "File name too long" in error and "Traceback" not in error
+    assert error.startswith("error: ") and "Traceback" not in error and len(error) < 2500
+    assert "File name too long" in error or f"no configuration file {'n' * 510}" in error
 
 
 def test_a_library_that_is_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
