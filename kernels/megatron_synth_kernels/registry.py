@@ -2,7 +2,7 @@
 
 An operation has up to five backends, the preferred one first: TransformerEngine (`te`), NVIDIA's apex (`apex`), our Triton
 kernel (`triton`), torch (`torch`) and, behind torch and so only where it is named, torch.compile (`compile`). `choose` takes
-the first that can be had on a device, or the one that is forced; `activate` makes a choice that of the process; `get` hands
+the first that is available on a device, or the one that is forced; `activate` makes a choice that of the process; `get` hands
 out the callable. Until something is activated every operation is torch's.
 
 All backends of an operation take the same arguments and return the same things; the torch version is the definition.
@@ -257,7 +257,7 @@ def choose(forced: Mapping[str, str], device: torch.device, dtype: torch.dtype) 
     """The backend of every operation.
 
     Args:
-        forced: operation -> backend; `auto`, or left out: the first that can be had. Nothing is interpreted unless forced.
+        forced: operation -> backend; `auto`, or left out: the first that is available. Nothing is interpreted unless forced.
         device: where the operations will run.
         dtype: of activations and weights.
 
@@ -286,7 +286,7 @@ def _choose(operation: Operation, forced: str, device: torch.device, dtype: torc
         ahead = dict.fromkeys(str(refusals[name]) for name in list(refusals)[: list(refusals).index(chosen)])
         reason = "the only one" if len(refusals) == 1 else "preferred"
         if ahead:
-            reason = f"first that can be had; ahead of it: {'; '.join(ahead)}"
+            reason = f"first that is available; ahead of it: {'; '.join(ahead)}"
     others = []
     for name, refusal in refusals.items():
         if name != chosen:

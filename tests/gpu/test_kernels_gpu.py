@@ -91,7 +91,7 @@ def test_a_gpu_gets_the_triton_kernels() -> None:
 
 @pytest.mark.parametrize("backend", ["te", "apex"])
 def test_libraries_compute_the_same(backend: str) -> None:
-    """Every adapter that can be had against torch's version, forward and backward."""
+    """Every adapter that is available against torch's version, forward and backward."""
     from megatron_synth_kernels.registry import OPERATIONS
 
     compared = 0

@@ -62,7 +62,7 @@ def test_a_gpu_gets_the_first_that_can_be_had() -> None:
     assert dict(choices["swiglu"].others)["triton"] == "not asked for"
     adam = choices["adam"]
     assert adam.backend == "torch"
-    assert adam.reason == "first that can be had; ahead of it: transformer_engine is not installed; amp_C is not installed"
+    assert adam.reason == "first that is available; ahead of it: transformer_engine is not installed; amp_C is not installed"
 
 
 @pytest.mark.usefixtures("hopper")
@@ -183,7 +183,7 @@ def test_a_run_that_names_what_is_not_there_is_told_before_anything_starts(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if torch.cuda.is_available():
-        pytest.skip("Triton can be had here")
+        pytest.skip("Triton is available here")
     config = load_file(Config, config_file, ["kernels.rms_norm=triton"])
     with pytest.raises(
         ConfigError, match=r"kernels.rms_norm: rms_norm by triton is unavailable on cpu: needs a CUDA device; cho"

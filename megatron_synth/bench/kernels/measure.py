@@ -1,4 +1,4 @@
-"""Speed of each operation by every backend that can be had, beside torch eager, torch.compile and other libraries.
+"""Speed of each operation by every backend that is available, beside torch eager, torch.compile and other libraries.
 
 Conventions, stated again in the table:
 

@@ -1,4 +1,4 @@
-"""FP8 by TransformerEngine's linear layers: whether they can be had, a trial by numbers, and what is watched of them.
+"""FP8 by TransformerEngine's linear layers: whether they are available, a trial by numbers, and what is watched of them.
 
 TransformerEngine quantizes inside its own products and shows no tensor of it. `watch` puts hooks round its layers that see what
 goes in: the input and the weight after the forward pass, the gradient of the output before the backward one. With delayed
