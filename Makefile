@@ -59,7 +59,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
 	@echo "study        a study of 72 small runs, fitted and reported"
-	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: minutes"
+	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
