@@ -18,12 +18,12 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.fit import fit
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.fit.repetition import PUBLISHED
-from megatron_synth.study.fit.runs_table import read_table
 from megatron_synth.study.fit.shares.fit import fit_shares
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS, FittedShareLaw
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
 from megatron_synth.study.fit.shares.trees import REGMIX, BoostedTrees
+from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.search.optimum import minimize, objective_of
 from megatron_synth.study.search.sequential import expected_improvement
 from megatron_synth.study.search.space import make_space, space_filling

@@ -20,12 +20,20 @@ from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
 from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
 from megatron_synth.study.fit.diagnostics import Diagnostic, dependent_rows
-from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS
-from megatron_synth.study.fit.row_filter import number
-from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, find_column, law_columns, loss_columns, read_table
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS
+from megatron_synth.study.fit.table.domains import aggregate
+from megatron_synth.study.fit.table.row_filter import number
+from megatron_synth.study.fit.table.runs_table import (
+    FLOPS,
+    Table,
+    epochs_of,
+    find_column,
+    law_columns,
+    loss_columns,
+    read_table,
+)
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"

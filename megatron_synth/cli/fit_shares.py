@@ -19,15 +19,15 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
-from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.fit import holdout_mask
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS
 from megatron_synth.study.fit.noise import noise_floor
-from megatron_synth.study.fit.runs_table import FLOPS, Table, epochs_of, loss_columns
 from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
 from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
 from megatron_synth.study.fit.shares.trees import BoostedTrees
+from megatron_synth.study.fit.table.domains import aggregate
+from megatron_synth.study.fit.table.runs_table import FLOPS, Table, epochs_of, loss_columns
 from megatron_synth.study.search.optimum import minimize, objective_of
 from megatron_synth.study.search.space import make_space
 

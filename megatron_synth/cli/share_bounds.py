@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.study.fit.row_filter import number
+from megatron_synth.study.fit.table.row_filter import number
 
 
 def bounds_of(given: Sequence[str]) -> dict[str, tuple[float, float]]:

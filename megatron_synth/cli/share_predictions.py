@@ -14,10 +14,10 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, Floats
-from megatron_synth.study.fit.runs_table import FLOPS
 from megatron_synth.study.fit.shares.fit import ShareFit
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.fit.shares.table import KEYS, mixtures_of, read_mixtures
+from megatron_synth.study.fit.table.runs_table import FLOPS
 
 FEWEST_RUNS = 9
 """From which an interval of 90 % is known."""

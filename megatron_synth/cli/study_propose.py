@@ -13,7 +13,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import resolve
 from megatron_synth.core.log import say
 from megatron_synth.study.execute.folder import Folder
-from megatron_synth.study.fit.row_filter import number
+from megatron_synth.study.fit.table.row_filter import number
 from megatron_synth.study.plan.costs import check_sources, open_sources
 from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import Study, load_study

@@ -18,8 +18,8 @@ from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.laws import Columns, Floats
 from megatron_synth.study.fit.newton import Solutions
 from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
-from megatron_synth.study.fit.row_filter import matching
 from megatron_synth.study.fit.solver import Solver
+from megatron_synth.study.fit.table.row_filter import matching
 
 DELTA = 1e-3
 SAME_OBJECTIVE = 1e-6  # relative; starts that end this close ended at one optimum

@@ -24,8 +24,8 @@ from megatron_synth.core.files import write_atomic
 from megatron_synth.core.records import LARGEST
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.execute.shapes import Result
-from megatron_synth.study.fit.domains import aggregate
-from megatron_synth.study.fit.runs_table import read_table
+from megatron_synth.study.fit.table.domains import aggregate
+from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
 

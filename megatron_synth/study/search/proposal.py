@@ -15,12 +15,12 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import compact, human, table
 from megatron_synth.data.mixing.mixture import windows_in
-from megatron_synth.study.fit.domains import aggregate
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.fit.noise import noise_floor
 from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
 from megatron_synth.study.fit.shares.parametric import FittedParametric
 from megatron_synth.study.fit.shares.points import Mixtures
+from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.plan.costs import Sources
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study

@@ -11,7 +11,7 @@ from megatron_synth.cli import main as cli
 from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.records import Count, Reader, parse_json
-from megatron_synth.study.fit.runs_table import read_table
+from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.report.collect import read_runs_csv
 from tests.faults.record_mutations import World, campaign, make_world
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.study.fit.domains import aggregate, bits_per_byte
 from megatron_synth.study.fit.fit import Fit, fit
 from megatron_synth.study.fit.laws import LAWS, Floats
 from megatron_synth.study.fit.noise import Noise, holm, noise_floor, trend
+from megatron_synth.study.fit.table.domains import aggregate, bits_per_byte
 from megatron_synth.study.report.answers import (
     best_ratio,
     compare_at_compute,

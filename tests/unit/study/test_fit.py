@@ -12,10 +12,10 @@ from scipy.optimize import minimize
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.bootstrap import draw_weights
-from megatron_synth.study.fit.domains import fit_each
 from megatron_synth.study.fit.fit import Fit, fit
 from megatron_synth.study.fit.laws import LAWS, Floats
 from megatron_synth.study.fit.newton import objective_gradient
+from megatron_synth.study.fit.table.domains import fit_each
 from tests.simulate import BUDGETS, JOINT, SIZES, STUDIES, Study, coverage, grid
 
 ADDITIVE = {**JOINT, "E": 1.6, "J": 0.1, "K": 0.1, "s": 2.0, "t": 3.0}

@@ -13,8 +13,8 @@ import pytest
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.laws import LAWS
-from megatron_synth.study.fit.row_filter import matching, number
-from megatron_synth.study.fit.runs_table import read_table
+from megatron_synth.study.fit.table.row_filter import matching, number
+from megatron_synth.study.fit.table.runs_table import read_table
 
 CHINCHILLA = Path(__file__).parents[2] / "fixtures" / "chinchilla_figure4.csv"
 FAST = ["--bootstraps", "50", "--starts", "60"]

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, TOKENS
-from megatron_synth.study.fit.runs_table import FLOPS, Table, find_column, read_table
 from megatron_synth.study.fit.shares.points import Mixtures, normalized
+from megatron_synth.study.fit.table.runs_table import FLOPS, Table, find_column, read_table
 
 KEYS = ("run_id", "run", "index", "id", "name")
 """Columns that name a run; the first that both tables have is taken. None of them is a source."""

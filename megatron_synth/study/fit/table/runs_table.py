@@ -18,7 +18,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.records import read_text
 from megatron_synth.study.fit.catalog import AnyLaw
 from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS, Floats
-from megatron_synth.study.fit.row_filter import matching, number
+from megatron_synth.study.fit.table.row_filter import matching, number
 
 FLOPS, LOSS, EPOCHS = "flops", "loss", "epochs"
 EMPTY = ("", "nan", "na", "n/a", "null", "none")
