@@ -134,7 +134,8 @@ def campaign(folder: Path, kills: int, seed: int = 1, per_kill: int = 12) -> dic
                 client = _start(killed, log)
             victims[victim] += 1
         code = client.wait(600)
-        while code == 75:
+        # 75: the server went away; 2, with these last words: it was away when the client began
+        while code == 75 or (code == 2 and log.read_text().endswith("start the server, or correct the address\n")):
             client = _start(killed, log)
             code = client.wait(600)
         assert code == 0, (code, log.read_text()[-3000:])
