@@ -54,25 +54,13 @@ class Tokenizer:
     @cached_property
     def backend(self) -> Backend:
         """The `tokenizers` object of the file, told to look for no special tokens in text."""
-        return self._opened(self.content)
+        return open_backend(self.content, self.where)
 
     @cached_property
     def _text_backend(self) -> Backend:
         """As `backend`, but what spells a special token becomes none in any other way: a document could end itself."""
         content = read_literally(self.content, self.eod)
-        return self.backend if content is self.content else self._opened(content)
-
-    def _opened(self, content: str) -> Backend:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            backend = Backend.from_str(content)
-        except Exception as error:  # the library raises it bare
-            raise UserError(f"{self.where}: not a tokenizer.json, {error}") from None
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+        return self.backend if content is self.content else open_backend(content, self.where)
 
     @cached_property
     def eod_id(self) -> int:
@@ -154,6 +142,24 @@ def _fingerprint(content: str) -> str:
     if merges:  # written as "a b" by older versions, as ["a", "b"] by newer ones
         data["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return canonical_digest(data)
+
+
+def open_backend(content: str, where: str | Path) -> Backend:
+    """The `tokenizers` object of a tokenizer.json that cuts, pads and obeys nothing: text that spells a special token is text.
+
+    Raises:
+        UserError: it is no tokenizer; `where` names it.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_str(content)
+    except Exception as error:  # the library raises it bare
+        raise UserError(f"{where}: not a tokenizer.json, {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def fingerprint_of(path: Path) -> str:

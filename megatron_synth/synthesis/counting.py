@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_synth.config.errors import UserError
 from megatron_synth.core.records import read_text
+from megatron_synth.data.tokenizer import open_backend
 
 BYTES_PER_TOKEN = 4
 MAX_TOKENIZER_BYTES = 2**28
@@ -40,18 +40,9 @@ class TokenizerCounter:
     exact = True
 
     def __init__(self, file: Path):
-        from tokenizers import Tokenizer
-
-        content = read_text(file, MAX_TOKENIZER_BYTES)
-        try:
-            self._backend = Tokenizer.from_str(content)
-        except Exception as error:  # the library raises it bare
-            raise UserError(f"{file}: not a tokenizer.json, {error}") from None
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = open_backend(read_text(file, MAX_TOKENIZER_BYTES), file)
         self.special = tuple(token.content for token in self._backend.get_added_tokens_decoder().values())
         """What its added tokens spell."""
-        self._backend.encode_special_tokens = True
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""

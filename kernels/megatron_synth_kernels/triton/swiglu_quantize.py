@@ -236,7 +236,21 @@ def swiglu_gradient_blocks_kernel(
 
 
 class _OneLaunch(Source):
-    """A source whose kernel with one scale finds the largest magnitude, too, and that alone where nothing is to be written."""
+    """A source whose kernel with one scale finds the largest magnitude, too, and that alone where nothing is to be written.
+
+    operands: [N, ...] each, as the kernels take them, with their row strides. width: F of [N, 2F]. parts: matrices of [N, F]
+    beside each other in the one that is quantized.
+    """
+
+    _tensorwise: Any
+    _blocks: Any
+    _tensorwise_warps: int
+    parts: int
+
+    def __init__(self, *operands: Tensor, width: int):
+        self._operands = operands
+        self._n, self._width = operands[0].shape[0], width
+        self._strides = tuple(one.stride(0) for one in operands)
 
     def amax(self, out: Tensor) -> Tensor:
         """The largest magnitude."""
@@ -257,7 +271,36 @@ class _OneLaunch(Source):
         transposed: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor | None, Tensor | None]:
-        raise NotImplementedError
+        n, width = self._n, self._width
+        data, other = outputs(n, self.parts * width, self._operands[0].device, dtype, row, transposed)
+        self._tensorwise[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
+            *(*self._operands, data, other, *scaling, n, width, *self._strides),
+            **constants,
+            ROW=row,
+            TRANSPOSED=transposed,
+            TILE_N=_TILE_N,
+            TILE_K=_TILE_K,
+            num_warps=self._tensorwise_warps,
+        )
+        return data, other
+
+    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
+        """In blocks of 1 x 128."""
+        n, width = self._n, self._width
+        check_blocks(self._operands[0][:, :width])
+        device = self._operands[0].device
+        data, other = outputs(n, self.parts * width, device, dtype, row, transposed)
+        scale, other_scale = block_scales(n, self.parts * width, device)
+        self._blocks[(self.parts * n // BLOCK, width // BLOCK)](
+            *(*self._operands, data, scale, other, other_scale, n, width, *self._strides),
+            LARGEST=LARGEST[dtype],
+            FORMAT=FORMATS[dtype],
+            ROW=row,
+            TRANSPOSED=transposed,
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+        return in_blocks(data, scale, other, other_scale)
 
 
 _MAGNITUDE_ALONE: dict[str, Any] = {
@@ -272,9 +315,11 @@ _MAGNITUDE_ALONE: dict[str, Any] = {
 class SwiGLU(_OneLaunch):
     """swiglu_quantise.SwiGLU."""
 
+    _tensorwise, _blocks, _tensorwise_warps, parts = swiglu_tensorwise_kernel, swiglu_blocks_kernel, 8, 1
+
     def __init__(self, gate_and_up: Tensor):
         self._x = as_rows(gate_and_up)
-        self._n, self._width = self._x.shape[0], self._x.shape[1] // 2
+        super().__init__(self._x, width=self._x.shape[1] // 2)
 
     def value(self) -> Tensor:
         """The matrix itself."""
@@ -282,92 +327,19 @@ class SwiGLU(_OneLaunch):
 
         return swiglu(self._x)
 
-    def _launch(
-        self,
-        scaling: tuple[Tensor | None, Tensor | None, Tensor | None],
-        constants: dict[str, Any],
-        row: bool,
-        transposed: bool,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        x, n, width = self._x, self._n, self._width
-        data, other = outputs(n, width, x.device, dtype, row, transposed)
-        swiglu_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
-            *(x, data, other, *scaling, n, width, x.stride(0)),
-            **constants,
-            ROW=row,
-            TRANSPOSED=transposed,
-            TILE_N=_TILE_N,
-            TILE_K=_TILE_K,
-            num_warps=8,
-        )
-        return data, other
-
-    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-        """In blocks of 1 x 128."""
-        x, n, width = self._x, self._n, self._width
-        check_blocks(x[:, :width])
-        data, other = outputs(n, width, x.device, dtype, row, transposed)
-        scale, other_scale = block_scales(n, width, x.device)
-        swiglu_blocks_kernel[(n // BLOCK, width // BLOCK)](
-            *(x, data, scale, other, other_scale, n, width, x.stride(0)),
-            LARGEST=LARGEST[dtype],
-            FORMAT=FORMATS[dtype],
-            ROW=row,
-            TRANSPOSED=transposed,
-            BLOCK=BLOCK,
-            num_warps=16,
-        )
-        return in_blocks(data, scale, other, other_scale)
-
 
 class SwiGLUGradient(_OneLaunch):
     """swiglu_quantise.SwiGLUGradient."""
 
+    _tensorwise, _blocks = swiglu_gradient_tensorwise_kernel, swiglu_gradient_blocks_kernel
+    _tensorwise_warps, parts = 16, 2
+
     def __init__(self, grad: Tensor, gate_and_up: Tensor):
         self._grad, self._x = as_rows(grad), as_rows(gate_and_up)
-        self._n, self._width = self._grad.shape
+        super().__init__(self._grad, self._x, width=self._grad.shape[1])
 
     def value(self) -> Tensor:
         """The matrix itself."""
         from megatron_synth_kernels.triton.swiglu import gradient
 
         return gradient(self._grad, self._x)
-
-    def _launch(
-        self,
-        scaling: tuple[Tensor | None, Tensor | None, Tensor | None],
-        constants: dict[str, Any],
-        row: bool,
-        transposed: bool,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        grad, x, n, width = self._grad, self._x, self._n, self._width
-        data, other = outputs(n, 2 * width, x.device, dtype, row, transposed)
-        swiglu_gradient_tensorwise_kernel[(ceil_div(n, _TILE_N), ceil_div(width, _TILE_K))](
-            *(grad, x, data, other, *scaling, n, width, grad.stride(0), x.stride(0)),
-            **constants,
-            ROW=row,
-            TRANSPOSED=transposed,
-            TILE_N=_TILE_N,
-            TILE_K=_TILE_K,
-            num_warps=16,
-        )
-        return data, other
-
-    def blocks(self, dtype: torch.dtype, *, row: bool = True, transposed: bool = True) -> Pair:
-        """In blocks of 1 x 128."""
-        grad, x, n, width = self._grad, self._x, self._n, self._width
-        check_blocks(grad)
-        data, other = outputs(n, 2 * width, x.device, dtype, row, transposed)
-        scale, other_scale = block_scales(n, 2 * width, x.device)
-        swiglu_gradient_blocks_kernel[(2 * n // BLOCK, width // BLOCK)](
-            *(grad, x, data, scale, other, other_scale, n, width, grad.stride(0), x.stride(0)),
-            LARGEST=LARGEST[dtype],
-            FORMAT=FORMATS[dtype],
-            ROW=row,
-            TRANSPOSED=transposed,
-            BLOCK=BLOCK,
-            num_warps=16,
-        )
-        return in_blocks(data, scale, other, other_scale)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,44 @@ FEATURES: dict[str, tuple[str | None, Callable[[Floats], Floats]]] = {
     "-r": (RATIO, lambda r: -r),
     "r-1": (RATIO, lambda r: r - 1),
 }
+
+
+class Parametrized(Protocol):
+    """What names the places of theta."""
+
+    @property
+    def name(self) -> str:
+        """As the command line names the law."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names in the order of theta."""
+
+    @property
+    def factors(self) -> frozenset[str]:
+        """Those that stand in theta as logarithms."""
+
+
+def named_parameters(law: Parametrized, theta: ArrayLike) -> dict[str, Any]:
+    """Theta [P] or [..., P] as named parameters, factors no longer as logarithms."""
+    array = np.asarray(theta, dtype=np.float64)
+    named = {}
+    for position, name in enumerate(law.parameters):
+        value = np.exp(array[..., position]) if name in law.factors else array[..., position]
+        named[name] = float(value) if array.ndim == 1 else value
+    return named
+
+
+def theta_of(law: Parametrized, params: Mapping[str, float]) -> Floats:
+    """The theta [P] of named parameters.
+
+    Raises:
+        UserError: one has no value.
+    """
+    missing = [name for name in law.parameters if name not in params]
+    if missing:
+        raise UserError(f"law '{law.name}': no value for {', '.join(missing)}")
+    return np.array([np.log(params[name]) if name in law.factors else params[name] for name in law.parameters])
 
 
 @dataclass(frozen=True)
@@ -111,19 +149,11 @@ class Law:
 
     def to_params(self, theta: ArrayLike) -> dict[str, Any]:
         """Theta [P] or [..., P] as named parameters, factors no longer as logarithms."""
-        array = np.asarray(theta, dtype=np.float64)
-        named = {}
-        for position, name in enumerate(self.parameters):
-            value = np.exp(array[..., position]) if name in self.factors else array[..., position]
-            named[name] = float(value) if array.ndim == 1 else value
-        return named
+        return named_parameters(self, theta)
 
     def to_theta(self, params: Mapping[str, float]) -> Floats:
         """The theta [P] of named parameters."""
-        missing = [name for name in self.parameters if name not in params]
-        if missing:
-            raise UserError(f"law '{self.name}': no value for {', '.join(missing)}")
-        return np.array([np.log(params[name]) if name in self.factors else params[name] for name in self.parameters])
+        return theta_of(self, params)
 
     def check(self, columns: Columns) -> None:
         """UserError if a needed column is absent, or a value is outside its range; optional columns may be absent."""

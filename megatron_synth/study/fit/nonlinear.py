@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.study.fit.laws import Columns, Floats, Law, checked_columns
+from megatron_synth.study.fit.laws import Columns, Floats, Law, checked_columns, named_parameters, theta_of
 from megatron_synth.study.fit.newton import Solutions
 
 ValueAndSlopes = Callable[[Floats, Mapping[str, Floats]], tuple[Floats, Floats]]
@@ -76,19 +76,24 @@ class NonlinearLaw:
 
     def to_params(self, theta: ArrayLike) -> dict[str, Any]:
         """Theta [P] or [..., P] as named parameters, factors no longer as logarithms."""
-        array = np.asarray(theta, dtype=np.float64)
-        named = {}
-        for position, name in enumerate(self.parameters):
-            value = np.exp(array[..., position]) if name in self.factors else array[..., position]
-            named[name] = float(value) if array.ndim == 1 else value
-        return named
+        return named_parameters(self, theta)
 
     def to_theta(self, params: Mapping[str, float]) -> Floats:
         """The theta [P] of named parameters."""
-        missing = [name for name in self.parameters if name not in params]
-        if missing:
-            raise UserError(f"law '{self.name}': no value for {', '.join(missing)}")
-        return np.array([np.log(params[name]) if name in self.factors else params[name] for name in self.parameters])
+        return theta_of(self, params)
+
+
+def remembered(function: Callable[[Floats], tuple[Floats, Floats]]) -> Callable[[Floats], tuple[Floats, Floats]]:
+    """`function`, with its last result kept: `least_squares` asks for the slopes where it has just asked for the value."""
+    at, last = np.empty(0), None
+
+    def evaluate(theta: Floats) -> tuple[Floats, Floats]:
+        nonlocal at, last
+        if last is None or not np.array_equal(at, theta):
+            at, last = theta.copy(), function(theta)
+        return last
+
+    return evaluate
 
 
 def solve_each(
@@ -107,17 +112,16 @@ def solve_each(
 
     thetas, objectives, converged = [], [], []
     limits = np.array([law.bounds.get(name, (-np.inf, np.inf)) for name in law.parameters]).T
+    evaluate = remembered(lambda theta: law.value(theta, columns))
     for place, start in enumerate(starts):
         losses = log_loss[place] if log_loss.ndim == 2 else log_loss
         own = np.ones(len(losses)) if weights is None else weights[place]
         with np.errstate(over="ignore", invalid="ignore"):
             found = least_squares(
-                lambda theta, losses=losses: np.nan_to_num(
-                    law.value(theta, columns)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3
-                ),
+                lambda theta, losses=losses: np.nan_to_num(evaluate(theta)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3),
                 np.clip(start, *limits),
                 bounds=limits,
-                jac=lambda theta: np.nan_to_num(law.value(theta, columns)[1]),
+                jac=lambda theta: np.nan_to_num(evaluate(theta)[1]),
                 loss=lambda squares, own=own: _weighted_huber(squares, own),
                 f_scale=delta,
                 x_scale="jac",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,25 +25,38 @@ LINES = 200  # points of a curve
 CURVES = 6  # of a mixture figure at most
 
 
-def write_figure(fit: Fit, path: Path, title: str) -> None:
-    """Draw `fit` to a PNG of 1600 x 560 pixels."""
+@contextmanager
+def three_panels(
+    path: Path, title: str, law: str, *, widths: tuple[int, int, int], left: float, gap: float
+) -> Iterator[tuple[Axes, Axes, Axes]]:
+    """Axes to draw on; then they are written to a PNG of 1600 x 560 pixels.
+
+    law: stands at the right of the title. widths: of the panels, as ratios. left, gap: margins, in parts of the width of the
+    figure and of a panel.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 5.6), dpi=100)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(5, 4, 4))
-        figure.subplots_adjust(left=0.05, right=0.985, top=0.84, bottom=0.12, wspace=0.24)
+        first, second, third = figure.subplots(1, 3, width_ratios=widths)
+        figure.subplots_adjust(left=left, right=0.985, top=0.84, bottom=0.12, wspace=gap)
         figure.text(0.05, 0.94, title, fontsize=18, fontweight="bold", va="center")
-        figure.text(0.985, 0.94, fit.law.formula, fontsize=11, color=GREY, va="center", ha="right")
+        figure.text(0.985, 0.94, law, fontsize=11, color=GREY, va="center", ha="right")
+        yield first, second, third
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
+
+
+def write_figure(fit: Fit, path: Path, title: str) -> None:
+    """Draw `fit` to a PNG."""
+    with three_panels(path, title, fit.law.formula, widths=(5, 4, 4), left=0.05, gap=0.24) as (left, middle, right):
         kinds = {"mixture": draw_ratio, "mixture-additive": draw_ratio}
         kinds |= dict.fromkeys(("joint", "tied", "repetition"), draw_compute)
         kinds.get(fit.law.name, draw_curve)(left, fit)
         draw_residuals(middle, fit)
         draw_numbers(right, fit)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
 
 
 def draw_curve(axes: Axes, fit: Fit) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_synth.core.files import write_atomic
 from megatron_synth.study.fit.shares.fit import ShareFit
 from megatron_synth.study.fit.shares.points import Mixtures
-from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE, STYLE
+from megatron_synth.study.report.fit_figure import three_panels
+from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,22 +21,12 @@ _STEPS = 60
 
 
 def write_shares_figure(fit: ShareFit, path: Path, title: str) -> None:
-    """Draw `fit` to a PNG of 1600 x 560 pixels."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(16, 5.6), dpi=100)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 5))
-        figure.subplots_adjust(left=0.09, right=0.985, top=0.84, bottom=0.12, wspace=0.26)
-        figure.text(0.05, 0.94, title, fontsize=18, fontweight="bold", va="center")
-        figure.text(0.985, 0.94, f"{fit.law.name}: {fit.law.formula}", fontsize=11, color=GREY, va="center", ha="right")
+    """Draw `fit` to a PNG."""
+    law = f"{fit.law.name}: {fit.law.formula}"
+    with three_panels(path, title, law, widths=(4, 4, 5), left=0.09, gap=0.26) as (left, middle, right):
         _draw_laws(left, fit)
         _draw_predicted(middle, fit)
         _draw_sources(right, fit)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
 
 
 def _draw_laws(axes: Axes, fit: ShareFit) -> None:

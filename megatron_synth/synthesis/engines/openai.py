@@ -71,7 +71,6 @@ class HttpEngine:
         """`revive`: starts a server again that has died; called before each probe."""
         self._shape, self._settings, self._key, self._revive = shape, engine, key, revive
         self._urls = tuple(_with_version(server) for server in servers)
-        self._said: set[str] = set()
 
     def check(self) -> Capabilities:
         """All servers are there and have the model.

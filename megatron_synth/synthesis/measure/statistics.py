@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,11 +134,3 @@ class Lengths:
             return Lengths(0, 0.0, 0.0, 0.0, 0.0, 0)
         low, middle, high = np.quantile(np.array(counts), [0.1, 0.5, 0.9]).tolist()
         return Lengths(len(counts), math.fsum(counts) / len(counts), low, middle, high, max(counts))
-
-
-def unigrams(texts: Iterable[Sequence[str]]) -> Counter[str]:
-    """How often each word occurs in texts of words."""
-    counts: Counter[str] = Counter()
-    for words in texts:
-        counts.update(words)
-    return counts
