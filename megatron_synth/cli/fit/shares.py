@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_synth.cli.fit.predictions import FEWEST_RUNS, read_asked, write_predictions
 from megatron_synth.cli.share_bounds import bounds_of
-from megatron_synth.cli.share_predictions import FEWEST_RUNS, read_asked, write_predictions
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say

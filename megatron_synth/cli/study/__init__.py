@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
 from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.cli.study_propose import add_options as add_propose_options
-from megatron_synth.cli.study_propose import run as propose
+from megatron_synth.cli.study.propose import add_options as add_propose_options
+from megatron_synth.cli.study.propose import run as propose
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic

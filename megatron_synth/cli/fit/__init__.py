@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
 
 def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> int:
     if options.law == SHARES:
-        from megatron_synth.cli.fit_shares import run
+        from megatron_synth.cli.fit.shares import run
 
         out = options.out or Path("fits") / f"{options.runs.stem}-{SHARES}"
         return run(options, argv, out, {**_versions(), "git": git_state(Path(__file__).parent)})
