@@ -83,19 +83,6 @@ class NonlinearLaw:
         return theta_of(self, params)
 
 
-def remembered(function: Callable[[Floats], tuple[Floats, Floats]]) -> Callable[[Floats], tuple[Floats, Floats]]:
-    """`function`, with its last result kept: `least_squares` asks for the slopes where it has just asked for the value."""
-    at, last = np.empty(0), None
-
-    def evaluate(theta: Floats) -> tuple[Floats, Floats]:
-        nonlocal at, last
-        if last is None or not np.array_equal(at, theta):
-            at, last = theta.copy(), function(theta)
-        return last
-
-    return evaluate
-
-
 def solve_each(
     law: NonlinearLaw,
     columns: Mapping[str, Floats],
@@ -112,16 +99,17 @@ def solve_each(
 
     thetas, objectives, converged = [], [], []
     limits = np.array([law.bounds.get(name, (-np.inf, np.inf)) for name in law.parameters]).T
-    evaluate = remembered(lambda theta: law.value(theta, columns))
     for place, start in enumerate(starts):
         losses = log_loss[place] if log_loss.ndim == 2 else log_loss
         own = np.ones(len(losses)) if weights is None else weights[place]
         with np.errstate(over="ignore", invalid="ignore"):
             found = least_squares(
-                lambda theta, losses=losses: np.nan_to_num(evaluate(theta)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3),
+                lambda theta, losses=losses: np.nan_to_num(
+                    law.value(theta, columns)[0] - losses, nan=1e3, posinf=1e3, neginf=-1e3
+                ),
                 np.clip(start, *limits),
                 bounds=limits,
-                jac=lambda theta: np.nan_to_num(evaluate(theta)[1]),
+                jac=lambda theta: np.nan_to_num(law.value(theta, columns)[1]),
                 loss=lambda squares, own=own: _weighted_huber(squares, own),
                 f_scale=delta,
                 x_scale="jac",

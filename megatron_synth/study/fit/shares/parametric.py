@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.study.fit.laws import Floats
-from megatron_synth.study.fit.nonlinear import remembered
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.fit.shares.terms import Bilinear, EffectivePower, EffectiveSum, Exponential, Scale, Term
 
@@ -68,25 +67,13 @@ class ParametricLaw:
         if warm is not None:
             starts, center = [warm.theta], warm.center
         best = None
-        evaluate = remembered(lambda theta: _value(terms, self.floor, theta, points))
-        prior = np.sqrt(self.prior)
-
-        def residuals_of(theta: Floats) -> Floats:
-            """Residuals [M], then what the prior adds [P]."""
-            with np.errstate(over="ignore", invalid="ignore"):
-                residuals = evaluate(theta)[0] - log_loss
-            return np.concatenate([np.nan_to_num(residuals, nan=1e3, posinf=1e3), prior * (theta - center)])
-
-        def slopes_of(theta: Floats) -> Floats:
-            return np.vstack([evaluate(theta)[1], prior * np.eye(len(theta))])
-
         for start in starts:
             scale = np.inf
             for _ in range(2):  # the second time with the scatter of the first
                 found = least_squares(
-                    residuals_of,
+                    lambda theta: _residuals(self, terms, theta, points, log_loss, center),
                     start,
-                    jac=slopes_of,
+                    jac=lambda theta: _slopes(self, terms, theta, points),
                     loss="linear" if np.isinf(scale) else "huber",
                     f_scale=1.0 if np.isinf(scale) else scale,
                     max_nfev=_STEPS,
@@ -163,6 +150,19 @@ def _value(terms: Sequence[Term], floor: bool, theta: Floats, points: Mixtures) 
     total = parts.sum(axis=0)
     parts /= total
     return highest + np.log(total), np.hstack([part[:, None] * block for part, block in zip(parts, blocks, strict=True)])
+
+
+def _residuals(
+    law: ParametricLaw, terms: Sequence[Term], theta: Floats, points: Mixtures, log_loss: Floats, center: Floats
+) -> Floats:
+    """Residuals [M], then what the prior adds [P]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        residuals = _value(terms, law.floor, theta, points)[0] - log_loss
+    return np.concatenate([np.nan_to_num(residuals, nan=1e3, posinf=1e3), np.sqrt(law.prior) * (theta - center)])
+
+
+def _slopes(law: ParametricLaw, terms: Sequence[Term], theta: Floats, points: Mixtures) -> Floats:
+    return np.vstack([_value(terms, law.floor, theta, points)[1], np.sqrt(law.prior) * np.eye(len(theta))])
 
 
 PARAMETRIC = (
