@@ -27,9 +27,13 @@ def nearest_multiples(value: int, divisor: int) -> str:
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
     heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
-    if hidden % heads:
+    if model.kv_channels is not None:
+        if model.kv_channels % 2:
+            yield Problem("model.kv_channels", f"{model.kv_channels} is odd; rotary embedding turns pairs of channels")
+    elif hidden % heads:
         message = f"{hidden} is not divisible by the {heads} heads of model.num_attention_heads"
-        yield Problem("model.hidden_size", f"{message}; nearest: {nearest_multiples(hidden, heads)}")
+        near = nearest_multiples(hidden, heads)
+        yield Problem("model.hidden_size", f"{message}; nearest: {near}; or set model.kv_channels, the channels of a head")
     elif model.head_dim % 2:
         message = f"{hidden} / {heads} heads gives a head dimension of {model.head_dim}; rotary embedding needs it even"
         yield Problem("model.hidden_size", message)
@@ -37,6 +41,17 @@ def _model(config: Config) -> Iterator[Problem]:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         message = f"{groups} does not divide the {heads} heads of model.num_attention_heads; one of: "
         yield Problem("model.num_query_groups", message + ", ".join(divisors))
+    if model.sliding_window_first_layer and model.sliding_window is None:
+        message = f"{model.sliding_window_first_layer} has no effect without model.sliding_window"
+        yield Problem("model.sliding_window_first_layer", message)
+    if (scaling := model.rope_scaling) is not None:
+        if scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
+            message = f"{scaling.rope_type} needs the context length of the first training"
+            yield Problem("model.rope_scaling.original_max_position_embeddings", message)
+        for low, high, kind in (("low_freq_factor", "high_freq_factor", "llama3"), ("beta_slow", "beta_fast", "yarn")):
+            if scaling.rope_type == kind and getattr(scaling, low) >= getattr(scaling, high):
+                message = f"{getattr(scaling, low):g} is not below model.rope_scaling.{high} = {getattr(scaling, high):g}"
+                yield Problem(f"model.rope_scaling.{low}", message)
 
 
 def _parallel(config: Config) -> Iterator[Problem]:

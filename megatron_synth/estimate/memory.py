@@ -60,14 +60,16 @@ def kept_per_token(config: Config, device: Device = "gpu", fp8: bool | None = No
         return {"layer input": _element(config) * hidden / _sequence_shards(config)}
     kept = _all_kept(config, device, fp8)
     # a layer that makes the outputs of norms and of SwiGLU in FP8 only has none of them to drop
+    before = config.model.norm_placement == "before"  # norms after the operations are not made again
     if config.train.recompute == "selective" and not (fp8 and _fuses(config)):
         shards = _sequence_shards(config)
-        for name in ("norm outputs", "normalized", "activated"):
+        for name in ("norm outputs", "normalized", "activated") if before else ("activated",):
             kept.pop(name, None)
         if device == "cpu":
             # silu(gate) is an operation of its own there
             kept.pop("silu(gate)", None)
-            kept["norm inputs"] = 2 * _element(config) * hidden / shards
+            if before:
+                kept["norm inputs"] = 2 * _element(config) * hidden / shards
     return kept
 
 
@@ -112,6 +114,12 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
             "attention output, reordered": element * queries / tensor if config.train.micro_batch_size > 1 else 0,
             "silu(gate)": element * width / tensor,
         }
+    if model.qk_norm == "head" and device == "cpu":
+        kept["normalized query and key"] = 4 * (queries + keys + model.num_attention_heads + model.query_groups) / tensor
+    elif model.qk_norm != "off":  # the norm of keys reads them where the product wrote them
+        kept["query before its norm"] = element * queries / tensor
+        if device == "cpu":
+            kept["query, key and value"] = element * (queries + 2 * keys) / tensor
     if fp8:
         _in_fp8(kept, config, device)
     return kept

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from megatron_synth.config.schema import Config
-from megatron_synth.estimate.flops import flops_per_token
+from megatron_synth.estimate.flops import attended, flops_per_token
 from megatron_synth.estimate.hardware import Accelerator
 from megatron_synth.estimate.memory import parameters_per_rank
 from megatron_synth.model.architecture import Dimensions, products
@@ -193,7 +193,9 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
     gemm_weight = sum(gemm_seconds(chip, assume, n, k, tokens, fp8, True) for n, k in linears)
 
     # causal: half of 4 S D per query; the backward pass has five products where the forward pass has two
-    scores = 2 * tokens * train.sequence_length * queries / tensor
+    model = config.model
+    seen = sum(attended(train.sequence_length, model.window_of(layer)) for layer in range(model.num_layers)) / model.num_layers
+    scores = 2 * tokens * seen * queries / tensor
     rate = chip.bf16_flops * assume.sustained
     attention_forward = scores / (rate * assume.attention_forward)
     attention_backward = 2.5 * scores / (rate * assume.attention_backward)
@@ -201,6 +203,9 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
     # elements read and written per token: norms, residual sums, rotation, SwiGLU; backward also what joins their gradients
     forward = 10 * hidden / shards + (2 * (queries + keys) + 3 * width) / tensor
     backward = 12 * hidden / shards + (4 * queries + 6 * keys + 5 * width) / tensor
+    if model.qk_norm != "off":
+        forward += 2 * (queries + keys) / tensor
+        backward += 3 * (queries + keys) / tensor
     bytes_forward, bytes_backward = 2 * forward, 2 * backward
     if fp8:  # read 2, write once as it is and once transposed
         bytes_forward += 4 * (2 * hidden + (queries + width) / tensor)

@@ -40,6 +40,7 @@ from megatron_synth_kernels.torch.fp8 import Scaling as Scaling
 from megatron_synth_kernels.torch.fp8 import Source as Source
 from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.torch.loss import cross_entropy
+from megatron_synth_kernels.torch.rope import ScaledBase
 
 
 def quantizer() -> Any:
@@ -173,17 +174,24 @@ class CoreAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, rotary_base: float, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        rotary_base: float | ScaledBase,
+        window: int | None,
+        overwrite: bool,
+        **_: Any,
     ):
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and config.context_parallel_size == 1
         assert config.attention_dropout == 0.0, "attention dropout is not implemented"
         self.scale = 1.0 / math.sqrt(config.kv_channels)
-        self.rotary_base = rotary_base
+        self.rotary_base, self.window = rotary_base, window
         self._rope, self._attention = registry.get("rope"), registry.get("attention")
         # Nothing reads queries and keys as they were, except a second forward pass of this module alone.
         again = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or ())
-        self._overwrite = not again
+        self._overwrite = overwrite and not again
 
     def forward(
         self,
@@ -202,9 +210,8 @@ class CoreAttention(torch.nn.Module):
         documents = packed_seq_params
         positions = None if documents is None else documents.position_ids
         query, key = self._rope(query, key, self.rotary_base, positions, self._overwrite)
-        if documents is None:
-            return self._attention(query, key, value, self.scale)  # type: ignore[no-any-return]
-        return self._attention(query, key, value, self.scale, documents.cu_seqlens, documents.max_seqlen)  # type: ignore[no-any-return]
+        ends = (None, None) if documents is None else (documents.cu_seqlens, documents.max_seqlen)
+        return self._attention(query, key, value, self.scale, *ends, self.window)  # type: ignore[no-any-return]
 
 
 class SwiGLUMLP(MLP):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_synth_kernels.launch import power_of_two
-from megatron_synth_kernels.torch.rope import rotary_tables
+from megatron_synth_kernels.torch.rope import ScaledBase, rotary_tables
 from megatron_synth_kernels.triton.math import rounded
 
 _TILE = 2048  # pairs of channels that a program turns at a time
@@ -116,7 +116,7 @@ def rope_kernel(
 
 
 def _rotate(
-    query: Tensor, key: Tensor, base: float, positions: Tensor | None, sign: int, inplace: bool
+    query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None, sign: int, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """Both rotated, in their own memory on request and where no two of their elements share a place."""
     sequence, batch, query_heads, channels = query.shape
@@ -163,7 +163,7 @@ def _distinct(x: Tensor) -> bool:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, base: float, positions: Tensor | None, inplace: bool) -> Any:
+    def forward(ctx: Any, query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None, inplace: bool) -> Any:
         ctx.base = base
         ctx.save_for_backward(positions)
         # new tensor objects, so that autograd takes the rotated ones for outputs and not for its inputs
@@ -179,7 +179,7 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(
-    query: Tensor, key: Tensor, base: float, positions: Tensor | None = None, inplace: bool = False
+    query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None = None, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As rope.rope: query [S, B, A, D], key [S, B, G, D], positions [B, S] or None -> both; contiguous unless in place."""
     assert query.shape[-1] % 2 == 0 and query.shape[:2] == key.shape[:2] and query.shape[-1] == key.shape[-1]
