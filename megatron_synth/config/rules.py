@@ -75,9 +75,14 @@ def _parallel(config: Config) -> Iterator[Problem]:
         message = "true needs parallel.tensor_model_parallel_size > 1: it splits the sequence over those ranks"
         yield Problem("parallel.sequence_parallel", message)
     length = config.train.sequence_length
-    if parallel.uses_sequence_parallel and length % tensor:
+    context = parallel.context_parallel_size
+    pieces = (2 * context if context > 1 else 1) * (tensor if parallel.uses_sequence_parallel else 1)
+    if length % pieces:
         message = f"{length} is not divisible by the {tensor} ranks that sequence parallelism splits it over"
-        yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, tensor)}")
+        if context > 1:
+            over = f" x {tensor} of sequence parallelism" if parallel.uses_sequence_parallel else ""
+            message = f"{length} is not divisible by 2 x {context} context-parallel ranks{over} = {pieces}"
+        yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, pieces)}")
 
     chunks = parallel.virtual_stages
     if chunks > 1 and pipeline == 1:
@@ -230,11 +235,16 @@ def _precision(config: Config) -> Iterator[Problem]:
         "model.num_attention_heads": (heads * head_dim, tensor, "query channels"),
         "model.num_query_groups": ((heads + 2 * groups) * head_dim, tensor, "query, key and value channels"),
         "model.ffn_hidden_size": (model.ffn_hidden_size, tensor, "MLP channels"),
-        "train.sequence_length": (config.train.micro_batch_size * config.train.sequence_length, 1, "tokens of a micro-batch"),
+        "train.sequence_length": (
+            config.train.micro_batch_size * config.train.sequence_length,
+            config.parallel.context_parallel_size,
+            "tokens of a micro-batch",
+        ),
     }
     for key, (size, parts, what) in sizes.items():
         if size % parts or (size // parts) % multiple:
-            share = f"{size} / {parts} tensor-parallel ranks" if parts > 1 else str(size)
+            sharing = "context" if key == "train.sequence_length" else "tensor"
+            share = f"{size} / {parts} {sharing}-parallel ranks" if parts > 1 else str(size)
             message = f"precision.fp8: {precision.fp8} needs a multiple of {multiple}, found {share} {what}"
             yield Problem(key, message)
 

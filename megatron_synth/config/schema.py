@@ -102,7 +102,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout. The data-parallel size is what remains: world size / (tensor x pipeline)."""
+    """The layout. The data-parallel size is what remains: world size / (tensor x context x pipeline)."""
 
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share each layer's matrices (TP)."""
@@ -110,6 +110,9 @@ class ParallelConfig(Section):
     """Stages that share the layers (PP)."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per stage in the interleaved schedule (VP). Default: one, plain 1F1B."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence (CP), for long ones: each has an early and a late part of it. They hold the same weights,
+    and gather each other's keys and values in attention."""
     sequence_parallel: bool | None = None
     """Split norms and residuals over the tensor-parallel ranks. Default: on exactly when tensor parallel."""
     use_distributed_optimizer: bool = True

@@ -87,6 +87,7 @@ def transformer_config(plan: RunPlan) -> TransformerConfig:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # With two stages the batched sends and receives of the default, overlap_p2p_comm=False, get mismatched in the
         # interleaved schedule and training goes on with wrong numbers.

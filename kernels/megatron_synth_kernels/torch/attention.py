@@ -40,7 +40,7 @@ def causal_attention(
     Returns:
         [S, B, A * D].
     """
-    sequence, batch, heads, channels = query.shape
+    sequence, batch = query.shape[:2]
     if window is not None and window >= (max_seqlen or sequence):
         window = None
     if window is not None and cu_seqlens is None and query.device.type != "cpu":
@@ -50,19 +50,19 @@ def causal_attention(
     if cu_seqlens is None and batch > 1 and query.device.type != "cpu":
         # Sequences as more heads of one: torch's flash attention copies what is not [B, S, A, D] in memory, its output and the
         # gradient of it, in every backward pass. As [1, S, B A, D] they lie as it wants them.
-        q, k, v = (x.reshape(sequence, 1, -1, channels) for x in (query, key, value))
+        q, k, v = (x.reshape(sequence, 1, -1, query.shape[-1]) for x in (query, key, value))
         one = _whole_rows(q, k, v, scale)  # [1, B A, S, D]
-        return one.permute(2, 0, 1, 3).reshape(sequence, batch, heads * channels)
+        return one.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
     if cu_seqlens is None:
         out = _whole_rows(query, key, value, scale, window)  # [B, A, S, D]
     elif query.device.type == "cpu":
         out = _one_by_one(query, key, value, scale, cu_seqlens, window)
-    elif query.dtype in (torch.bfloat16, torch.float16) and channels % 8 == 0 and channels <= 256:
+    elif takes_flash(query):
         assert max_seqlen is not None
         return _flash(query, key, value, scale, cu_seqlens, max_seqlen, window)
     else:
         out = _masked(query, key, value, scale, cu_seqlens, window)
-    return out.permute(2, 0, 1, 3).reshape(sequence, batch, heads * channels)
+    return out.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
 
 
 def _by_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,23 +128,47 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, scale: float, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None
 ) -> Tensor:
     """Flash attention for sequences of unequal length (Dao, 2023, arXiv 2307.08691), in torch since 2.10."""
-    varlen_attn, must_say_grouped = _varlen()
-    sequence, batch, heads, _ = query.shape
+    sequence, batch = query.shape[:2]
     q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [B S, A or G, D]
+    out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, window)
+    return out.reshape(batch, sequence, -1).transpose(0, 1).contiguous()
+
+
+def takes_flash(query: Tensor) -> bool:
+    """Whether torch's flash attention takes heads of this kind, [..., D]."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """[T, A, D], [U, G, D], [U, G, D] -> [T, A, D]: documents by documents, queries being the last tokens of their keys.
+
+    of_queries, of_keys: int32 [n + 1], where documents begin, and T or U at the end; a document may have keys only.
+    """
+    varlen_attn, must_say_grouped = _varlen()
     out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        query,
+        key,
+        value,
+        of_queries,
+        of_keys,
+        longest_query,
+        longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # tokens before, tokens after: causal
-        **({"enable_gqa": heads != key.shape[2]} if must_say_grouped else {}),
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if must_say_grouped else {}),
     )
     assert isinstance(out, Tensor)
-    return out.reshape(batch, sequence, -1).transpose(0, 1).contiguous()
+    return out
 
 
 @cache

@@ -103,31 +103,39 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grad, cos, sin, -1), None, None
 
 
-def tables_at(x: Tensor, base: float | ScaledBase, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+def tables_at(
+    x: Tensor, base: float | ScaledBase, positions: Tensor | None, length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin for x [S, B, A, D] at its positions, [S, 1, 1, D] or, if they are given, [S, B, 1, D]."""
-    cos, sin = rotary_tables(x.shape[0], x.shape[-1], base, x.dtype, x.device)
+    cos, sin = rotary_tables(length or x.shape[0], x.shape[-1], base, x.dtype, x.device)
     if positions is None:
         return cos, sin
     own = positions.t()
     return cos[:, 0][own], sin[:, 0][own]
 
 
-def rotary(x: Tensor, base: float | ScaledBase, positions: Tensor | None = None) -> Tensor:
+def rotary(x: Tensor, base: float | ScaledBase, positions: Tensor | None = None, length: int | None = None) -> Tensor:
     """Rotate channels (i, i + D/2) of the token at position s by s x base^(-2 i / D).
 
     Args:
         x: [S, B, A, D]; any strides.
         base: period base, or one whose frequencies are scaled.
-        positions: [B, S] integers in [0, S). None: each row counts from 0.
+        positions: [B, S] integers in [0, length). None: each row counts from 0.
+        length: with positions, above all of them. Default: S.
 
     Returns:
         [S, B, A, D], in memory ordered [B, A, S, D].
     """
-    return _Rotary.apply(x, *tables_at(x, base, positions))  # type: ignore[no-any-return, no-untyped-call]
+    return _Rotary.apply(x, *tables_at(x, base, positions, length))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rope(
-    query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None = None, inplace: bool = False
+    query: Tensor,
+    key: Tensor,
+    base: float | ScaledBase,
+    positions: Tensor | None = None,
+    inplace: bool = False,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys; see `rotary`.
 
@@ -135,10 +143,11 @@ def rope(
         query: [S, B, A, D]; any strides.
         key: [S, B, G, D]; any strides.
         base: period base, or one whose frequencies are scaled.
-        positions: [B, S] integers in [0, S). None: each row counts from 0.
+        positions: [B, S] integers in [0, length). None: each row counts from 0.
         inplace: a backend may overwrite query and key: nothing else reads them, nor their backward pass. This one does not.
+        length: with positions, above all of them. Default: S.
 
     Returns:
         [S, B, A, D] and [S, B, G, D], in the order in memory that attention reads on the device.
     """
-    return rotary(query, base, positions), rotary(key, base, positions)
+    return rotary(query, base, positions, length), rotary(key, base, positions, length)
