@@ -471,6 +471,11 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.train.micro_batch_size * self.train.sequence_length // self.parallel.context_parallel_size
+
+    @property
     def window_length(self) -> int:
         """Tokens of a sample: a window of one source. `rules.check` sees to it that whole windows make a sequence."""
         return self.train.sequence_length // self.data.windows_per_sequence

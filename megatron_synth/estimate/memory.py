@@ -1,7 +1,7 @@
 """Bytes that a rank holds, by kind, counted from the configuration without building the model.
 
-Letters: T tokens of a micro-batch, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head, V padded
-vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
+Letters: T tokens of a micro-batch on one rank, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head,
+V padded vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
 
 Activations are counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for the operations that
 run on the device: those of a GPU keep the inputs of norms, those of a CPU their fp32 normalized form. `bench memory` holds the
@@ -183,8 +183,8 @@ def memory_per_rank(
     """Estimated memory of a rank of each pipeline stage, first to last.
 
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
-    4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
-    says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed, which are
+    4. The distributed optimizer divides the last two by the data- and context-parallel sizes. With `fp8` (default: as the
+    configuration says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed, which are
     kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in FP8,
     one byte per number.
     """
@@ -199,7 +199,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     model, parallel, train = config.model, config.parallel, config.train
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     tensor, shards, element = parallel.tensor_model_parallel_size, _sequence_shards(config), _element(config)
-    tokens = train.micro_batch_size * train.sequence_length
+    tokens, context = config.micro_batch_tokens, parallel.context_parallel_size
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * data))
     first, last = stage == 0, stage == stages - 1
     on_rank = parameters_per_rank(config, stage, vocab_size)
@@ -218,6 +218,8 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
         activations += stream + round((4 * (model.hidden_size + 1) / shards if device == "cpu" else 0) * tokens) + stream
 
     buffers = element * tokens * model.hidden_size if shards > 1 else 0
+    if context > 1:  # keys and values of all ranks as they come and in the order of the row, and the same of their gradients
+        buffers += 4 * element * tokens * context * 2 * Dimensions.of(model).keys // tensor
     if stages > 1 and device == "cpu":  # its norms do not keep their input, and outputs are not released early
         buffers += stream * held * ((not first) + (not last))
     elif stages > 1:
@@ -243,7 +245,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
-        optimizer=on_rank * (12 if element == 2 else 8) // (data if parallel.use_distributed_optimizer else 1),
+        optimizer=on_rank * (12 if element == 2 else 8) // (data * context if parallel.use_distributed_optimizer else 1),
         activations=activations,
         logits=loss if at_loss else 0,
         buffers=buffers,

@@ -24,21 +24,21 @@ class SequencePart:
     """How many share it."""
 
     def take(self, whole: Tensor) -> Tensor:
-        """[B, S] -> [B, S / c], the early chunk and the late one; of one rank, `whole` itself."""
+        """[B, S, ...] -> [B, S / c, ...], the early chunk and the late one; of one rank, `whole` itself."""
         if self.size == 1:
             return whole
         chunks = whole.unflatten(1, (2 * self.size, -1))
         return torch.cat([chunks[:, chunk] for chunk in chunks_of(self.rank, self.size)], dim=1)
 
     def put(self, part: Tensor) -> Tensor:
-        """[B, S / c] -> [B, S], zeros elsewhere: the inverse of `take`."""
+        """[B, S / c, ...] -> [B, S, ...], zeros elsewhere: the inverse of `take`."""
         if self.size == 1:
             return part
         halves = part.unflatten(1, (2, -1))
-        whole = part.new_zeros((len(part), 2 * self.size, halves.shape[-1]))
+        whole = part.new_zeros((len(part), 2 * self.size, *halves.shape[2:]))
         for place, chunk in enumerate(chunks_of(self.rank, self.size)):
             whole[:, chunk] = halves[:, place]
-        return whole.flatten(1)
+        return whole.flatten(1, 2)
 
 
 WHOLE = SequencePart()

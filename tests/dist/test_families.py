@@ -19,10 +19,10 @@ from tests.support import LAYOUTS, VOCAB_SIZE, read_metrics
 
 LAYOUTS_OF = {
     "llama": ("tp2pp2",),
-    "mistral": ("tp2pp2",),
-    "qwen2": ("single", "tp2pp2vp2"),
+    "mistral": ("tp2pp2", "tp2cp2"),
+    "qwen2": ("cp2", "tp2pp2vp2"),
     "qwen3": ("tp2-whole-sequence", "tp2pp2"),
-    "olmo2": ("tp2-whole-sequence", "tp2pp2", "tp2dp2"),
+    "olmo2": ("tp2-whole-sequence", "tp2pp2", "tp2cp2"),
 }
 
 
