@@ -182,11 +182,11 @@ def memory_per_rank(
 ) -> list[Memory]:
     """Estimated memory of a rank of each pipeline stage, first to last.
 
-        Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
+    Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
     4. The distributed optimizer divides the last two by the data- and context-parallel sizes. With `fp8` (default: as the
-        configuration says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed,
-        which are kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in
-        FP8, one byte per number.
+    configuration says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed,
+    which are kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept
+    in FP8, one byte per number.
     """
     quantized = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
