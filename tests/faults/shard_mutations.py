@@ -2,7 +2,7 @@
 
 Each is read whole through the loader, with its documents, with compiled code and without: it is refused with a message, or,
 where there are checksums, equal to what was written. Nothing may crash. The work is done in processes of their own, so that
-one that dies is counted and its seed named. `--state FILE` keeps what was done, so that the same command, started again, goes on.
+one that dies is counted and its seed named. `--state FILE` keeps what was done, so that the same command goes on.
 """
 
 from __future__ import annotations

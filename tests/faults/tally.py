@@ -1,7 +1,7 @@
 """What a campaign has tried so far, in a file: it is interrupted and goes on, and its counts add up over several starts.
 
-A campaign is cut into parts, each with a seed of its own that follows from the campaign's and the part's number. The file keeps a
-line of JSON for every part that came to its end; a part that was interrupted is done again, from its beginning.
+A campaign is cut into parts, each with a seed of its own that follows from the campaign's and the part's number. The file keeps
+a line of JSON for every part that came to its end; a part that was interrupted is done again, from its beginning.
 """
 
 from __future__ import annotations
