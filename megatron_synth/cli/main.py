@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from megatron_synth import __version__
-from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, RankError, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, PeerError, RankError, UserError
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
@@ -128,7 +128,8 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     except UserError as error:
         report(EXIT_USER_ERROR, error)
         # every rank ends; one of them says why
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        told = isinstance(error, PeerError)
+        if isinstance(error, RankError) or (os.environ.get("RANK", "0") == "0" and not told):
             show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:

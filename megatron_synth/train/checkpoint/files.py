@@ -31,6 +31,7 @@ from megatron_synth.core.files import write_atomic
 from megatron_synth.core.names import plain_name
 from megatron_synth.core.records import OPEN, Count, Reader
 
+FOLDER = "checkpoints"
 TRAINER = "trainer.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -230,7 +231,7 @@ def progress_of(run: Path) -> Progress:
 
 def root_of(path: Path) -> Path:
     """The checkpoints folder of a run directory, or `path` itself."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
 def all_of(root: Path) -> list[Path]:
