@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that was there before. A pipe would wait for a writer for ever, and a device has no end.
+
+    flags: of `os.open`; with O_NOFOLLOW a link is refused, too.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path) -> bytes:
+    """All of such a file; OSError otherwise."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def _cut(name: str) -> str:

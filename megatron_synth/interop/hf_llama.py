@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
+from megatron_synth.core.files import read_regular
 from megatron_synth.core.names import plain_name
 from megatron_synth.model.architecture import Weight, weights
 from megatron_synth.train.checkpoint.companions import Companions
@@ -377,7 +378,7 @@ def _tokenizer_config(tokenizer_path: Path, config: Mapping[str, Any]) -> dict[s
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 

@@ -5,8 +5,8 @@ own rank (is this step taking too long?), at the beat of the next rank in a ring
 another rank has seen trouble. In trouble every rank writes its Python stacks to RUN/hang/rank-N.txt, the one that made the mark
 writes the summary and prints it, and all leave with exit code 70. The main thread may sit in a collective: it is not asked.
 
-A rank that ends with an error of its user's, such as a damaged shard that it alone has read, says so in its last beat. It is not
-lost: the others end with the same exit code, 2, and leave the message to it.
+A rank that ends with an error of its user's, such as a damaged shard that it alone has read, says so in its last beat. It is
+not lost: the others end with the same exit code, 2, and leave the message to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_synth.config.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, PeerError, RankError, UserError
+from megatron_synth.config.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, PeerError, UserError
 from megatron_synth.core import exit_record
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show

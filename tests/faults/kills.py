@@ -74,9 +74,17 @@ class Program:
         """The program and what it started, that which began last at the end."""
         try:
             main = psutil.Process(self.process.pid)
-            return [main, *main.children(recursive=True)]
+            return [main, *(child for child in main.children(recursive=True) if not _is_tracker(child))]
         except psutil.NoSuchProcess:
             return []
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Whether it is the process of Python's own that cleans up semaphores; without it the next one prints tracebacks."""
+    try:
+        return any("resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(program: Program, draw: random.Random, within_s: float, which: int | None = None) -> bool:
