@@ -16,7 +16,8 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
 
     The file's mode is what the umask leaves, as of any new file. `private`: for its owner's eyes alone.
     """
-    payload = data.encode() if isinstance(data, str) else data
+    # of a name that is not UTF-8 the bytes that are none are written out; in JSON that is the same text
+    payload = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(f".{_cut(path.name)}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

@@ -47,7 +47,7 @@ from tests.faults.tally import Tally
 from tests.support import SEQUENCE_LENGTH, STEPS, run_info, write_config, write_corpus
 
 JOB = "7"
-_PART = 1000
+_PART = 500
 _VALUES: tuple[Any, ...] = (
     None,
     True,
