@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int:
         if len(options.files) > 1 or options.baseline or options.csv or options.png:
             raise UserError("a file of --ablations is a table of its own: without other files, --baseline, --csv and --png")
         try:
-            text = render_ablations(ablations)
+            shown = render_ablations(ablations)
         except MALFORMED as error:
             expected = "expected what `bench train --ablations --json` writes"
             raise UserError(f"{options.files[0]}: {expected}: {type(error).__name__}: {error}") from None
-        say(text)
+        say(shown)
         return EXIT_OK
     records = [record for file in options.files for record in read(file)]
     verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []
