@@ -394,8 +394,9 @@ def campaign(folder: Path, count: int, seed: int, every: int = 0, drawn: int = 1
     """
     world, draw = make_world(folder), random.Random(seed)
     places = _places(world)
-    for _, verbs in places:
-        verbs(world, every > 0)  # all is well before
+    with _undrawn():
+        for verbs in dict.fromkeys(verbs for _, verbs in places):
+            verbs(world, every > 0)  # all is well before
     happened: Counter[str] = Counter()
     for number in range(count):
         file, verbs = places[number % len(places)]
