@@ -11,6 +11,7 @@ Programs begin with their imports done (`warm.py`). `--state FOLDER` keeps count
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 import shutil
@@ -280,6 +281,7 @@ def pairs(folder: Path) -> Round:
     """Two programs on one folder, of each kind."""
     config = write_config(folder / "run.yaml", write_corpus(folder / "corpus"))
     for_study, server = _corpus_of_studies(folder / "study-corpus"), synthesis.Server(rate=200)
+    atexit.register(server.kill)
 
     def start(count: int, draw: random.Random) -> Counter[str]:
         happened = Counter[str]()
