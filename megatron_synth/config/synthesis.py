@@ -53,7 +53,7 @@ class ParentsConfig(Section):
 class GeneratorConfig(Section):
     """What writes the text. Give exactly one of `model` and `run`."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=4096)] | None = None
     """A folder in Hugging Face's format, a name on its Hub, or the name that a server gives its model."""
     run: str | None = None
     """A run directory, or a checkpoint: it is exported to the output's folder `generator` and used from there."""
@@ -65,7 +65,7 @@ class GeneratorConfig(Section):
     """A tokenizer.json to count prompts by. Default: that of the model's folder; without one, four bytes count as a token."""
     parameters: Amount | None = None
     """Parameters of a model behind a server, for FLOPs. Counted where the model is a folder."""
-    license: str | None = None
+    license: Annotated[str, Field(max_length=200)] | None = None
     """The generator's license, such as llama3.1, for the manifest. Default: what a README.md in its folder says."""
     tokens_per_second: Annotated[float, Field(gt=0)] | None = None
     """Tokens that one device writes a second, for `plan`. Default: what was published for models of about its size."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import read_regular
 from megatron_synth.core.names import plain_name
 from megatron_synth.train.checkpoint.companions import Companions
 
@@ -147,7 +148,7 @@ def _tokenizer_config(tokenizer_path: Path, config: Mapping[str, Any]) -> dict[s
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human, table
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.index import KeyIndex
-from megatron_synth.synthesis.answers.parts import keys_of
+from megatron_synth.synthesis.answers.parts import LINES, keys_of
 from megatron_synth.synthesis.setup import Counted, Setup
 
 
@@ -67,6 +68,8 @@ def count(setup: Setup) -> Planned:
 def _answered(setup: Setup) -> KeyIndex:
     index = KeyIndex()
     for key in keys_of(setup.answers):
+        if key in index:
+            raise UserError(f"{setup.answers}: the key {key} is there twice; {LINES.remedy}")
         index.add(key, (0, 0))
     return index
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 import megatron_synth
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX
-from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.files import open_regular, write_atomic, write_json
+from megatron_synth.core.records import OPEN, Reader
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, SynthesisRecord, read_record
 from megatron_synth.synthesis.corpus import REJECTED
 from megatron_synth.synthesis.measure.corpus import Synthetic, measure_corpus
@@ -24,6 +28,18 @@ from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 REPORT = "report.html"
 FIGURES = "figures.json"
 SAMPLES = 5
+
+
+@with_config(OPEN)
+class Entry(TypedDict):
+    """A line of a corpus, or of what was rejected, as far as the page needs it."""
+
+    text: str
+    parents: list[str]
+    reason: NotRequired[str]
+
+
+_ENTRIES: Reader[Entry] = Reader(Entry, "give `megatron-synth synthesize run` again")
 
 
 def write_report(config: SynthesisConfig) -> Path:
@@ -58,7 +74,7 @@ def write_report(config: SynthesisConfig) -> Path:
         ) from None
     account = {"asked": record.account.asked, "kept": record.account.kept, **record.account.rejected}
     account |= {"refused by the engine": record.account.refused, "unanswered": record.account.unanswered}
-    title = f"{record.template['name']} by {record.generator_name}"
+    title = f"{record.template.name} by {record.generator_name}"
     samples = [*kept, *_rejected(config.folder, record, setup.parents)]
     made_by = f"megatron-synth {megatron_synth.__version__}; {cost_text(record)}"
     file = config.folder / REPORT
@@ -79,7 +95,7 @@ def _rejected(folder: Path, record: SynthesisRecord, parents: Iterable[Parent]) 
     seen: set[str] = set()
     wanted = set(record.account.rejected) | ({"refused"} if record.account.refused else set())
     for entry, texts in _beside(_entries(folder, [REJECTED]), parents):
-        reason = str(entry.get("reason"))
+        reason = entry.get("reason", "no reason")
         if reason not in seen:
             seen.add(reason)
             yield Sample(record.kind, texts, entry["text"], reason)
@@ -87,7 +103,7 @@ def _rejected(folder: Path, record: SynthesisRecord, parents: Iterable[Parent]) 
             return
 
 
-def _beside(entries: Iterable[dict[str, Any]], parents: Iterable[Parent]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+def _beside(entries: Iterable[Entry], parents: Iterable[Parent]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
     """Entries with the texts of their parents. Both are in the order of the parents: only those of an entry are held."""
     rest = iter(parents)
     held: dict[str, str] = {}
@@ -103,15 +119,12 @@ def _beside(entries: Iterable[dict[str, Any]], parents: Iterable[Parent]) -> Ite
         yield entry, tuple(held[name] for name in wanted if name in held)
 
 
-def _entries(folder: Path, files: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _entries(folder: Path, files: Iterable[str]) -> Iterator[Entry]:
     for name in files:
-        with open(folder / name, encoding="utf-8") as opened:
+        try:
+            opened = os.fdopen(open_regular(folder / name), "rb")
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}; {_ENTRIES.remedy}") from None
+        with opened:
             for number, line in enumerate(opened, start=1):
-                try:
-                    entry = json.loads(line)
-                    whole = isinstance(entry["text"], str) and all(isinstance(one, str) for one in entry["parents"])
-                except (ValueError, KeyError, TypeError):
-                    whole = False
-                if not whole:
-                    raise UserError(f"{folder / name}, line {number}: damaged; give `megatron-synth synthesize run` again")
-                yield entry
+                yield _ENTRIES.parse(line, f"{folder / name}, line {number}")

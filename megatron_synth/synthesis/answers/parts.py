@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import sync_folder
+from megatron_synth.core.files import open_regular, sync_folder
 from megatron_synth.core.records import Amount, Count, Reader
 from megatron_synth.synthesis.answers.index import KeyIndex
 
@@ -115,20 +115,17 @@ class Answers:
         for key, parents, chunk, sample, answer in found:
             if key in fresh or key in self.index:
                 continue
-            text = answer.text
-            if not text.isascii():  # half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD
-                text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
             record = {
                 "key": key,
                 "parents": list(parents),
                 "chunk": chunk,
                 "sample": sample,
-                "finish": answer.finish,
+                "finish": _storable(answer.finish),
                 "tokens_in": answer.tokens_in,
                 "tokens_out": answer.tokens_out,
                 "cached": answer.cached,
                 "seconds": round(answer.seconds, 6),
-                "text": text,
+                "text": _storable(answer.text),
             }
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             assert line[_KEY] == key.encode()
@@ -181,7 +178,7 @@ class Answers:
             return None
         number, offset = place
         if number not in self._reading:
-            self._reading[number] = os.open(self._parts[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._reading[number] = open_regular(self._parts[number], os.O_RDONLY | os.O_NOFOLLOW)
         line = _line_at(self._reading[number], offset)
         return LINES.parse(line, f"{self._parts[number]}, byte {offset}")
 
@@ -201,26 +198,47 @@ class Answers:
 
 
 def keys_of(folder: Path) -> Iterator[str]:
-    """Keys of all answers of a folder, also while a run adds to it."""
+    """Keys of all answers of a folder, also while a run adds to it.
+
+    Raises:
+        UserError: a part is damaged elsewhere than at its end.
+    """
     for part in sorted(folder.glob("part-*.jsonl")):
-        with open(part, "rb") as file:
-            for line in file:
-                if line.startswith(_HEAD) and line.endswith(b"\n"):
-                    yield line[_KEY].decode("ascii", "replace")
+        for _, key in _keys(part, torn=True):
+            yield key
 
 
 def lines(folder: Path) -> Iterator[Line]:
     """Every answer of a folder as they came, also while a run adds to it. A line without an end is left out."""
     for part in sorted(folder.glob("part-*.jsonl")):
-        with open(part, "rb") as file:
+        with _opened(part) as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
                     yield LINES.parse(line, f"{part}, line {number}")
 
 
+def _storable(text: str) -> str:
+    """Half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _opened(part: Path, mode: Literal["rb", "r+b"] = "rb") -> IO[bytes]:
+    """A part, which is a file of this folder's own: what a link leads to would be cut and added to, too.
+
+    Raises:
+        UserError: it is something else, or cannot be opened.
+    """
+    try:
+        flags = os.O_RDONLY if mode == "rb" else os.O_RDWR
+        return os.fdopen(open_regular(part, flags | os.O_NOFOLLOW), mode)
+    except OSError as error:
+        reason = "a link, expected a file" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"{part}: {reason}; {LINES.remedy}") from None
+
+
 def _cut_torn_line(part: Path) -> None:
     """Cut off what follows the last line break."""
-    with open(part, "r+b") as file:
+    with _opened(part, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         at = end
         while at:
@@ -235,15 +253,17 @@ def _cut_torn_line(part: Path) -> None:
             file.truncate(at)
 
 
-def _keys(part: Path) -> Iterator[tuple[int, str]]:
-    """Place and key of each line.
+def _keys(part: Path, *, torn: bool = False) -> Iterator[tuple[int, str]]:
+    """Place and key of each line. torn: the last one may be without an end, and is left out.
 
     Raises:
         UserError: a line does not begin as one of ours.
     """
     offset = 0
-    with open(part, "rb") as file:
+    with _opened(part) as file:
         for line in file:
+            if torn and not line.endswith(b"\n"):
+                return
             key = line[_KEY]
             whole = line.startswith(_HEAD) and line.endswith(b"}\n") and len(key) == KEY_DIGITS
             if not whole or not set(key) <= set(b"0123456789abcdef"):

@@ -43,6 +43,8 @@ LONGEST_BACKOFF_S = 60.0
 MAX_REPLY_BYTES = 2**26
 PROBE_TIMEOUT_S = 5.0
 METRICS_EVERY_S = 1.0
+SHOWN_NAME = 80
+"""Characters of the name of a model that a server has."""
 
 
 @dataclass(order=True)
@@ -102,7 +104,7 @@ class HttpEngine:
                 f"engine.servers: {url}/models answers with status {status}, which is no OpenAI API; correct the address"
             )
         if self._shape.model not in found:
-            names = ", ".join(map(str, list(found)[:5]))
+            names = ", ".join(f"{name!s:.{SHOWN_NAME}}" for name in list(found)[:5])
             raise UserError(
                 f"generator.model: {url} has no model {self._shape.model!r}, it has {names or 'none'}; name one of these"
             )
@@ -143,7 +145,7 @@ class HttpEngine:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
         try:
             async with session.get(url, timeout=timeout, allow_redirects=False) as reply:
-                return reply.status, await reply.content.read(MAX_REPLY_BYTES), None
+                return reply.status, await _body(reply), None
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             return 0, b"", self._plain(str(error) or type(error).__name__)
 
@@ -365,7 +367,8 @@ async def _body(reply: Any) -> bytes:
     Raises:
         ValueError: it is.
     """
-    if reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES:
+    packed = "content-encoding" in reply.headers  # then its length says nothing of what it unfolds to
+    if not packed and reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES:
         whole: bytes = await reply.read()
         return whole
     found, size = [], 0
