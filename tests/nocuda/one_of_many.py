@@ -31,14 +31,15 @@ class _Answering(torch.distributed.Store):
         self.set(key, str(int(self._values.get(key, b"0")) + amount))
         return int(self._values[key])
 
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)  # the word by which NCCL's watchdog is told to dump is not
-
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         pass
 
     def set_timeout(self, timeout: timedelta) -> None:
         pass
+
+
+_kept: list[_Answering] = []
+"""torch's C++ holds no reference to the Python half of a store."""
 
 
 def pretend(rank: int, world_size: int, *, nccl: bool = False) -> None:
@@ -51,7 +52,9 @@ def pretend(rank: int, world_size: int, *, nccl: bool = False) -> None:
 
     def init(backend: str, **options: Any) -> None:
         if nccl:
-            real("cpu:fake,cuda:nccl", store=_Answering(), rank=rank, world_size=world_size, **options)
+            options.pop("device_id", None)  # with it NCCL splits its groups from the first, and is not told their sizes
+            _kept.append(_Answering())
+            real("cpu:fake,cuda:nccl", store=_kept[-1], rank=rank, world_size=world_size, **options)
         else:
             real("fake", store=FakeStore(), rank=rank, world_size=world_size)
 

@@ -64,7 +64,7 @@ def _written_arguments(func: Any) -> tuple[frozenset[int], frozenset[str]]:
 
 
 class Accesses(TorchDispatchMode):
-    """Within, operations of torch tell what they read and write. To be entered last, so that it sees what the program asked for."""
+    """Within, operations of torch tell what they read and write. To be entered last: it sees what the program asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def stored_pointers(code: str) -> frozenset[int]:
         return frozenset(range(256))
     for index, name in enumerate(re.findall(r"(%\w+):", head.group(1))):
         comes_from[name] = frozenset([index])
-    pointers = {name for name in re.findall(r"(%\w+): !tt\.ptr", head.group(1))}
+    pointers = set(re.findall(r"(%\w+): !tt\.ptr", head.group(1)))
     for line in code.splitlines():
         made, _, rest = line.partition(" = ")
         used = [one for one in re.findall(r"%[\w#]+", rest or line) if one in comes_from]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.nocuda.build import build, environment
-from tests.nocuda.ordered import stored_pointers
+from tests.nocuda.ordered import faults, stored_pointers
 from tests.nocuda.rehearse import ROOT
 
 # all cases in one process, each after a wait for the device
@@ -53,7 +53,10 @@ os._exit(0)
 """
 # what happens -> its code, and what must be told of it; None: nothing
 ORDERS = {
-    "an event between streams": ("x.add_(1); event.record(); other.wait_event(event)\nwith torch.cuda.stream(other): x.sum()", None),
+    "an event between streams": (
+        "x.add_(1); event.record(); other.wait_event(event)\nwith torch.cuda.stream(other): x.sum()",
+        None,
+    ),
     "a wait of the host between streams": ("x.add_(1); torch.cuda.synchronize()\nwith torch.cuda.stream(other): x.sum()", None),
     "a missing event": ("x.add_(1)\nwith torch.cuda.stream(other): x.sum()", "read before it is written: sum at "),
     "an event that is recorded too early": (
@@ -79,7 +82,7 @@ ORDERS = {
         "written before it is read",
     ),
     "a buffer that its streams are recorded of": (
-        "y = made(); other.wait_stream(here)\nwith torch.cuda.stream(other): y.sum(); y.record_stream(other)\ndel y; z = made()",
+        "y = made(); other.wait_stream(here)\nwith torch.cuda.stream(other): y.sum(); y.record_stream(other)\ndel y; made()",
         None,
     ),
     "a pinned buffer written before its copy ended": (
@@ -146,6 +149,52 @@ def test_a_wrong_order_is_found_and_a_right_one_is_not(what: str, found: dict[st
         assert found[what] == []
     else:
         assert len(found[what]) == 1 and expected in found[what][0] and f"{what}.py:" in found[what][0]
+
+
+LAYOUT = (
+    *("bench/tiny-7m.yaml", "precision.dtype=bf16", "parallel.tensor_model_parallel_size=2"),
+    *("parallel.pipeline_model_parallel_size=2", "train.global_batch_size=64", "--world", "8", "--nccl", "--steps", "2"),
+)
+# megatron-core forgets to wait for the weights that data-parallel ranks gather while the forward pass runs
+FORGETFUL = """
+import sys
+from pathlib import Path
+from megatron.core.distributed import param_and_grad_buffer as buffers
+from torch.distributed import distributed_c10d
+
+class Forgetful:
+    def __init__(self, work): self.work = work
+    def wait(self): pass
+
+start = buffers._ParamAndGradBucketGroup.start_param_sync
+def forgetful(self, *given, **options):
+    start(self, *given, **options)
+    if self.param_gather_handle is not None:
+        self.param_gather_handle = Forgetful(self.param_gather_handle)
+buffers._ParamAndGradBucketGroup.start_param_sync = forgetful
+from tests.nocuda import step
+step.main()
+"""
+
+
+def steps(folder: Path, *how: str) -> list[str]:
+    """What was in a wrong order in steps of a rank of TP2 x PP2 x DP2, with all that overlaps there."""
+    told = folder / "order.txt"
+    given = {**environment(build(ROOT / "build/nocuda")), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "NOCUDA_ORDER": str(told)}
+    command = [sys.executable, *how, *LAYOUT, "--record", str(folder / "record.tsv")]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return faults(told)
+
+
+@pytest.mark.parametrize("rank", ["0", "7"])
+def test_steps_of_a_rank_overlap_in_order(rank: str, tmp_path: Path) -> None:
+    assert steps(tmp_path, "-m", "tests.nocuda.step", "--rank", rank) == []
+
+
+def test_weights_that_are_used_before_they_are_gathered_are_found(tmp_path: Path) -> None:
+    found = steps(tmp_path, "-c", FORGETFUL, "--rank", "0")
+    assert any("read before it is written" in one and "all-gather" in one for one in found), found
 
 
 def test_a_kernel_is_known_by_what_it_stores_to() -> None:
