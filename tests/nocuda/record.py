@@ -89,6 +89,16 @@ class Counts:
         )
 
 
+PARTS = {
+    "Triton's launches": "/triton/",
+    "megatron-core": "/megatron/core/",
+    "torch, in Python": "/torch/",
+    "this package": "megatron_synth",
+    "torch, in C++": "~",
+}
+"""Whose code the host runs in a step -> what its files are known by; `~` is what is built in. The first that fits."""
+
+
 def short(name: str) -> str:
     """A kernel's name as a person reads it: of torch's mangled templates, the words that tell them apart."""
     if name.startswith("triton:"):

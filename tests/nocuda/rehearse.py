@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_synth.train.record.run_dir import device_name
 from tests.nocuda.build import build, environment
+from tests.nocuda.record import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "stream at train/step.py"
@@ -126,6 +127,7 @@ def row(case: Case, found: dict[str, Any]) -> str:
     cells = [
         *(f"{found[key]:,}" for key in ("launches", "one_block", "products")),
         f"{1000 * found['host_s']:,.0f}",
+        f"{1000 * found['host_s'] / found['micro_batches']:.0f}",
         *(str(len(found[key])) for key in ("waits", "pageable")),
         *(f"{found[key] / 1e9:.2f}" for key in ("peak_bytes", "modeled_bytes")),
         f"{100 * (found['peak_bytes'] / found['modeled_bytes'] - 1):+.1f} %",
@@ -134,9 +136,18 @@ def row(case: Case, found: dict[str, Any]) -> str:
 
 
 HEAD = [
-    "| configuration | launches | of one block | products | host, ms | waits | pageable copies | peak, GB | model, GB | |",
-    "| --- |" + " ---: |" * 9,
+    "| configuration | launches | of one block | products | host, ms | of a micro-batch | waits | pageable copies | peak, GB | "
+    "model, GB | |",
+    "| --- |" + " ---: |" * 10,
 ]
+
+
+def parts_row(case: Case, found: dict[str, Any]) -> str:
+    """Whose code the host runs in a case's step."""
+    return f"| {case.name} | " + " | ".join(f"{100 * share:.0f} %" for share in found["host_parts"].values()) + " |"
+
+
+PARTS_HEAD = ["| the host runs | " + " | ".join([*PARTS, "other"]) + " |", "| --- |" + " ---: |" * (len(PARTS) + 1)]
 
 
 def main() -> int:
@@ -146,20 +157,27 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     library = build(ROOT / "build/nocuda")
-    lines, failed = list(HEAD), 0
+    lines, parts, tried, failed = list(HEAD), list(PARTS_HEAD), 0, 0
     for case in CASES:
         if options.only not in case.name:
             continue
+        tried += 1
         found, wrong = run(case, library, options.out)
         print(f"{'failed' if wrong else 'passed'}: {case.name}", *wrong, sep="\n  ", flush=True)
         failed += bool(wrong)
         if found is not None:
             lines.append(row(case, found))
+            parts.append(parts_row(case, found))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     used = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "megatron-core"))
-    lines += ["", f"`make gpu-rehearsal`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}, {used}, on {device_name()}."]
+    lines += [
+        "",
+        *parts,
+        "",
+        f"`make gpu-rehearsal`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}, {used}, on {device_name()}.",
+    ]
     (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), f"{len(lines) - len(HEAD) - 2 - failed} passed, {failed} failed", sep="\n")
+    print("\n".join(lines), f"{tried - failed} passed, {failed} failed", sep="\n")
     return int(failed > 0)
 
 

@@ -15,6 +15,7 @@ import pstats
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_synth.parallel.groups import process_group
 from megatron_synth.parallel.plan import plan
 from megatron_synth.train.batch import TensorBatch
 from tests.nocuda.ordered import ordered
-from tests.nocuda.record import Counts, read, recording
+from tests.nocuda.record import PARTS, Counts, read, recording
 
 
 def options() -> argparse.ArgumentParser:
@@ -79,6 +80,17 @@ def at_peak() -> list[str]:
     return [f"{size * n / 1e6:10.1f} MB {n:5d} x {size:12,d}  {place}" for (size, place), n in counted[:40]]
 
 
+def host_parts(step: Callable[[], None]) -> dict[str, float]:
+    """Shares of the host's time in one step by whose code it runs; the backward pass in this thread, where it is seen."""
+    profile = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):
+        profile.runcall(step)
+    spent = dict.fromkeys([*PARTS, "other"], 0.0)
+    for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        spent[next((name for name, mark in PARTS.items() if mark in file), "other")] += own
+    return {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
+
+
 def main() -> None:
     asked = options().parse_intermixed_args()
     config = load_file(Config, asked.config, asked.overrides)
@@ -127,6 +139,7 @@ def main() -> None:
             "micro_batches": layout.num_microbatches,
             **asdict(Counts.of(read(asked.record))),
             "host_s": statistics.median(processor[1:]),
+            "host_parts": host_parts(lambda: engine.step(batches)),
             "wall_s": statistics.median(wall[1:]),
             "built_bytes": built,
             "peak_bytes": peak,
