@@ -70,7 +70,9 @@ ADVICE: tuple[tuple[str, str], ...] = (
 """What to try when a part fails, by what it printed; the first that is found."""
 
 
-def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str], *, again: bool = False) -> bool:
+def measure(
+    selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str], *, again: bool = False, patience: int = 1
+) -> bool:
     """Run parts and write `file` after each; whether none failed.
 
     Args:
@@ -79,6 +81,7 @@ def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence
         file: JSON to write. Parts that it has, done, by the same commit on the same device, are not run again.
         command: how this was called, for the head of the table.
         again: leave out nothing, and what `file` holds.
+        patience: by which budgets are multiplied, on a machine that others keep busy.
 
     Raises:
         UserError: there is no GPU, and this is no smoke run; or `file` is of another commit or device.
@@ -104,7 +107,7 @@ def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence
             continue
         if data is None and any("{data}" in argument for argument in part.command):
             data = random_source(folder / "data", 400_000 if smoke else 40_000_000)
-        found = _run(part, folder, data, part.budget_s * (SMOKE_PATIENCE if smoke else 1))
+        found = _run(part, folder, data, part.budget_s * patience * (SMOKE_PATIENCE if smoke else 1))
         document["parts"][part.name] = {"command": list(part.command), **found}
         write_json(file, document)
         (folder / _RUNNING).unlink(missing_ok=True)
