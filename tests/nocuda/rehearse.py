@@ -38,7 +38,7 @@ class Case:
     """At most; measured, and rounded up to hundreds."""
     one_block: int = 200
     """torch kernels of one block, at most."""
-    near: float = 0.02
+    near: float = 0.03
     """How far the allocator's peak may be from the memory model's, of the latter."""
 
 
@@ -58,8 +58,7 @@ _INTERLEAVED = ("parallel.virtual_pipeline_model_parallel_size=2",)
 CASES = (
     Case("1.3B BF16", (_SMALL,), 4200),
     # two of a layer's three more one-block kernels are torch's own: it zeroes a random state that nobody draws from
-    # of documents the memory model knows nothing
-    Case("1.3B BF16, documents of 512", (_SMALL, "--documents", "512"), 5700, one_block=600, near=0.03),
+    Case("1.3B BF16, documents of 512", (_SMALL, "--documents", "512"), 5700, one_block=600),
     Case("1.3B FP8 current", (_SMALL, *_fp8("current")), 8200),
     Case("1.3B FP8 delayed", (_SMALL, *_fp8("delayed")), 7000),
     Case("1.3B FP8 blockwise", (_SMALL, *_fp8("blockwise", "e4m3")), 7000),

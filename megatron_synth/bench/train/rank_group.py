@@ -81,7 +81,7 @@ def prepare(on_gpu: bool) -> str:
     engine.load()
     if not on_gpu:
         return "fork"
-    touched = torch.cuda.is_initialized() or torch.cuda._device_count_nvml() < 0  # type: ignore[no-untyped-call]
+    touched = torch.cuda.is_initialized() or torch.cuda._device_count_nvml() < 0
     return "spawn" if touched else "fork"
 
 
