@@ -52,7 +52,7 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
+.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal gpu-bundle \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
@@ -64,6 +64,7 @@ help:
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
 	@echo "gpu-rehearsal  the GPU path on a machine without one: launches, waits, memory; downloads 5 GB the first time"
+	@echo "gpu-bundle   a folder below 64 MiB with all that a machine lacks that has torch with CUDA alone"
 	@echo "docs         the documentation, as a site in build/site"
 	@echo "tables       the measured tables of README.md and docs/, again"
 	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
@@ -204,6 +205,14 @@ $(REHEARSAL)/ready: pyproject.toml constraints.txt
 gpu-rehearsal: $(REHEARSAL)/ready
 	$(REHEARSE) -m pytest -q --noconftest -p no:cacheprovider tests/nocuda
 	$(REHEARSE) -m tests.nocuda.rehearse
+
+# what a machine with a GPU lacks that has Python 3.12, torch and no network, in one folder: BUNDLE/start.sh there.
+# TE=FILE: also carry this archive of a site folder with TransformerEngine
+BUNDLE := build/gpu-bundle
+TE ?=
+
+gpu-bundle: $(REHEARSAL)/ready
+	$(REHEARSE) -m tests.gpu.bundle $(BUNDLE) $(if $(TE),--te $(TE))
 
 bench-gpu: $(READY)
 	$(BIN)/megatron-synth bench gpu

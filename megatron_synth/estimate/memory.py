@@ -95,20 +95,22 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
     hidden, width, queries, keys = sizes.hidden, sizes.ffn, sizes.queries, sizes.keys
     kept = {
         "norm outputs": 2 * element * hidden / shards,
-        "rotated query and key": element * (queries + keys) / tensor,
         "attention output": element * queries / tensor,
         "log-sum-exp": 4 * model.num_attention_heads / tensor,
         "gate and up": element * 2 * width / tensor,
         "activated": element * width / tensor,
     }
     if device == "gpu":
-        # value is a view of the product's output, which therefore stays whole
+        # Query, key and value are views of the product's output, which stays whole, and are rotated in their place. Queries
+        # that share keys lie apart in it, group by group: megatron-core makes one tensor of them.
         kept |= {
             "norm inputs": 2 * element * hidden / shards,
             "query, key and value": element * (queries + 2 * keys) / tensor,
+            "query, regrouped": element * queries / tensor if queries > keys else 0,
         }
     else:
         kept |= {
+            "rotated query and key": element * (queries + keys) / tensor,
             "normalized": 2 * 4 * (hidden + 1) / shards,
             "value": element * keys / tensor,
             "attention output, reordered": element * queries / tensor if config.train.micro_batch_size > 1 else 0,
