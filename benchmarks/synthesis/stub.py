@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import random
 import re
 import signal
@@ -19,6 +20,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+import uvloop
 
 MODEL = "stub"
 FAULTS = ("429", "500", "slow", "drop", "json", "truncated", "empty")
@@ -236,8 +239,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--fault", action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS))
     parser.add_argument("--rate", type=float, default=0.0, help="answers a second at most")
+    parser.add_argument("--core", type=int, help="run on this one alone")
     parser.add_argument("--fixed", action="store_true", help="always the same answer")
     arguments = parser.parse_args(argv)
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
     faults = {name: float(share) for name, share in (one.split("=") for one in arguments.fault)}
     stub = RunningStub(arguments.port, faults=faults, rate=arguments.rate, fixed=arguments.fixed)
 
@@ -249,7 +255,7 @@ def main(argv: list[str]) -> int:
         print(stub.url, flush=True)
         await ready
 
-    asyncio.run(serve())
+    uvloop.run(serve())
     return 0
 
 

@@ -109,6 +109,8 @@ class EngineConfig(Section):
     """openai, vllm: how long no server may answer, before the run ends with exit code 75."""
     tensor_parallel_size: PositiveInt = 1
     """vllm: GPUs that share the model."""
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
+    """vllm: servers that are started on a machine, each with `tensor_parallel_size` GPUs of its own."""
     arguments: tuple[str, ...] = ()
     """vllm: more arguments of `vllm serve`."""
     startup_s: Seconds = 1800.0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_synth.config.synthesis import SamplingConfig
+from megatron_synth.synthesis.answers.index import KeySet
 from megatron_synth.synthesis.chunks import Chunk
 from megatron_synth.synthesis.escape import Escape
 from megatron_synth.synthesis.kinds.keywords import Keywords
@@ -108,7 +109,7 @@ def requests(
     identity: what is known of the generator. seed: of the whole run.
     """
     constant = digest([dict(identity), wording.template.digest, wording.api, sampling.model_dump(mode="json"), seed])
-    known: set[bytes] = set()
+    known = KeySet()
     order = 0
     for chunk in chunks:
         asking.chunks += 1
@@ -121,11 +122,9 @@ def requests(
                 continue
             prompt = wording.prompt(material)
             key = digest([about, prompt.messages, prompt.text])
-            short = bytes.fromhex(key)
-            if short in known:
+            if not known.is_new(key):
                 asking.repeated += 1
                 continue
-            known.add(short)
             # the seed follows from the key, so that no two requests share one for another reason than chance
             yield Request(key, order, chunk, sample, material, prompt, int(key[-8:], 16) >> (32 - SEED_BITS))
             order += 1

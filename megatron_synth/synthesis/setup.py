@@ -18,6 +18,7 @@ from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template, template_of
 from megatron_synth.synthesis.parents import Parent, Parents
 from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
+from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 ANSWERS = "answers"
@@ -78,8 +79,8 @@ class Setup:
         special = self.counter.special if isinstance(self.counter, TokenizerCounter) else ()
         return Wording(self.template, self.config.generator.api, special, keywords)
 
-    def requests(self, counted: Counted) -> Iterator[Request]:
-        """All requests in order, the same each time."""
+    def requests(self, counted: Counted, share: Share | None = None) -> Iterator[Request]:
+        """All requests in order, the same each time; with a share those of its parents. Parents of others are not counted."""
         config = self.config
 
         def documents() -> Iterator[Parent]:
@@ -87,7 +88,8 @@ class Setup:
                 counted.documents += 1
                 yield parent
 
-        found = chunks(documents(), self.template, self.counter, counted.skipped)
+        wanted = (lambda parent: True) if share is None else share.has_parent
+        found = chunks(documents(), self.template, self.counter, counted.skipped, wanted)
         identity = {**self.generator.identity(), **self._decoding()}
         return requests(found, self.wording, identity, config.sampling, config.seed, config.per_parent, counted.asking)
 
@@ -132,8 +134,18 @@ class Setup:
                 f"lower parent_tokens of the template or sampling.max_tokens, or take another model"
             )
 
-    def engine(self) -> Engine:
-        """The engine of the file, not started."""
+    def check_key(self) -> None:
+        """Look for the key of the servers, where one is needed.
+
+        Raises:
+            UserError: it is not there.
+        """
+        from megatron_synth.synthesis.engines.openai import key_of
+
+        key_of(self.config.engine)
+
+    def engine(self, folder: Path) -> Engine:
+        """The engine of the file, not started. folder: for the log of a server that is started."""
         from megatron_synth.synthesis.engines.protocol import Shape
 
         config, generator, settings = self.config, self.generator, self.config.engine
@@ -150,10 +162,15 @@ class Setup:
         if settings.name == "vllm":
             from megatron_synth.synthesis.engines.vllm import Vllm
 
-            return Vllm(generator.model, generator.revision, settings, shape, config.folder / LOG)
+            return Vllm(generator.model, generator.revision, settings, shape, folder / LOG)
         from megatron_synth.synthesis.engines.openai import HttpEngine, key_of
 
         return HttpEngine(shape, settings, settings.servers, key_of(settings))
+
+    @property
+    def group(self) -> int:
+        """Requests that the engine must be given together, for an answer to be the same to the last bit."""
+        return self.config.engine.batch_size if self.config.engine.name == "transformers" else 1
 
     @property
     def answers(self) -> Path:

@@ -139,6 +139,10 @@ class Lab:
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURMD_NODENAME") == name:
                     victims.append(process)
+        # all at once: a step that outlives its program by a moment would tell the controller that the job has failed
+        for process in victims:
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
         for process in victims:
             with contextlib.suppress(psutil.Error):
                 process.kill()
