@@ -173,22 +173,56 @@ class DecodingConfig(Section):
         return self
 
 
+class WalksConfig(Section):
+    """Walks over concepts that documents have in common; the kind `recombined` makes a text about each."""
+
+    count: PositiveInt
+    """How many walks."""
+    length: Annotated[int, Field(ge=2, le=20)] = 4
+    """Concepts of a walk at most."""
+    parents: Annotated[int, Field(ge=1, le=8)] = 3
+    """Documents at most whose passages are shown with them."""
+
+
+class HardestConfig(Section):
+    """Only parents on which a model is weakest (S3, arXiv 2310.13671): those with the highest mean loss of a token."""
+
+    run: str | None = None
+    """A run directory or a checkpoint, which is exported to the output's folder `hardest`."""
+    model: str | None = None
+    """Or a folder in Hugging Face's format."""
+    count: PositiveInt
+    """Parents that are kept; they stay in their order."""
+    min_tokens: PositiveInt = 32
+    """Shorter documents are left out, as their means scatter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HardestConfig:
+        if (self.run is None) == (self.model is None):
+            raise ValueError("give exactly one of run and model")
+        return self
+
+
 class SynthesisSettings(Section):
     """What to make. Paths are relative to the working directory."""
 
     output: str
     """Folder for answers, corpus, account and report. A run that is there already goes on."""
     kind: str | None = None
-    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook, token-editing, continuation."""
+    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook, recombined, token-editing, continuation."""
     template: str | None = None
     """Or a template file of your own; copy one of megatron_synth/synthesis/kinds/templates."""
     parents: dict[str, ParentsConfig] = Field(min_length=1)
     """Natural documents by a name, in this order."""
+    hardest: HardestConfig | None = None
+    """Of these, only those on which a run is weakest. Default: all."""
     generator: GeneratorConfig
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig | None = None
     """Text from probabilities: token editing or contrastive decoding, for the kinds of these names."""
+    walks: WalksConfig | None = None
+    """For `recombined`, and templates that are made from concepts."""
     seed: Seed = 1
     """Each request has a seed of its own, made from this one and from what it asks."""
     per_parent: PositiveInt = 1

@@ -20,7 +20,8 @@ class Chunk:
     """What one request is about.
 
     parents: the documents that it is of: one, or several short ones. number: of the chunk in its document, from 0;
-    of: how many chunks the document has. tokens: of the text.
+    of: how many chunks the document has. tokens: of the text. walk: of a walk over several documents its concepts in one
+    string, and a passage of each document; number is then that of the walk.
     """
 
     parents: tuple[Parent, ...]
@@ -28,6 +29,7 @@ class Chunk:
     number: int
     of: int
     tokens: int
+    walk: tuple[str, ...] = ()
 
 
 @dataclass

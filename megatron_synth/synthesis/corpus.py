@@ -23,6 +23,7 @@ from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.parts import REFUSED, Answers, Line
 from megatron_synth.synthesis.filters.base import Candidate, Filters, Verdict
 from megatron_synth.synthesis.kinds.template import as_json
+from megatron_synth.synthesis.recombined import extraction_record
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 
@@ -250,10 +251,25 @@ def _record(
         parent_documents=counted.documents,
         skipped=skipped,
         account=account,
-        cost=tally.cost(setup.parameters),
+        cost=_cost(setup, tally),
         license=licenses.warning(setup.generator.license),
         files=written.files,
         fingerprint=fingerprint(folder / name for name in written.files),
+    )
+
+
+def _cost(setup: Setup, tally: Tally) -> Cost:
+    """What generation took, that of the concepts before it included."""
+    cost = tally.cost(setup.parameters)
+    if setup.config.walks is None:
+        return cost
+    first = extraction_record(setup.config).cost
+    return Cost(
+        tokens_in=cost.tokens_in + first.tokens_in,
+        tokens_cached=cost.tokens_cached + first.tokens_cached,
+        tokens_out=cost.tokens_out + first.tokens_out,
+        untold=cost.untold + first.untold,
+        flops=None if cost.flops is None or first.flops is None else cost.flops + first.flops,
     )
 
 

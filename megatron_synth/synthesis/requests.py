@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,7 +65,12 @@ class Wording:
         self._keywords = keywords
 
     def material(self, chunk: Chunk, seed: int) -> tuple[str, ...]:
-        """The texts that a chunk's prompt is made from: its own, or keywords, none where it has none. seed: of their draw."""
+        """The texts that a chunk's prompt is made from: its own, those of its walk, or keywords, none where it has none.
+
+        seed: of the draw of keywords.
+        """
+        if self.template.made_from == "concepts":
+            return chunk.walk
         if self._keywords is None:
             return (chunk.text,)
         return self._keywords.draw(chunk.text, self.template.keywords, seed)
@@ -73,7 +78,12 @@ class Wording:
     def prompt(self, material: tuple[str, ...]) -> Prompt:
         """What is asked."""
         escaped = [self._escape(text) for text in material]
-        return self.worded(self.template.render({"text": escaped[0]} if self._keywords is None else {"keywords": escaped}))
+        slots: dict[str, dict[str, str | Sequence[str]]] = {
+            "text": {"text": escaped[0]},
+            "keywords": {"keywords": escaped},
+            "concepts": {"concepts": escaped[0], "passages": escaped[1:]},
+        }
+        return self.worded(self.template.render(slots[self.template.made_from]))
 
     def worded(self, user: str) -> Prompt:
         """The user's message with the constant part before it."""

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.exit_record import at_step
 from megatron_synth.core.files import write_atomic, write_json
@@ -24,6 +25,7 @@ from megatron_synth.synthesis.corpus import make_corpus
 from megatron_synth.synthesis.engines.base import Engine, EngineGone, StopAsking
 from megatron_synth.synthesis.filters.base import Filters
 from megatron_synth.synthesis.generator import MARK
+from megatron_synth.synthesis.recombined import FOLDER, extraction, extraction_record, is_extracted
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import ANSWERS, Counted, Setup
 from megatron_synth.synthesis.shares import FOLDERS, Share
@@ -51,6 +53,11 @@ class Outcome:
     made: int
     missing: int | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a corpus."""
+        return self.record is not None
+
 
 @dataclass
 class Made:
@@ -74,6 +81,8 @@ def run(
     folder = config.folder / ANSWERS / ("" if share is None else share.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(config.folder, folder, share):
+        if config.walks is not None and not (before := _concepts(config, stop, share, ask)).is_complete:
+            return before
         # a share, and who only judges, take what was exported when the answers began
         setup = Setup.of(config, export=(share is None and ask) or not (config.folder / MARK).is_dir())
         setup.warn()
@@ -95,6 +104,24 @@ def run(
     if isinstance(found, Account):
         return Outcome(found, None, None, made.answers)
     return Outcome(found.account, found, None, made.answers)
+
+
+def _concepts(config: SynthesisConfig, stop: Callable[[], bool], share: Share | None, ask: bool) -> Outcome:
+    """Make the concepts that the requests are about; a share, and who only judges, must find them.
+
+    Raises:
+        UserError: as `run`, or they are not there.
+    """
+    first = extraction(config)
+    if share is None and ask:
+        show(f"{first.output}: the concepts of the parents come first", error=True)
+        return run(first, stop)
+    if not is_extracted(config):
+        raise UserError(
+            f"{first.output}: the concepts come first: `synthesize run --slurm` or without --share, or the shares of "
+            f"{config.folder / FOLDER}, whose settings are those of this file with `kind: concepts`"
+        )
+    return Outcome(None, extraction_record(config), None, 0)
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import show
-from megatron_synth.synthesis.chunks import Skipped, chunks
+from megatron_synth.synthesis.chunks import Chunk, Skipped, chunks
 from megatron_synth.synthesis.counting import TokenCounter, TokenizerCounter
 from megatron_synth.synthesis.engines.base import Engine
 from megatron_synth.synthesis.generator import Generator, generator_of
+from megatron_synth.synthesis.hardest import hardest
 from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template, template_of
 from megatron_synth.synthesis.parents import Parent, Parents
+from megatron_synth.synthesis.recombined import walk_chunks
 from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
 from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -62,8 +64,15 @@ class Setup:
                 f"filters.choice: chooses answers, and template {template.name} makes documents of several: one that is left "
                 f"out would take all with it; set missing_chunks to join, or take a kind that asks once for a document"
             )
+        if (config.walks is not None) != (template.made_from == "concepts"):
+            raise UserError(
+                f"walks: template {template.name} is made from {template.made_from}; those made from concepts, such as "
+                f"`kind: recombined`, need `walks`, and no others have them"
+            )
         parents = Parents(config.parents)
         parents.check()
+        if config.hardest is not None:
+            parents = hardest(config.hardest, config.engine, parents, config.folder, evaluate=export)
         generator = generator_of(config.generator, config.folder, export=export)
         against = None
         if config.decoding is not None and config.decoding.against is not None:
@@ -89,7 +98,11 @@ class Setup:
                 yield parent
 
         wanted = (lambda parent: True) if share is None else share.has_parent
-        found = chunks(documents(), self.template, self.counter, counted.skipped, wanted)
+        if config.walks is not None:
+            walks = walk_chunks(config, self.template, self.counter, documents())
+            found: Iterator[Chunk] = (chunk for chunk in walks if wanted(chunk.parents[0].id))
+        else:
+            found = chunks(documents(), self.template, self.counter, counted.skipped, wanted)
         identity = {**self.generator.identity(), **self._decoding()}
         return requests(found, self.wording, identity, config.sampling, config.seed, config.per_parent, counted.asking)
 
@@ -115,9 +128,14 @@ class Setup:
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that the template can make."""
-        (words,) = self.counter.count([self.wording.prompt(("",)).characters()])
+        (words,) = self.counter.count([self.wording.prompt(("", "")).characters()])
         room = CHAT_TOKENS if self.config.generator.api == "chat" else 8
-        of_slot = self.template.parent_tokens if self.template.made_from == "text" else 16 * self.template.keywords
+        template, walks = self.template, self.config.walks
+        of_slot = {
+            "text": template.parent_tokens,
+            "keywords": 16 * template.keywords,
+            "concepts": 0 if walks is None else walks.parents * (template.parent_tokens + words) + 16 * walks.length,
+        }[template.made_from]
         return words + of_slot + room
 
     def check_context(self, context: int | None) -> None:

@@ -24,6 +24,7 @@ from megatron_synth.synthesis.setup import ANSWERS
 from megatron_synth.synthesis.status import status_text
 
 FAULTS = {"429": 0.06, "500": 0.06, "slow": 0.04, "drop": 0.06, "json": 0.06, "truncated": 0.06, "empty": 0.06}
+FAULTS |= {"two": 0.05, "model": 0.05}
 
 
 def product(folder: Path) -> dict[str, bytes]:

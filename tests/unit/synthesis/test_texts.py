@@ -19,7 +19,7 @@ from megatron_synth.synthesis.kinds.template import SHIPPED, Kinds, Template, lo
 from megatron_synth.synthesis.parents import Parent, digest
 from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
 
-KINDS = ("hq-rephrase", "qa-rephrase", "textbook")
+KINDS = ("hq-rephrase", "qa-rephrase", "textbook", "concepts", "recombined")
 
 
 def parent(text: str, order: int = 0) -> Parent:
@@ -94,13 +94,15 @@ def test_a_document_cannot_leave_its_place():
 def test_kinds_come_with_the_program_and_say_whose_wording_it_is(name):
     found = Kinds().load(name)
     assert found.name == name
-    assert found.origin == "ours, not the paper's"
+    assert found.origin.startswith("ours, ")
     assert "ours, not the paper's" in (SHIPPED / f"{name}.yaml").read_text()
-    material = ("some text",) if found.made_from == "text" else ("river", "mill")
+    material = {"text": ("some text",), "keywords": ("river", "mill"), "concepts": ("river, mill", "a passage", "another")}[
+        found.made_from
+    ]
     keywords = Keywords(["some text"]) if found.made_from == "keywords" else None
     for api in ("chat", "completions"):
         prompt = Wording(found, api, (), keywords).prompt(material)
-        assert material[0] in prompt.characters()
+        assert all(one in prompt.characters() for one in material)
         # what is constant comes first, for prefix caches
         assert prompt.characters().startswith(found.system)
 
