@@ -223,6 +223,8 @@ class SynthesisSettings(Section):
     """Text from probabilities: token editing or contrastive decoding, for the kinds of these names."""
     walks: WalksConfig | None = None
     """For `recombined`, and templates that are made from concepts."""
+    study_tokenizer: str | None = None
+    """The tokenizer.json of the models that are trained on the text: plan, record, status and report then count by it, too."""
     seed: Seed = 1
     """Each request has a seed of its own, made from this one and from what it asks."""
     per_parent: PositiveInt = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_synth.data.preparing.readers.files import fingerprint
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, Cost, SynthesisRecord
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.parts import REFUSED, Answers, Line
+from megatron_synth.synthesis.counting import TokenCounter
 from megatron_synth.synthesis.filters.base import Candidate, Filters, Verdict
 from megatron_synth.synthesis.kinds.template import as_json
 from megatron_synth.synthesis.recombined import extraction_record
@@ -159,6 +160,7 @@ class _Written:
     """What stands in the corpus. files: their names, in order."""
 
     documents: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
     dropped: int = 0
     """Texts that were kept and stand in no document, as a chunk of theirs was not."""
@@ -167,7 +169,7 @@ class _Written:
 def _write(setup: Setup, spool: Path, late: dict[str, str], folder: Path) -> _Written:
     """The corpus and the list of rejected answers."""
     written = _Written()
-    writer = _Files(folder, written)
+    writer = _Files(folder, written, setup.corpus_counters())
     rejected = folder / REJECTED
     with open(spool, encoding="utf-8") as lines, open(rejected, "w", encoding="utf-8") as refused:
         entries = map(json.loads, lines)
@@ -201,8 +203,8 @@ def _documents(setup: Setup, sample: int, kept: list[dict[str, Any]], writer: _F
 class _Files:
     """Files of the corpus, each of FILE_BYTES or a little more."""
 
-    def __init__(self, folder: Path, written: _Written):
-        self._folder, self._written = folder, written
+    def __init__(self, folder: Path, written: _Written, counters: Mapping[str, TokenCounter]):
+        self._folder, self._written, self._counters = folder, written, counters
         self._file: IO[str] | None = None
 
     def add(self, entry: dict[str, Any], sample: int, text: str) -> None:
@@ -214,6 +216,8 @@ class _Files:
         number = f"{entry['parents'][0]}-{entry['chunk']}-{sample}"
         self._file.write(_line(id=number, text=text, parents=entry["parents"], source=entry["source"]))
         self._written.documents += 1
+        for name, counter in self._counters.items():
+            self._written.tokens[name] += counter.count([text])[0]
 
     def close(self) -> None:
         """Finish the last file."""
@@ -248,6 +252,7 @@ def _record(
         settings_digest=config.settings_digest(),
         parents=setup.parents.describe(),
         documents=written.documents,
+        tokens={name: written.tokens[name] for name in setup.corpus_counters()},
         parent_documents=counted.documents,
         skipped=skipped,
         account=account,

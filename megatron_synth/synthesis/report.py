@@ -18,6 +18,7 @@ from megatron_synth.synthesis.corpus import REJECTED
 from megatron_synth.synthesis.measure.corpus import Synthetic, measure_corpus
 from megatron_synth.synthesis.measure.page import Sample, render
 from megatron_synth.synthesis.setup import Setup
+from megatron_synth.synthesis.status import tokens_text
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 REPORT = "report.html"
@@ -70,7 +71,8 @@ def cost_text(record: SynthesisRecord) -> str:
     """What a corpus has cost, in a line."""
     cost = record.cost
     flops = "" if cost.flops is None else f", {cost.flops:.2e} FLOPs"
-    return f"{cost.tokens_in:,} tokens read, {cost.tokens_out:,} written{flops}; {record.license}"
+    corpus = f"; the corpus has {tokens_text(record.tokens)}" if record.tokens else ""
+    return f"{cost.tokens_in:,} tokens read, {cost.tokens_out:,} written{flops}{corpus}; {record.license}"
 
 
 def _rejected(folder: Path, record: SynthesisRecord, setup: Setup) -> Iterator[Sample]:

@@ -95,6 +95,12 @@ class Wording:
         return Prompt(text="\n\n".join(part for part in parts if part))
 
 
+def constant_part(template: Template) -> str:
+    """What all prompts of a template begin with: the system's part, and the user's up to the first slot."""
+    user = template.prompt.partition("{{")[0].partition("{%")[0]
+    return f"{template.system}\n\n{user}" if template.system else user
+
+
 @dataclass
 class Asking:
     """What became of chunks on their way to requests."""

@@ -19,7 +19,7 @@ from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template, template_of
 from megatron_synth.synthesis.parents import Parent, Parents
 from megatron_synth.synthesis.recombined import walk_chunks
-from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
+from megatron_synth.synthesis.requests import Asking, Request, Wording, constant_part, requests
 from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
@@ -50,6 +50,8 @@ class Setup:
     counter: TokenCounter
     against: Generator | None = None
     """The worse model of contrastive decoding."""
+    study_counter: TokenCounter | None = None
+    """Counts as the models that are trained on the text do; None where that is not known."""
 
     @classmethod
     def of(cls, config: SynthesisConfig, *, export: bool) -> Setup:
@@ -77,7 +79,17 @@ class Setup:
         against = None
         if config.decoding is not None and config.decoding.against is not None:
             against = generator_of(config.decoding.against, config.folder / AGAINST, export=export)
-        return cls(config, template, generator, parents, generator.counter(), against)
+        study = None
+        if config.study_tokenizer is not None:
+            if not Path(config.study_tokenizer).is_file():
+                raise UserError(f"study_tokenizer: {config.study_tokenizer}: no such file")
+            study = TokenizerCounter(Path(config.study_tokenizer))
+        return cls(config, template, generator, parents, generator.counter(), against, study)
+
+    def corpus_counters(self) -> dict[str, TokenCounter]:
+        """Whose tokens of the corpus are counted: those of tokenizers that are here, by whose they are."""
+        found = {"generator": self.counter} if self.counter.exact else {}
+        return found if self.study_counter is None else {**found, "study": self.study_counter}
 
     @cached_property
     def wording(self) -> Wording:
@@ -125,6 +137,11 @@ class Setup:
         """About as many as the generator reads for a request."""
         (count,) = self.counter.count([request.prompt.characters()])
         return count + (CHAT_TOKENS if request.prompt.messages else 0)
+
+    def constant_tokens(self) -> int:
+        """About as many as all prompts begin with, which a server with a prefix cache reads once."""
+        (count,) = self.counter.count([constant_part(self.template)])
+        return count
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that the template can make."""

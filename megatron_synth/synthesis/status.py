@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_synth.core.log import duration, human, one_line, table
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, read_record
@@ -60,7 +62,13 @@ def status_text(config: SynthesisConfig) -> str:
     if not (folder / RECORD).is_file():
         return f"{text}\nno corpus yet: give `megatron-synth synthesize run` again to go on"
     record = read_record(folder)
-    return f"{text}\n{account_text(record.account)}\n  {record.documents:,} documents in {folder / CORPUS}"
+    tokens = f", {tokens_text(record.tokens)}" if record.tokens else ""
+    return f"{text}\n{account_text(record.account)}\n  {record.documents:,} documents{tokens} in {folder / CORPUS}"
+
+
+def tokens_text(tokens: Mapping[Any, int]) -> str:
+    """Tokens of a corpus by whose tokenizer counts."""
+    return " or ".join(f"{count:,} tokens of the {name}" for name, count in tokens.items())
 
 
 def _shares(answers: Path) -> str:
