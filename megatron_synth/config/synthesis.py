@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -124,14 +125,31 @@ class EngineConfig(Section):
             raise ValueError("servers: name at least one, such as http://node1:8000/v1")
         if self.name != "openai" and self.servers:
             raise ValueError(f"servers are for `name: openai`, found `name: {self.name}`")
+        ours = ("--api-key", "--host", "--port", "--served-model-name", "--uds")
+        if wrong := [one for one in self.arguments if one.partition("=")[0] in ours]:
+            raise ValueError(
+                f"arguments: {wrong[0].partition('=')[0]} is set here: a server listens on the loopback, with a key that is "
+                f"made for it and stands in no list of processes"
+            )
         for server in self.servers:
-            if not re.fullmatch(r"https?://[^\s@?#]+", server):
+            if not _is_address(server):
                 raise ValueError(
                     f"servers: expected http://HOST:PORT or https://..., without a user or key, got {server!r:.80}"
                 )
         if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise ValueError("key_variable: expected the name of an environment variable; the key itself stands in no file")
         return self
+
+
+def _is_address(server: str) -> bool:
+    """Whether it is http:// or https://, with a host, without a user, a key or a query, in characters that a head can carry."""
+    if not re.fullmatch(r"https?://[!-~]+", server) or set(server) & set("@?#\\"):
+        return False
+    try:
+        parts = urlsplit(server)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 class SamplingConfig(Section):

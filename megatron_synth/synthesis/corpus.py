@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import megatron_synth
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import sync_folder, write_json
 from megatron_synth.data.preparing.readers.files import fingerprint
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, Cost, SynthesisRecord
@@ -85,7 +86,7 @@ def make_corpus(setup: Setup, answers: Answers, filters: Filters, facts: dict[st
     facts: what the engine said of itself.
 
     Raises:
-        UserError: an answer is damaged.
+        UserError: an answer is damaged, or the disk is full or fails.
     """
     config = setup.config
     partial = config.folder / f"{CORPUS}{PARTIAL}"
@@ -107,6 +108,9 @@ def make_corpus(setup: Setup, answers: Answers, filters: Filters, facts: dict[st
         record = _record(setup, counted, tally, account, facts, written, partial)
         _put(config.folder, partial, record)
         return record
+    except OSError as error:
+        reason = f"{error.strerror or error}; all {len(answers)} answers are kept; make room and give the same command again"
+        raise UserError(f"{config.folder}: {reason}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
