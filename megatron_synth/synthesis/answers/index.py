@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEW_KEYS = 65_536
+NEW_KEYS = 16_384
 """Keys that wait in a dictionary before they become a sorted run of arrays."""
 
 Place = tuple[int, int]  # number of the part, byte in it
