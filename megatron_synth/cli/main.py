@@ -26,7 +26,7 @@ from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
 EXTRAS = dict.fromkeys(("matplotlib", "scipy", "markupsafe"), "study") | dict.fromkeys(
-    ("aiohttp", "jinja2", "py3langid", "transformers", "uvloop"), "synthesis"
+    ("httptools", "jinja2", "msgspec", "py3langid", "transformers", "uvloop"), "synthesis"
 )
 """Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {

@@ -128,13 +128,14 @@ def _parameters(folder: Path) -> int | None:
 
 
 def _license(folder: Path) -> str | None:
-    """The line `license:` at the head of a README.md, as on the Hub."""
+    """The line `license:` at the head of a README.md, as on the Hub; of one that is `other` its `license_name:`."""
     file = folder / "README.md"
     if not file.is_file():
         return None
     head = read_text(file)[:20_000].split("\n---", 1)[0]
-    found = re.search(r"^license(?:_name)?:\s*['\"]?([A-Za-z0-9._-]{1,60})", head, re.MULTILINE)
-    return found[1] if found else None
+    found = dict(re.findall(r"^(license(?:_name)?):\s*['\"]?([A-Za-z0-9._-]{1,60})", head, re.MULTILINE))
+    license = found.get("license")
+    return found.get("license_name", license) if license in (None, "other") else license
 
 
 def export_run(run: Path, folder: Path) -> None:

@@ -21,8 +21,8 @@ from megatron_synth.data.preparing.readers.synthesized import CORPUS, SynthesisR
 from megatron_synth.synthesis.corpus import REJECTED
 from megatron_synth.synthesis.measure.corpus import Synthetic, measure_corpus
 from megatron_synth.synthesis.measure.page import Sample, render
-from megatron_synth.synthesis.parents import Parent
 from megatron_synth.synthesis.setup import Setup
+from megatron_synth.synthesis.status import tokens_text
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 REPORT = "report.html"
@@ -55,7 +55,7 @@ def write_report(config: SynthesisConfig) -> Path:
 
     def documents() -> Iterator[Synthetic]:
         entries = _entries(config.folder / CORPUS, record.files)
-        for number, (entry, parents) in enumerate(_beside(entries, setup.parents)):
+        for number, (entry, parents) in enumerate(_beside(entries, setup)):
             sample = Sample(record.kind, parents, entry["text"], None)
             # reservoir sampling: each document is as likely as any other
             if len(kept) < SAMPLES:
@@ -75,7 +75,7 @@ def write_report(config: SynthesisConfig) -> Path:
     account = {"asked": record.account.asked, "kept": record.account.kept, **record.account.rejected}
     account |= {"refused by the engine": record.account.refused, "unanswered": record.account.unanswered}
     title = f"{record.template.name} by {record.generator_name}"
-    samples = [*kept, *_rejected(config.folder, record, setup.parents)]
+    samples = [*kept, *_rejected(config.folder, record, setup)]
     made_by = f"megatron-synth {megatron_synth.__version__}; {cost_text(record)}"
     file = config.folder / REPORT
     write_atomic(file, render(title, figures, samples, account=account, made_by=made_by))
@@ -87,14 +87,15 @@ def cost_text(record: SynthesisRecord) -> str:
     """What a corpus has cost, in a line."""
     cost = record.cost
     flops = "" if cost.flops is None else f", {cost.flops:.2e} FLOPs"
-    return f"{cost.tokens_in:,} tokens read, {cost.tokens_out:,} written{flops}; {record.license}"
+    corpus = f"; the corpus has {tokens_text(record.tokens)}" if record.tokens else ""
+    return f"{cost.tokens_in:,} tokens read, {cost.tokens_out:,} written{flops}{corpus}; {record.license}"
 
 
-def _rejected(folder: Path, record: SynthesisRecord, parents: Iterable[Parent]) -> Iterator[Sample]:
+def _rejected(folder: Path, record: SynthesisRecord, setup: Setup) -> Iterator[Sample]:
     """The first rejected answer of each reason."""
     seen: set[str] = set()
     wanted = set(record.account.rejected) | ({"refused"} if record.account.refused else set())
-    for entry, texts in _beside(_entries(folder, [REJECTED]), parents):
+    for entry, texts in _beside(_entries(folder, [REJECTED]), setup):
         reason = entry.get("reason", "no reason")
         if reason not in seen:
             seen.add(reason)
@@ -103,10 +104,18 @@ def _rejected(folder: Path, record: SynthesisRecord, parents: Iterable[Parent]) 
             return
 
 
-def _beside(entries: Iterable[Entry], parents: Iterable[Parent]) -> Iterator[tuple[Entry, tuple[str, ...]]]:
-    """Entries with the texts of their parents. Both are in the order of the parents: only those of an entry are held."""
-    rest = iter(parents)
+def _beside(entries: Iterable[Entry], setup: Setup) -> Iterator[tuple[Entry, tuple[str, ...]]]:
+    """Entries with the texts of their parents. Both are in the order of the parents, so that only those of an entry are held;
+    walks go anywhere, and all entries and parents of theirs are.
+    """
+    rest = iter(setup.parents)
     held: dict[str, str] = {}
+    if setup.config.walks is not None:
+        entries = list(entries)
+        named = {name for entry in entries for name in entry["parents"]}
+        everywhere = {parent.id: parent.text for parent in rest if parent.id in named}
+        yield from ((entry, tuple(everywhere[name] for name in entry["parents"] if name in everywhere)) for entry in entries)
+        return
     for entry in entries:
         wanted = entry["parents"]
         held = {name: text for name, text in held.items() if name in wanted}

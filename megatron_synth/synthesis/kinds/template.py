@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from jinja2 import Template as Compiled
 
 SHIPPED = Path(__file__).parent / "templates"
-SLOTS: dict[str, frozenset[str]] = {"text": frozenset({"text"}), "keywords": frozenset({"keywords"})}
+SLOTS: dict[str, frozenset[str]] = {
+    "text": frozenset({"text"}),
+    "keywords": frozenset({"keywords"}),
+    "concepts": frozenset({"concepts", "passages"}),
+}
 """What a template is made from -> the slots that it may have; the one of the same name it must have."""
 
 FILTERS = frozenset({"capitalize", "count", "first", "last", "length", "lower", "title", "trim", "upper", "wordcount"})
@@ -50,12 +54,13 @@ class Template(Section):
     """Where the wording comes from."""
     source_kind: Literal["rephrased", "qa", "textbook", "other"]
     """The `kind` that the text has as a source of `prepare`."""
-    made_from: Literal["text", "keywords"] = "text"
-    """text: slot `text`, a chunk of a document. keywords: slot `keywords`, words drawn from a document."""
+    made_from: Literal["text", "keywords", "concepts"] = "text"
+    """text: slot `text`, a chunk of a document. keywords: slot `keywords`, words drawn from a document. concepts: slot
+    `concepts`, those of a walk over several documents in one string, and slot `passages`, a list of one from each."""
     keywords: Annotated[int, Field(ge=1, le=100)] = 6
     """Words drawn for a request."""
     parent_tokens: Annotated[int, Field(ge=8, le=2**20)] = 400
-    """A document is cut at paragraphs into chunks of so many tokens at most."""
+    """A document is cut at paragraphs into chunks of so many tokens at most; from concepts: tokens of a passage."""
     min_parent_tokens: NonNegativeInt = 0
     """A document of fewer tokens is short."""
     short: Literal["skip", "join"] = "skip"
@@ -79,9 +84,9 @@ class Template(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Template:
-        if self.made_from == "keywords" and (self.short == "join" or self.reassemble):
+        if self.made_from != "text" and (self.short == "join" or self.reassemble):
             raise ValueError(
-                "a template made from keywords asks once for a document: set `short: skip` and `reassemble: false`"
+                f"a template made from {self.made_from} asks once for a document: set `short: skip` and `reassemble: false`"
             )
         return self
 

@@ -81,6 +81,8 @@ class SynthesisRecord(Section):
     """What the parents are read from."""
     documents: Count
     """Of the corpus."""
+    tokens: dict[Literal["generator", "study"], Count] = {}
+    """Of the corpus, by the generator's tokenizer and by that of the study, where they are known."""
     parent_documents: Count
     """Documents of the parents that were read."""
     skipped: dict[str, Count]
