@@ -43,7 +43,7 @@ class Generated(Section):
     """A source that is made by a synthesis inside the study."""
 
     synthesis: str | None = None
-    """A synthesis file, without `output`, `seed` and what generates."""
+    """A synthesis file. Its `output` and `seed` do not count, nor its generator where one is given here."""
     settings: dict[str, Any] = {}
     """Sections of a synthesis file, instead of it or over it."""
     generator: RunOf | None = None

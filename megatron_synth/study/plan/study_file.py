@@ -253,7 +253,8 @@ def _with_settings(study: Study) -> tuple[Study, list[Problem]]:
         if one.synthesis is None:
             return one
         try:
-            settings = merge(load_yaml(one.synthesis), one.settings)
+            content = {key: value for key, value in load_yaml(one.synthesis).items() if key not in ("output", "seed")}
+            settings = merge(content, one.settings)
         except UserError as error:
             problems.append(Problem(f"{path}.synthesis", str(error)))
             return one
