@@ -93,6 +93,7 @@ def _checked(opened: Opened) -> Sources:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.corpora_text import corpora_text
     from megatron_synth.study.execute.status_text import plan_text
     from megatron_synth.study.fit.worth import worth_table
 
@@ -100,6 +101,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     sources = open_sources(study, runs)
     uses = check_sources(study, runs, sources)
     say(plan_text(study, runs, sources, uses, folder, each=arguments.runs))
+    made = corpora_text(study, runs, folder, sources.required_vocab_size)
+    if made:
+        say(f"\n{made}")
     seen = [(arm, name, use.epochs or 0.0) for (arm, *_), use_of in uses.items() for name, use in use_of.items()]
     repeated = worth_table(seen)
     if repeated:
@@ -164,17 +168,19 @@ def _only(jobs: Sequence[Job], file: Path) -> list[Job]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.corpora_text import corpora_text
     from megatron_synth.study.execute.status_text import status_text
 
     study, runs, folder = _open(arguments)
     while True:
-        text = status_text(study, runs, folder, each=arguments.runs)
+        parts = [status_text(study, runs, folder, each=arguments.runs), corpora_text(study, runs, folder)]
+        text = "\n\n".join(part for part in parts if part)
         if arguments.watch is None:
             say(text)
             return EXIT_OK
         # the screen is cleared with the text at hand, so that nothing flickers
         say(text, control="\033[H\033[2J" if sys.stdout.isatty() else "")
-        if all(folder.state(run) in ("done", "failed") for run in runs):
+        if all(folder.state(job) in ("done", "failed") for job in jobs_of(runs)):
             return EXIT_OK
         time.sleep(arguments.watch)
 

@@ -80,9 +80,12 @@ def test_lost_tokens_beside_those_that_chance_loses() -> None:
     p = 1 / np.arange(1, 501) ** 1.3
     natural = random.multinomial(200_000, p / p.sum())
     drawn = random.multinomial(5_000, natural / natural.sum())
-    found = compare_unigrams(drawn, natural)
-    assert found.lost == pytest.approx(found.lost_by_chance, abs=0.05) and found.lost > 0.05
-    assert found.kl == pytest.approx(found.kl_by_chance, rel=0.3)
+    several = [compare_unigrams(random.multinomial(5_000, natural / natural.sum()), natural) for _ in range(30)]
+    # 30 means of 408 types: a standard error of 0.5 %
+    assert (
+        np.mean([one.lost for one in several]) == pytest.approx(several[0].lost_by_chance, abs=0.02) and several[0].lost > 0.05
+    )
+    assert np.mean([one.kl for one in several]) == pytest.approx(several[0].kl_by_chance, rel=0.2)
     # a text without the rarest half of the types
     cut = drawn.copy()
     cut[250:] = 0
