@@ -52,7 +52,7 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
+.PHONY: help setup setup-test quickstart study synthesis collapse kinds check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
@@ -60,6 +60,8 @@ help:
 	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
 	@echo "study        a study of 72 small runs, fitted and reported"
 	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
+	@echo "collapse     a study whose models write the text of the next ones, for three rounds: ten minutes of two cores"
+	@echo "kinds        a study of kinds of synthetic text, an arm each: ten minutes of two cores"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
@@ -134,6 +136,13 @@ synthesis: $(READY_SYNTHESIS)
 	@echo "== 5 of 5: a model is trained on 2/3 natural and 1/3 synthetic text, about a minute"
 	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
+
+# studies that make their own text: rounds of generating and training, and kinds of text beside each other
+collapse kinds: $(READY_SYNTHESIS)
+	$(BIN)/megatron-synth study prepare configs/study/$@.yaml
+	$(BIN)/megatron-synth study plan configs/study/$@.yaml
+	$(BIN)/megatron-synth study submit configs/study/$@.yaml --local --jobs $$(nproc)
+	$(BIN)/megatron-synth study report configs/study/$@.yaml
 
 # what a change is held against while it is made
 check: lint
@@ -215,7 +224,7 @@ lint: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/synthesis data/quickstart data/study-twin data/synthesis
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/study/collapse runs/study/kinds runs/synthesis data/quickstart data/study-twin data/synthesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f megatron_synth/data/shards/_native*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

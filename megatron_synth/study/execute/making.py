@@ -9,6 +9,7 @@ Each part goes on where it was stopped: no text is asked for twice, and a corpus
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -25,8 +26,10 @@ from megatron_synth.core.files import write_json
 from megatron_synth.core.log import show
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.study.execute.folder import CORPUS, Folder
-from megatron_synth.study.plan.corpora import Corpus
+from megatron_synth.study.plan.corpora import Corpus, corpora_of
+from megatron_synth.study.plan.runs import expand
 from megatron_synth.study.plan.study_file import Study
+from megatron_synth.synthesis.setup import ANSWERS
 
 FORMAT_VERSION = 1
 _TEXT_LEFT = "change its filters, the generator, or ask for more: nothing that was answered is asked again"
@@ -66,6 +69,7 @@ def make(study: Study, folder: Folder, corpus: Corpus) -> int:
     if info is None or path is None:
         raise UserError("generated sources need the tokenizer of the others, whose folders have no manifest.json; prepare them")
     config = corpus.synthesis([folder.run(one) for one in corpus.needs])
+    _take_answers(study, folder, corpus)
     outcome = run(config, stop)
     if outcome.gone is not None:
         raise UserError(f"{config.output}: {outcome.gone}; what was answered is kept: submit again to go on")
@@ -81,6 +85,25 @@ def make(study: Study, folder: Folder, corpus: Corpus) -> int:
     write_json(corpus.folder / CORPUS, _result(study, corpus, natural, source, outcome, time.process_time() - began))
     folder.clear_failure(corpus)
     return EXIT_OK
+
+
+def _take_answers(study: Study, folder: Folder, corpus: Corpus) -> None:
+    """Copy the answers of a finished corpus that differs in its filters alone, so that none is asked for again."""
+    from megatron_synth.synthesis.run import ENGINE
+
+    answers = corpus.folder / "text" / ANSWERS
+    if answers.exists():
+        return
+    for other in corpora_of(expand(study)):
+        if other.answers_id == corpus.answers_id and other.id != corpus.id and folder.is_done(other):
+            show(f"answers of {other.name}, which differs in its filters alone")
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(other.folder / "text" / ENGINE, answers.parent / ENGINE)
+            partial = answers.with_name(f"{ANSWERS}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(other.folder / "text" / ANSWERS, partial)
+            partial.rename(answers)
+            return
 
 
 def _check_weights(folder: Folder, corpus: Corpus, name: str, run: Path, finished: bool) -> None:

@@ -45,7 +45,15 @@ class Corpus:
     @cached_property
     def id(self) -> str:
         """12 hexadecimal characters that follow from what decides the text."""
-        content = self.settings.described()
+        return self._digest()
+
+    @cached_property
+    def answers_id(self) -> str:
+        """The same of what was generated, whatever is kept of it: corpora that share it can share their answers."""
+        return self._digest(without=("filters", "missing_chunks"))
+
+    def _digest(self, without: Sequence[str] = ()) -> str:
+        content = {key: value for key, value in self.settings.described().items() if key not in without}
         content |= {"kind": None, "template": self.template.digest}
         for key, run in (("generator", self.generator), ("against", self.against)):
             content[f"{key}_run"] = None if run is None else run.id

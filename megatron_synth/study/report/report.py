@@ -4,6 +4,7 @@ report/index.html            the page; everything is inside it
 report/runs.csv              one row per run; ratios.csv and metrics.csv in olmix's shape
 report/laws/<law>.json       every fit, with the runs it comes from
 report/figures/<name>.png    the figures
+report/generation.json       of a study that makes its own text: loops, costs, corpora
 report/findings.txt          the answers in sentences
 """
 
@@ -72,6 +73,7 @@ def write_report(
     said = findings(analysis)
     if generation is not None:
         figures = [*draw_generation(generation, study.baseline_arm, style), *figures]
+        write_json(out / "generation.json", generation.to_json())
         said = [*said[:1], *generation_findings(generation, study.costs), *said[1:]]  # behind the noise floor
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:

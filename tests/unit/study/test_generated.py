@@ -11,6 +11,8 @@ import yaml
 
 from megatron_synth.config.errors import ConfigError
 from megatron_synth.config.load import to_yaml
+from megatron_synth.study.execute import slurm
+from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.plan.corpora import corpora_of, generating, stage_of
 from megatron_synth.study.plan.runs import Run, expand, jobs_of, needs_of
 from megatron_synth.study.plan.study_file import Study, load_study
@@ -127,6 +129,47 @@ def test_ids_follow_from_what_decides_the_text(tmp_path: Path) -> None:
     assert not set(ids(rates={"lr": 2e-2})) & set(first), "another model wrote it"
     elsewhere = [run.id for run in loaded(tmp_path, **rounds(loop={}), output=str(tmp_path / "elsewhere"))[1]]
     assert elsewhere == [run.id for run in loaded(tmp_path, **rounds(loop={}))[1]]
+
+
+def test_corpora_that_differ_in_filters_share_answers(tmp_path: Path) -> None:
+    made = {
+        "all": CORPUS,
+        "half": {**CORPUS, "settings": {**SYNTHESIS, "filters": {"choice": {"method": "random", "share": "1/2"}}}},
+        "hot": {**CORPUS, "settings": {**SYNTHESIS, "sampling": {"temperature": 2, "top_p": 1, "max_tokens": 16}}},
+    }
+    _, runs = loaded(
+        tmp_path,
+        generated={name: {**one, "generator": {"arm": "natural"}} for name, one in made.items()},
+        arms={"natural": {"web": 1}} | {f"of-{name}": {name: 1} for name in made},
+        seeds=[1],
+    )
+    found = {name: corpus for run in runs for name, corpus in run.corpora.items()}
+    assert len({corpus.id for corpus in found.values()}) == 3
+    assert found["all"].answers_id == found["half"].answers_id != found["hot"].answers_id
+
+
+def test_arrays_of_slurm_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, runs = loaded(tmp_path, **rounds(replace={"count": 2}))
+    folder, sent = Folder(study.folder), []
+
+    def submitted(spec: Any, commands: list[str], limit: int) -> str:
+        names = [name for pack in sorted((spec.folder / "packs").iterdir()) for name in pack.read_text().split()]
+        sent.append((spec.cluster.sbatch, names, len(commands)))
+        return str(100 + len(sent))
+
+    monkeypatch.setattr(slurm, "submit_to_queue", submitted)
+    assert slurm.submit_array(study, jobs_of(runs), folder, slurm.ArrayOptions(2, 0, None, None, False)) == 0
+    assert [options for options, _, _ in sent] == [
+        (),
+        ("--dependency=afterany:101",),
+        ("--dependency=afterany:101:102",),
+        ("--dependency=afterany:101:102:103",),
+        ("--dependency=afterany:101:102:103:104",),
+    ]
+    begins = [sorted({name.split("-100")[0].rsplit("-s-", 1)[0] for name in names}) for _, names, _ in sent]
+    assert begins[0] == ["natural"] and begins[2] == ["replace-1"] and begins[4] == ["replace-2"]
+    assert all(name.startswith("tiny-continue-s") for name in [*sent[1][1], *sent[3][1]])
+    assert sorted(name for _, names, _ in sent for name in names) == sorted(job.name for job in jobs_of(runs))
 
 
 def test_sources_one_after_the_other(tmp_path: Path) -> None:

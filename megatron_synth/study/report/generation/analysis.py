@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,23 @@ class Generation:
     loops: list[Loop] = field(default_factory=list)
     copies: list[Copies] = field(default_factory=list)
     costs: list[ArmCost] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As generation.json holds it: what the tables of the page show, and the runs that it comes from."""
+
+        def plain(one: Any) -> dict[str, Any]:
+            content = asdict(replace(one, rows=()))
+            return {**content, "rows": [row.run for row in one.rows]}
+
+        loops = [{**plain(loop), "losses": loop.losses.tolist(), "verdict": loop.verdict} for loop in self.loops]
+        corpora = [result for _, result in self.corpora if result is not None]
+        return {
+            "level": LEVEL,
+            "loops": loops,
+            "copies": [plain(one) for one in self.copies],
+            "costs": [plain(one) for one in self.costs],
+            "corpora": corpora,
+        }
 
 
 def generation_of(
