@@ -138,11 +138,11 @@ synthesis: $(READY_SYNTHESIS)
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
 
 # studies that make their own text: rounds of generating and training, and kinds of text beside each other
-collapse kinds: $(READY_SYNTHESIS)
-	$(BIN)/megatron-synth study prepare configs/study/$@.yaml
-	$(BIN)/megatron-synth study plan configs/study/$@.yaml
-	$(BIN)/megatron-synth study submit configs/study/$@.yaml --local --jobs $$(nproc)
-	$(BIN)/megatron-synth study report configs/study/$@.yaml
+collapse: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/collapse.yaml
+
+kinds: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/kinds.yaml
 
 # what a change is held against while it is made
 check: lint

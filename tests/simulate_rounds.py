@@ -65,7 +65,7 @@ def table(draws: int) -> None:
     noise = 0.012
     print("| seeds | drift | a rise told of 3 loops without one | interval holds 4 % a round | finds 2 % a round | 4 % | 8 % |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for seeds in (3, 5, 10):
+    for seeds in (3, 5):
         for drift in (0.0, 0.012):
             found = [rates(seeds, 3, slope, noise, drift, draws) for slope in (0.02, 0.04, 0.08)]
             values = [any_false(seeds, 3, noise, drift, draws), found[1][1], *(told for told, _ in found)]
