@@ -146,7 +146,10 @@ def test_kill_9_while_text_is_written_then_two_processes_at_once(natural: Path, 
     assert folder.corpus(corpora[1]) is None
     both = [subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
     told = [one.communicate(timeout=600)[0] for one in both]
-    assert [one.returncode for one in both] == [0, 0], told
+    # one of them may end while the other is still at the last job, and says so
+    for one, text in zip(both, told, strict=True):
+        assert "0 failed" in text and (one.returncode == 0 or "trained by another process" in text), text
+    assert 0 in [one.returncode for one in both], told
     undisturbed, first_runs, first_corpora, _ = opened(whole)
     for run, first in zip(runs, first_runs, strict=True):
         result, expected = folder.result(run), undisturbed.result(first)

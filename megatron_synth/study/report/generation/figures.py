@@ -94,7 +94,6 @@ def _text_panel(
         labels.append((values[-1], loop.name, color))
     by_round = [float(np.mean([value for at, value in expected if at == number])) for number in sorted(dict(expected))]
     ax.plot(sorted(dict(expected)), by_round, color=GREY, linewidth=1.2, linestyle=(0, (4, 2.5)))
-    ax.set_ylim(bottom=0)
     label_ends(ax, labels)
 
 

@@ -66,7 +66,8 @@ def generation_findings(found: Generation, costs: Costs | None) -> Iterator[str]
 
 def _loop_sentence(loop: Loop, tests: int) -> str:
     contrast, rounds = loop.contrast, loop.losses.shape[1] - 1
-    where = f"{loop.name} ({loop.protocol}) at {loop.size} and {compact(loop.tokens)} tokens"
+    protocol = "" if loop.protocol == loop.name else f" ({loop.protocol})"
+    where = f"{loop.name}{protocol} at {loop.size} and {compact(loop.tokens)} tokens"
     if contrast is None:
         change = 100 * (loop.losses[0, -1] / loop.losses[0, 0] - 1)
         return f"{where}: one seed, so nothing says how much of {change:+.1f} % after {rounds} rounds is chance."
