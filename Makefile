@@ -52,7 +52,8 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis real-server check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal gpu-bundle \
+.PHONY: help setup setup-test quickstart study synthesis collapse kinds real-server check test test-avx2 system compiled test-dist test-faults \
+    test-gpu bench-gpu gpu-rehearsal gpu-bundle \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
@@ -61,6 +62,8 @@ help:
 	@echo "study        a study of 72 small runs, fitted and reported"
 	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
 	@echo "real-server  llama.cpp's server and a small model, for the slow test of synthesize over HTTP: 140 MB"
+	@echo "collapse     a study whose models write the text of the next ones, for three rounds: ten minutes of two cores"
+	@echo "kinds        a study of kinds of synthetic text, an arm each: ten minutes of two cores"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
@@ -147,6 +150,12 @@ $(REAL_SERVER)/ready:
 	@touch $@
 
 real-server: $(REAL_SERVER)/ready
+# studies that make their own text: rounds of generating and training, and kinds of text beside each other
+collapse: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/collapse.yaml
+
+kinds: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/kinds.yaml
 
 # what a change is held against while it is made
 check: lint
@@ -236,7 +245,7 @@ lint: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/synthesis data/quickstart data/study-twin data/synthesis
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/study/collapse runs/study/kinds runs/synthesis data/quickstart data/study-twin data/synthesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f megatron_synth/data/shards/_native*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
