@@ -74,6 +74,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     make_space(points.sources, bounds=bounds)  # what is wrong with them, before any fit
     asked_for = read_asked(options, points.sources)
     found: dict[str, ShareFit] = {}
+    refused = None
     for name, losses in targets.items():  # every fit before any file
         try:
             found[name] = fit_shares(
@@ -90,16 +91,25 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
             raise UserError(f"{name}: {error}") from None
     for name, result in found.items():
         folder = out / _file_name(name) if len(found) > 1 else out
-        lowest = lowest_of(result, bounds, options.seed)
+        lowest = None if result.no_law and options.method == AUTO else lowest_of(result, bounds, options.seed)
         _write(folder, result, {**about, "loss": name, "lowest": lowest}, name)
         say(describe(result, name))
-        say(describe_lowest(lowest))
+        if lowest is not None:
+            say(describe_lowest(lowest))
         say(f"  -> {folder}/law.json, fit.png\n")
-    if asked_for is not None:
+    lawless = [name for name, result in found.items() if result.no_law and options.method == AUTO]
+    if asked_for is not None and lawless:
+        refused = (
+            f"--predict: no law of {', '.join(lawless)} is better than a prediction without one, so nothing was predicted; "
+            "--method NAME predicts by that law all the same"
+        )
+    elif asked_for is not None:
         write_predictions(out / "predictions.csv", asked_for, found)
         say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}\n")
     if len(found) > 1:
         say(summary(found))
+    if refused is not None:
+        raise UserError(refused)
     return EXIT_OK
 
 
@@ -163,13 +173,14 @@ def describe(result: ShareFit, name: str) -> str:
     rows: list[tuple[str, ...]] = [("law", "error of unseen mixtures", "rank correlation", "parameters")]
     for law, one in sorted(result.compared.items(), key=lambda item: item[1].error):
         count = len(one.law.parameters(result.points))
-        mark = "*" if law == result.law.name else " "
+        mark = "*" if law == result.law.name and not result.no_law else " "
         rows.append((f"{mark} {law}", f"{one.error:.2%}", _rank(one.rank), str(count) if count else ""))
+    rows += [(f"  {plain}", f"{error:.2%}", "", "") for plain, error in result.baselines.items()]
     lines = [
         f"{name}: {len(result.loss)} runs of {len(result.points.sources)} sources; cross-validated in "
         f"{len(result.chosen.folds)} folds",
         text_table(rows),
-        f"  * {result.law.name}: {result.law.formula}",
+        f"  no law: {result.no_law}" if result.no_law else f"  * {result.law.name}: {result.law.formula}",
     ]
     lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
     held = result.holdout
@@ -186,7 +197,14 @@ def summary(found: dict[str, ShareFit]) -> str:
     """A line per loss, and their means."""
     rows: list[tuple[str, ...]] = [("loss", "law", "error", "rank correlation")]
     for name, result in found.items():
-        rows.append((name, result.law.name, f"{result.chosen.error:.2%}", _rank(result.chosen.rank)))
+        rows.append(
+            (
+                name,
+                f"no law ({result.law.name})" if result.no_law else result.law.name,
+                f"{result.chosen.error:.2%}",
+                _rank(result.chosen.rank),
+            )
+        )
     ranks = [result.chosen.rank for result in found.values() if result.chosen.rank is not None]
     mean = float(np.mean([result.chosen.error for result in found.values()]))
     rows.append(("mean", "", f"{mean:.2%}", _rank(float(np.mean(ranks)) if ranks else None)))

@@ -104,6 +104,10 @@ def _best(analysis: Analysis) -> Iterator[str]:
             others = [other for other in largest.measured.band if other != ratio]
             ties = f"; {', '.join(map(_share, others))} cannot be told from it" if others else "; all others are worse"
         yield f"{family}: at {where} the lowest loss is at a share of {_share(ratio)} ({loss:.3f}){ties}."
+        if family in analysis.ratio:
+            low, high = largest.between
+            where = f"; if the loss has one minimum, the best share there is between {_share(low)} and {_share(high)}"
+            yield f"{family}: {analysis.ratio[family].told()}{where}."
         if any(best.refused for best in cells):
             reasons = dict.fromkeys(best.refused for best in cells if best.refused)
             count = sum(bool(best.refused) for best in cells)

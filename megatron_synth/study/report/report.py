@@ -66,6 +66,8 @@ def write_report(
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:
         write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
+    for family, choice in analysis.ratio.items():
+        write_json(out / "laws" / f"ratio-{family}.json", choice.to_json())
     for figure in figures:
         write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
     write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in findings(analysis)))

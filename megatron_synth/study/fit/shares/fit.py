@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.study.fit.baselines import plain_errors
 from megatron_synth.study.fit.diagnostics import REJECTED, Diagnostic, repetition_ignored
 from megatron_synth.study.fit.fit import checked_losses
 from megatron_synth.study.fit.laws import Floats
@@ -21,7 +22,7 @@ LEVEL = 90.0
 _SEEN, _OFTEN = 0.01, 5
 """A source is seen in a mixture that has a hundredth of it, and often in five."""
 _EXPLAINS = 0.9
-"""A law that misses by more than this part of what the mean misses by explains nothing."""
+"""A law that misses by more than this part of what predictions without a law miss by is doubted."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ShareFit:
     compared: of every law that was tried, by name.
     skipped: laws that could not be tried, and why.
     points, loss: the M runs fitted to.
+    baselines: errors of predictions without a law on the same folds (`baselines`), by name.
     """
 
     chosen: Validation
@@ -61,6 +63,20 @@ class ShareFit:
     loss: Floats = field(repr=False)
     holdout: ShareHoldout | None = None
     warnings: tuple[Diagnostic, ...] = ()
+    baselines: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def no_law(self) -> str:
+        """Why there is no law: none is better on unseen mixtures than a prediction without one. Empty where one is."""
+        if not self.baselines:
+            return ""
+        name, error = min(self.baselines.items(), key=lambda item: item[1])
+        if self.chosen.error < error:
+            return ""
+        return (
+            f"unseen mixtures are missed by {self.chosen.error:.2%} by {self.law.name}, the best law, and by {error:.2%} by the "
+            f"{name} alone"
+        )
 
     @property
     def law(self) -> ShareLaw:
@@ -85,7 +101,9 @@ class ShareFit:
         names = self.law.parameters(self.points)
         return {
             "law": "shares",
-            "chosen": self.law.name,
+            "chosen": None if self.no_law else self.law.name,
+            "no_law": self.no_law,
+            "best_law": self.law.name,
             "formula": self.law.formula,
             "source": self.law.source,
             "sources": list(self.points.sources),
@@ -96,6 +114,7 @@ class ShareFit:
                 "folds": len(self.chosen.folds),
                 "laws": {name: {"error": one.error, "rank": one.rank} for name, one in self.compared.items()},
                 "skipped": self.skipped,
+                "without_a_law": self.baselines,
             },
             "fitted": self.fitted.to_json(),
             "holdout": None if self.holdout is None else self.holdout.to_json(),
@@ -153,9 +172,11 @@ def fit_shares(
     if holdout is not None:
         out = Mixtures(points.sources, points.shares, *_same_columns(points, used)).rows(~inside)
         held = _judge(chosen, out, losses[~inside], rule)
-    result = ShareFit(chosen, compared, skipped, used, losses[inside], held)
+    scales = np.column_stack(list(used.scales.values())) if used.scales else np.zeros((len(used), 0))
+    baselines = plain_errors(np.sqrt(used.shares), scales, log_loss, fold_of)
+    result = ShareFit(chosen, compared, skipped, used, losses[inside], held, baselines=baselines)
     seen = None if epochs is None else np.asarray(epochs, dtype=np.float64)[inside]
-    return ShareFit(chosen, compared, skipped, used, losses[inside], held, tuple(_doubts(result, seen)))
+    return replace(result, warnings=tuple(_doubts(result, seen)))
 
 
 def _varying(points: Mixtures) -> Mixtures:
@@ -203,12 +224,11 @@ def _doubts(fit: ShareFit, epochs: Floats | None) -> Iterator[Diagnostic]:
             "source-rarely-seen",
             f"{', '.join(rare)}: above 1 % in fewer than {_OFTEN} runs, so nothing is known of mixtures that use more",
         )
-    log_loss = chosen.log_loss
-    naive = float(np.mean(np.abs(np.expm1(np.mean(log_loss) - log_loss))))
-    if chosen.error > _EXPLAINS * naive:
+    plain, error = min(fit.baselines.items(), key=lambda item: item[1])
+    if chosen.error > _EXPLAINS * error:
         yield Diagnostic(
             "explains-nothing",
-            f"the cross-validated error is {chosen.error:.2%}, that of predicting the same loss for all {naive:.2%}: choose no "
+            f"the cross-validated error is {chosen.error:.2%}, that of the {plain} without a law {error:.2%}: choose no "
             "mixture by this law",
         )
     yield from _beyond_noise(fit)
