@@ -96,7 +96,7 @@ class BestAt:
     refused: str = ""
     """Why the law's best ratio is no answer; empty where it is one."""
     between: tuple[float, float] = (0.0, 1.0)
-    """Where the best ratio lies if the loss has one minimum: the neighbors of those that are as good as the best (`bracket`)."""
+    """Where the best ratio lies if the loss has one minimum: the neighbors of those as good as the best (`bracket`)."""
 
 
 @dataclass(frozen=True)

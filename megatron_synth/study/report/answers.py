@@ -25,7 +25,9 @@ class SpeedUp:
     measured: interpolated between measured losses; nan where L is outside what both arms were measured at.
     fitted: from both arms' laws; infinite where only the mixture reaches L, 0 where only the natural arm does, nan where
         neither.
-    low, high: the interval of `fitted` by bootstrap, `level` percent.
+    low, high: the interval, `level` percent: it holds that of the laws, by bootstrap, and that of the interpolation, by the
+        scatter of the runs. Where the laws are wrong the runs still say what was measured. nan where L was not reached by both
+        arms: whether a lead lasts beyond what was run is in no run, and the laws' own interval does not know it.
     inside: where L was reached by both arms, so that `fitted` interpolates; elsewhere it extrapolates.
     """
 
@@ -36,6 +38,8 @@ class SpeedUp:
     high: Floats
     inside: NDArray[np.bool_]
     level: float
+    apart: NDArray[np.bool_] | None = None
+    """Where the laws' interval and that of the interpolation do not meet: the laws are wrong there."""
 
 
 def speed_up(
@@ -69,16 +73,22 @@ def speed_up(
     measured = np.where(inside, needed[0] / needed[1], np.nan)
     fitted = _ratio(tokens_needed(natural.theta[None], natural, at), tokens_needed(mixed.theta[None], mixed, at))[0]
     low, high = np.full(len(at), np.nan), np.full(len(at), np.nan)
+    apart = np.zeros(len(at), dtype=bool)
     draws = min(len(natural.theta_samples), len(mixed.theta_samples))
     if draws > 1:  # shifted by one: arms of one design and seed drew the same points, and would vary together
         first = tokens_needed(np.roll(natural.theta_samples[:draws], 1, axis=0), natural, at)
-        ratios = _ratio(first, tokens_needed(mixed.theta_samples[:draws], mixed, at))
-        known = ~np.isnan(ratios)
-        for position in np.flatnonzero(known.mean(axis=0) > 0.5):
-            values = np.sort(ratios[known[:, position], position])  # sorted, as infinities cannot be interpolated between
-            tail = (1 - level / 100) / 2 * (len(values) - 1)
-            low[position], high[position] = values[int(np.floor(tail))], values[int(np.ceil(len(values) - 1 - tail))]
-    return SpeedUp(at, measured, fitted, low, high, inside, level)
+        by_law = _ratio(first, tokens_needed(mixed.theta_samples[:draws], mixed, at))
+        reached = [tokens_needed_measured(*_measured_draws(arm, draws, seed), at) for seed, arm in enumerate((natural, mixed))]
+        for ratios in (by_law, reached[0] / reached[1]):
+            ends = np.full((2, len(at)), np.nan)
+            known = ~np.isnan(ratios)
+            for position in np.flatnonzero(inside & (known.mean(axis=0) > 0.5)):
+                values = np.sort(ratios[known[:, position], position])  # sorted, as infinities cannot be interpolated between
+                tail = (1 - level / 100) / 2 * (len(values) - 1)
+                ends[:, position] = values[int(np.floor(tail))], values[int(np.ceil(len(values) - 1 - tail))]
+            apart |= (ends[0] > high) | (ends[1] < low)
+            low, high = np.fmin(low, ends[0]), np.fmax(high, ends[1])
+    return SpeedUp(at, measured, fitted, low, high, inside, level, apart)
 
 
 def mean_curve(arm: Fit) -> tuple[Floats, Floats]:
@@ -99,20 +109,48 @@ def tokens_needed(theta: Floats, arm: Fit, losses: Floats) -> Floats:
 
 
 def tokens_needed_measured(tokens: Floats, loss: Floats, losses: Floats) -> Floats:
-    """Tokens [G] at which a measured curve first reaches each loss, linear in log D between budgets; nan where it does not."""
-    result = np.full(len(losses), np.nan)
+    """Tokens at which a measured curve first reaches each loss, linear in log D between budgets; nan where it does not.
+
+    Args:
+        tokens: [B] budgets in rising order.
+        loss: [B] or [S, B] at these.
+        losses: [G] to be reached.
+
+    Returns:
+        [G] or [S, G].
+    """
+    curves = np.atleast_2d(loss)
+    reached = curves[:, :, None] <= losses  # [S, B, G]
+    first = reached.argmax(axis=1)  # [S, G]
+    before = np.maximum(first - 1, 0)
+    rows = np.arange(len(curves))[:, None]
+    high, low = curves[rows, before], curves[rows, first]
     logs = np.log(tokens)
-    for position, wanted in enumerate(losses):
-        reached = np.flatnonzero(loss <= wanted)
-        if not len(reached):
-            continue
-        first = int(reached[0])
-        if first == 0:
-            result[position] = tokens[0] if loss[0] == wanted else np.nan
-            continue
-        part = (loss[first - 1] - wanted) / (loss[first - 1] - loss[first])
-        result[position] = np.exp(logs[first - 1] + part * (logs[first] - logs[first - 1]))
-    return result
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = (high - losses) / (high - low)
+        found = np.exp(logs[before] + part * (logs[first] - logs[before]))
+    found = np.where(first == 0, np.where(low == losses, tokens[0], np.nan), found)
+    found = np.where(reached.any(axis=1), found, np.nan)
+    return np.asarray(found if np.ndim(loss) == 2 else found[0])
+
+
+def _measured_draws(arm: Fit, draws: int, seed: int) -> tuple[Floats, Floats]:
+    """Budgets [B], and mean losses [draws, B] that could as well have been measured: each with the scatter of its seeds, or
+    where there are none of the runs around the law.
+    """
+    tokens, place = np.unique(arm.columns[TOKENS], return_inverse=True)
+    place, logs = place.reshape(-1), np.log(arm.loss)
+    counts = np.bincount(place)
+    means = np.bincount(place, logs) / counts
+    freedom = len(logs) - len(tokens)
+    if freedom > 0:
+        variance = float(np.sum((logs - means[place]) ** 2)) / freedom
+    else:
+        freedom = max(len(logs) - len(arm.theta), 1)
+        variance = float(np.sum(arm.residuals**2)) / freedom
+    random = np.random.default_rng(seed)
+    scale = np.sqrt(variance * freedom / random.chisquare(freedom, (draws, 1)))
+    return tokens, np.exp(means + scale * random.standard_normal((draws, len(tokens))) / np.sqrt(counts))
 
 
 def _ratio(natural: Floats, mixed: Floats) -> Floats:

@@ -137,7 +137,7 @@ def _speed(analysis: Analysis) -> Iterator[str]:
             if math.isfinite(low) and math.isfinite(high) and low > 0:
                 ends = " to ".join(_times(value) for value in (low, high))
                 said = f"{_times(law)}, {LEVEL:.0f} % interval {ends}"
-                agrees = low <= curve.measured[last] <= high
+                agrees = low <= curve.measured[last] <= high and not (curve.apart is not None and curve.apart[last])
                 text += (
                     f" (measured; by the laws {said})"
                     if agrees

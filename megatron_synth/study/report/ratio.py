@@ -59,7 +59,7 @@ def best_ratio_by(
 
 
 def bracket(ratios: tuple[float, ...], good: tuple[float, ...]) -> tuple[float, float]:
-    """From and to which ratio the best may lie if the loss has one minimum: the neighbors of those that are as good as the best.
+    """From and to which ratio the best may lie if the loss has one minimum: the neighbors of those as good as the best.
 
     Args:
         ratios: that were run at one size and budget, in rising order.

@@ -1,10 +1,11 @@
 """Which law in the ratio, if any: chosen by how it predicts ratios that it was not fitted to.
 
-The best ratio lies between those that were run, where a law alone speaks. So each law is fitted without every ratio in turn, the
-lowest and the highest, too, and judged by what it says of the runs there, at all sizes and budgets. Candidates are the laws
+The best ratio lies between those that were run, where a law alone speaks. So each law is fitted without every ratio in turn,
+the lowest and the highest, too, and judged by what it says of the runs there, at all sizes and budgets. Candidates are the laws
 `mixture` and `mixture-additive`, and laws over the shares of two sources; beside them stand predictions that need no law
-(`baselines`): the nearest ratio at the same size and budget, and the mean. Where the best law is no better, there is no law. Laws whose errors cannot be told from those of the best are kept beside it: an answer
-that differs between them is not known better than they agree.
+(`baselines`): the nearest ratio at the same size and budget, and the mean. Where the best law is no better, there is no law.
+Laws whose errors cannot be told from those of the best are kept beside it: an answer that differs between them is not known
+better than they agree.
 
 Legend: M runs, R ratios, S draws.
 """
@@ -217,8 +218,8 @@ def _chosen(
         refused = "every law is rejected"
     elif able[0].error >= error:
         refused = (
-            f"ratios that were left out are missed by {able[0].error:.2%} by {able[0].name}, the best law, and by {error:.2%} by "
-            f"the {plain} without a law"
+            f"ratios that were left out are missed by {able[0].error:.2%} by {able[0].name}, the best law, and by "
+            f"{error:.2%} by the {plain} without a law"
         )
     if refused:
         return RatioChoice(candidates, skipped, baselines, None, (), refused, ratios)

@@ -74,8 +74,8 @@ class ShareFit:
         if self.chosen.error < error:
             return ""
         return (
-            f"unseen mixtures are missed by {self.chosen.error:.2%} by {self.law.name}, the best law, and by {error:.2%} by the "
-            f"{name} alone"
+            f"unseen mixtures are missed by {self.chosen.error:.2%} by {self.law.name}, the best law, and by {error:.2%} by "
+            f"the {name} alone"
         )
 
     @property
