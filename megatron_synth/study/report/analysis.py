@@ -15,10 +15,12 @@ from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.fit import Fit, Holdout, fit
 from megatron_synth.study.fit.noise import MeasuredBest, Noise, Trend, best_measured, holm, noise_floor, trend
 from megatron_synth.study.fit.ratio.choice import FEWEST_RATIOS, RATIO_LAWS, RatioChoice, choose
+from megatron_synth.study.plan.generation import Generation, generation_of
 from megatron_synth.study.plan.study_file import Study
 from megatron_synth.study.report.answers import (
     BestRatio,
     Comparison,
+    CostInTokens,
     SpeedUp,
     compare_at_compute,
     compare_at_tokens,
@@ -150,6 +152,8 @@ class Analysis:
     """By family, which law answers for the ratio, if any."""
     domains: list[Fitted] = field(default_factory=list)
     """Laws of single validation domains."""
+    generation: dict[str, Generation] = field(default_factory=dict)
+    """What the text of each arm took to generate, where that is counted; empty where it is not."""
     speed: dict[tuple[str, str], SpeedUp] = field(default_factory=dict)
     """By arm and size."""
     best: list[BestAt] = field(default_factory=list)
@@ -195,6 +199,8 @@ def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) ->
     tell("laws per domain")
     _domains(result, arms)
     tell("answers")
+    if study.report.count_generation:
+        result.generation = generation_of(study)
     _speed(result)
     _best(result)
     _comparisons(result)
@@ -316,7 +322,17 @@ def _speed(result: Analysis) -> None:
     for (arm, size), fitted in result.data.items():
         natural = result.data.get((baseline, size))
         if arm != baseline and natural is not None and natural.fit is not None and fitted.fit is not None:
-            result.speed[arm, size] = speed_up(natural.fit, fitted.fit, level=LEVEL)
+            costs = (_cost(result, baseline, size), _cost(result, arm, size))
+            result.speed[arm, size] = speed_up(natural.fit, fitted.fit, level=LEVEL, costs=costs)
+
+
+def _cost(result: Analysis, arm: str, size: str) -> CostInTokens:
+    """What tokens of an arm cost, in tokens of training at a size."""
+    if not result.generation:
+        return lambda tokens: tokens
+    n_params = next(row.n_params for row in result.rows if row.size == size)
+    generation = result.generation[arm]
+    return lambda tokens: np.asarray(generation.in_tokens(tokens, n_params))
 
 
 def _best(result: Analysis) -> None:
@@ -373,13 +389,16 @@ def _comparisons(result: Analysis) -> None:
         fits = {arm: one.fit for (arm, at), one in result.data.items() if at == size and one.fit is not None}
         if baseline in fits and len(fits) > 1:
             largest = max(row.tokens for row in result.rows if row.size == size)
-            result.equal_tokens[size] = compare_at_tokens(fits, baseline, tokens=largest, level=LEVEL)
+            result.equal_tokens[size] = compare_at_tokens(
+                fits, baseline, tokens=largest, level=LEVEL, costs={arm: _cost(result, arm, size) for arm in fits}
+            )
     joint = {arm: one.fit for arm, one in result.joint.items() if one.fit is not None}
     if baseline in joint and len(joint) > 1:
         result.compute = 6.0 * max(row.n_params * row.tokens for row in result.rows)
         try:
+            per_token = {arm: one.per_new_token for arm, one in result.generation.items()}
             with np.errstate(invalid="ignore"):
-                result.equal_compute = compare_at_compute(joint, baseline, result.compute, level=LEVEL)
+                result.equal_compute = compare_at_compute(joint, baseline, result.compute, level=LEVEL, generation=per_token)
         except UserError:  # a law whose loss does not fall in N or in D has no best N
             result.no_best_size = True
 

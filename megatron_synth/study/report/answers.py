@@ -5,7 +5,7 @@ Legend: M points, G values of the loss, R ratios, S bootstraps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from megatron_synth.study.fit.bootstrap import interval
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.fit.noise import Noise
+
+CostInTokens = Callable[[Floats], Floats]
+"""What tokens [...] cost, in tokens of training."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,14 @@ class SpeedUp:
 
 
 def speed_up(
-    natural: Fit, mixed: Fit, *, losses: ArrayLike | None = None, beyond: float = 4.0, count: int = 60, level: float = 90
+    natural: Fit,
+    mixed: Fit,
+    *,
+    losses: ArrayLike | None = None,
+    beyond: float = 4.0,
+    count: int = 60,
+    level: float = 90,
+    costs: tuple[CostInTokens, CostInTokens] | None = None,
 ) -> SpeedUp:
     """How many times fewer tokens the mixture needs for a loss.
 
@@ -55,6 +65,8 @@ def speed_up(
         beyond: how far to extrapolate, in budgets.
         count: of default values.
         level: of the interval, in percent.
+        costs: what tokens of the natural arm and of the mixture cost, in tokens of training, generating them included
+            (`Generation.in_tokens`). Default: what they are.
     """
     for arm in (natural, mixed):
         if arm.law.name != "data":
@@ -69,17 +81,22 @@ def speed_up(
     else:
         at = np.sort(np.atleast_1d(np.asarray(losses, dtype=np.float64)))[::-1]
     inside = (at <= top) & (at >= bottom)
-    needed = [tokens_needed_measured(*curve, at) for curve in curves]
+    cost_of = costs or (_as_they_are, _as_they_are)
+    needed = [cost(tokens_needed_measured(*curve, at)) for cost, curve in zip(cost_of, curves, strict=True)]
     measured = np.where(inside, needed[0] / needed[1], np.nan)
-    fitted = _ratio(tokens_needed(natural.theta[None], natural, at), tokens_needed(mixed.theta[None], mixed, at))[0]
+    by_law = [cost(tokens_needed(arm.theta[None], arm, at)) for cost, arm in zip(cost_of, (natural, mixed), strict=True)]
+    fitted = _ratio(*by_law)[0]
     low, high = np.full(len(at), np.nan), np.full(len(at), np.nan)
     apart = np.zeros(len(at), dtype=bool)
     draws = min(len(natural.theta_samples), len(mixed.theta_samples))
     if draws > 1:  # shifted by one: arms of one design and seed drew the same points, and would vary together
         first = tokens_needed(np.roll(natural.theta_samples[:draws], 1, axis=0), natural, at)
-        by_law = _ratio(first, tokens_needed(mixed.theta_samples[:draws], mixed, at))
-        reached = [tokens_needed_measured(*_measured_draws(arm, draws, seed), at) for seed, arm in enumerate((natural, mixed))]
-        for ratios in (by_law, reached[0] / reached[1]):
+        drawn = _ratio(cost_of[0](first), cost_of[1](tokens_needed(mixed.theta_samples[:draws], mixed, at)))
+        reached = [
+            cost_of[place](tokens_needed_measured(*_measured_draws(arm, draws, place), at))
+            for place, arm in enumerate((natural, mixed))
+        ]
+        for ratios in (drawn, reached[0] / reached[1]):
             ends = np.full((2, len(at)), np.nan)
             known = ~np.isnan(ratios)
             for position in np.flatnonzero(inside & (known.mean(axis=0) > 0.5)):
@@ -89,6 +106,10 @@ def speed_up(
             apart |= (ends[0] > high) | (ends[1] < low)
             low, high = np.fmin(low, ends[0]), np.fmax(high, ends[1])
     return SpeedUp(at, measured, fitted, low, high, inside, level, apart)
+
+
+def _as_they_are(tokens: Floats) -> Floats:
+    return tokens
 
 
 def mean_curve(arm: Fit) -> tuple[Floats, Floats]:
@@ -223,6 +244,9 @@ def best_ratio(
     return BestRatio(float(ratios[at]), float(losses[at]), (low, high), flat, inside, ratios, losses, level)
 
 
+_BISECTIONS = 80
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One arm beside the baseline at equal cost.
@@ -246,7 +270,13 @@ class Comparison:
 
 
 def compare_at_tokens(
-    arms: Mapping[str, Fit], baseline: str, *, tokens: float | None = None, n_params: float | None = None, level: float = 90
+    arms: Mapping[str, Fit],
+    baseline: str,
+    *,
+    tokens: float | None = None,
+    n_params: float | None = None,
+    level: float = 90,
+    costs: Mapping[str, CostInTokens] | None = None,
 ) -> list[Comparison]:
     """All arms at the same tokens (and model size, for laws that have it); at one size that is equal training compute, too.
 
@@ -256,13 +286,36 @@ def compare_at_tokens(
         tokens: the budget, where the law has it.
         n_params: the model size, where the law has it.
         level: of the intervals, in percent.
+        costs: by arm, what its tokens cost in tokens of training (`Generation.in_tokens`): each arm then has as many as cost
+            what `tokens` of training do.
     """
-    points = {name: _point(fit, n_params, tokens) for name, fit in arms.items()}
+    afforded = dict.fromkeys(arms, tokens)
+    if costs and tokens is not None:
+        afforded = {name: _affordable(costs[name], tokens) for name in arms}
+    points = {name: _point(fit, n_params, afforded[name]) for name, fit in arms.items()}
     samples = {name: fit.predict_samples(points[name])[:, 0] for name, fit in arms.items()}
     return _compare(arms, baseline, points, samples, level)
 
 
-def compare_at_compute(arms: Mapping[str, Fit], baseline: str, flops: float, *, level: float = 90) -> list[Comparison]:
+def _affordable(cost: CostInTokens, budget: float) -> float:
+    """How many tokens cost as much as a budget, by bisection: costs rise with them."""
+    low, high = 0.0, budget
+    if float(cost(np.array([budget]))[0]) <= budget:
+        return budget
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(cost(np.array([middle]))[0]) <= budget else (low, middle)
+    return high
+
+
+def compare_at_compute(
+    arms: Mapping[str, Fit],
+    baseline: str,
+    flops: float,
+    *,
+    level: float = 90,
+    generation: Mapping[str, float] | None = None,
+) -> list[Comparison]:
     """All arms at the same compute C = 6 N D, each at its own best N and D.
 
     These minimize E + A / N^alpha + B / D^beta: N = G (C / 6)^(beta / (alpha + beta)) with
@@ -273,26 +326,45 @@ def compare_at_compute(arms: Mapping[str, Fit], baseline: str, flops: float, *, 
         baseline: the arm to compare with.
         flops: C.
         level: of the intervals, in percent.
+        generation: FLOPs by arm that each of its tokens took to generate: C = (6 N + g) D then, and the best N is searched.
     """
+    costs = generation or {}
     for name, fit in arms.items():
         if fit.law.name != "joint":
             raise UserError(f"equal compute: arm '{name}' has a fit of '{fit.law.name}'; the law 'joint' is needed")
-    points = {name: compute_optimal(fit, fit.theta[None], flops) for name, fit in arms.items()}
+    points = {name: compute_optimal(fit, fit.theta[None], flops, costs.get(name, 0.0)) for name, fit in arms.items()}
     samples: dict[str, Floats] = {}
     for name, fit in arms.items():
-        p, best = fit.law.to_params(fit.theta_samples), compute_optimal(fit, fit.theta_samples, flops)
+        p, best = fit.law.to_params(fit.theta_samples), compute_optimal(fit, fit.theta_samples, flops, costs.get(name, 0.0))
         samples[name] = p["E"] + p["A"] / best[N_PARAMS] ** p["alpha"] + p["B"] / best[TOKENS] ** p["beta"]
     return _compare(arms, baseline, points, samples, level)
 
 
-def compute_optimal(joint: Fit, theta: Floats, flops: float) -> dict[str, Floats]:
-    """The best `n_params` and `tokens` [S] for `flops` = 6 N D, by theta [S, P] of a joint law."""
+def compute_optimal(joint: Fit, theta: Floats, flops: float, generation: float = 0.0) -> dict[str, Floats]:
+    """The best `n_params` and `tokens` [S] for `flops` = (6 N + generation) D, by theta [S, P] of a joint law.
+
+    With generation, d log L / d log N = 0 gives A alpha / N^alpha = B beta / D^beta x 6 N / (6 N + g): the right side has less
+    weight for small N, and the root lies above that without. It is found by bisection.
+    """
     p = joint.law.to_params(theta)
     beta = p.get("beta", p["alpha"])  # one for both in the law `tied`
     total = p["alpha"] + beta
     log_g = (np.log(p["alpha"] / beta) + np.log(p["A"]) - np.log(p["B"])) / total
     log_budget = np.log(flops / FLOPS_PER_PARAMETER_AND_TOKEN)
     log_n = log_g + beta / total * log_budget
+    if generation > 0:
+        low, high = log_n, log_n + np.log1p(flops)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                per_token = FLOPS_PER_PARAMETER_AND_TOKEN * np.exp(middle) + generation
+                log_d = np.log(flops) - np.log(per_token)
+                size = np.log(p["alpha"] * p["A"]) - p["alpha"] * middle
+                data = np.log(beta * p["B"]) - beta * log_d + np.log(FLOPS_PER_PARAMETER_AND_TOKEN) + middle - np.log(per_token)
+                smaller = size > data  # a larger N still lowers the loss
+                low, high = np.where(smaller, middle, low), np.where(smaller, high, middle)
+        per_token = FLOPS_PER_PARAMETER_AND_TOKEN * np.exp(high) + generation
+        return {N_PARAMS: np.exp(high), TOKENS: flops / per_token}
     return {N_PARAMS: np.exp(log_n), TOKENS: np.exp(log_budget - log_n)}
 
 

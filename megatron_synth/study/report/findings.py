@@ -146,7 +146,8 @@ def _speed(analysis: Analysis) -> Iterator[str]:
             baseline = analysis.data.get((analysis.study.baseline_arm, size))
             parts.append(text + doubts(analysis.data.get((arm, size)), baseline))
         if parts:
-            yield f"Against the baseline at {size}: {'; '.join(parts)}."
+            counted = ", with what the text took to generate counted as tokens" if analysis.generation else ""
+            yield f"Against the baseline at {size}{counted}: {'; '.join(parts)}."
         if apart:
             yield f"At {size} the losses of {', '.join(apart)} and of the baseline do not overlap, so no speed-up was measured."
 

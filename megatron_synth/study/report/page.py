@@ -166,7 +166,13 @@ class _Page:
             )
         elif self.analysis.compute:
             compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
-        text = f"Equal tokens at one size is equal compute, too.{compute} Generating the text is not counted."
+        generation = "Generating the text is not counted (`report.count_generation=true` does)."
+        if self.analysis.generation:
+            generation = (
+                "Generating the text is counted: each arm has the tokens that cost, with their generation, what the baseline's "
+                "tokens do, and speed-ups are of that cost."
+            )
+        text = f"Equal tokens at one size is equal compute, too.{compute} {generation}"
         return _section("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
 
     def _speed(self) -> Markup:
