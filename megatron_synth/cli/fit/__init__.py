@@ -37,7 +37,7 @@ from megatron_synth.study.fit.table.runs_table import (
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
-SHARES, AUTO = "shares", "auto"
+SHARES, AUTO, ISOFLOP = "shares", "auto", "isoflop"
 RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
 CLI_AGGREGATES = ("macro", "worst")
 
@@ -50,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="laws: "
         + "; ".join(f"{law.name}: {law.formula}" for law in ALL_LAWS.values())
         + f"; {AUTO}: a law in the ratio, or none, chosen by cross-validation"
+        + f"; {ISOFLOP}: how the best N and D grow with compute, by parabolas and by the joint law"
         + f"; {SHARES}: laws over the shares of several sources, chosen by cross-validation",
     )
     add = result.add_argument
     add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
-    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, AUTO, SHARES)))
+    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, AUTO, ISOFLOP, SHARES)))
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
@@ -90,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="hold a parameter at a value, such as E=1.8; may be given again",
     )
+    for name, what in (("share", "have one value for all groups"), ("pool", "are partially pooled over the groups")):
+        add(f"--{name}", metavar="NAMES", help=f"parameters that {what}, such as E,beta; with --group")
     add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
     add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
     add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
@@ -139,6 +142,10 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
         from megatron_synth.cli.fit.ratio import run as choose_law
 
         return choose_law(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{AUTO}")
+    if options.law == ISOFLOP:
+        from megatron_synth.cli.fit.isoflop import run as fit_isoflop
+
+        return fit_isoflop(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{ISOFLOP}")
     law = law_named(options.law)
     if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
         raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
@@ -181,12 +188,22 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
             "versions": {**versions_used(), "git": git_state(Path(__file__).parent)},
         }
         fitted[name] = result, about
+    pooled = None
+    if options.share or options.pool:
+        from megatron_synth.cli.fit.arms import fit_pooled
+
+        pooled = fit_pooled(law, jobs, options)  # before any file
     for name, (result, about) in fitted.items():
         folder = out / file_name(name)
         _write(folder, result, about, name)
         written.append(folder)
         say(describe(result, name))
         say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
+    if pooled is not None:
+        from megatron_synth.cli.fit.arms import describe_pooled
+
+        write_json(out / "pooled.json", {**pooled.to_json(), **next(iter(fitted.values()))[1]})
+        say(f"{describe_pooled(pooled)}\n  -> {out / 'pooled.json'}\n")
     return EXIT_OK
 
 

@@ -89,7 +89,7 @@ def test_the_cost_of_a_token_is_in_the_manifest() -> None:
     assert from_manifest("qa", manifest(2e15)) == pytest.approx(2e12)  # of 1,000 tokens 50 are held out
     natural: Any = SimpleNamespace(made=SimpleNamespace(inputs={}, holdout="0"), counts=SimpleNamespace(tokens=1))
     assert from_manifest("web", natural) is None
-    with pytest.raises(UserError, match="does not know the generator's parameters.*sources.qa.generation_flops"):
+    with pytest.raises(UserError, match=r"does not know the generator's parameters.*sources.qa.generation_flops"):
         from_manifest("qa", manifest(None))
     with pytest.raises(UserError, match="lacks the tokens of 3 answers"):
         from_manifest("qa", manifest(1e15, untold=3))
