@@ -115,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
         help="bounds of a share in the search for the lowest loss; may be given again",
     )
     shares.add_argument("--predict", type=Path, metavar="MIXTURES.csv", help="predict these mixtures, too: predictions.csv")
+    shares.add_argument(
+        "--measured",
+        type=Path,
+        metavar="LOSSES.csv",
+        help="what the mixtures of --predict measured, at any size",
+    )
     shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
     add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_synth.cli.fit.predictions import FEWEST_RUNS, read_asked, write_predictions
+from megatron_synth.cli.fit.predictions import FEWEST_RUNS, describe_scores, read_asked, write_predictions
 from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -25,6 +25,7 @@ from megatron_synth.study.fit.noise import noise_floor
 from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
 from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
+from megatron_synth.study.fit.shares.transfer import transfers
 from megatron_synth.study.fit.shares.trees import BoostedTrees
 from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.runs_table import FLOPS, Table, epochs_of, loss_columns
@@ -92,8 +93,13 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     for name, result in found.items():
         folder = out / _file_name(name) if len(found) > 1 else out
         lowest = None if result.no_law and options.method == AUTO else lowest_of(result, bounds, options.seed)
-        _write(folder, result, {**about, "loss": name, "lowest": lowest}, name)
+        moved = transfers(points, targets[name], seed=options.seed)
+        content = {**about, "loss": name, "lowest": lowest, "rank_transfer": [one.to_json() for one in moved]}
+        _write(folder, result, content, name)
         say(describe(result, name))
+        for one in moved:
+            smaller, larger = (", ".join(human(value) for value in cell.values()) for cell in (one.proxy, one.target))
+            say(f"  order of mixtures from {smaller} to {larger}: rank correlation {one.rank}")
         if lowest is not None:
             say(describe_lowest(lowest))
         say(f"  -> {folder}/law.json, fit.png\n")
@@ -105,7 +111,8 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
         )
     elif asked_for is not None:
         write_predictions(out / "predictions.csv", asked_for, found)
-        say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}\n")
+        say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}")
+        say(f"{describe_scores(asked_for, found)}\n")
     if len(found) > 1:
         say(summary(found))
     if refused is not None:
@@ -185,10 +192,12 @@ def describe(result: ShareFit, name: str) -> str:
     lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
     held = result.holdout
     if held is not None:
+        span = "" if held.rank_interval is None else " [{:.3f}, {:.3f}]".format(*held.rank_interval)
         inside = "" if held.covered is None else f", {held.covered} of {held.points} in their 90 % intervals"
         lines.append(
             f"  hold-out {held.rule}: {held.points} runs, mean absolute relative error "
-            f"{held.mean_absolute_relative_error:.2%}, worst {held.worst:.2%}, rank correlation {_rank(held.rank)}{inside}"
+            f"{held.mean_absolute_relative_error:.2%}, worst {held.worst:.2%}, rank correlation "
+            f"{_rank(held.rank)}{span}{inside}"
         )
     return "\n".join([*lines, *(f"  warning: {caveat}" for caveat in result.warnings)])
 

@@ -3,7 +3,7 @@
 A pooled parameter theta_g of arm g (a factor as its logarithm) has the prior Normal(mu, tau^2), mu being free. tau is the mode
 of its posterior under a half-normal prior of scale `SPREAD`, found by expectation-maximization: arms that cannot be told apart
 draw each other in, and such as differ keep what they have. All is least squares of the log loss, one scatter for all arms;
-intervals are of Student's t by the curvature of the posterior. (Gelman et al., Bayesian Data Analysis (2013), chapters 5 and 13.)
+intervals are of Student's t by the curvature of the posterior (Gelman et al., Bayesian Data Analysis, 2013, chapters 5, 13).
 
 Whether arms share a parameter at all is an F-test: all own against that one shared.
 

@@ -16,6 +16,7 @@ from megatron_synth.study.fit.fit import checked_losses
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.fit.shares.laws import AUTO, SHARE_LAWS, FittedShareLaw, ShareLaw, share_law_named
 from megatron_synth.study.fit.shares.points import Mixtures
+from megatron_synth.study.fit.shares.transfer import rank_of
 from megatron_synth.study.fit.shares.validation import Validation, cross_validate, folds_of, rank_correlation
 
 LEVEL = 90.0
@@ -39,6 +40,8 @@ class ShareHoldout:
     mean_relative_error: float
     rank: float | None
     covered: int | None
+    rank_interval: tuple[float, float] | None = None
+    """Of the rank correlation, 90 %, over draws of the held-out mixtures; None where they are of several sizes or budgets."""
 
     def to_json(self) -> dict[str, Any]:
         """As law.json holds it."""
@@ -197,6 +200,8 @@ def _judge(chosen: Validation, points: Mixtures, losses: Floats, rule: str) -> S
     if len(chosen.log_loss) >= 9:
         low, high = chosen.interval(points, LEVEL)
         covered = int(((losses >= low) & (losses <= high)).sum())
+    one_cell = all(np.ptp(logs) == 0 for logs in points.scales.values())
+    between = rank_of(np.exp(predicted), losses) if one_cell else None
     return ShareHoldout(
         rule=rule,
         points=len(losses),
@@ -205,6 +210,7 @@ def _judge(chosen: Validation, points: Mixtures, losses: Floats, rule: str) -> S
         mean_relative_error=float(errors.mean()),
         rank=rank_correlation(points, predicted, np.log(losses)),
         covered=covered,
+        rank_interval=None if between is None else between.interval,
     )
 
 
