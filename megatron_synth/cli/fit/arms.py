@@ -49,9 +49,11 @@ def describe_pooled(found: Pooled) -> str:
             low, high = one.interval
             rows.append((arm, name, f"{one.value:.5g}", f"{low:.5g} to {high:.5g}", f"{one.own:.5g}"))
     lines = [f"all groups at once, law {found.law.name}; one scatter of {found.scatter:.2%}", table(rows)]
-    for name, one in found.tests.items():
-        said = "they do not" if one.differ else "nothing says that they do not"
-        lines.append(f"  do groups share {name}? {said} (F{one.freedom}, p = {one.p:.2g}); the shared one is {one.value:.4g}")
+    for name, test in found.tests.items():
+        said = "they do not" if test.differ else "nothing says that they do not"
+        lines.append(
+            f"  do groups share {name}? {said} (F{test.freedom}, p = {test.p:.2g}); the shared one is {test.value:.4g}"
+        )
     for name, tau in found.tau.items():
         lines.append(f"  {name} differs between groups by {tau:.2g} (standard deviation, of logarithms for factors)")
     if found.tau:

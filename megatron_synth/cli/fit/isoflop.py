@@ -14,6 +14,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
+from megatron_synth.study.fit.catalog import law_named
 from megatron_synth.study.fit.compute.isoflop import Exponent, Isoflop, isoflop, joint_exponent
 from megatron_synth.study.fit.fit import Fit, fit
 from megatron_synth.study.fit.table.runs_table import loss_columns, read_table
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
     if options.where:
         runs = runs.where(options.where)
     groups = {"": runs} if options.group is None else runs.groups(options.group)
-    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, verb.law_named("joint"))
+    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, law_named("joint"))
     found: dict[str, tuple[Isoflop, Exponent, Fit, dict[str, Any]]] = {}
     for name, rows, job in jobs:
         columns, loss = job["columns"], job["loss"]

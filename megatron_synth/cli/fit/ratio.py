@@ -16,6 +16,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
+from megatron_synth.study.fit.catalog import law_named
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.fit.noise import best_measured, noise_floor
 from megatron_synth.study.fit.ratio.choice import RatioChoice, choose
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
     if options.where:
         runs = runs.where(options.where)
     groups = {"": runs} if options.group is None else runs.groups(options.group)
-    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, verb.law_named("mixture"))
+    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, law_named("mixture"))
     found: dict[str, tuple[RatioChoice, list[dict[str, Any]], dict[str, Any]]] = {}
     for name, rows, job in jobs:  # every choice before any file
         try:

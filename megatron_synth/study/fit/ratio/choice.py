@@ -92,7 +92,8 @@ class Candidate:
 
     def _mixtures(self, ratios: Floats, point: Mapping[str, float]) -> Mixtures:
         assert self.over_shares is not None
-        fitted: Any = self.over_shares.fitted
+        fitted = self.over_shares.fitted
+        assert isinstance(fitted, FittedProcess | FittedParametric)
         return fitted.points.at(np.column_stack([1 - ratios, ratios]), point.get(N_PARAMS), point.get(TOKENS))
 
 
