@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megatron_synth.cli.fit import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.arms.pooled import Pooled, fit_arms
 from megatron_synth.study.fit.compute.isoflop import isoflop, joint_exponent
@@ -120,3 +125,41 @@ def test_isoflop_says_what_it_lacks() -> None:
     outside = np.concatenate([np.arange(7 * curve, 7 * curve + 7) for curve in range(5)] + [np.arange(35, 39)])
     found = isoflop(n[outside][: 35 + 4], d[outside], loss[outside], draws=50)
     assert {one.code for one in found.warnings} <= {"best-at-edge"}
+
+
+def write_csv(path: Path, columns: dict[str, Floats]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def test_isoflop_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    n, d, loss = grid(0.001, 2)
+    table = write_csv(tmp_path / "runs.csv", {"params": n, "training_tokens": d, "loss": loss})
+    arguments = [str(table), "--law", "isoflop", "--bootstraps", "40", "--starts", "60", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "out" / "law.json").read_text())
+    for method in ("parabolas", "joint"):
+        assert content[method]["N"]["exponent"] == pytest.approx(SLOPE, abs=0.06)
+        assert content[method]["N"]["exponent"] + content[method]["D"]["exponent"] == pytest.approx(1)
+    assert len(content["curves"]) == 6 and "N* grows as C^" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--holdout is no option of --law isoflop"):
+        main([*arguments, "--holdout", "tokens>1e9"])
+
+
+def test_arms_of_a_table_are_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random, law = np.random.default_rng(0), LAWS["data"]
+    loss = [law.predict(law.to_theta({**DATA, "E": floor}), {"tokens": TOKENS}) for floor in (2.2, 2.2)]
+    noisy = np.concatenate(loss) * np.exp(0.002 * random.standard_normal(14))
+    columns = {"arm": np.repeat(["web", "qa"], 7), "tokens": np.tile(TOKENS, 2), "loss": noisy}
+    table = write_csv(tmp_path / "runs.csv", columns)
+    plain = [str(table), "--law", "data", "--bootstraps", "0", "--out", str(tmp_path / "out")]
+    assert main([*plain, "--group", "arm", "--share", "beta", "--pool", "E"]) == 0
+    content = json.loads((tmp_path / "out" / "pooled.json").read_text())
+    assert content["arms"]["web"]["beta"]["value"] == content["arms"]["qa"]["beta"]["value"]
+    assert set(content["tests_of_sharing"]) == {"E", "beta"} and content["prior"]["tau"] == "half-normal, scale 0.1"
+    assert "do groups share E? nothing says that they do not" in capsys.readouterr().out
+    with pytest.raises(UserError, match="need --group"):
+        main([*plain, "--share", "beta"])
