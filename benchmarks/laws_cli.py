@@ -34,12 +34,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help=f"folder with {', '.join(FILES.values())}")
     parser.add_argument("--studies", type=int, default=40, metavar="N", help="simulated studies; default %(default)s")
     parser.add_argument("--subsets", type=int, default=5, help="draws of 64 of RegMix's mixtures; default %(default)s")
+    parser.add_argument("--goals", action="store_true", help="run nothing: hold what --json has against the goals, a line each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add what was measured to this file, by part")
     options = parser.parse_args(argv)
     parts = list(dict.fromkeys(options.parts.split(",")))
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts: unknown part '{unknown[0]}'; any of {', '.join(PARTS)} with commas")
+    if options.goals:
+        if options.json is None or not options.json.is_file():
+            raise UserError("--goals: --json names the file with what was measured")
+        measured = json.loads(options.json.read_text(encoding="utf-8"))
+        say("\n".join(tables.markdown_table(_goals(measured))))
+        return EXIT_OK
     if options.data is None and set(parts) - {"designs", "coverage"}:
         raise UserError("--data: needed for all parts but designs and coverage")
     if options.json is not None and not options.json.parent.is_dir():
@@ -57,6 +64,58 @@ def main(argv: list[str]) -> int:
             before = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
             write_json(options.json, {**before, part: {**head, "found": found}})
     return EXIT_OK
+
+
+def _goals(measured: dict[str, Any]) -> list[list[str]]:
+    """A row per goal: what was asked, what was found, whether it is met, and the commit that it was measured at."""
+    rows = [["goal", "found", "met", "commit"]]
+
+    def row(part: str, goal: str, found: str, met: bool) -> None:
+        git = measured[part].get("git") or {}
+        rows.append([goal, found, "yes" if met else "**no**", str(git.get("commit", ""))[:10]])
+
+    if "regmix" in measured:
+        by_law = {score["law"]: score for score in measured["regmix"]["found"]["scores"]}
+        best, parametric = by_law["automatic"], by_law["best parametric"]
+        met = best["rank"] >= 0.985
+        row("regmix", "RegMix at 1M, automatic: mean rank correlation at least 0.985", f"{best['rank']:.4f}", met)
+        row("regmix", "the same: error at most 1.3 %", f"{best['error']:.2%}", best["error"] <= 0.013)
+        row("regmix", "the same: 90 % intervals cover 85 to 95 %", f"{best['covered']:.1%}", 0.85 <= best["covered"] <= 0.95)
+        row("regmix", "the same: under 120 processor seconds", f"{best['seconds']:.0f} s", best["seconds"] < 120)
+        row("regmix", "best parametric law: at least 0.97", f"{parametric['rank']:.4f}", parametric["rank"] >= 0.97)
+    if "few" in measured:
+        few = next(score for score in measured["few"]["found"] if score["law"] == "automatic")
+        row("few", "from 64 mixtures: at least 0.92", f"{few['rank']:.4f}", few["rank"] >= 0.92)
+    if "proposal" in measured:
+        proposal = measured["proposal"]["found"]
+        place, of = proposal["rank_of_the_one_nearest_to_the_proposal"], proposal["test_mixtures"]
+        row("proposal", "Pile-CC: the proposal among the best 5 %", f"nearest measured is {place} of {of}", place <= 0.05 * of)
+    if "repetition" in measured:
+        found = measured["repetition"]["found"]
+        held = found["published, R_N fitted"]
+        at, fitted = found["base as published"]["objective"], found["all parameters"]
+        row("repetition", "repetition, base fixed: objective at most 0.015826", f"{at:.6f}", at <= 0.0158265)
+        beyond = fitted["error_beyond_20_epochs"]
+        told = f"{beyond:.2%}; base as published {held['error_beyond_20_epochs']:.2%}"
+        row("repetition", "repetition: error at most 5 % beyond 20 epochs", told, beyond <= 0.05)
+        warned = "repetition-ignored" in found["joint"]["warnings"]
+        row("repetition", "a warning where epochs vary and the law ignores it", "joint: repetition-ignored", warned)
+    if "over-training" in measured:
+        furthest = max(one["furthest_from_published"] for one in measured["over-training"]["found"])
+        row("over-training", "over-training: within 1 % of the published laws", f"{furthest:.2%}", furthest <= 0.01)
+    if "coverage" in measured:
+        rates = {int(runs): one["covered"] for runs, one in measured["coverage"]["found"].items()}
+        told = ", ".join(f"{runs} runs {rate:.1%}" for runs, rate in sorted(rates.items()))
+        row("coverage", "three sources: intervals cover 85 to 95 %", told, all(0.85 <= rate <= 0.95 for rate in rates.values()))
+    if "designs" in measured:
+        found = measured["designs"]["found"]
+        rates = {name: one["within_one_noise_floor"] for name, one in found.items()}
+        proposed = max(rate for name, rate in rates.items() if "proposed" in name)
+        grid = next(rate for name, rate in rates.items() if "grid" in name)
+        filled = next(rate for name, rate in rates.items() if "space-filling" in name)
+        told = f"{proposed:.0%}; the grid {grid:.0%}; as many runs that only fill the space {filled:.0%}"
+        row("designs", "proposed mixture within a noise floor of the best, with half a grid's runs", told, proposed >= grid)
+    return rows
 
 
 def _run(part: str, file: Path | None, options: argparse.Namespace) -> Any:

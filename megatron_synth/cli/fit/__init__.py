@@ -37,7 +37,7 @@ from megatron_synth.study.fit.table.runs_table import (
 from megatron_synth.train.record.run_dir import git_state, versions
 
 LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
-SHARES = "shares"
+SHARES, AUTO, ISOFLOP = "shares", "auto", "isoflop"
 RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
 CLI_AGGREGATES = ("macro", "worst")
 
@@ -49,11 +49,13 @@ def parser() -> argparse.ArgumentParser:
         description="Fit a scaling law to a CSV of runs, one row per run.",
         epilog="laws: "
         + "; ".join(f"{law.name}: {law.formula}" for law in ALL_LAWS.values())
+        + f"; {AUTO}: a law in the ratio, or none, chosen by cross-validation"
+        + f"; {ISOFLOP}: how the best N and D grow with compute, by parabolas and by the joint law"
         + f"; {SHARES}: laws over the shares of several sources, chosen by cross-validation",
     )
     add = result.add_argument
     add("runs", type=Path, metavar="RUNS.csv", help="a table with a head")
-    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, SHARES)))
+    add("--law", required=True, metavar="LAW", help=" | ".join((*ALL_LAWS, AUTO, ISOFLOP, SHARES)))
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
@@ -89,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="hold a parameter at a value, such as E=1.8; may be given again",
     )
+    for name, what in (("share", "have one value for all groups"), ("pool", "are partially pooled over the groups")):
+        add(f"--{name}", metavar="NAMES", help=f"parameters that {what}, such as E,beta; with --group")
     add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
     add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
     add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
@@ -111,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
         help="bounds of a share in the search for the lowest loss; may be given again",
     )
     shares.add_argument("--predict", type=Path, metavar="MIXTURES.csv", help="predict these mixtures, too: predictions.csv")
+    shares.add_argument(
+        "--measured",
+        type=Path,
+        metavar="LOSSES.csv",
+        help="what the mixtures of --predict measured, at any size",
+    )
     shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
     add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result
@@ -133,7 +143,15 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
         from megatron_synth.cli.fit.shares import run
 
         out = options.out or Path("fits") / f"{options.runs.stem}-{SHARES}"
-        return run(options, argv, out, {**_versions(), "git": git_state(Path(__file__).parent)})
+        return run(options, argv, out, {**versions_used(), "git": git_state(Path(__file__).parent)})
+    if options.law == AUTO:
+        from megatron_synth.cli.fit.ratio import run as choose_law
+
+        return choose_law(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{AUTO}")
+    if options.law == ISOFLOP:
+        from megatron_synth.cli.fit.isoflop import run as fit_isoflop
+
+        return fit_isoflop(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{ISOFLOP}")
     law = law_named(options.law)
     if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
         raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
@@ -149,7 +167,7 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
         raise UserError(
             f"--aggregate {options.aggregate}: needs several loss columns, got {losses[0]}; give --loss-column 'loss/*'"
         )
-    jobs = _jobs(groups, losses, options, law)
+    jobs = jobs_of(groups, losses, options, law)
     out = options.out or Path("fits") / f"{options.runs.stem}-{law.name}"
     fitted: dict[str, tuple[Fit, dict[str, Any]]] = {}
     for name, rows, job in jobs:  # every fit before any file
@@ -173,19 +191,29 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
             },
             "command": shlex.join(["megatron-synth", "fit", *argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {**_versions(), "git": git_state(Path(__file__).parent)},
+            "versions": {**versions_used(), "git": git_state(Path(__file__).parent)},
         }
         fitted[name] = result, about
+    pooled = None
+    if options.share or options.pool:
+        from megatron_synth.cli.fit.arms import fit_pooled
+
+        pooled = fit_pooled(law, jobs, options)  # before any file
     for name, (result, about) in fitted.items():
-        folder = out / _file_name(name)
+        folder = out / file_name(name)
         _write(folder, result, about, name)
         written.append(folder)
         say(describe(result, name))
         say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
+    if pooled is not None:
+        from megatron_synth.cli.fit.arms import describe_pooled
+
+        write_json(out / "pooled.json", {**pooled.to_json(), **next(iter(fitted.values()))[1]})
+        say(f"{describe_pooled(pooled)}\n  -> {out / 'pooled.json'}\n")
     return EXIT_OK
 
 
-def _jobs(
+def jobs_of(
     groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: AnyLaw
 ) -> list[tuple[str, Table, dict[str, Any]]]:
     """(name, rows, what to fit) of every fit, all cells read."""
@@ -316,10 +344,12 @@ def _write(folder: Path, result: Fit, about: dict[str, Any], name: str) -> None:
     write_json(folder / LAW_FILE, {**result.to_json(), **about})
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """A name of a group or column as one of a folder."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".")
 
 
-def _versions() -> dict[str, str]:
+def versions_used() -> dict[str, str]:
+    """What law.json says of versions."""
     found = versions()
     return {**{key: found[key] for key in ("python", "megatron-synth", "numpy")}, "scipy": importlib.metadata.version("scipy")}

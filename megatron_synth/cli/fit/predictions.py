@@ -7,16 +7,20 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
+from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, Floats
 from megatron_synth.study.fit.shares.fit import ShareFit
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.fit.shares.table import KEYS, mixtures_of, read_mixtures
+from megatron_synth.study.fit.shares.transfer import rank_of
+from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.runs_table import FLOPS
 
 FEWEST_RUNS = 9
@@ -33,6 +37,8 @@ class Asked:
     path: Path
     names: dict[str, list[str]]
     points: Mixtures
+    measured: dict[str, Floats]
+    """Losses [C] that these mixtures had, by column; of those alone that the table, or that of `--measured`, has."""
 
 
 def read_asked(options: argparse.Namespace, sources: tuple[str, ...]) -> Asked | None:
@@ -42,8 +48,10 @@ def read_asked(options: argparse.Namespace, sources: tuple[str, ...]) -> Asked |
         UserError: the table has other sources than the runs fitted to.
     """
     if options.predict is None:
+        if options.measured is not None:
+            raise UserError("--measured needs --predict, the mixtures that it is of")
         return None
-    runs = read_mixtures(options.predict)
+    runs = read_mixtures(options.predict, options.measured, options.key if options.measured else None)
     asked = {N_PARAMS: options.n_column, TOKENS: options.tokens_column, FLOPS: options.flops_column}
     points = mixtures_of(runs, options.sources, asked)
     other = sorted(set(points.sources) ^ set(sources))
@@ -52,7 +60,16 @@ def read_asked(options: argparse.Namespace, sources: tuple[str, ...]) -> Asked |
     order = [points.sources.index(name) for name in sources]
     names = {name: runs.table.texts[name] for name in KEYS if name in runs.table.texts}
     names = names or {"line": [str(line) for line in runs.table.lines]}
-    return Asked(options.predict, names, Mixtures(sources, points.shares[:, order], points.n_params, points.tokens))
+    measured = {}
+    for pattern in options.loss_column:
+        for name in (name for name in runs.table.texts if name == pattern or fnmatchcase(name, pattern)):
+            measured[name] = runs.table.numbers(name)
+    if options.measured is not None and not measured:
+        raise UserError(f"--measured {options.measured}: no loss column like those fitted to; give --loss-column")
+    if options.aggregate and len(measured) > 1:
+        measured = {options.aggregate: aggregate(measured, options.aggregate)}
+    mixtures = Mixtures(sources, points.shares[:, order], points.n_params, points.tokens)
+    return Asked(options.predict, names, mixtures, measured)
 
 
 def points_for(asked: Asked, fit: ShareFit) -> Mixtures:
@@ -86,6 +103,36 @@ def write_predictions(path: Path, asked: Asked, fits: Mapping[str, ShareFit]) ->
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     write_atomic(path, buffer.getvalue())
+
+
+def describe_scores(asked: Asked, fits: Mapping[str, ShareFit]) -> str:
+    """How the predictions rank what was measured, a line for each loss; empty where nothing was.
+
+    At another size all losses are lower: ranks say how well a proxy chooses, and the error says so where sizes are the same.
+    """
+    rows: list[tuple[str, ...]] = [("loss", "rank correlation", "90 % interval", "error", "in their 90 % intervals")]
+    values = []
+    for name, fit in fits.items():
+        measured = asked.measured.get(name)
+        if measured is None:
+            continue
+        points = points_for(asked, fit)
+        predicted = fit.predict(points)
+        rank = rank_of(predicted, measured)
+        if rank is None:
+            continue
+        inside = ""
+        if len(fit.loss) >= FEWEST_RUNS:
+            low, high = fit.predict_interval(points)
+            inside = f"{np.mean((measured >= low) & (measured <= high)):.1%}"
+        values.append(rank.value)
+        span = "{:.3f} to {:.3f}".format(*rank.interval)
+        rows.append((name, f"{rank.value:.4f}", span, f"{np.mean(np.abs(predicted / measured - 1)):.2%}", inside))
+    if not values:
+        return ""
+    if len(values) > 1:
+        rows.append(("mean", f"{np.mean(values):.4f}", "", "", ""))
+    return f"against what {len(asked.points)} mixtures measured\n{text_table(rows)}"
 
 
 def _texts(values: Floats) -> list[str]:

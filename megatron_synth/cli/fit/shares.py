@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_synth.cli.fit.predictions import FEWEST_RUNS, read_asked, write_predictions
+from megatron_synth.cli.fit.predictions import FEWEST_RUNS, describe_scores, read_asked, write_predictions
 from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -25,6 +25,7 @@ from megatron_synth.study.fit.noise import noise_floor
 from megatron_synth.study.fit.shares.fit import ShareFit, fit_shares
 from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
+from megatron_synth.study.fit.shares.transfer import transfers
 from megatron_synth.study.fit.shares.trees import BoostedTrees
 from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.runs_table import FLOPS, Table, epochs_of, loss_columns
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     make_space(points.sources, bounds=bounds)  # what is wrong with them, before any fit
     asked_for = read_asked(options, points.sources)
     found: dict[str, ShareFit] = {}
+    refused = None
     for name, losses in targets.items():  # every fit before any file
         try:
             found[name] = fit_shares(
@@ -90,16 +92,31 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
             raise UserError(f"{name}: {error}") from None
     for name, result in found.items():
         folder = out / _file_name(name) if len(found) > 1 else out
-        lowest = lowest_of(result, bounds, options.seed)
-        _write(folder, result, {**about, "loss": name, "lowest": lowest}, name)
+        lowest = None if result.no_law and options.method == AUTO else lowest_of(result, bounds, options.seed)
+        moved = transfers(points, targets[name], seed=options.seed)
+        content = {**about, "loss": name, "lowest": lowest, "rank_transfer": [one.to_json() for one in moved]}
+        _write(folder, result, content, name)
         say(describe(result, name))
-        say(describe_lowest(lowest))
+        for one in moved:
+            smaller, larger = (", ".join(human(value) for value in cell.values()) for cell in (one.proxy, one.target))
+            say(f"  order of mixtures from {smaller} to {larger}: rank correlation {one.rank}")
+        if lowest is not None:
+            say(describe_lowest(lowest))
         say(f"  -> {folder}/law.json, fit.png\n")
-    if asked_for is not None:
+    lawless = [name for name, result in found.items() if result.no_law and options.method == AUTO]
+    if asked_for is not None and lawless:
+        refused = (
+            f"--predict: no law of {', '.join(lawless)} is better than a prediction without one, so nothing was predicted; "
+            "--method NAME predicts by that law all the same"
+        )
+    elif asked_for is not None:
         write_predictions(out / "predictions.csv", asked_for, found)
-        say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}\n")
+        say(f"{len(asked_for.points)} mixtures predicted -> {out / 'predictions.csv'}")
+        say(f"{describe_scores(asked_for, found)}\n")
     if len(found) > 1:
         say(summary(found))
+    if refused is not None:
+        raise UserError(refused)
     return EXIT_OK
 
 
@@ -163,21 +180,24 @@ def describe(result: ShareFit, name: str) -> str:
     rows: list[tuple[str, ...]] = [("law", "error of unseen mixtures", "rank correlation", "parameters")]
     for law, one in sorted(result.compared.items(), key=lambda item: item[1].error):
         count = len(one.law.parameters(result.points))
-        mark = "*" if law == result.law.name else " "
+        mark = "*" if law == result.law.name and not result.no_law else " "
         rows.append((f"{mark} {law}", f"{one.error:.2%}", _rank(one.rank), str(count) if count else ""))
+    rows += [(f"  {plain}", f"{error:.2%}", "", "") for plain, error in result.baselines.items()]
     lines = [
         f"{name}: {len(result.loss)} runs of {len(result.points.sources)} sources; cross-validated in "
         f"{len(result.chosen.folds)} folds",
         text_table(rows),
-        f"  * {result.law.name}: {result.law.formula}",
+        f"  no law: {result.no_law}" if result.no_law else f"  * {result.law.name}: {result.law.formula}",
     ]
     lines += [f"  {law}: not tried, {why}" for law, why in result.skipped.items()]
     held = result.holdout
     if held is not None:
+        span = "" if held.rank_interval is None else " [{:.3f}, {:.3f}]".format(*held.rank_interval)
         inside = "" if held.covered is None else f", {held.covered} of {held.points} in their 90 % intervals"
         lines.append(
             f"  hold-out {held.rule}: {held.points} runs, mean absolute relative error "
-            f"{held.mean_absolute_relative_error:.2%}, worst {held.worst:.2%}, rank correlation {_rank(held.rank)}{inside}"
+            f"{held.mean_absolute_relative_error:.2%}, worst {held.worst:.2%}, rank correlation "
+            f"{_rank(held.rank)}{span}{inside}"
         )
     return "\n".join([*lines, *(f"  warning: {caveat}" for caveat in result.warnings)])
 
@@ -186,7 +206,14 @@ def summary(found: dict[str, ShareFit]) -> str:
     """A line per loss, and their means."""
     rows: list[tuple[str, ...]] = [("loss", "law", "error", "rank correlation")]
     for name, result in found.items():
-        rows.append((name, result.law.name, f"{result.chosen.error:.2%}", _rank(result.chosen.rank)))
+        rows.append(
+            (
+                name,
+                f"no law ({result.law.name})" if result.no_law else result.law.name,
+                f"{result.chosen.error:.2%}",
+                _rank(result.chosen.rank),
+            )
+        )
     ranks = [result.chosen.rank for result in found.values() if result.chosen.rank is not None]
     mean = float(np.mean([result.chosen.error for result in found.values()]))
     rows.append(("mean", "", f"{mean:.2%}", _rank(float(np.mean(ranks)) if ranks else None)))

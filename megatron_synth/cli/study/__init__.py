@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="tables, fits, figures and one HTML page, from what is finished")
     report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")
     report.add_argument("--from", dest="table", metavar="RUNS.csv", type=Path, help="take the runs from such a table instead")
+    report.add_argument(
+        "--count-generation",
+        action="store_true",
+        help="count what text took to generate: report.count_generation=true",
+    )
     verbs.add_parser("prepare", help="prepare the text that the study names")
     add_propose_options(verbs.add_parser("propose", help="the mixtures to run next, written as arms into a study file"))
     for verb in verbs.choices.values():
@@ -188,6 +193,8 @@ def _status(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from megatron_synth.study.report.report import write_report
 
+    if arguments.count_generation:
+        arguments.overrides = [*arguments.overrides, "report.count_generation=true"]
     opened = _open(arguments)
     page = write_report(*opened, out=arguments.out, table=arguments.table)
     say(str(page))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_synth.study.fit.laws import Floats, log_sum_exp, term_mean
 
 CHUNK = 128  # fits handled together, so that a chunk's arrays stay in the cache
+FOR_THREADS = 2**22  # numbers in the features of all fits, below which threads cost more than they save
 LONGEST_STEP = 4.0  # of any internal parameter, in one step
 RIDGE = 1e-12  # of the diagonal, against directions without any curvature
 STEEPEST, FLATTEST = 1e8, 1e-8  # bounds of the damping
@@ -99,8 +100,11 @@ def solve(
         return result
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        parts = list(pool.map(one, blocks))
+    if len(blocks) == 1 or workers == 1 or design.size * len(starts) < FOR_THREADS:
+        parts = list(map(one, blocks))
+    else:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            parts = list(pool.map(one, blocks))
     theta, values, converged = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Solutions(theta, values, converged)
 

@@ -55,6 +55,9 @@ class StudySource(Section):
     """As in a training configuration."""
     tokens: Amount | None = None
     """How many it will have, for planning while it is not prepared."""
+    generation_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """FLOPs that each of its tokens took to generate, for `report.count_generation`. Default: as the record of its synthesis in
+    its manifest says."""
 
 
 def _sizes_by_name(value: Any) -> Any:
@@ -148,6 +151,9 @@ class ReportConfig(Section):
     """The same in model size."""
     seed: Seed = 0
     """Seed of the resampling."""
+    count_generation: bool = False
+    """Count what the text took to generate, as tokens that the same compute would have trained on, in speed-ups and in
+    comparisons at equal cost."""
 
 
 class Study(Section):

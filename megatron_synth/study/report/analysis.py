@@ -14,21 +14,27 @@ from megatron_synth.study.fit.contrast import Contrast, contrast
 from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.fit import Fit, Holdout, fit
 from megatron_synth.study.fit.noise import MeasuredBest, Noise, Trend, best_measured, holm, noise_floor, trend
+from megatron_synth.study.fit.ratio.choice import FEWEST_RATIOS, RATIO_LAWS, RatioChoice, choose
+from megatron_synth.study.plan.generation import Generation, generation_of
 from megatron_synth.study.plan.study_file import Study
 from megatron_synth.study.report.answers import (
     BestRatio,
     Comparison,
+    CostInTokens,
     SpeedUp,
-    best_ratio,
     compare_at_compute,
     compare_at_tokens,
     speed_up,
 )
 from megatron_synth.study.report.collect import Row
+from megatron_synth.study.report.ratio import best_ratio_by, bracket
 
 LEVEL = 90.0
 _STARTS = 600
 """Of the grid of a law at most; only the joint law's is larger."""
+_FINISH = {"mixture": 128, "mixture-additive": 128}
+_FINISH_OTHERS = 24
+"""Of these, so many are followed to their end; laws in the ratio have several optima."""
 _REJECTED = ("law-rejected", "wild-between-ratios", "holdout-missed")
 _ENOUGH_FREEDOM = 4
 """Degrees of freedom from which the scatter of some runs is their own."""
@@ -79,7 +85,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class BestAt:
-    """The best ratio of a family at one size and budget: among those that were run, and by the mixture law."""
+    """The best ratio of a family at one size and budget: among those that were run, and by the law that was chosen."""
 
     family: str
     size: str
@@ -91,6 +97,8 @@ class BestAt:
     fitted: BestRatio | None
     refused: str = ""
     """Why the law's best ratio is no answer; empty where it is one."""
+    between: tuple[float, float] = (0.0, 1.0)
+    """Where the best ratio lies if the loss has one minimum: the neighbors of those as good as the best (`bracket`)."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,13 @@ class Analysis:
     joint: dict[str, Fitted] = field(default_factory=dict)
     """L(N, D) by arm."""
     mixture: dict[str, Fitted] = field(default_factory=dict)
-    """The law in the ratio by family."""
+    """The law in N, D and the ratio by family: `mixture` or `mixture-additive`."""
+    ratio: dict[str, RatioChoice] = field(default_factory=dict)
+    """By family, which law answers for the ratio, if any."""
     domains: list[Fitted] = field(default_factory=list)
     """Laws of single validation domains."""
+    generation: dict[str, Generation] = field(default_factory=dict)
+    """What the text of each arm took to generate, where that is counted; empty where it is not."""
     speed: dict[tuple[str, str], SpeedUp] = field(default_factory=dict)
     """By arm and size."""
     best: list[BestAt] = field(default_factory=list)
@@ -161,6 +173,13 @@ class Analysis:
         """Every law of the aggregate."""
         return [*self.data.values(), *self.model.values(), *self.joint.values(), *self.mixture.values()]
 
+    def behind_best(self, family: str) -> Fitted | None:
+        """The law in the table of laws that a family's best ratio comes from; None where it is of another kind."""
+        choice, law = self.ratio.get(family), self.mixture.get(family)
+        if choice is None or choice.chosen is None or law is None or choice.chosen.name != law.key[0]:
+            return None
+        return law
+
 
 def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) -> Analysis:
     """Fit and answer what the runs allow.
@@ -176,17 +195,41 @@ def analyze(study: Study, rows: Sequence[Row], tell: Callable[[str], object]) ->
     for family in _families(result):
         members = _of_family(result, family)
         if len({row.ratio for row in members}) >= _ENOUGH:
-            columns = _columns(members, "n_params", "tokens", "ratio")
-            result.mixture[family] = _fitted(study, ("mixture", family), "mixture", members, columns)
+            _laws_of_family(result, family, members)
     tell("laws per domain")
     _domains(result, arms)
     tell("answers")
+    if study.report.count_generation:
+        result.generation = generation_of(study)
     _speed(result)
     _best(result)
     _comparisons(result)
     _collapse(result)
     _behind(result)
     return result
+
+
+def _laws_of_family(result: Analysis, family: str, members: Sequence[Row]) -> None:
+    """Laws in the ratio: what cross-validation says of them, and the best of those in N, D and the ratio for the table."""
+    study, columns = result.study, _columns(members, "n_params", "tokens", "ratio")
+    ratios = len({row.ratio for row in members})
+    fitted = {
+        name: _fitted(study, (name, family), name, members, columns)
+        for name in RATIO_LAWS
+        if name == "mixture" or ratios >= FEWEST_RATIOS[name]
+    }
+    doubts = {id(one.fit): one.rejected for one in fitted.values() if one.fit is not None}
+    choice = choose(
+        columns,
+        [row.loss for row in members],
+        bootstraps=study.report.bootstraps,
+        seed=study.report.seed,
+        fits={name: one.fit for name, one in fitted.items() if one.fit is not None},
+        rejected=lambda found: doubts.get(id(found), ()),
+    )
+    result.ratio[family] = choice
+    judged = [name for name in fitted if name in choice.candidates]
+    result.mixture[family] = fitted[min(judged, key=lambda name: choice.candidates[name].error) if judged else "mixture"]
 
 
 def _families(result: Analysis) -> list[str]:
@@ -233,7 +276,8 @@ def _fitted(
 ) -> Fitted:
     loss = np.array([row.loss if domain is None else row.domains[domain] for row in rows])
     epochs = np.array([row.epochs for row in rows])
-    options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
+    finish = _FINISH.get(law, _FINISH_OTHERS)
+    options: dict[str, Any] = {"finish": finish, "seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
     try:
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:
@@ -280,14 +324,28 @@ def _speed(result: Analysis) -> None:
     for (arm, size), fitted in result.data.items():
         natural = result.data.get((baseline, size))
         if arm != baseline and natural is not None and natural.fit is not None and fitted.fit is not None:
-            result.speed[arm, size] = speed_up(natural.fit, fitted.fit, level=LEVEL)
+            costs = (_cost(result, baseline, size), _cost(result, arm, size))
+            result.speed[arm, size] = speed_up(natural.fit, fitted.fit, level=LEVEL, costs=costs)
+
+
+def _cost(result: Analysis, arm: str, size: str) -> CostInTokens:
+    """What tokens of an arm cost, in tokens of training at a size."""
+    if not result.generation:
+        return lambda tokens: tokens
+    n_params = next(row.n_params for row in result.rows if row.size == size)
+    generation = result.generation[arm]
+    return lambda tokens: np.asarray(generation.in_tokens(tokens, n_params))
 
 
 def _best(result: Analysis) -> None:
     for family in _families(result):
         members = _of_family(result, family)
         cells = sorted({(row.n_params, row.size, row.tokens) for row in members})
-        law = result.mixture.get(family)
+        choice = result.ratio.get(family)
+        ranges = {
+            name: (min(values), max(values))
+            for name, values in (("n_params", [row.n_params for row in members]), ("tokens", [row.tokens for row in members]))
+        }
         for n_params, size, tokens in cells:
             rows = [row for row in members if (row.size, row.tokens) == (size, tokens)]
             if len({row.ratio for row in rows}) < 2:
@@ -297,21 +355,24 @@ def _best(result: Analysis) -> None:
             if noise is not None:
                 measured = best_measured([row.ratio for row in rows], [row.loss for row in rows], noise, level=LEVEL)
             fitted = None
-            if law is not None and law.fit is not None:
-                fitted = best_ratio(law.fit, n_params=n_params, tokens=tokens, noise=noise, level=LEVEL)
+            if choice is not None:
+                point = {"n_params": float(n_params), "tokens": float(tokens)}
+                fitted = best_ratio_by(choice, point, ranges, noise=noise, level=LEVEL)
             by_ratio: dict[float, list[float]] = {}
             for row in rows:
                 by_ratio.setdefault(row.ratio, []).append(row.loss)
             means = {ratio: float(np.mean(losses)) for ratio, losses in by_ratio.items()}
             lowest = min(means.items(), key=lambda item: (item[1], item[0]))
-            refused = "" if law is None or fitted is None else refusal(law, fitted, sorted(means), lowest[0], measured)
-            result.best.append(BestAt(family, size, tokens, tuple(rows), lowest, measured, fitted, refused))
+            ratios = sorted(means)
+            refused = ""
+            if choice is not None:
+                refused = choice.refused if fitted is None else refusal(fitted, ratios, lowest[0], measured)
+            between = bracket(tuple(ratios), (lowest[0],) if measured is None else measured.band)
+            result.best.append(BestAt(family, size, tokens, tuple(rows), lowest, measured, fitted, refused, between))
 
 
-def refusal(law: Fitted, fitted: BestRatio, ratios: Sequence[float], lowest: float, measured: MeasuredBest | None) -> str:
-    """Why the best ratio by a law is no answer: the law is rejected, or runs show the ratio next to it to be worse."""
-    if law.rejected:
-        return ", ".join(law.rejected)
+def refusal(fitted: BestRatio, ratios: Sequence[float], lowest: float, measured: MeasuredBest | None) -> str:
+    """Why the best ratio by a law is no answer: runs show the ratio next to it to be worse. Empty where it is one."""
     nearest = min(ratios, key=lambda ratio: abs(ratio - fitted.ratio))
     place = list(ratios).index(lowest)
     good = ratios[max(place - 1, 0) : place + 2] if measured is None else measured.band
@@ -330,13 +391,16 @@ def _comparisons(result: Analysis) -> None:
         fits = {arm: one.fit for (arm, at), one in result.data.items() if at == size and one.fit is not None}
         if baseline in fits and len(fits) > 1:
             largest = max(row.tokens for row in result.rows if row.size == size)
-            result.equal_tokens[size] = compare_at_tokens(fits, baseline, tokens=largest, level=LEVEL)
+            result.equal_tokens[size] = compare_at_tokens(
+                fits, baseline, tokens=largest, level=LEVEL, costs={arm: _cost(result, arm, size) for arm in fits}
+            )
     joint = {arm: one.fit for arm, one in result.joint.items() if one.fit is not None}
     if baseline in joint and len(joint) > 1:
         result.compute = 6.0 * max(row.n_params * row.tokens for row in result.rows)
         try:
+            per_token = {arm: one.per_new_token for arm, one in result.generation.items()}
             with np.errstate(invalid="ignore"):
-                result.equal_compute = compare_at_compute(joint, baseline, result.compute, level=LEVEL)
+                result.equal_compute = compare_at_compute(joint, baseline, result.compute, level=LEVEL, generation=per_token)
         except UserError:  # a law whose loss does not fall in N or in D has no best N
             result.no_best_size = True
 

@@ -267,7 +267,7 @@ def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
 
     def draw(figure: Figure) -> None:
         for ax, best in zip(panels_of(figure, len(panels), _DOMAIN_COLUMNS), panels, strict=True):
-            _ratio_panel(ax, best, hues[best.family], analysis.mixture.get(best.family))
+            _ratio_panel(ax, best, hues[best.family], analysis.behind_best(best.family))
 
     text = f"{caption}. Curve: the law in the ratio, where it gives an answer. Triangle: the lowest mean among the ratios that "
     text += "were run."

@@ -104,6 +104,10 @@ def _best(analysis: Analysis) -> Iterator[str]:
             others = [other for other in largest.measured.band if other != ratio]
             ties = f"; {', '.join(map(_share, others))} cannot be told from it" if others else "; all others are worse"
         yield f"{family}: at {where} the lowest loss is at a share of {_share(ratio)} ({loss:.3f}){ties}."
+        if family in analysis.ratio:
+            low, high = largest.between
+            where = f"; if the loss has one minimum, the best share there is between {_share(low)} and {_share(high)}"
+            yield f"{family}: {analysis.ratio[family].told()}{where}."
         if any(best.refused for best in cells):
             reasons = dict.fromkeys(best.refused for best in cells if best.refused)
             count = sum(bool(best.refused) for best in cells)
@@ -133,7 +137,7 @@ def _speed(analysis: Analysis) -> Iterator[str]:
             if math.isfinite(low) and math.isfinite(high) and low > 0:
                 ends = " to ".join(_times(value) for value in (low, high))
                 said = f"{_times(law)}, {LEVEL:.0f} % interval {ends}"
-                agrees = low <= curve.measured[last] <= high
+                agrees = low <= curve.measured[last] <= high and not (curve.apart is not None and curve.apart[last])
                 text += (
                     f" (measured; by the laws {said})"
                     if agrees
@@ -142,7 +146,8 @@ def _speed(analysis: Analysis) -> Iterator[str]:
             baseline = analysis.data.get((analysis.study.baseline_arm, size))
             parts.append(text + doubts(analysis.data.get((arm, size)), baseline))
         if parts:
-            yield f"Against the baseline at {size}: {'; '.join(parts)}."
+            counted = ", with what the text took to generate counted as tokens" if analysis.generation else ""
+            yield f"Against the baseline at {size}{counted}: {'; '.join(parts)}."
         if apart:
             yield f"At {size} the losses of {', '.join(apart)} and of the baseline do not overlap, so no speed-up was measured."
 

@@ -124,12 +124,15 @@ class _Page:
             band = "n/a" if measured is None else ", ".join(_ratio(value) for value in measured.band)
             law, interval, flat = "n/a", "", "n/a"
             said: Markup | str = law
-            if fitted is not None and best.refused:
+            if fitted is None and best.refused:
+                low, high = (_ratio(value) for value in best.between)
+                said = html('<span class="warn">no law; {} to {} if there is one minimum</span>', low, high)
+            elif best.refused:
                 said = html('<span class="warn">no answer: {}</span>', best.refused)
             elif fitted is not None:
                 law, interval = f"{fitted.ratio:.2f}", _bounds(fitted.interval, ".2f")
                 flat = "n/a" if fitted.flat is None else _bounds(fitted.flat, ".2f")
-                said = html("{}{}", f"{law} {interval}".strip(), self._mark(self.analysis.mixture.get(best.family)))
+                said = html("{}{}", f"{law} {interval}".strip(), self._mark(self.analysis.behind_best(best.family)))
             head = (best.family, best.size, compact(best.tokens))
             tested = (_ratio(best.lowest[0]), f"{best.lowest[1]:.4f}")
             rows.append((*head, *tested, band, said, flat, self.sources(best.rows)))
@@ -176,7 +179,13 @@ class _Page:
             )
         elif self.analysis.compute:
             compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
-        text = f"Equal tokens at one size is equal compute, too.{compute} Generating the text is not counted."
+        generation = "Generating the text is not counted (`report.count_generation=true` does)."
+        if self.analysis.generation:
+            generation = (
+                "Generating the text is counted: each arm has the tokens that cost, with their generation, what the baseline's "
+                "tokens do, and speed-ups are of that cost."
+            )
+        text = f"Equal tokens at one size is equal compute, too.{compute} {generation}"
         return _section("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
 
     def _speed(self) -> Markup:

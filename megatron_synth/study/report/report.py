@@ -78,6 +78,9 @@ def write_report(
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:
         write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
+    for family, choice in analysis.ratio.items():
+        used = [row.run for row in analysis.mixture[family].rows]
+        write_json(out / "laws" / f"ratio-{family}.json", {"law": "ratio", "of": [family], **choice.to_json(), "runs": used})
     for figure in figures:
         write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
     write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in said))

@@ -67,7 +67,7 @@ def test_speed_up_bands_cover() -> None:
         result = speed_up(*fits, losses=losses)
         hits += (result.low <= truth) & (truth <= result.high)
         assert (result.low <= result.fitted).all() and (result.fitted <= result.high).all(), seed
-    assert ((hits >= 0.82 * 120) & (hits <= 0.98 * 120)).all(), hits
+    assert (hits >= 0.86 * 120).all(), hits  # above 90 % on average, as the band holds that of the laws and that of the runs
 
 
 def test_a_measured_curve_is_read_where_it_first_reaches_a_loss() -> None:

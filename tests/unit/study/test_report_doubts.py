@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from megatron_synth.study.execute.folder import Folder
-from megatron_synth.study.fit.diagnostics import Diagnostic
+from megatron_synth.study.fit.noise import MeasuredBest
 from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import Study, load_study
-from megatron_synth.study.report.analysis import Analysis, Fitted, analyze, refusal
-from megatron_synth.study.report.answers import SpeedUp
+from megatron_synth.study.report.analysis import Analysis, analyze, refusal
+from megatron_synth.study.report.answers import BestRatio, SpeedUp
 from megatron_synth.study.report.collect import Row, runs_csv
 from megatron_synth.study.report.findings import findings
+from megatron_synth.study.report.ratio import bracket
 from megatron_synth.study.report.report import write_report
 from tests.unit.study.test_study_file import TINY, write_study
 from tests.unit.study.test_study_report import simulated
@@ -101,32 +102,30 @@ def test_a_holdout_that_is_missed_is_a_doubt_of_the_law(tmp_path: Path) -> None:
     assert fitted.to_json()["holdout_warnings"][0]["code"] == "holdout-missed"
 
 
-def test_a_rejected_law_gives_no_best_ratio(tmp_path: Path) -> None:
-    """Abrupt in the ratio: any share costs 3 %, and more costs no more. No smooth law has that, and seeds say so."""
+def test_three_ratios_give_no_law_and_say_where_the_best_is(tmp_path: Path) -> None:
     study, _, rows = one_seed(tmp_path, (1, 2, 3))
-    random = np.random.default_rng(0)
-    abrupt = [
-        replace(
-            row, loss=float((2 + 40 / row.tokens**0.5) * (1.03 if row.ratio == 0.5 else 1) * np.exp(0.001 * random.normal()))
-        )
-        for row in rows
-    ]
-    analysis = analyze(study, abrupt, lambda _: None)
-    mixture = analysis.mixture["qa"]
-    if not mixture.rejected:  # the parabola of the floor may bend that far: then what it says is next to a good ratio
-        assert all(not best.refused for best in analysis.best)
-    spike = replace(mixture, held_doubts=(Diagnostic("law-rejected", "told so by the test"),))
-    analysis.mixture["qa"] = spike
-    assert spike.rejected == ("law-rejected",)
-    best = analysis.best[0]
-    assert best.fitted is not None
-    assert refusal(spike, best.fitted, [0.0, 0.5, 1.0], 0.0, best.measured) == "law-rejected"
-    off = replace(best.fitted, ratio=0.57)
-    sound = Fitted(mixture.key, mixture.rows, None)
-    assert best.measured is not None
-    only = replace(best.measured, band=(1 / 3,))
-    assert "next to 0.67, which the runs show to be worse" in refusal(sound, off, [0.0, 1 / 3, 2 / 3, 1.0], 1 / 3, only)
-    assert refusal(sound, replace(off, ratio=0.45), [0.0, 1 / 3, 2 / 3, 1.0], 1 / 3, only) == ""
+    analysis = analyze(study, rows, lambda _: None)
+    choice = analysis.ratio["qa"]
+    assert choice.chosen is None and "none can be left out" in choice.refused
+    for best in analysis.best:
+        assert best.fitted is None and best.refused == choice.refused
+        assert best.lowest[0] == 0.5 and best.between == (0.0, 1.0)
+    told = "\n".join(findings(analysis))
+    assert "qa: no law in the ratio: of 3 ratios none can be left out" in told
+    assert "the best share there is between 0 and 1" in told
+
+
+def test_a_best_ratio_beside_a_worse_run_is_refused() -> None:
+    ratios = np.linspace(0, 1, 5)
+    off = BestRatio(0.57, 2.0, (0.5, 0.6), None, True, ratios, 2 + (ratios - 0.57) ** 2, 90)
+    tested = [0.0, 1 / 3, 2 / 3, 1.0]
+    only = MeasuredBest(1 / 3, 2.0, (1 / 3,), {}, 90)
+    assert "next to 0.67, which the runs show to be worse" in refusal(off, tested, 1 / 3, only)
+    assert refusal(replace(off, ratio=0.45), tested, 1 / 3, only) == ""
+    assert refusal(off, tested, 1 / 3, None) == ""  # without seeds the neighbors are not known to be worse
+    assert bracket(tuple(tested), (1 / 3,)) == (0.0, 2 / 3)
+    assert bracket(tuple(tested), (0.0, 1 / 3)) == (0.0, 2 / 3)
+    assert bracket(tuple(tested), (1.0,)) == (2 / 3, 1.0)
 
 
 def test_a_speed_up_does_not_contradict_itself(tmp_path: Path) -> None:

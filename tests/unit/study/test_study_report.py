@@ -128,6 +128,9 @@ def test_every_law_names_its_runs(reported: tuple[Study, list[Row], Path]) -> No
     assert {"data-natural-50k", "model-qa-33-98304", "joint-natural", "mixture-qa", "data-qa-100-50k-unseen"} <= set(laws)
     for name, law in laws.items():
         assert law["runs"] and set(law["runs"]) <= set(known), name
+        if law["law"] == "ratio":  # which law in the ratio was chosen
+            assert {"chosen", "errors", "without_a_law", "refused"} <= set(law)
+            continue
         assert "problem" in law or {"params", "objective", "intervals", "points", "dropped", "holdout"} <= set(law), name
     used = [known[run] for run in laws["data-natural-50k"]["runs"]]
     assert {(row.arm, row.size) for row in used} == {("natural", "50k")} and len(used) == 12

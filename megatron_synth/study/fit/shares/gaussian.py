@@ -88,6 +88,17 @@ class FittedProcess:
         own = weight + linear * (scaled**2).sum(axis=1)
         return np.asarray(self.outcome[1] * np.sqrt(np.maximum(own - (explained**2).sum(axis=0), 1e-12)))
 
+    def draws(self, points: Mixtures, count: int, seed: int) -> Floats:
+        """Log losses [count, M], drawn from the process at all M mixtures together, without the noise of a run."""
+        from scipy.linalg import solve_triangular
+
+        scaled = self._scaled(points)
+        explained = solve_triangular(self._factor, _kernel(self.theta, self.features, scaled), lower=True)
+        values, axes = np.linalg.eigh(_kernel(self.theta, scaled, scaled) - explained.T @ explained)
+        random = np.random.default_rng(seed).standard_normal((count, len(values)))
+        around = (random * np.sqrt(np.maximum(values, 0))) @ axes.T
+        return np.asarray(self.log_predict(points) + self.outcome[1] * around)
+
     @property
     def noise(self) -> float:
         """Standard deviation of log losses of runs around the law."""

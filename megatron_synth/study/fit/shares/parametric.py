@@ -123,6 +123,14 @@ class FittedParametric:
         variance = float(np.sum(bent**2)) / max(len(bent) - len(self.theta), 1)
         return np.asarray(variance * np.linalg.inv(slopes.T @ slopes + self.law.prior * np.eye(len(self.theta))))
 
+    def draws(self, points: Mixtures, count: int, seed: int) -> Floats:
+        """Log losses [count, M] of laws that could as well be the right one: theta is drawn by its covariance."""
+        values, axes = np.linalg.eigh(self.covariance())
+        random = np.random.default_rng(seed).standard_normal((count, len(values)))
+        thetas = self.theta + (random * np.sqrt(np.maximum(values, 0))) @ axes.T
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.stack([_value(self.terms, self.law.floor, theta, points)[0] for theta in thetas])
+
     def to_json(self) -> dict[str, Any]:
         """Parameters with their standard errors."""
         errors = np.sqrt(np.diag(self.covariance()))
