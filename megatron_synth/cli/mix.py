@@ -23,7 +23,8 @@ from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.indexed import Shard
 from megatron_synth.data.shards.source import Source
-from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.dryrun import open_if_prepared
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
@@ -68,13 +69,16 @@ def main(argv: list[str]) -> int:
     file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
     config = load_file(Config, file, arguments.overrides)
     run = arguments.config if arguments.config.is_dir() else None
-    progress = NOT_BEGUN if run is None else files.progress_of(run)
+    config = branch.resolved(config, run)
+    progress = branch.progress_of(config, run)
     if verb == "plan":
         _plan(config, progress)
     else:
         data = open_data(config, check_length=False)
         data.check_length(config, progress)
-        steps = Steps(config, progress, [] if run is None else metrics.read_metrics(run / "metrics.jsonl"))
+        trunk = branch.trunk_of(config, run)
+        records = [] if run is None else metrics.read_metrics(run / "metrics.jsonl")
+        steps = Steps(config, progress, records, NOT_BEGUN if trunk is None else trunk.progress)
         show("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
 
@@ -82,19 +86,37 @@ def main(argv: list[str]) -> int:
 class Steps:
     """Which step of a run a sample is in: by the records of steps done, of whatever size, then by the configuration."""
 
-    def __init__(self, config: Config, progress: Progress, records: Sequence[metrics.Record] = ()):
-        self._config, self._progress = config, progress
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        records: Sequence[metrics.Record] = (),
+        trunk: Progress = NOT_BEGUN,
+    ):
+        """records: of the run's own steps, after those of its trunk."""
+        self._config, self._progress, self._trunk = config, progress, trunk
         # records of versions that did not count tokens tell nothing
-        counted = [record.get(metrics.TOKENS) for record in records[: progress.step]]
+        counted = [record.get(metrics.TOKENS) for record in records[: progress.step - trunk.step]]
         self._ends = [] if None in counted else [tokens // config.window_length for tokens in counted if tokens is not None]
         self.samples = config.samples_at_end(progress)
         """Of the whole run."""
 
     def of(self, sample: int) -> int:
-        """The step, counted from 1."""
+        """The step, counted from 1; 0 for a sample that the trunk of a branch consumed."""
+        if sample < self._trunk.samples:
+            return 0
         if self._ends and sample < self._ends[-1]:
-            return bisect.bisect_right(self._ends, sample) + 1
+            return self._trunk.step + bisect.bisect_right(self._ends, sample) + 1
         return self._config.step_after(sample, self._progress) + 1
+
+    def text(self, sample: int) -> str:
+        """The same in words."""
+        step = self.of(sample)
+        return (
+            f"step {step} of {self._config.train.steps}"
+            if step
+            else f"of the trunk's part, which ends with step {self._trunk.step}"
+        )
 
 
 def _samples(text: str) -> range:
@@ -153,8 +175,7 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
     before = sample // number * number
     beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
     lines = [
-        f"sample   {sample}: step {steps.of(sample)} of {config.train.steps}, now {config.train.global_batch_size} sequences a "
-        f"step{beside}",
+        f"sample   {sample}: {steps.text(sample)}, now {config.train.global_batch_size} sequences a step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
         f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
@@ -236,16 +257,23 @@ def _audit(path: Path) -> int:
     recorded = run.read_ledger()
     if recorded is None:
         raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
-    data = open_data(config, check_length=False)
+    data, trunk = open_data(config, check_length=False), branch.trunk_of(config, run.path)
     plan, length = data.plan, config.window_length
     show(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
     for spec, source in zip(plan.sources, data.sources, strict=True):
         file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
         show(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
-    found = audit_ledger(plan, length, recorded, run.ledger)
+    found = audit_trunk(data, trunk) if trunk is not None else []
+    if trunk is not None:
+        show(
+            f"read {run.path / branch.FILE}: {trunk.samples:,} samples up to step {trunk.step} of the trunk, run {trunk.run_id}"
+        )
+    found += audit_ledger(plan, length, recorded, run.ledger, trunk)
     show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
     records = metrics.read_metrics(run.metrics)
-    found += audit_metrics(plan, length, records, recorded["tokens"], run.metrics)
+    found += audit_metrics(
+        plan, length, records, recorded["tokens"], run.metrics, NOT_BEGUN if trunk is None else trunk.progress
+    )
     show(f"read {run.metrics}: {len(records):,} steps")
     for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
         state = files.STATE.read(file)
@@ -259,12 +287,31 @@ def _audit(path: Path) -> int:
     return EXIT_DIFFERENT
 
 
-def audit_ledger(plan: MixturePlan, window_length: int, recorded: LedgerInfo, file: Path) -> list[Difference]:
-    """What in a ledger.json is not as planned for its number of samples."""
+def audit_trunk(data: RunData, trunk: Trunk) -> list[Difference]:
+    """What in a branch.json is not as planned for the samples of the trunk."""
+    if not _is_count(trunk.samples, data.plan):
+        return [(branch.FILE, "trunk", "samples", "samples of the plan", str(trunk.samples))]
+    planned = dict(zip(data.plan.names, data.plan.counts(trunk.samples).tolist(), strict=True))
+    found = _leaves(
+        planned, dict.fromkeys(planned, 0) | {name: count for name, count in trunk.ledger.items() if count}, "trunk"
+    )
+    if not data.begins_as(trunk.prefix_digest, trunk.samples):
+        found.append(("trunk", "prefix_digest", data.prefix_digest(trunk.samples), trunk.prefix_digest))
+    return [(branch.FILE, *difference) for difference in found]
+
+
+def audit_ledger(
+    plan: MixturePlan, window_length: int, recorded: LedgerInfo, file: Path, trunk: Trunk | None = None
+) -> list[Difference]:
+    """What in a ledger.json is not as planned for its number of samples. trunk: of a branch, which is counted apart."""
     samples = recorded["samples"]
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
-    planned = Ledger.planned(plan, window_length, samples).to_json()
+    ledger = Ledger.planned(plan, window_length, samples)
+    if trunk is not None:
+        before = dict(zip(plan.names, plan.counts(min(trunk.samples, samples)).tolist(), strict=True))
+        ledger.begin_branch(trunk.run_id, trunk.step, before)
+    planned = ledger.to_json()
     found = [(file.name, *difference) for difference in _leaves(planned, recorded)]
     for spec, count in zip(plan.sources, plan.counts(samples).tolist(), strict=True):
         if spec.allowed_samples is not None and count > spec.allowed_samples:
@@ -274,11 +321,19 @@ def audit_ledger(plan: MixturePlan, window_length: int, recorded: LedgerInfo, fi
 
 
 def audit_metrics(
-    plan: MixturePlan, window_length: int, records: list[metrics.Record], saved_tokens: int | None, file: Path
+    plan: MixturePlan,
+    window_length: int,
+    records: list[metrics.Record],
+    saved_tokens: int | None,
+    file: Path,
+    trunk: Progress = NOT_BEGUN,
 ) -> list[Difference]:
-    """What in the records of the steps is not as planned; saved_tokens: those of ledger.json, written after some step."""
+    """What in the records of the steps is not as planned.
+
+    saved_tokens: those of ledger.json, written after some step. trunk: where a branch began.
+    """
     found: list[Difference] = []
-    step = before = 0
+    step, before = trunk
     saved = not saved_tokens
     for record in records:
         step, expected = record[metrics.STEP], step + 1

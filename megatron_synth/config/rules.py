@@ -145,6 +145,8 @@ def _phases(config: Config) -> Iterator[Problem]:
         elif phase.ramp is not None:
             if end is None:
                 yield Problem(path, "a ramp needs an end: set `tokens` or `until`")
+            elif phase.ramp.until is not None and phase.ramp.until < end:
+                yield Problem(f"{path}.ramp.until", f"{phase.ramp.until} is before the end of the phase, {end}")
             for key, ratios in (("from", phase.ramp.start), ("to", phase.ramp.end)):
                 yield from _shares(config, f"{path}.ramp.{key}", ratios)
         elif phase.ratios is not None:
@@ -237,5 +239,8 @@ def _saving(config: Config) -> Iterator[Problem]:
     elif every is not None and interval is not None and every % interval:
         message = f"{every} is not a multiple of checkpoint.interval = {interval}, so few such steps are ever saved"
         yield Problem("checkpoint.keep_every", f"{message}; nearest: {nearest_multiples(every, interval)}")
+    if config.checkpoint.init_from is not None and config.checkpoint.branch_from is not None:
+        message = "cannot be set with checkpoint.init_from: a branch takes the weights of its trunk; keep one of them"
+        yield Problem("checkpoint.branch_from", message)
     if config.eval.interval is not None and not config.data.validation:
         yield Problem("eval.interval", f"{config.eval.interval} has nothing to evaluate: data.validation is empty")

@@ -140,6 +140,9 @@ class RampConfig(Section):
     """Shares at the end."""
     blocks: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Steps of the line; each has the exact ratios of the line at its middle."""
+    until: Amount | None = None
+    """End of the line, in tokens since the run began, where the phase ends before it does: what a branch leaves of
+    a ramp of its trunk. Default: the phase's."""
 
 
 class PhaseConfig(Section):
@@ -355,8 +358,13 @@ class CheckpointConfig(Section):
     verify: Literal["sizes", "checksums"] = "checksums"
     """What is checked of a checkpoint before it is resumed: the sizes of its files, or their content too, which reads them once
     more, in parallel over the ranks. A damaged one is passed over for the newest sound one before it."""
+    keep_steps: tuple[PositiveInt, ...] = ()
+    """Save after these steps too, and keep them for good: what branches begin from."""
     init_from: str | None = None
     """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
+    branch_from: str | None = None
+    """`RUN@STEP`: go on from this checkpoint of another run with its weights, moments, steps and data position, under this
+    file's schedule, budget and mixture. A mixture that differs from the trunk's begins there, its phases counted from there."""
 
 
 class EvalConfig(Section):

@@ -51,14 +51,14 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
     from megatron_synth.train.checkpoint import companions
 
     with process_group(Layout.single(), seed=0):
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import files, resume
 
         found = _newest(run)
         saved = resume.read_trainer(found)
         model = resume.saved_model(found, saved)
         sequence_length, dtype = resume.saved_shape(found, saved)
         tokenizer = resume.tokenizer_of(found, saved)
-        kept = companions.load(resume.run_of(found))
+        kept = companions.load(files.run_of(found))
         weights = resume.full_weights(found)
     settings = hf_config(
         model,

@@ -29,6 +29,8 @@ from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, prefetcher_of, reading, to_device
+from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -71,7 +73,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
 
         # from here on what is in the run directory is ours; all that can be refused is refused before it is changed
         on_main(ranks, lock.take)
-        start = starting_point(config, data, run_path)
+        start = starting_point(config, data, run_path, branch.trunk_of(config, run_path))
         trainer = Trainer(plan, data, ranks, run_path, lock)
         with trainer.watch:
             try:
@@ -138,7 +140,8 @@ class Trainer:
         from megatron_synth.train.step import Stepper
 
         config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
-        source = None if start.weights is None else resume.run_of(start.weights)
+        begun_from = start.weights if start.trunk is None or not start.branches else start.trunk.checkpoint
+        source = None if begun_from is None else files.run_of(begun_from)
         on_main(ranks, lambda: self.run_dir.keep(self._tokenizer, source))
         for text in [*(data.notes if ranks.rank == 0 else ()), *start.warnings]:  # on rank 0
             self._warn(text)
@@ -148,14 +151,17 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
         self.step = self.samples = 0
+        self.branched = start.branches
         self.ledger = Ledger.of(data.plan, config.window_length)
+        if start.trunk is not None:
+            self.ledger.begin_branch(start.trunk.run_id, start.trunk.step, start.trunk.ledger)
         if saved is not None:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
             self.ledger.load_state_dict(saved.ledger)
             self.ledger.verify(data.plan, self.samples)
-            on_main(ranks, lambda: self._record_resume(saved.plan_digest))
+            on_main(ranks, lambda: self._record_resume(saved.plan_digest, start.trunk if start.branches else None))
         elif start.weights is not None:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
         self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
@@ -186,8 +192,12 @@ class Trainer:
         except OSError as error:  # the disk may be what the warning is about
             say(f"warning: {self.run_dir.path / 'events.log'}: {error}")
 
-    def _record_resume(self, plan_digest: str) -> None:
-        self.run_dir.record_resume(self.step)
+    def _record_resume(self, plan_digest: str, branched_from: Trunk | None) -> None:
+        if branched_from is None:
+            self.run_dir.record_resume(self.step)
+        else:
+            branched_from.save(self.run_dir.path)
+            self.run_dir.event(f"branched from {branched_from.name}, run {branched_from.run_id}")
         if not self.data.is_of(plan_digest):
             mixture = f"{self.data.plan.describe()}; digest {plan_digest} -> {self.data.digest}"
             self.run_dir.event(f"mixture changed from sample {self.samples} on: {mixture}")
@@ -258,7 +268,8 @@ class Trainer:
             done = self.step == steps
             if done or stopping or _due(self.step, self.config.log.interval) or self.recorder.in_trouble:
                 self.recorder.flush(shown=True)
-            if done or stopping or result.save or _due(self.step, self.config.checkpoint.interval):
+            saves = _due(self.step, self.config.checkpoint.interval) or self.step in self.config.checkpoint.keep_steps
+            if done or stopping or result.save or saves:
                 self._save(required=done or stopping)
                 saved_at = self.step
             if self._evaluation_due() and (done or not stopping):
@@ -357,6 +368,7 @@ class Trainer:
             failed=lambda text: None if required else self._warn(f"{text}. Training goes on"),
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
+            keep_steps=self.config.checkpoint.keep_steps,
         )
         self.writer.begin(lambda: collect(self.chunks, self.optimizer), request)
         if required:
@@ -379,7 +391,8 @@ class Trainer:
         config, data = self.config, self.data
         parameters = count_parameters(config.model, data.vocab_size)
         flops = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
-        say(f"run {self.run_dir.id} in {self.run_dir.path}" + (f", resumed at step {self.step}" if self.step else ""))
+        since = "" if not self.step else f", {'branched' if self.branched else 'resumed'} at step {self.step}"
+        say(f"run {self.run_dir.id} in {self.run_dir.path}{since}")
         size = f"{human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding)"
         convention = f"{human(flops)} FLOPs/token (full attention, head counted)"
         say(f"model {config.model.name}: {size}, {config.precision.dtype}, {convention}")

@@ -290,7 +290,8 @@ class MixturePlan:
             content = [ORDER_VERSION, self.seed, [[name, *rest] for name, _, *rest in sources]]
             for phase in self.schedule.phases:
                 ramp_to = None if phase.ramp_to is None else [*map(str, phase.ramp_to)]
-                content.append([phase.samples, [*map(str, phase.ratios)], ramp_to, phase.blocks])
+                line = [] if phase.line is None else [phase.line]
+                content.append([phase.samples, [*map(str, phase.ratios)], ramp_to, phase.blocks, *line])
         return _hash(content)
 
     def prefix_names(self, samples: int) -> tuple[str, ...]:

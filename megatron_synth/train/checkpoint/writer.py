@@ -51,7 +51,7 @@ class SaveRequest:
     trainer: content of trainer.json.
     committed, failed: called on rank 0, in the writing thread, when the checkpoint is whole, or with the reason why it could
         not be written. They may print: an OSError of theirs is raised by the next `begin` or `outcome`.
-    keep_last, keep_every: which checkpoints to keep then.
+    keep_last, keep_every, keep_steps: which checkpoints to keep then.
     """
 
     step: int
@@ -60,6 +60,7 @@ class SaveRequest:
     failed: Callable[[str], None]
     keep_last: int | None = None
     keep_every: int | None = None
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,8 @@ class CheckpointWriter:
         """
         if request.keep_last is None:
             return
-        for old in files.removable(files.all_of(self._root), request.step, request.keep_last, request.keep_every):
+        kept = request.keep_last, request.keep_every, request.keep_steps
+        for old in files.removable(files.all_of(self._root), request.step, *kept):
             try:
                 files.remove(old)
             except OSError as error:
