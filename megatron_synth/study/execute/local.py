@@ -17,7 +17,7 @@ from types import FrameType
 
 import psutil
 
-from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from megatron_synth.core.log import compact, duration, say, show
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.plan.runs import Run
@@ -106,7 +106,7 @@ class Progress:
         """Seconds until all is done. running: by id, the steps that a running run has done."""
         seconds = 0.0
         for run in left:
-            tokens = run.tokens - running.get(run.id, 0) * run.config.train.tokens_per_step
+            tokens = run.tokens - running.get(run.id, run.branch_step) * run.config.train.tokens_per_step
             seconds += self.seconds_of(run, tokens) * run.ranks
         return seconds / places
 
@@ -151,10 +151,15 @@ class Execution:
         shown, told = time.monotonic(), False
         while self.children or (waiting and not self.stop):
             while waiting and not self.stop:
-                places_taken = self.slots.take(waiting[0].ranks)
+                ready = next((run for run in waiting if self.folder.may_begin(run)), None)
+                if ready is None:
+                    self._give_up_without_trunk(waiting)
+                    break
+                places_taken = self.slots.take(ready.ranks)
                 if places_taken is None:
                     break
-                self._fork(waiting.pop(0), places_taken)
+                waiting.remove(ready)
+                self._fork(ready, places_taken)
             self._reap(waiting)
             if self.stop and not told:
                 told = True
@@ -175,6 +180,21 @@ class Execution:
             say("stopped on request: finished runs are kept, others go on from their checkpoints; the same command goes on")
             return EXIT_STOPPED
         return 1 if self.failed or finished < self.total else EXIT_OK
+
+    def _give_up_without_trunk(self, waiting: list[Run]) -> None:
+        """Branches whose trunk is neither waiting nor running anywhere have failed: nothing brings the step that they need."""
+        coming = {run.id for run in waiting if not run.branch_step} | {child.run.id for child in self.children.values()}
+        trunks = {run.id: run for run in self.runs if not run.branch_step}
+        for run in list(waiting):
+            if run.trunk in coming or (run.trunk in trunks and self.folder.is_locked(trunks[run.trunk])):
+                continue
+            waiting.remove(run)
+            self.failed += 1
+            why = f"step {run.branch_step} of its trunk, run {run.trunk}, is not there, and the trunk is not being trained"
+            if run.trunk in trunks and self.folder.state(trunks[run.trunk]) == "done":
+                why += "; it was finished before this branch was planned: remove its folder, to train it again"
+            self.folder.record_failure(run, EXIT_USER_ERROR, why)
+            self._tell(f"{run.name} FAILED: {why}", waiting)
 
     def _waiting(self, places: int) -> list[Run]:
         waiting = [run for run in self.runs if self.folder.result(run) is None]
@@ -269,11 +289,12 @@ class Execution:
 
     def _line(self, waiting: Sequence[Run]) -> str:
         """The progress line."""
-        tokens = sum(run.tokens for run in self.runs)
+        tokens = sum(run.own_tokens for run in self.runs)
         left = [*waiting, *(child.run for child in self.children.values())]
-        left_tokens = sum(run.tokens for run in left)
+        left_tokens = sum(run.own_tokens for run in left)
         for child in self.children.values():
-            left_tokens -= self.folder.steps_done(child.run) * child.run.config.train.tokens_per_step
+            steps = self.folder.steps_done(child.run) - child.run.branch_step
+            left_tokens -= steps * child.run.config.train.tokens_per_step
         parts = [
             f"{self.finished}/{self.total} done",
             f"{len(self.children)} running",

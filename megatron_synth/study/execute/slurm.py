@@ -63,6 +63,25 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: Arr
             f"size {too_large[0].size} needs {too_large[0].ranks} ranks, a node has {places} (--gpus-per-node, or --jobs on "
             "CPUs): a study's run stays on one node; train larger ones with `megatron-synth submit`"
         )
+    # a branch begins when its trunk's job has ended, whether that comes from this call or from one before
+    branches = [run for run in waiting if not folder.may_begin(run)]
+    first = [run for run in waiting if run not in branches]
+    trunks = {run.trunk for run in branches}
+    before = {queued[run.name] for run in runs if run.id in trunks and run.name in queued}
+    if first:
+        job = _submit(study, first, folder, options, places, ())
+        before |= {job} if job and trunks & {run.id for run in first} else set()
+    if branches:
+        _submit(study, branches, folder, options, places, sorted(before))
+    if not options.dry_run:
+        say("watch it with: megatron-synth study status FILE --watch; submit again to retry what failed")
+    return EXIT_OK
+
+
+def _submit(
+    study: Study, waiting: Sequence[Run], folder: Folder, options: ArrayOptions, places: int, after: Sequence[str]
+) -> str | None:
+    """Submit runs as one array, which begins when the jobs `after` have ended; its id, or None of a dry run."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     job_folder = (folder.slurm / stamp).resolve()
     packs = packed(waiting, places, options.nodes)
@@ -85,13 +104,15 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: Arr
     if options.dry_run:
         # the folder then holds no job: submitting for good makes one of its own
         write_atomic(job_folder / "commands.txt", "".join(f"{command}\n" for command in commands))
-        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes))
+        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes, after))
         say(f"{len(packs)} tasks written to {job_folder}; nothing was submitted")
-        return EXIT_OK
-    job = submit_to_queue(spec, commands, limit=options.nodes)
-    say(f"submitted job {job}: {len(waiting)} runs in {len(packs)} tasks, {options.nodes} at a time; logs in {job_folder}")
-    say("watch it with: megatron-synth study status FILE --watch; submit again to retry what failed")
-    return EXIT_OK
+        return None
+    job = submit_to_queue(spec, commands, options.nodes, after)
+    then = f" after job {', '.join(after)}" if after else ""
+    say(
+        f"submitted job {job}{then}: {len(waiting)} runs in {len(packs)} tasks, {options.nodes} at a time; logs in {job_folder}"
+    )
+    return job
 
 
 def _command(folder: Folder, names: Path, places: int) -> str:
@@ -111,24 +132,25 @@ def packed(runs: Sequence[Run], places: int, nodes: int) -> list[list[Run]]:
     count = max(min(nodes, len(runs)), -(-len(runs) // (places * _ROUNDS)))
     packs: list[list[Run]] = [[] for _ in range(count)]
     load = [0.0] * count
-    for run in sorted(runs, key=lambda run: -run.flops(1)):
+    for run in sorted(runs, key=lambda run: -run.own_flops(1)):
         lightest = load.index(min(load))
         packs[lightest].append(run)
-        load[lightest] += run.flops(1)
+        load[lightest] += run.own_flops(1)
     return [pack for pack in packs if pack]
 
 
 _ROUNDS = 16
 
 
-def queued_runs(folder: Folder) -> set[str]:
-    """Names of the runs in tasks that wait or run."""
+def queued_runs(folder: Folder) -> dict[str, str]:
+    """The runs in tasks that wait or run, by name, and the job of each."""
     jobs = {}
     for file in folder.slurm.glob(f"*/{JOB_FILE}"):
         jobs[file.read_text(encoding="utf-8").strip()] = file.parent
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for task, state in slurm.states(jobs).items() if jobs else ():
         job, _, number = task.partition("_")
         if state.active and job in jobs and number.isdecimal():
-            names.update((jobs[job] / "packs" / f"{number}.txt").read_text(encoding="utf-8").split())
+            pack = (jobs[job] / "packs" / f"{number}.txt").read_text(encoding="utf-8").split()
+            names |= dict.fromkeys(pack, job)
     return names

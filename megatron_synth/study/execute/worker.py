@@ -6,7 +6,6 @@ Many small runs would otherwise spend their time on imports. A run that needs se
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from megatron_synth.config.load import shipped, to_yaml
+from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
@@ -69,7 +69,7 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
         try:
             code = _train(folder, run)
             if code == EXIT_OK and not keep_checkpoints:
-                shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
+                folder.drop_checkpoints(run)
         except UserError as error:
             show(f"error: {error}", error=True)
             code, message = EXIT_USER_ERROR, str(error)
@@ -86,25 +86,27 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
 
 def _train(folder: Folder, run: Run) -> int:
     from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.train.checkpoint import branch
 
-    data = open_data(run.config)
+    config = branch.resolved(folder.begins(run), folder.run(run))
+    data = open_data(config)
     if run.ranks == 1 and not _cuda_is_used:
         from megatron_synth.parallel.plan import plan
         from megatron_synth.train.loop import train
 
-        code = train(run.config, plan(run.config, 1), data, folder.run(run))
+        code = train(config, plan(config, 1), data, folder.run(run))
     else:
-        code = _torchrun(folder, run)
+        code = _torchrun(folder, run, config)
     if code == EXIT_OK:
         write_result(folder, run, data.vocab_size, data.digest)
     return code
 
 
-def _torchrun(folder: Folder, run: Run) -> int:
+def _torchrun(folder: Folder, run: Run, config: Config) -> int:
     """Train in processes started again, through the launch script, which passes signals on."""
-    config = folder.path / "state" / f"{run.id}.yaml"
-    write_atomic(config, to_yaml(run.config))
-    command = [str(shipped("launch") / "local.sh"), str(run.ranks), str(config), "--run-dir", str(folder.run(run))]
+    file = folder.path / "state" / f"{run.id}.yaml"
+    write_atomic(file, to_yaml(config))
+    command = [str(shipped("launch") / "local.sh"), str(run.ranks), str(file), "--run-dir", str(folder.run(run))]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     process = subprocess.Popen(["bash", *command], env={**os.environ, "PATH": path})
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -10,6 +10,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.loading.run_data import spec_of, vocab_size_of
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
+from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.source import Source, check_compatible
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
@@ -102,7 +103,7 @@ def check_sources(study: Study, runs: Sequence[Run], sources: Sources) -> dict[t
             continue
         samples, length = run.config.total_samples, run.config.window_length
         specs = [_spec(study, run, name, sources, length) for name in run.config.data.sources]
-        plan = MixturePlan(specs, run.config.data_seed)
+        plan = MixturePlan(specs, run.config.data_seed, phases_of(run.config.data, length))
         try:
             plan.check(samples, length)
         except UserError as error:
@@ -140,8 +141,8 @@ def _spec(study: Study, run: Run, name: str, sources: Sources, length: int) -> S
 
 
 def cost_of(study: Study, run: Run, vocab_size: int) -> Cost:
-    """FLOPs, device-hours and money of a run."""
-    flops = run.flops(vocab_size)
+    """FLOPs, device-hours and money of a run, without those of its trunk."""
+    flops = run.own_flops(vocab_size)
     if study.costs is None:
         return Cost(flops, None, None)
     hours = flops / study.costs.rate(study.sizes[run.size].mfu) / 3600

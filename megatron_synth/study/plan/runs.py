@@ -49,6 +49,15 @@ class Run:
     seed: int
     ranks: int
     config: Config
+    branch_step: int = 0
+    """Of a branch: the step of its trunk that it goes on from."""
+    family: tuple[str, ...] = ()
+    """Ids of a trunk and of its branches, the trunk's first, of a run that is one of them."""
+
+    @property
+    def trunk(self) -> str:
+        """Id of the trunk of its family; empty for a run that depends on no other."""
+        return self.family[0] if self.family else ""
 
     @cached_property
     def id(self) -> str:
@@ -74,6 +83,15 @@ class Run:
     def parameters(self) -> int:
         """Non-embedding parameters."""
         return count_parameters(self.config.model, _ANY_VOCABULARY).non_embedding
+
+    @property
+    def own_tokens(self) -> int:
+        """Of `tokens`, those that are not its trunk's."""
+        return (self.config.train.steps - self.branch_step) * self.config.train.tokens_per_step
+
+    def own_flops(self, vocab_size: int) -> float:
+        """FLOPs of the steps that are not its trunk's."""
+        return self.flops(vocab_size) * (1 - self.branch_step / self.config.train.steps)
 
     def flops(self, vocab_size: int) -> float:
         """FLOPs of the run, by the convention of `core.flops`."""
@@ -122,10 +140,13 @@ def expand(study: Study) -> list[Run]:
         problems.update(dict.fromkeys(found))
         if config is not None and not found:
             runs[arm, size, budget, seed] = Run(arm, size, budget, seed, study.sizes[size].ranks, config)
+    from megatron_synth.study.plan.trunks import arranged
+
+    found_runs = arranged(study, list(runs.values()), problems) if not problems else []
     if problems:
         raise ConfigError(f"study {study.name}", list(problems))
     seeds, arms = list(study.seeds), list(study.arms)
-    return sorted(runs.values(), key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+    return sorted(found_runs, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
 
 
 def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple[str, str, int, int]]:

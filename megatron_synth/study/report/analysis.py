@@ -232,6 +232,8 @@ def _fitted(
     loss = np.array([row.loss if domain is None else row.domains[domain] for row in rows])
     epochs = np.array([row.epochs for row in rows])
     options: dict[str, Any] = {"seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
+    if any(row.trunk for row in rows):
+        options["cluster"] = [row.trunk or row.id for row in rows]
     try:
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:

@@ -124,6 +124,8 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
             "checkpoint.keep_steps, or checkpoint.interval and checkpoint.keep_every"
         )
     state = _STATE.read(checkpoint / files.TRAINER)
+    if not state["run_id"]:
+        raise UserError(f"{_KEY}: {checkpoint} holds weights alone, made by convert or merge; use checkpoint.init_from")
     if state["step"] != step:
         raise UserError(f"{_KEY}: {checkpoint} is of step {state['step']} by its {files.TRAINER}, expected {step}")
     return _trunk(checkpoint.absolute(), state)

@@ -407,7 +407,7 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     names = reading.described(checkpoint)
     wanted = {name: entry for name, entry in names.items() if not name.startswith("optimizer.") and not recipe.is_state(name)}
     table = architecture.by_key(model, saved.vocab_size)
-    _check_tensors(checkpoint, {name: tuple(entry.global_shape) for name, entry in wanted.items()}, table, model.num_layers)
+    check_tensors(checkpoint, {name: tuple(entry.global_shape) for name, entry in wanted.items()}, table, model.num_layers)
     loaded = reading.load(wanted, checkpoint, "take weights", whole=False)
     weights: dict[str, torch.Tensor] = {}
     for key, weight in table.items():
@@ -416,10 +416,14 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_tensors(
+def check_tensors(
     checkpoint: Path, found: dict[str, tuple[int, ...]], table: dict[str, architecture.Weight], layers: int
 ) -> None:
-    """Refuse a checkpoint whose weights are not those of the table."""
+    """Refuse a checkpoint whose weights are not those of the table.
+
+    Raises:
+        UserError: names what is missing, left over, or of another shape.
+    """
     expected = {key: weight.saved_shape(layers) for key, weight in table.items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
     problems += [f"{key} is not part of the model" for key in sorted(found.keys() - expected.keys())]
