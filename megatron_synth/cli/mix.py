@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -21,8 +21,7 @@ from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
 from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
-from megatron_synth.data.shards.indexed import Shard
-from megatron_synth.data.shards.source import Source
+from megatron_synth.data.shards import places
 from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.dryrun import open_if_prepared
@@ -160,8 +159,9 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
         UserError: there is no such sample, or no tokenizer to decode it with.
     """
     plan, length = data.plan, config.window_length
-    if not 0 <= sample < steps.samples:
-        raise UserError(f"sample {sample}: the run has samples 0 to {steps.samples - 1}; a longer one needs more train.steps")
+    last = plan.skips.end(steps.samples) - 1
+    if not 0 <= sample <= last:
+        raise UserError(f"sample {sample}: the run has samples 0 to {last}; a longer one needs more train.steps")
     tokenizer = _tokenizer(data) if text else None
     [[source_id], [occurrence]] = (part.tolist() for part in plan.occurrences([sample]))
     window, offset = (int(part[0]) for part in plan.places([sample])[1:])
@@ -171,25 +171,25 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
     cut = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
     if spec.shift:
         cut = f", which begin at token {offset} in this epoch"
+    where = "left out by data.skip" if plan.skips.holds(sample) else steps.text(plan.skips.position(sample))
     number = config.data.windows_per_sequence
     before = sample // number * number
     beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
     lines = [
-        f"sample   {sample}: {steps.text(sample)}, now {config.train.global_batch_size} sequences a step{beside}",
+        f"sample   {sample}: {where}, now {config.train.global_batch_size} sequences a step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
         f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
     ]
     rows: list[tuple[str, ...]] = [("document", "of its shard", "tokens", "from", "to", "begins", "ends")]
     numbers, parts = [], []
-    for span in _spans(source, start, start + length + 1):
-        where = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
-        lines.append(f"file     {span.shard.bin_path}: {where}")
-        edges = np.append(span.shard.document_starts(0, span.shard.num_tokens), span.shard.num_tokens).tolist()
-        for number in range(max(0, bisect.bisect_right(edges, span.begin) - 1), bisect.bisect_left(edges, span.end)):
-            begin, end = max(span.begin, edges[number]), min(span.end, edges[number + 1])
-            begins = "here" if edges[number] >= span.begin else f"{span.begin - edges[number]} tokens before"
-            ends = "here" if edges[number + 1] <= span.end else f"{edges[number + 1] - span.end} tokens later"
+    for span in places.spans(source, start, start + length + 1):
+        lies = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
+        lines.append(f"file     {span.shard.bin_path}: {lies}")
+        for number, first, after in places.documents(span):
+            begin, end = max(span.begin, first), min(span.end, after)
+            begins = "here" if first >= span.begin else f"{span.begin - first} tokens before"
+            ends = "here" if after <= span.end else f"{after - span.end} tokens later"
             name = str(span.documents_before + number)
             rows.append(
                 (name, f"{number} of {span.shard.prefix.name}", str(end - begin), str(begin), str(end - 1), begins, ends)
@@ -204,34 +204,6 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
             decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
             lines += ["", f"--- document {name}", decoded]
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Part of a window that lies in one shard."""
-
-    shard: Shard
-    documents_before: int
-    """Documents of the source in the shards before."""
-    begin: int
-    """First token, of the shard."""
-    end: int
-    """Token after the last."""
-    at: int
-    """Where the part begins in the window."""
-
-
-def _spans(source: Source, begin: int, end: int) -> list[_Span]:
-    """Where the tokens [begin, end) of a source's stream lie. Opens the shards that hold them."""
-    if source.manifest is None:
-        return [_Span(Shard(source.path), 0, begin, end, 0)]
-    spans, tokens, documents = [], 0, 0
-    for info in source.manifest.shards:
-        first, last = max(begin, tokens), min(end, tokens + info.tokens)
-        if first < last:
-            spans.append(_Span(Shard(source.path / info.name), documents, first - tokens, last - tokens, first - begin))
-        tokens, documents = tokens + info.tokens, documents + info.documents
-    return spans
 
 
 def _tokenizer(data: RunData) -> Tokenizer:
@@ -268,9 +240,10 @@ def _audit(path: Path) -> int:
         show(
             f"read {run.path / branch.FILE}: {trunk.samples:,} samples up to step {trunk.step} of the trunk, run {trunk.run_id}"
         )
-    found += audit_ledger(plan, length, recorded, run.ledger, trunk)
-    show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
     records = metrics.read_metrics(run.metrics)
+    unlearned = unlearned_by(plan, length, records, recorded["samples"], trunk)
+    found += audit_ledger(plan, length, recorded, run.ledger, trunk, unlearned)
+    show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
     found += audit_metrics(
         plan, length, records, recorded["tokens"], run.metrics, NOT_BEGUN if trunk is None else trunk.progress
     )
@@ -300,10 +273,38 @@ def audit_trunk(data: RunData, trunk: Trunk) -> list[Difference]:
     return [(branch.FILE, *difference) for difference in found]
 
 
+def unlearned_by(
+    plan: MixturePlan, window_length: int, records: list[metrics.Record], samples: int, trunk: Trunk | None
+) -> dict[str, int]:
+    """Samples by source of the steps that the records call skipped, among the first `samples`, and of a trunk's."""
+    found = Counter({} if trunk is None else trunk.unlearned)
+    before = 0 if trunk is None else trunk.samples
+    skipped = 0 if trunk is None else trunk.skipped
+    for record in records:
+        tokens, now = record.get(metrics.TOKENS), record.get(metrics.SKIPPED)
+        if not isinstance(tokens, int) or not isinstance(now, int):
+            continue  # of a version that did not count them
+        end = tokens // window_length
+        grew = now > skipped
+        if grew and _is_count(end, plan) and before < end <= samples:
+            counts = plan.counts(end) - plan.counts(before)
+            found.update({name: count for name, count in zip(plan.names, counts.tolist(), strict=True) if count})
+        before, skipped = end, now
+    return dict(found)
+
+
 def audit_ledger(
-    plan: MixturePlan, window_length: int, recorded: LedgerInfo, file: Path, trunk: Trunk | None = None
+    plan: MixturePlan,
+    window_length: int,
+    recorded: LedgerInfo,
+    file: Path,
+    trunk: Trunk | None = None,
+    unlearned: Mapping[str, int] | None = None,
 ) -> list[Difference]:
-    """What in a ledger.json is not as planned for its number of samples. trunk: of a branch, which is counted apart."""
+    """What in a ledger.json is not as planned for its number of samples.
+
+    trunk: of a branch, which is counted apart. unlearned: samples of skipped steps by source.
+    """
     samples = recorded["samples"]
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
@@ -311,6 +312,8 @@ def audit_ledger(
     if trunk is not None:
         before = dict(zip(plan.names, plan.counts(min(trunk.samples, samples)).tolist(), strict=True))
         ledger.begin_branch(trunk.run_id, trunk.step, before)
+    if unlearned and "unlearned" in recorded:  # older versions did not count them
+        ledger.load_state_dict(ledger.state_dict(), unlearned)
     planned = ledger.to_json()
     found = [(file.name, *difference) for difference in _leaves(planned, recorded)]
     for spec, count in zip(plan.sources, plan.counts(samples).tolist(), strict=True):
@@ -380,7 +383,7 @@ def audit_checkpoint(data: RunData, state: files.SavedState, file: Path) -> list
 
 
 def _is_count(samples: object, plan: MixturePlan) -> TypeGuard[int]:
-    end = plan.schedule.samples
+    end = plan.samples
     return isinstance(samples, int) and samples >= 0 and (end is None or samples <= end)
 
 

@@ -39,8 +39,10 @@ def _newest(run: Path) -> Path:
     return found
 
 
-def export_to_hf(run: Path, folder: Path) -> Exported:
+def export_to_hf(run: Path, folder: Path, *, average: bool = False) -> Exported:
     """Write a folder for `AutoModelForCausalLM`, whole or not at all, from a checkpoint of any layout.
+
+    average: the average that the run kept of its weights in place of these, in the type of the weights.
 
     Raises:
         UserError: there is no sound checkpoint, or the folder holds something.
@@ -59,7 +61,9 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
         sequence_length, dtype = resume.saved_shape(found, saved)
         tokenizer = resume.tokenizer_of(found, saved)
         kept = companions.load(files.run_of(found))
-        weights = resume.full_weights(found)
+        weights = resume.full_average(found) if average else resume.full_weights(found)
+        if average and dtype == "bf16":
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
     settings = hf_config(
         model,
         saved.vocab_size,

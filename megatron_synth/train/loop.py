@@ -135,6 +135,7 @@ class Trainer:
     def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
         from megatron_synth.model.build import build_model
+        from megatron_synth.parallel.average import Average
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
         from megatron_synth.train.checkpoint import resume
         from megatron_synth.train.step import Stepper
@@ -159,11 +160,20 @@ class Trainer:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
-            self.ledger.load_state_dict(saved.ledger)
+            self.ledger.load_state_dict(saved.ledger, saved.unlearned)
+            if self.stepper.guard is not None:
+                self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
             on_main(ranks, lambda: self._record_resume(saved.plan_digest, start.trunk if start.branches else None))
         elif start.weights is not None:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
+            if config.checkpoint.init_ema:
+                resume.load_average_as_weights(start.weights, self.chunks, self.optimizer)
+        if config.optim.ema_decay is not None:
+            self.stepper.average = Average(self.chunks, self.optimizer, config.optim.ema_decay)
+            if start.resumed is not None and not resume.load_average(start.resumed, self.chunks, self.stepper.average):
+                text = f"the average of the weights begins at step {self.step}: {start.resumed} holds none"
+                on_main(ranks, lambda: self.run_dir.event(text))
         self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
         exit_record.at_step(self.step)
         self.tracker = on_main_only(ranks, self._start_tracker)
@@ -176,6 +186,8 @@ class Trainer:
             ranks,
             step=self.step,
             skipped=saved.skipped if saved else 0,
+            consecutive=saved.consecutive if saved else 0,
+            noted=saved.noted if saved else (),
         )
 
     def _new_attempt(self) -> str:
@@ -313,7 +325,7 @@ class Trainer:
 
         self.watch.enter("evaluation", self.step, slow=True)
         self.recorder.flush()
-        result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested)
+        result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested, self.stepper.average)
         if result is not None:
             self.recorder.amend(result)
         return result is None
@@ -347,6 +359,10 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             prefix_digest=self.data.prefix_digest(self.samples),
             contents=dict(self.data.contents),
+            unlearned=self.ledger.unlearned,
+            consecutive=self.recorder.consecutive,
+            window={} if self.stepper.guard is None else self.stepper.guard.state(),
+            noted=self.recorder.noted,
         )
 
         def committed(path: Path) -> None:
@@ -370,7 +386,7 @@ class Trainer:
             keep_every=self.config.checkpoint.keep_every,
             keep_steps=self.config.checkpoint.keep_steps,
         )
-        self.writer.begin(lambda: collect(self.chunks, self.optimizer), request)
+        self.writer.begin(lambda: collect(self.chunks, self.optimizer, self.stepper.average), request)
         if required:
             self.writer.outcome()
         elif waits:

@@ -35,6 +35,8 @@ class Ledger:
         self.window_length = window_length
         self._overall: Callable[[int], tuple[Fraction, ...]] | None = None
         self._total = np.zeros(len(self.names), dtype=np.int64)
+        self._unlearned = np.zeros(len(self.names), dtype=np.int64)
+        """Of `_total`, the samples of steps that were skipped."""
         self._trunk: tuple[str, int, Int64] | None = None
         """Of a branch: id and step of the trunk, and what it had delivered by then."""
 
@@ -62,11 +64,13 @@ class Ledger:
         """int64 [K]: merged samples of each source (a copy)."""
         return self._total.copy()
 
-    def merge(self, global_delta: npt.ArrayLike) -> None:
-        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]."""
+    def merge(self, global_delta: npt.ArrayLike, *, learned: bool = True) -> None:
+        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]; learned: the step was not skipped."""
         delta = np.asarray(global_delta, dtype=np.int64)
         assert delta.shape == self._total.shape and np.all(delta >= 0)
         self._total += delta
+        if not learned:
+            self._unlearned += delta
 
     def verify(self, plan: MixturePlan, samples_consumed: int) -> None:
         """Raise LedgerMismatch unless the merged counts are those of the plan's first `samples_consumed` samples."""
@@ -89,7 +93,8 @@ class Ledger:
 
         A sample has `sequence_length` tokens: those of a window. Per source: tokens = samples x sequence_length,
         epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
-        share that the phases so far give it, as a fraction. Of a branch all this counts the trunk's part too; `trunk` and
+        share that the phases so far give it, as a fraction. unlearned: of the samples, those of steps that were skipped, where
+        there are any. Of a branch all this counts the trunk's part too; `trunk` and
         `branch` tell the parts apart.
         """
         total = int(self._total.sum())
@@ -110,6 +115,8 @@ class Ledger:
             "sequence_length": self.window_length,
             "sources": sources,
         }
+        if self._unlearned.any():
+            content["unlearned"] = self._part(self._unlearned)
         if self._trunk is not None:
             run_id, step, before = self._trunk
             content["trunk"] = {"run": run_id, "step": step, **self._part(before)}
@@ -127,9 +134,15 @@ class Ledger:
         """Samples by source name."""
         return dict(zip(self.names, self._total.tolist(), strict=True))
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    @property
+    def unlearned(self) -> dict[str, int]:
+        """Of the samples, those of steps that were skipped, by name of the sources that gave some."""
+        return {name: count for name, count in zip(self.names, self._unlearned.tolist(), strict=True) if count}
+
+    def load_state_dict(self, state: Mapping[str, int], unlearned: Mapping[str, int] | None = None) -> None:
         """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
         self._total = self._by_source(state)
+        self._unlearned = self._by_source(unlearned or {})
 
     def _by_source(self, counts: Mapping[str, int]) -> Int64:
         """int64 [K] from samples by name. UserError for a source that delivered some and is not known."""

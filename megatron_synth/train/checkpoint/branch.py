@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 from pydantic import ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
@@ -26,6 +26,7 @@ from megatron_synth.config.schema import NOT_BEGUN, Config, DataConfig, PhaseCon
 from megatron_synth.core.files import write_json
 from megatron_synth.core.records import OPEN, Count, Positive, Reader, first_fault
 from megatron_synth.data.mixing.schedule import Phase, Schedule, phases_of, whole_samples
+from megatron_synth.data.mixing.skips import Skips
 from megatron_synth.train.checkpoint import files
 
 FILE = "branch.json"
@@ -39,9 +40,11 @@ class TrunkState(TypedDict):
     run_id: str
     step: Positive
     samples: Positive
+    skipped: Count
     ledger: dict[str, Count]
     prefix_digest: str
     config: dict[str, Any]
+    unlearned: NotRequired[dict[str, Count]]
 
 
 @with_config(OPEN)
@@ -67,11 +70,15 @@ class Trunk(NamedTuple):
     run_id: str
     step: int
     samples: int
+    skipped: int
+    """Steps of it that were skipped."""
     ledger: dict[str, int]
     """Samples of the trunk's part by source."""
     prefix_digest: str
     config: dict[str, Any]
     """Of the trunk, as plain data."""
+    unlearned: dict[str, int]
+    """Of the ledger, the samples of skipped steps."""
 
     @property
     def name(self) -> str:
@@ -150,8 +157,16 @@ def kept(run: Path) -> Trunk | None:
 
 
 def _trunk(checkpoint: Path, state: TrunkState) -> Trunk:
-    own = (state["run_id"], state["step"], state["samples"], state["ledger"], state["prefix_digest"], state["config"])
-    return Trunk(checkpoint, *own)
+    own = (
+        state["run_id"],
+        state["step"],
+        state["samples"],
+        state["skipped"],
+        state["ledger"],
+        state["prefix_digest"],
+        state["config"],
+    )
+    return Trunk(checkpoint, *own, state.get("unlearned", {}))
 
 
 def _run_id(checkpoint: Path) -> str | None:
@@ -187,9 +202,22 @@ def resolved(config: Config, run: Path | None) -> Config:
     problems = list(_contradictions(config, before))
     if problems:
         raise ConfigError(f"branch of {trunk.name}", problems)
-    if _agrees(config, before, trunk.samples):
+    # what the trunk left out stays out, and is no part of what it consumed
+    skips = Skips(before.data.skip)
+    end, left_out = skips.end(trunk.samples), skips.until(trunk.samples)
+    wrong = [one for one in Skips(config.data.skip).ranges if one[0] < end and one not in left_out]
+    if wrong:
+        first, last = wrong[0]
+        raise UserError(
+            f"data.skip: [{first}, {last}] begins within the {end} samples that {trunk.name} has consumed; branch from "
+            "before it"
+        )
+    own = [one for one in config.data.skip if one[0] >= end]
+    skip = config.data.skip if set(left_out) <= {*config.data.skip} else (*left_out, *own)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"skip": skip})})
+    if _agrees(config, before, end):
         return config
-    joined = config.model_copy(update={"data": _joined(config, before, trunk.samples)})
+    joined = config.model_copy(update={"data": _joined(config, before, end)})
     problems = rules.check(joined)
     if problems:
         raise ConfigError(f"branch of {trunk.name}, whose part of the mixture comes first", problems)
@@ -254,7 +282,7 @@ def _contradictions(config: Config, before: _Before) -> Iterator[Problem]:
 
 
 def _agrees(config: Config, before: _Before, samples: int) -> bool:
-    """Whether the trunk's samples are those that the configuration's own mixture begins with."""
+    """Whether the trunk's samples, up to number `samples`, are those that the configuration's own mixture begins with."""
 
     def prefix(data: DataConfig) -> list[Any] | None:
         schedule = _schedule(data, before.window_length)

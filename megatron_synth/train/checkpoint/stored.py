@@ -119,14 +119,14 @@ class Stored:
         """Where the values of a piece begin in its file, its archive checked."""
         place = piece.file, piece.begin
         if place not in self._values:
-            view = _View(self._open(piece.file), piece.begin, piece.bytes)
-            tensor = torch.load(io.BufferedReader(view), map_location="meta", weights_only=True)
+            descriptor = self._open(piece.file)
+            tensor = torch.load(_file(descriptor, piece), map_location="meta", weights_only=True)
             size, dtype = math.prod(piece.shape), self.dtypes[key]
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != size:
                 raise Refused(f"{key}: expected {size} values of {dtype} at {list(piece.offset)}")
             if not tensor.is_contiguous() or tensor.storage_offset() != 0:
                 raise Refused(f"{key}: expected values that lie together at {list(piece.offset)}")
-            archive: Any = torch._C.PyTorchFileReader(io.BufferedReader(view))
+            archive: Any = torch._C.PyTorchFileReader(_file(descriptor, piece))
             if archive.has_record("byteorder") and archive.get_record("byteorder") != b"little":
                 raise Refused(f"{key}: expected values with the lowest byte first")
             begin = int(archive.get_record_offset("data/0"))
@@ -151,6 +151,11 @@ class Stored:
     def _refusal(self, error: BaseException) -> UserError:
         text = first_line(error) if isinstance(error, pickle.UnpicklingError) else str(error)
         return UserError(f"{self.checkpoint}: cannot be read: {text}; restore it from a copy, or take another step of the run")
+
+
+def _file(descriptor: int, piece: _Piece) -> io.BufferedReader:
+    """The archive of a piece, as a file of its own."""
+    return io.BufferedReader(_View(descriptor, piece.begin, piece.bytes))
 
 
 class _View(io.RawIOBase):
