@@ -82,7 +82,7 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path, *, avera
     with process_group(layout, config.train.seed) as ranks:
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import wrap_ddp
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import averages, resume
         from megatron_synth.train.evaluate import evaluate
         from megatron_synth.train.step import Pipeline
 
@@ -95,7 +95,7 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path, *, avera
         chunks = wrap_ddp(build_model(decided, data.vocab_size), config)
         resume.load(found, chunks, None, what="take weights")
         if average:
-            resume.load_average_as_weights(found, chunks)
+            averages.load_average_as_weights(found, chunks)
         result = evaluate(Pipeline(config, chunks, ranks), data, layout)
         assert result is not None  # nobody asks it to stop
         return {"step": saved.step, **result}

@@ -53,7 +53,7 @@ def export_to_hf(run: Path, folder: Path, *, average: bool = False) -> Exported:
     from megatron_synth.train.checkpoint import companions
 
     with process_group(Layout.single(), seed=0):
-        from megatron_synth.train.checkpoint import files, resume
+        from megatron_synth.train.checkpoint import averages, files, resume
 
         found = _newest(run)
         saved = resume.read_trainer(found)
@@ -61,7 +61,7 @@ def export_to_hf(run: Path, folder: Path, *, average: bool = False) -> Exported:
         sequence_length, dtype = resume.saved_shape(found, saved)
         tokenizer = resume.tokenizer_of(found, saved)
         kept = companions.load(files.run_of(found))
-        weights = resume.full_average(found) if average else resume.full_weights(found)
+        weights = averages.full_average(found) if average else resume.full_weights(found)
         if average and dtype == "bf16":
             weights = {name: weight.bfloat16() for name, weight in weights.items()}
     settings = hf_config(

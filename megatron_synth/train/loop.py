@@ -137,7 +137,7 @@ class Trainer:
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.average import Average
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import averages, resume
         from megatron_synth.train.step import Stepper
 
         config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
@@ -168,10 +168,10 @@ class Trainer:
         elif start.weights is not None:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
             if config.checkpoint.init_ema:
-                resume.load_average_as_weights(start.weights, self.chunks, self.optimizer)
+                averages.load_average_as_weights(start.weights, self.chunks, self.optimizer)
         if config.optim.ema_decay is not None:
             self.stepper.average = Average(self.chunks, self.optimizer, config.optim.ema_decay)
-            if start.resumed is not None and not resume.load_average(start.resumed, self.chunks, self.stepper.average):
+            if start.resumed is not None and not averages.load_average(start.resumed, self.chunks, self.stepper.average):
                 text = f"the average of the weights begins at step {self.step}: {start.resumed} holds none"
                 on_main(ranks, lambda: self.run_dir.event(text))
         self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
