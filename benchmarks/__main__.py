@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "loader-report": ("benchmarks.loader.report:main", "one table of several files of `loader --json`"),
     "prepare": ("benchmarks.prepare.cli:main", "tokens/s of turning text into shards, beside Megatron-LM's way"),
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
+    "merge": ("benchmarks.merge:main", "memory and time of merging checkpoints"),
     "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
     "laws": ("benchmarks.laws_cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
     "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.lock import Lock
-from megatron_synth.core.log import gib, show, table
-from megatron_synth.train.checkpoint import files
+from megatron_synth.core.log import gib, human, show, table
+from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.record.run_lock import LOCK
 
 EXIT_DAMAGED = 1
 _READERS = 4
+_LONGEST = 1000
+"""Characters of an option."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     prune = verbs.add_parser("prune", help="remove old checkpoints; the newest and that to resume always stay")
     for verb in (ls, verify, prune):
         verb.add_argument("run", type=Path, help="run directory, or its checkpoints folder")
+    merge = verbs.add_parser("merge", help="the mean of the weights of several checkpoints, for eval, convert and init_from")
+    merge.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or RUN@STEP; of one architecture and tokenizer")
+    merge.add_argument("--steps", type=_steps, help="800,900,1000: these of each run; default: the newest")
+    merge.add_argument("--weights", type=_weights, help="1,1,2: shares, one per checkpoint; default: equal")
+    merge.add_argument("--out", type=Path, required=True, help="new folder")
     verify.add_argument("step", type=int, nargs="?", help="this one alone; default: all")
     prune.add_argument(
         "--keep", type=count, required=True, metavar="N", help="keep the N newest sound ones, which are read for it"
@@ -38,8 +47,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run `checkpoint ls`, `verify` or `prune` and return the exit code; 1: `verify` found damage."""
+    """Run `checkpoint ls`, `verify`, `prune` or `merge` and return the exit code; 1: `verify` found damage."""
     arguments = parser().parse_args(argv)
+    if arguments.verb == "merge":
+        with interruptible(f"{arguments.out} was not written; the same command starts again"):
+            return _merge(arguments.runs, arguments.steps, arguments.weights, arguments.out)
     root = files.root_of(arguments.run)
     found = files.all_of(root)
     if not found:
@@ -55,6 +67,66 @@ def main(argv: list[str]) -> int:
     run = root.parent if root.name == files.FOLDER else root
     with Lock(run / LOCK, "checkpoint prune"):  # who trains there saves, resumes from what is there, and cleans up, too
         _prune(root, files.all_of(root), arguments.keep, arguments.every, dry_run=False)
+    return EXIT_OK
+
+
+def _steps(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and int(part[:12]) == int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected steps such as 800,900,1000, found '{text}'")
+    return [int(part) for part in parts]
+
+
+def _weights(text: str) -> list[Fraction]:
+    try:
+        found = [Fraction(part) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,1,2 or 1/3,2/3, found '{text}'") from None
+    if len(text) > _LONGEST or min(found) < 0 or not any(found):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0, at least one of them above it, found '{text[:_LONGEST]}'")
+    return found
+
+
+def _chosen(runs: list[str], steps: list[int] | None) -> list[Path]:
+    """The checkpoints that `merge` is asked for, in order.
+
+    Raises:
+        UserError: one is not there.
+    """
+    found = []
+    for text in runs:
+        if steps is None and "@" in text and not Path(text).exists():
+            path, step = branch.split(text)
+            asked: list[int] | None = [step]
+        else:
+            path, asked = Path(text), steps
+        candidates = files.candidates(path)
+        if asked is None:
+            found += candidates[:1]
+        by_step = {files.step_of(one): one for one in files.all_of(files.root_of(path))}
+        for step in asked or ():
+            if step not in by_step:
+                known = ", ".join(map(str, sorted(by_step))) or "none"
+                raise UserError(f"{path}: there is no checkpoint of step {step}; there are {known}")
+            found.append(by_step[step])
+        if not candidates:
+            raise UserError(f"{path}: expected a run directory with checkpoints, found none")
+    return found
+
+
+def _merge(runs: list[str], steps: list[int] | None, weights: list[Fraction] | None, out: Path) -> int:
+    chosen = _chosen(runs, steps)
+    if weights is not None and len(weights) != len(chosen):
+        raise UserError(f"--weights: {len(weights)} for {len(chosen)} checkpoints ({', '.join(map(str, chosen))})")
+    from megatron_synth.parallel.groups import process_group
+    from megatron_synth.parallel.plan import Layout
+
+    with process_group(Layout.single(), seed=0):
+        from megatron_synth.train.checkpoint.merge import Part, merge
+
+        made = merge([Part(*pair) for pair in zip(chosen, weights or [Fraction(1)] * len(chosen), strict=True)], out)
+    show(f"{len(chosen)} checkpoints -> {made.checkpoint}: {human(made.parameters)} parameters")
+    show(f"use it: checkpoint.init_from={out}, megatron-synth eval {out}, megatron-synth convert to-hf {out} FOLDER")
     return EXIT_OK
 
 

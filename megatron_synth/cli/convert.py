@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     to_hf = verbs.add_parser("to-hf", help="checkpoint of any layout -> folder for AutoModelForCausalLM")
     to_hf.add_argument("run", type=Path, help="run directory (its newest checkpoint) or one checkpoint")
     to_hf.add_argument("folder", type=Path, help="new folder")
+    to_hf.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay) in place of them")
     from_hf = verbs.add_parser("from-hf", help="folder of such a model -> weights for checkpoint.init_from, in any layout")
     from_hf.add_argument("folder", type=Path, help="folder with config.json and safetensors")
     from_hf.add_argument("out", type=Path, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
@@ -32,15 +33,15 @@ def main(argv: list[str]) -> int:
     """Exchange weights with Hugging Face. Returns the exit code."""
     arguments = parser().parse_args(argv)
     if arguments.verb == "to-hf":
-        return _to_hf(arguments.run, arguments.folder)
+        return _to_hf(arguments.run, arguments.folder, average=arguments.ema)
     return _from_hf(arguments.folder, arguments.out)
 
 
-def _to_hf(run: Path, folder: Path) -> int:
+def _to_hf(run: Path, folder: Path, *, average: bool) -> int:
     _refuse_existing(folder)
     from megatron_synth.interop.export import export_to_hf
 
-    made = export_to_hf(run, folder)
+    made = export_to_hf(run, folder, average=average)
     if made.lost_tokenizer is not None:
         say(f"warning: {made.lost_tokenizer} of the run is not there any more; the folder has no tokenizer")
     say(f"{made.checkpoint} -> {folder}: {human(made.parameters)} parameters, step {made.step}")

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Overrides such as eval.batches=8 or data.validation.code.path=data/code are welcome.",
     )
     parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay) in place of them")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the run")
     return parser
 
@@ -64,7 +65,7 @@ def _main(arguments: argparse.Namespace) -> int:
     data = open_data(config, training=False)
     if not data.validation:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
-    result = _evaluate(config, layout, data, arguments.run)
+    result = _evaluate(config, layout, data, arguments.run, average=arguments.ema)
     say(_table(result, list(data.validation)))
     if is_first_rank():
         write_json(arguments.run / "eval.json", result)
@@ -72,7 +73,7 @@ def _main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[str, Any]:
+def _evaluate(config: Config, layout: Layout, data: RunData, run: Path, *, average: bool) -> dict[str, Any]:
     """Load the newest checkpoint into a model of this layout and evaluate it."""
     from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
@@ -81,7 +82,7 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
     with process_group(layout, config.train.seed) as ranks:
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.wrap import wrap_ddp
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import averages, resume
         from megatron_synth.train.evaluate import evaluate
         from megatron_synth.train.step import Pipeline
 
@@ -93,6 +94,8 @@ def _evaluate(config: Config, layout: Layout, data: RunData, run: Path) -> dict[
         resume.check_tokenizer(found, saved, data)
         chunks = wrap_ddp(build_model(decided, data.vocab_size), config)
         resume.load(found, chunks, None, what="take weights")
+        if average:
+            averages.load_average_as_weights(found, chunks)
         result = evaluate(Pipeline(config, chunks, ranks), data, layout)
         assert result is not None  # nobody asks it to stop
         return {"step": saved.step, **result}

@@ -133,12 +133,12 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         report(code)
         return code
     except UserError as error:
-        report(EXIT_USER_ERROR, error)
+        report(error.exit_code, error)
         # every rank ends; one of them says why
         told = isinstance(error, PeerError)
         if isinstance(error, RankError) or (os.environ.get("RANK", "0") == "0" and not told):
             show(f"error: {error}", error=True)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt as error:
         return 128 + getattr(error, "number", EXIT_INTERRUPTED - 128)  # as shells do
     except SystemExit as error:  # argparse

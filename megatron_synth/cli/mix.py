@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -21,9 +21,9 @@ from megatron_synth.data.loading.run_data import RunData, open_data, plan_of
 from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
-from megatron_synth.data.shards.indexed import Shard
-from megatron_synth.data.shards.source import Source
-from megatron_synth.train.checkpoint import files
+from megatron_synth.data.shards import places
+from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.dryrun import open_if_prepared
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
@@ -68,13 +68,16 @@ def main(argv: list[str]) -> int:
     file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
     config = load_file(Config, file, arguments.overrides)
     run = arguments.config if arguments.config.is_dir() else None
-    progress = NOT_BEGUN if run is None else files.progress_of(run)
+    config = branch.resolved(config, run)
+    progress = branch.progress_of(config, run)
     if verb == "plan":
         _plan(config, progress)
     else:
         data = open_data(config, check_length=False)
         data.check_length(config, progress)
-        steps = Steps(config, progress, [] if run is None else metrics.read_metrics(run / "metrics.jsonl"))
+        trunk = branch.trunk_of(config, run)
+        records = [] if run is None else metrics.read_metrics(run / "metrics.jsonl")
+        steps = Steps(config, progress, records, NOT_BEGUN if trunk is None else trunk.progress)
         show("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
 
@@ -82,19 +85,37 @@ def main(argv: list[str]) -> int:
 class Steps:
     """Which step of a run a sample is in: by the records of steps done, of whatever size, then by the configuration."""
 
-    def __init__(self, config: Config, progress: Progress, records: Sequence[metrics.Record] = ()):
-        self._config, self._progress = config, progress
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        records: Sequence[metrics.Record] = (),
+        trunk: Progress = NOT_BEGUN,
+    ):
+        """records: of the run's own steps, after those of its trunk."""
+        self._config, self._progress, self._trunk = config, progress, trunk
         # records of versions that did not count tokens tell nothing
-        counted = [record.get(metrics.TOKENS) for record in records[: progress.step]]
+        counted = [record.get(metrics.TOKENS) for record in records[: progress.step - trunk.step]]
         self._ends = [] if None in counted else [tokens // config.window_length for tokens in counted if tokens is not None]
         self.samples = config.samples_at_end(progress)
         """Of the whole run."""
 
     def of(self, sample: int) -> int:
-        """The step, counted from 1."""
+        """The step, counted from 1; 0 for a sample that the trunk of a branch consumed."""
+        if sample < self._trunk.samples:
+            return 0
         if self._ends and sample < self._ends[-1]:
-            return bisect.bisect_right(self._ends, sample) + 1
+            return self._trunk.step + bisect.bisect_right(self._ends, sample) + 1
         return self._config.step_after(sample, self._progress) + 1
+
+    def text(self, sample: int) -> str:
+        """The same in words."""
+        step = self.of(sample)
+        return (
+            f"step {step} of {self._config.train.steps}"
+            if step
+            else f"of the trunk's part, which ends with step {self._trunk.step}"
+        )
 
 
 def _samples(text: str) -> range:
@@ -138,8 +159,9 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
         UserError: there is no such sample, or no tokenizer to decode it with.
     """
     plan, length = data.plan, config.window_length
-    if not 0 <= sample < steps.samples:
-        raise UserError(f"sample {sample}: the run has samples 0 to {steps.samples - 1}; a longer one needs more train.steps")
+    last = plan.skips.end(steps.samples) - 1
+    if not 0 <= sample <= last:
+        raise UserError(f"sample {sample}: the run has samples 0 to {last}; a longer one needs more train.steps")
     tokenizer = _tokenizer(data) if text else None
     [[source_id], [occurrence]] = (part.tolist() for part in plan.occurrences([sample]))
     window, offset = (int(part[0]) for part in plan.places([sample])[1:])
@@ -149,26 +171,25 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
     cut = "" if spec.epoch_windows == spec.num_windows else f", {spec.epoch_windows} of them in use"
     if spec.shift:
         cut = f", which begin at token {offset} in this epoch"
+    where = "left out by data.skip" if plan.skips.holds(sample) else steps.text(plan.skips.position(sample))
     number = config.data.windows_per_sequence
     before = sample // number * number
     beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
     lines = [
-        f"sample   {sample}: step {steps.of(sample)} of {config.train.steps}, now {config.train.global_batch_size} sequences a "
-        f"step{beside}",
+        f"sample   {sample}: {where}, now {config.train.global_batch_size} sequences a step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
         f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",
     ]
     rows: list[tuple[str, ...]] = [("document", "of its shard", "tokens", "from", "to", "begins", "ends")]
     numbers, parts = [], []
-    for span in _spans(source, start, start + length + 1):
-        where = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
-        lines.append(f"file     {span.shard.bin_path}: {where}")
-        edges = np.append(span.shard.document_starts(0, span.shard.num_tokens), span.shard.num_tokens).tolist()
-        for number in range(max(0, bisect.bisect_right(edges, span.begin) - 1), bisect.bisect_left(edges, span.end)):
-            begin, end = max(span.begin, edges[number]), min(span.end, edges[number + 1])
-            begins = "here" if edges[number] >= span.begin else f"{span.begin - edges[number]} tokens before"
-            ends = "here" if edges[number + 1] <= span.end else f"{edges[number + 1] - span.end} tokens later"
+    for span in places.spans(source, start, start + length + 1):
+        lies = f"tokens {span.begin} to {span.end - 1} of {span.shard.num_tokens}"
+        lines.append(f"file     {span.shard.bin_path}: {lies}")
+        for number, first, after in places.documents(span):
+            begin, end = max(span.begin, first), min(span.end, after)
+            begins = "here" if first >= span.begin else f"{span.begin - first} tokens before"
+            ends = "here" if after <= span.end else f"{after - span.end} tokens later"
             name = str(span.documents_before + number)
             rows.append(
                 (name, f"{number} of {span.shard.prefix.name}", str(end - begin), str(begin), str(end - 1), begins, ends)
@@ -183,34 +204,6 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
             decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
             lines += ["", f"--- document {name}", decoded]
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Part of a window that lies in one shard."""
-
-    shard: Shard
-    documents_before: int
-    """Documents of the source in the shards before."""
-    begin: int
-    """First token, of the shard."""
-    end: int
-    """Token after the last."""
-    at: int
-    """Where the part begins in the window."""
-
-
-def _spans(source: Source, begin: int, end: int) -> list[_Span]:
-    """Where the tokens [begin, end) of a source's stream lie. Opens the shards that hold them."""
-    if source.manifest is None:
-        return [_Span(Shard(source.path), 0, begin, end, 0)]
-    spans, tokens, documents = [], 0, 0
-    for info in source.manifest.shards:
-        first, last = max(begin, tokens), min(end, tokens + info.tokens)
-        if first < last:
-            spans.append(_Span(Shard(source.path / info.name), documents, first - tokens, last - tokens, first - begin))
-        tokens, documents = tokens + info.tokens, documents + info.documents
-    return spans
 
 
 def _tokenizer(data: RunData) -> Tokenizer:
@@ -236,16 +229,24 @@ def _audit(path: Path) -> int:
     recorded = run.read_ledger()
     if recorded is None:
         raise UserError(f"{run.ledger}: missing: the run has not saved yet, there is nothing to audit")
-    data = open_data(config, check_length=False)
+    data, trunk = open_data(config, check_length=False), branch.trunk_of(config, run.path)
     plan, length = data.plan, config.window_length
     show(f"read {run.path / 'config.yaml'}: the plan, {plan.describe()}, data seed {config.data_seed}")
     for spec, source in zip(plan.sources, data.sources, strict=True):
         file = f"{source.path}.idx" if source.manifest is None else source.path / "manifest.json"
         show(f"read {file}: {spec.name}, {spec.num_windows:,} windows of {length} tokens")
-    found = audit_ledger(plan, length, recorded, run.ledger)
-    show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
+    found = audit_trunk(data, trunk) if trunk is not None else []
+    if trunk is not None:
+        show(
+            f"read {run.path / branch.FILE}: {trunk.samples:,} samples up to step {trunk.step} of the trunk, run {trunk.run_id}"
+        )
     records = metrics.read_metrics(run.metrics)
-    found += audit_metrics(plan, length, records, recorded["tokens"], run.metrics)
+    unlearned = unlearned_by(plan, length, records, recorded["samples"], trunk)
+    found += audit_ledger(plan, length, recorded, run.ledger, trunk, unlearned)
+    show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")
+    found += audit_metrics(
+        plan, length, records, recorded["tokens"], run.metrics, NOT_BEGUN if trunk is None else trunk.progress
+    )
     show(f"read {run.metrics}: {len(records):,} steps")
     for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
         state = files.STATE.read(file)
@@ -259,12 +260,61 @@ def _audit(path: Path) -> int:
     return EXIT_DIFFERENT
 
 
-def audit_ledger(plan: MixturePlan, window_length: int, recorded: LedgerInfo, file: Path) -> list[Difference]:
-    """What in a ledger.json is not as planned for its number of samples."""
+def audit_trunk(data: RunData, trunk: Trunk) -> list[Difference]:
+    """What in a branch.json is not as planned for the samples of the trunk."""
+    if not _is_count(trunk.samples, data.plan):
+        return [(branch.FILE, "trunk", "samples", "samples of the plan", str(trunk.samples))]
+    planned = dict(zip(data.plan.names, data.plan.counts(trunk.samples).tolist(), strict=True))
+    found = _leaves(
+        planned, dict.fromkeys(planned, 0) | {name: count for name, count in trunk.ledger.items() if count}, "trunk"
+    )
+    if not data.begins_as(trunk.prefix_digest, trunk.samples):
+        found.append(("trunk", "prefix_digest", data.prefix_digest(trunk.samples), trunk.prefix_digest))
+    return [(branch.FILE, *difference) for difference in found]
+
+
+def unlearned_by(
+    plan: MixturePlan, window_length: int, records: list[metrics.Record], samples: int, trunk: Trunk | None
+) -> dict[str, int]:
+    """Samples by source of the steps that the records call skipped, among the first `samples`, and of a trunk's."""
+    found = Counter({} if trunk is None else trunk.unlearned)
+    before = 0 if trunk is None else trunk.samples
+    skipped = 0 if trunk is None else trunk.skipped
+    for record in records:
+        tokens, now = record.get(metrics.TOKENS), record.get(metrics.SKIPPED)
+        if not isinstance(tokens, int) or not isinstance(now, int):
+            continue  # of a version that did not count them
+        end = tokens // window_length
+        grew = now > skipped
+        if grew and _is_count(end, plan) and before < end <= samples:
+            counts = plan.counts(end) - plan.counts(before)
+            found.update({name: count for name, count in zip(plan.names, counts.tolist(), strict=True) if count})
+        before, skipped = end, now
+    return dict(found)
+
+
+def audit_ledger(
+    plan: MixturePlan,
+    window_length: int,
+    recorded: LedgerInfo,
+    file: Path,
+    trunk: Trunk | None = None,
+    unlearned: Mapping[str, int] | None = None,
+) -> list[Difference]:
+    """What in a ledger.json is not as planned for its number of samples.
+
+    trunk: of a branch, which is counted apart. unlearned: samples of skipped steps by source.
+    """
     samples = recorded["samples"]
     if not _is_count(samples, plan):
         return [(file.name, "run", "samples", "samples of the plan", str(samples))]
-    planned = Ledger.planned(plan, window_length, samples).to_json()
+    ledger = Ledger.planned(plan, window_length, samples)
+    if trunk is not None:
+        before = dict(zip(plan.names, plan.counts(min(trunk.samples, samples)).tolist(), strict=True))
+        ledger.begin_branch(trunk.run_id, trunk.step, before)
+    if unlearned and "unlearned" in recorded:  # older versions did not count them
+        ledger.load_state_dict(ledger.state_dict(), unlearned)
+    planned = ledger.to_json()
     found = [(file.name, *difference) for difference in _leaves(planned, recorded)]
     for spec, count in zip(plan.sources, plan.counts(samples).tolist(), strict=True):
         if spec.allowed_samples is not None and count > spec.allowed_samples:
@@ -274,11 +324,19 @@ def audit_ledger(plan: MixturePlan, window_length: int, recorded: LedgerInfo, fi
 
 
 def audit_metrics(
-    plan: MixturePlan, window_length: int, records: list[metrics.Record], saved_tokens: int | None, file: Path
+    plan: MixturePlan,
+    window_length: int,
+    records: list[metrics.Record],
+    saved_tokens: int | None,
+    file: Path,
+    trunk: Progress = NOT_BEGUN,
 ) -> list[Difference]:
-    """What in the records of the steps is not as planned; saved_tokens: those of ledger.json, written after some step."""
+    """What in the records of the steps is not as planned.
+
+    saved_tokens: those of ledger.json, written after some step. trunk: where a branch began.
+    """
     found: list[Difference] = []
-    step = before = 0
+    step, before = trunk
     saved = not saved_tokens
     for record in records:
         step, expected = record[metrics.STEP], step + 1
@@ -325,7 +383,7 @@ def audit_checkpoint(data: RunData, state: files.SavedState, file: Path) -> list
 
 
 def _is_count(samples: object, plan: MixturePlan) -> TypeGuard[int]:
-    end = plan.schedule.samples
+    end = plan.samples
     return isinstance(samples, int) and samples >= 0 and (end is None or samples <= end)
 
 

@@ -21,7 +21,7 @@ from megatron_synth.core.log import human, say
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.parallel.placement import check_placement
 from megatron_synth.parallel.plan import Layout, plan
-from megatron_synth.train.checkpoint import files
+from megatron_synth.train.checkpoint import branch
 from megatron_synth.train.record.run_dir import JOBS, RunDir, versions
 from megatron_synth.train.record.run_lock import refuse_used
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     if not options.allow_tp_across_nodes:
         check_placement(layout, [f"node {rank // ranks + 1}" for rank in range(layout.world_size)])
     run_dir = (options.run_dir or default_run_dir(options.config, config)).resolve()
-    progress = files.progress_of(run_dir)
+    config = branch.resolved(config, run_dir)
+    progress = branch.progress_of(config, run_dir)
     # sources are there, whole, and large enough
     open_data(config, check_length=False).check_length(config, progress)
     if not (run_dir / "run.json").exists():

@@ -36,12 +36,13 @@ def main(argv: list[str]) -> int:
     config = load_file(Config, arguments.config, arguments.overrides)
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     run_path = arguments.run_dir or default_run_dir(arguments.config, config)
-    from megatron_synth.train.checkpoint import files
+    from megatron_synth.train.checkpoint import branch, files
 
+    config = branch.resolved(config, run_path)
     if arguments.dry_run:
         from megatron_synth.train.dryrun import dry_run
 
-        say(dry_run(config, world_size, files.progress_of(run_path)))
+        say(dry_run(config, world_size, branch.progress_of(config, run_path)))
         return 0
 
     from megatron_synth.data.loading.run_data import open_data
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
     refuse_used(run_path)  # all ranks of a machine, before they wait for each other
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
     # how long a run that goes on is follows from its checkpoint, which all ranks read together
-    data = open_data(config, staged=True, check_length=not files.candidates(run_path))
+    goes_on = bool(files.candidates(run_path)) or config.checkpoint.branch_from is not None
+    data = open_data(config, staged=True, check_length=not goes_on)
     from megatron_synth.train.loop import train
 
     return train(config, layout, data, run_path, tensor_across_nodes=arguments.allow_tp_across_nodes)

@@ -87,11 +87,15 @@ def render(spec: JobSpec) -> str:
     return script
 
 
-def render_array(spec: JobSpec, tasks: int, limit: int | None = None) -> str:
-    """The batch script of an array that runs the lines of `spec.folder`/commands.txt, at most `limit` at a time."""
+def render_array(spec: JobSpec, tasks: int, limit: int | None = None, after: Sequence[str] = ()) -> str:
+    """The batch script of an array that runs the lines of `spec.folder`/commands.txt, at most `limit` at a time.
+
+    after: ids of jobs that must have ended before.
+    """
     assert tasks >= 1 and (limit is None or limit >= 1)
     array = f"--array=0-{tasks - 1}" + (f"%{limit}" if limit else "")
     options = ["--nodes=1", array, f"--output={_literal(spec.folder)}/task-%a.log"]
+    options += [f"--dependency=afterany:{':'.join(after)}"] if after else []
     return _render("array.sbatch", spec, options, [str(spec.folder / "commands.txt")])
 
 
@@ -104,20 +108,21 @@ def submit(spec: JobSpec) -> str:
     return _submit(spec, render(spec), "train.sbatch", {})
 
 
-def submit_array(spec: JobSpec, commands: Sequence[str], limit: int | None = None) -> str:
+def submit_array(spec: JobSpec, commands: Sequence[str], limit: int | None = None, after: Sequence[str] = ()) -> str:
     """Put shell commands into the queue as tasks 0, 1, ... of one array, each on a node; the array's job id.
 
     Args:
         spec: what each task gets; its name and folder are those of the array.
         commands: one line each. Exit code 75 means "stopped on request, run me again", and is answered by a requeue.
         limit: tasks that run at a time.
+        after: ids of jobs that must have ended before.
 
     Raises:
         UserError: SLURM refuses the array, in its own words, or the folder holds another job. Nothing is left of it then.
     """
     assert commands and all(command.strip() and "\n" not in command for command in commands)
     content = {"commands.txt": "".join(f"{command}\n" for command in commands)}
-    return _submit(spec, render_array(spec, len(commands), limit), "array.sbatch", content)
+    return _submit(spec, render_array(spec, len(commands), limit, after), "array.sbatch", content)
 
 
 def _submit(spec: JobSpec, script: str, name: str, content: dict[str, str]) -> str:

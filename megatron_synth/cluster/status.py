@@ -14,6 +14,7 @@ from megatron_synth.cluster.slurm import JobState
 from megatron_synth.cluster.verdict import Attempt, read_attempts
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
+from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
 from megatron_synth.train.record.run_lock import user_of
@@ -45,6 +46,8 @@ class RunStatus:
     restarts: int
     event: str
     """The newest line of events.log, or of the job's history if that is newer."""
+    trunk: str | None = None
+    """Of a branch: `RUN@STEP` that it began from."""
 
 
 def is_run(path: Path) -> bool:
@@ -111,6 +114,7 @@ def _status(run: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
         eta_s=max(steps - step, 0) * step_s if goes_on and step_s is not None else None,
         restarts=max(starts, begun, 1) - 1,
         event=_last_event(run, attempts),
+        trunk=None if (trunk := branch.kept(run)) is None else f"{files.run_of(trunk.checkpoint).name}@{trunk.step}",
     )
 
 
@@ -201,7 +205,7 @@ def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
         share = f" {100 * one.step // one.steps:3d}%" if one.steps else ""
         table.append(
             (
-                one.run.name,
+                one.run.name if one.trunk is None else f"{one.run.name} (branch of {one.trunk})",
                 one.job or "-",
                 one.state,
                 f"{one.step:,}/{one.steps:,}{share}",

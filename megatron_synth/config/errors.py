@@ -8,6 +8,7 @@ _MOST, _LONGEST = 50, 1000
 """Problems that a message lists, and characters of each."""
 
 EXIT_OK = 0
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 70  # EX_SOFTWARE: a rank hangs or is gone, start me again to resume
 EXIT_UNREAD = 141  # 128 + SIGPIPE, as shells do: nobody reads the output any more
@@ -16,6 +17,14 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, start me again to resume
 
 class UserError(Exception):
     """Wrong configuration or input. The message names the file, key or rank, what was expected and what to do."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class TrainingFailed(UserError):
+    """A run that trained, and cannot go on as it is: its numbers went astray. Another node may not meet the same."""
+
+    exit_code = EXIT_FAILED
 
 
 class RankError(UserError):

@@ -226,6 +226,15 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(precision, "fp8_param_gather", False)
     if config.precision.fp8 == "off":
         content["precision"] = {key: value for key, value in precision.items() if not key.startswith("fp8")}
+    _drop_default(content["checkpoint"], "keep_steps", [])
+    _drop_default(content["checkpoint"], "branch_from", None)
+    _drop_default(content["checkpoint"], "init_ema", False)
+    _drop_default(content["optim"], "ema_decay", None)
+    _drop_default(content["data"], "skip", [])
+    _drop_default(content["train"], "skip", None)
+    for phase in content["data"]["phases"]:
+        if phase["ramp"] is not None:
+            _drop_default(phase["ramp"], "until", None)
     _drop_default(content["data"], "windows_per_sequence", 1)
     for source in content["data"]["sources"].values():
         _drop_default(source, "shift_windows", False)

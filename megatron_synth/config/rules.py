@@ -115,7 +115,12 @@ def _data(config: Config) -> Iterator[Problem]:
                 message = "a name has letters, digits, '_', '-' and '/' only: it becomes part of metric names"
                 yield Problem(f"data.{section}.{name}", message)
     yield from _shifted(data)
+    for number, (first, last) in enumerate(data.skip):
+        if last < first:
+            yield Problem(f"data.skip.{number}", f"[{first}, {last}] ends before it begins; the first sample comes first")
     train = config.train
+    if train.skip is not None and train.skip.least > train.skip.window:
+        yield Problem("train.skip.least", f"{train.skip.least} is more than the window of {train.skip.window} steps")
     if train.sequence_length % data.windows_per_sequence:
         divisors = [n for n in range(1, train.sequence_length + 1) if train.sequence_length % n == 0]
         near = sorted(sorted(divisors, key=lambda n: abs(n - data.windows_per_sequence))[:2])
@@ -165,6 +170,8 @@ def _phases(config: Config) -> Iterator[Problem]:
         elif phase.ramp is not None:
             if end is None:
                 yield Problem(path, "a ramp needs an end: set `tokens` or `until`")
+            elif phase.ramp.until is not None and phase.ramp.until < end:
+                yield Problem(f"{path}.ramp.until", f"{phase.ramp.until} is before the end of the phase, {end}")
             for key, ratios in (("from", phase.ramp.start), ("to", phase.ramp.end)):
                 yield from _shares(config, f"{path}.ramp.{key}", ratios)
         elif phase.ratios is not None:
@@ -262,5 +269,12 @@ def _saving(config: Config) -> Iterator[Problem]:
     elif every is not None and interval is not None and every % interval:
         message = f"{every} is not a multiple of checkpoint.interval = {interval}, so few such steps are ever saved"
         yield Problem("checkpoint.keep_every", f"{message}; nearest: {nearest_multiples(every, interval)}")
+    if config.checkpoint.init_from is not None and config.checkpoint.branch_from is not None:
+        message = "cannot be set with checkpoint.init_from: a branch takes the weights of its trunk; keep one of them"
+        yield Problem("checkpoint.branch_from", message)
+    if config.checkpoint.init_ema and config.checkpoint.init_from is None:
+        yield Problem("checkpoint.init_ema", "true needs checkpoint.init_from, the run whose average it is")
+    if config.optim.ema_decay is not None and config.precision.fp8_param_gather:
+        yield Problem("optim.ema_decay", "needs precision.fp8_param_gather: false, which leaves weights that it can stand for")
     if config.eval.interval is not None and not config.data.validation:
         yield Problem("eval.interval", f"{config.eval.interval} has nothing to evaluate: data.validation is empty")

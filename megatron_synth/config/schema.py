@@ -12,6 +12,8 @@ from pydantic import Field, field_validator
 
 from megatron_synth.config.section import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
 
+SampleNumber = Annotated[int, Field(ge=0, le=2**60)]
+
 
 class RopeScaling(Section):
     """Scaled frequencies of the rotary embedding, by the names of Hugging Face's config.json."""
@@ -187,6 +189,9 @@ class RampConfig(Section):
     """Shares at the end."""
     blocks: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Steps of the line; each has the exact ratios of the line at its middle."""
+    until: Amount | None = None
+    """End of the line, in tokens since the run began, where the phase ends before it does: what a branch leaves of
+    a ramp of its trunk. Default: the phase's."""
 
 
 class PhaseConfig(Section):
@@ -209,6 +214,9 @@ class DataConfig(Section):
     """Training sources by name."""
     phases: tuple[PhaseConfig, ...] = ()
     """Mixtures that follow each other. Default: one, with the ratios in `sources`."""
+    skip: tuple[tuple[SampleNumber, SampleNumber], ...] = ()
+    """Samples that are left out for ever, as ranges `[first, last]` of their numbers: those that events.log names at a spike,
+    for a run or branch that goes on from before it. All others keep their numbers."""
     validation: dict[str, ValidationConfig] = {}
     """Validation domains by name."""
     windows_per_sequence: PositiveInt = 1
@@ -251,6 +259,17 @@ class DataConfig(Section):
         return {name: source.ratio or Fraction(0) for name, source in self.sources.items()}
 
 
+class SkipConfig(Section):
+    """When a step changes nothing: its loss or its gradient norm stands out from those of the steps before it."""
+
+    sigmas: Annotated[float, Field(gt=0)] = 8.0
+    """So many robust standard deviations (1.4826 x the median absolute deviation) above the median."""
+    window: Annotated[int, Field(ge=4, le=100_000)] = 64
+    """Of the last so many steps that were not skipped."""
+    least: Annotated[int, Field(ge=4, le=100_000)] = 16
+    """Steps before which nothing stands out."""
+
+
 class TrainConfig(Section):
     """How long, how much at a time."""
 
@@ -274,8 +293,10 @@ class TrainConfig(Section):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared logarithm of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual. Logged
     beside the loss, which is without it. Needs fused_loss."""
+    skip: SkipConfig | None = None
+    """Skip steps whose loss or gradient norm stands out, as those that are not finite are. Default: only these."""
     max_consecutive_skips: PositiveInt = 5
-    """Stop after this many steps in a row whose loss or gradient was not finite."""
+    """Stop after this many steps in a row that were skipped."""
     hang_timeout_s: Annotated[float, Field(ge=1)] | None = 600.0
     """A step that takes longer, and three times longer than the longest so far, is a hang: all ranks write their stacks, one
     says which is behind, and the run ends with exit code 70. Start-up, the first step, evaluations and saves that are waited
@@ -313,6 +334,9 @@ class OptimConfig(Section):
     """Adam's epsilon."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """d of an exponential average of the weights, e <- d e + (1 - d) w after every update, which is saved, evaluated beside the
+    weights and exported on request. Default: none is kept."""
 
 
 class PrecisionConfig(Section):
@@ -402,8 +426,15 @@ class CheckpointConfig(Section):
     verify: Literal["sizes", "checksums"] = "checksums"
     """What is checked of a checkpoint before it is resumed: the sizes of its files, or their content too, which reads them once
     more, in parallel over the ranks. A damaged one is passed over for the newest sound one before it."""
+    keep_steps: tuple[PositiveInt, ...] = ()
+    """Save after these steps too, and keep them for good: what branches begin from."""
     init_from: str | None = None
     """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
+    init_ema: bool = False
+    """With init_from: start from the average that the run kept (optim.ema_decay) in place of its weights."""
+    branch_from: str | None = None
+    """`RUN@STEP`: go on from this checkpoint of another run with its weights, moments, steps and data position, under this
+    file's schedule, budget and mixture. A mixture that differs from the trunk's begins there, its phases counted from there."""
 
 
 class EvalConfig(Section):

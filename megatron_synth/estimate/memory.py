@@ -185,10 +185,10 @@ def memory_per_rank(
     """Estimated memory of a rank of each pipeline stage, first to last.
 
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
-    4. The distributed optimizer divides the last two by the data- and context-parallel sizes. With `fp8` (default: as the
-    configuration says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed,
-    which are kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept
-    in FP8, one byte per number.
+    4; the average of `optim.ema_decay` 4 more. The distributed optimizer divides the last three by the data- and
+    context-parallel sizes. With `fp8` (default: as the configuration says) 2 bytes more for each parameter of the layers'
+    products: quantized copies, as they are and transposed, which are kept over the micro-batches, or with `fp8_param_gather`
+    instead of them; the inputs of these products are kept in FP8, one byte per number.
     """
     quantized = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -244,10 +244,11 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     working = max(layer, loss, head)
     at_loss = working == loss
     products = sum(weight.size(tensor) for weight in weights(model) if weight.is_product) * model.num_layers // stages
+    per_parameter = (12 if element == 2 else 8) + (4 if config.optim.ema_decay is not None else 0)
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
-        optimizer=on_rank * (12 if element == 2 else 8) // (data * context if parallel.use_distributed_optimizer else 1),
+        optimizer=on_rank * per_parameter // (data * context if parallel.use_distributed_optimizer else 1),
         activations=activations,
         logits=loss if at_loss else 0,
         buffers=buffers,

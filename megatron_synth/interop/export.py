@@ -39,8 +39,10 @@ def _newest(run: Path) -> Path:
     return found
 
 
-def export_to_hf(run: Path, folder: Path) -> Exported:
+def export_to_hf(run: Path, folder: Path, *, average: bool = False) -> Exported:
     """Write a folder for `AutoModelForCausalLM`, whole or not at all, from a checkpoint of any layout.
+
+    average: the average that the run kept of its weights in place of these, in the type of the weights.
 
     Raises:
         UserError: there is no sound checkpoint, or the folder holds something.
@@ -53,15 +55,17 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
     from megatron_synth.train.checkpoint import companions
 
     with process_group(Layout.single(), seed=0):
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import averages, files, resume
 
         found = _newest(run)
         saved = resume.read_trainer(found)
         model = resume.saved_model(found, saved)
         sequence_length, dtype = resume.saved_shape(found, saved)
         tokenizer = resume.tokenizer_of(found, saved)
-        kept = companions.load(resume.run_of(found))
-        weights = resume.full_weights(found)
+        kept = companions.load(files.run_of(found))
+        weights = averages.full_average(found) if average else resume.full_weights(found)
+        if average and dtype == "bf16":
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
     settings = hf_config(
         model,
         saved.vocab_size,

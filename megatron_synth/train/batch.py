@@ -47,6 +47,8 @@ class TensorBatch:
     """[B, S] bool: labels that count; None: all of them."""
     part: SequencePart = WHOLE
     """Which of the S tokens of a row are this rank's, of c that share it."""
+    samples: npt.NDArray[np.int64] | None = None
+    """[B k] number of each window in the plan, on the host; None for a batch that is not of a plan."""
 
     @property
     def inputs(self) -> Tensor:
@@ -137,7 +139,7 @@ def to_device(
         bounds = batch.boundaries
         counting = bounds.loss_mask() if data.eod_mask_loss else bounds.padding_mask()
         loss_mask = None if counting is None else move(counting.reshape(rows, -1))
-    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part)
+    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part, batch.samples)
 
 
 def prefetcher_of(
@@ -176,17 +178,22 @@ def labels_that_count(batch: TensorBatch) -> Tensor:
     return counts if batch.loss_mask is None else counts & batch.loss_mask.reshape(windows, -1)
 
 
-def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:
-    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source. Of c ranks the first counts the samples."""
+def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> tuple[Tensor, Tensor]:
+    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source, and of the loss by window [B k] fp64.
+
+    Of c ranks that share the sequence each sums up its own tokens, and the first counts the samples.
+    """
     windows = len(batch.sources), -1
     counts = labels_that_count(batch)
     sums = torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=losses.device)
+    of_windows: list[Tensor] = []
     # a NaN in a padded row or at a masked label must not survive: it is left out, not multiplied by 0
     for row, values in ((LOSS, losses), (Z_LOSS, z_losses)):
         if values is not None:
             kept = batch.part.put(values.detach()).reshape(windows).where(counts, 0.0)
-            sums[row].index_add_(0, batch.sources, kept.sum(dim=1, dtype=torch.float64))
+            of_windows.append(kept.sum(dim=1, dtype=torch.float64))
+            sums[row].index_add_(0, batch.sources, of_windows[-1])
     sums[LABELS].index_add_(0, batch.sources, counts.sum(dim=1, dtype=torch.float64))
     if batch.part.rank == 0:
         sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
-    return sums
+    return sums, of_windows[0]

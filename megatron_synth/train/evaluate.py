@@ -18,6 +18,7 @@ from megatron_synth.data.loading.loader import validation_batches, validation_wi
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.data.shards.source import Source
 from megatron_synth.data.token_bytes import token_bytes
+from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.parallel.wrap import whole_weights
 from megatron_synth.train.batch import (
@@ -63,7 +64,11 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(
-    pipeline: Pipeline, data: RunData, layout: Layout, stop_requested: Callable[[], bool] = lambda: False
+    pipeline: Pipeline,
+    data: RunData,
+    layout: Layout,
+    stop_requested: Callable[[], bool] = lambda: False,
+    average: Average | None = None,
 ) -> metrics.Record | None:
     """Mean loss per label in nats and bits per byte, of each domain and of all.
 
@@ -75,25 +80,43 @@ def evaluate(
         data: whose domains.
         layout: of the ranks.
         stop_requested: asked at every batch; any rank's yes ends the evaluation on all.
+        average: of the weights, which is then evaluated too.
 
     Returns:
-        Metric names to values, equal on every rank; `eval/tokens/<domain>` says how many labels were evaluated. None: it was
-        stopped.
+        Metric names to values, equal on every rank; `eval/tokens/<domain>` says how many labels were evaluated. Those of the
+        average begin with `ema/` in place of `eval/`. None: it was stopped.
     """
-    result: metrics.Record = {}
-    total, stop = _Sums(0.0, 0, 0.0), _Stop(stop_requested, pipeline.ranks.device)
+    stop = _Stop(stop_requested, pipeline.ranks.device)
     with whole_weights(pipeline.chunks):
-        for name, source in data.validation.items():
-            sums = _domain(pipeline, source, layout, _table(data, pipeline.ranks.device), stop)
-            if sums is None:
-                return None
-            result[metrics.EVAL_DOMAIN_LOSS + name] = sums.mean
-            result[metrics.EVAL_DOMAIN_TOKENS + name] = sums.labels
-            if sums.bits_per_byte is not None:
-                result[metrics.EVAL_DOMAIN_BPB + name] = sums.bits_per_byte
-            if not sums.labels:
-                say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss), so that it has no loss")
-            total += sums
+        result = _evaluate(pipeline, data, layout, stop)
+        if result is None or average is None:
+            return result
+        with average.as_weights():
+            beside = _evaluate(pipeline, data, layout, stop)
+    if beside is None:
+        return None
+    return result | {
+        metrics.EMA + name.removeprefix(metrics.EVAL): value
+        for name, value in beside.items()
+        if not name.startswith(metrics.EVAL_DOMAIN_TOKENS)
+    }
+
+
+def _evaluate(pipeline: Pipeline, data: RunData, layout: Layout, stop: _Stop) -> metrics.Record | None:
+    """`evaluate` of the weights as they are, with whole weights."""
+    result: metrics.Record = {}
+    total = _Sums(0.0, 0, 0.0)
+    for name, source in data.validation.items():
+        sums = _domain(pipeline, source, layout, _table(data, pipeline.ranks.device), stop)
+        if sums is None:
+            return None
+        result[metrics.EVAL_DOMAIN_LOSS + name] = sums.mean
+        result[metrics.EVAL_DOMAIN_TOKENS + name] = sums.labels
+        if sums.bits_per_byte is not None:
+            result[metrics.EVAL_DOMAIN_BPB + name] = sums.bits_per_byte
+        if not sums.labels:
+            say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss), so that it has no loss")
+        total += sums
     result[metrics.EVAL_LOSS] = total.mean
     if total.bits_per_byte is not None:
         result[metrics.EVAL_BPB] = total.bits_per_byte

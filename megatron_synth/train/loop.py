@@ -29,6 +29,8 @@ from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, reading, to_device
+from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -71,7 +73,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
 
         # from here on what is in the run directory is ours; all that can be refused is refused before it is changed
         on_main(ranks, lock.take)
-        start = starting_point(config, data, run_path)
+        start = starting_point(config, data, run_path, branch.trunk_of(config, run_path))
         trainer = Trainer(plan, data, ranks, run_path, lock)
         with trainer.watch:
             try:
@@ -133,12 +135,14 @@ class Trainer:
     def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
         from megatron_synth.model.build import build_model
+        from megatron_synth.parallel.average import Average
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
-        from megatron_synth.train.checkpoint import resume
+        from megatron_synth.train.checkpoint import averages, resume
         from megatron_synth.train.step import Stepper
 
         config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
-        source = None if start.weights is None else resume.run_of(start.weights)
+        begun_from = start.weights if start.trunk is None or not start.branches else start.trunk.checkpoint
+        source = None if begun_from is None else files.run_of(begun_from)
         on_main(ranks, lambda: self.run_dir.keep(self._tokenizer, source))
         for text in [*(data.notes if ranks.rank == 0 else ()), *start.warnings]:  # on rank 0
             self._warn(text)
@@ -149,16 +153,28 @@ class Trainer:
         self._part = part_of(ranks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
         self.step = self.samples = 0
+        self.branched = start.branches
         self.ledger = Ledger.of(data.plan, config.window_length)
+        if start.trunk is not None:
+            self.ledger.begin_branch(start.trunk.run_id, start.trunk.step, start.trunk.ledger)
         if saved is not None:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
-            self.ledger.load_state_dict(saved.ledger)
+            self.ledger.load_state_dict(saved.ledger, saved.unlearned)
+            if self.stepper.guard is not None:
+                self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
-            on_main(ranks, lambda: self._record_resume(saved.plan_digest))
+            on_main(ranks, lambda: self._record_resume(saved.plan_digest, start.trunk if start.branches else None))
         elif start.weights is not None:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
+            if config.checkpoint.init_ema:
+                averages.load_average_as_weights(start.weights, self.chunks, self.optimizer)
+        if config.optim.ema_decay is not None:
+            self.stepper.average = Average(self.chunks, self.optimizer, config.optim.ema_decay)
+            if start.resumed is not None and not averages.load_average(start.resumed, self.chunks, self.stepper.average):
+                text = f"the average of the weights begins at step {self.step}: {start.resumed} holds none"
+                on_main(ranks, lambda: self.run_dir.event(text))
         self.prefetcher = prefetcher_of(config, layout, ranks, data, Progress(self.step, self.samples))
         exit_record.at_step(self.step)
         self.tracker = on_main_only(ranks, self._start_tracker)
@@ -171,6 +187,8 @@ class Trainer:
             ranks,
             step=self.step,
             skipped=saved.skipped if saved else 0,
+            consecutive=saved.consecutive if saved else 0,
+            noted=saved.noted if saved else (),
         )
 
     def _new_attempt(self) -> str:
@@ -187,8 +205,12 @@ class Trainer:
         except OSError as error:  # the disk may be what the warning is about
             say(f"warning: {self.run_dir.path / 'events.log'}: {error}")
 
-    def _record_resume(self, plan_digest: str) -> None:
-        self.run_dir.record_resume(self.step)
+    def _record_resume(self, plan_digest: str, branched_from: Trunk | None) -> None:
+        if branched_from is None:
+            self.run_dir.record_resume(self.step)
+        else:
+            branched_from.save(self.run_dir.path)
+            self.run_dir.event(f"branched from {branched_from.name}, run {branched_from.run_id}")
         if not self.data.is_of(plan_digest):
             mixture = f"{self.data.plan.describe()}; digest {plan_digest} -> {self.data.digest}"
             self.run_dir.event(f"mixture changed from sample {self.samples} on: {mixture}")
@@ -259,7 +281,8 @@ class Trainer:
             done = self.step == steps
             if done or stopping or _due(self.step, self.config.log.interval) or self.recorder.in_trouble:
                 self.recorder.flush(shown=True)
-            if done or stopping or result.save or _due(self.step, self.config.checkpoint.interval):
+            saves = _due(self.step, self.config.checkpoint.interval) or self.step in self.config.checkpoint.keep_steps
+            if done or stopping or result.save or saves:
                 self._save(required=done or stopping)
                 saved_at = self.step
             if self._evaluation_due() and (done or not stopping):
@@ -303,7 +326,7 @@ class Trainer:
 
         self.watch.enter("evaluation", self.step, slow=True)
         self.recorder.flush()
-        result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested)
+        result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested, self.stepper.average)
         if result is not None:
             self.recorder.amend(result)
         return result is None
@@ -337,6 +360,10 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             prefix_digest=self.data.prefix_digest(self.samples),
             contents=dict(self.data.contents),
+            unlearned=self.ledger.unlearned,
+            consecutive=self.recorder.consecutive,
+            window={} if self.stepper.guard is None else self.stepper.guard.state(),
+            noted=self.recorder.noted,
         )
 
         def committed(path: Path) -> None:
@@ -358,8 +385,9 @@ class Trainer:
             failed=lambda text: None if required else self._warn(f"{text}. Training goes on"),
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
+            keep_steps=self.config.checkpoint.keep_steps,
         )
-        self.writer.begin(lambda: collect(self.chunks, self.optimizer), request)
+        self.writer.begin(lambda: collect(self.chunks, self.optimizer, self.stepper.average), request)
         if required:
             self.writer.outcome()
         elif waits:
@@ -380,7 +408,8 @@ class Trainer:
         config, data = self.config, self.data
         parameters = count_parameters(config.model, data.vocab_size)
         flops = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
-        say(f"run {self.run_dir.id} in {self.run_dir.path}" + (f", resumed at step {self.step}" if self.step else ""))
+        since = "" if not self.step else f", {'branched' if self.branched else 'resumed'} at step {self.step}"
+        say(f"run {self.run_dir.id} in {self.run_dir.path}{since}")
         size = f"{human(parameters.total)} parameters ({human(parameters.non_embedding)} non-embedding)"
         convention = f"{human(flops)} FLOPs/token (full attention, head counted)"
         say(f"model {config.model.name}: {size}, {config.precision.dtype}, {convention}")

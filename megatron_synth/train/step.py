@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -22,9 +24,11 @@ from torch import Tensor
 from megatron_synth.config.schema import Config
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
+from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.groups import Ranks
-from megatron_synth.train.batch import LOSS, NUM_SUMS, TensorBatch, sums_per_source
+from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
+from megatron_synth.train.spikes import Guard
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,15 @@ class StepResult:
     sums: [4, K] fp64 on the device: by source, what `batch.py` sums up, of this rank's share; zeros on ranks that do not report
         the loss. Summed over all ranks it is the global batch's.
     grad_norm: global norm before clipping.
-    skipped: the loss or the gradient was not finite and the weights stayed as they were.
+    skipped: the loss or the gradient was not finite, or stood out (train.skip), and the weights stayed as they were.
     stop: some rank was asked to stop; equal on every rank.
     own_s: from the begin of the step to the reduction of its gradients, in which data-parallel ranks wait for each other: a
         slow rank is slow before it. Ranks of one replica wait for each other all along, and have about the same.
     save: some rank's clock asks for a checkpoint; equal on every rank.
+    row_losses: [R] fp64 on the device: sum of the loss over the labels of each window of this rank; None on ranks that do not
+        report the loss.
+    rows: [R] number of each of these windows in the plan.
+    why: the step was skipped, where train.skip says.
     """
 
     sums: Tensor
@@ -47,9 +55,12 @@ class StepResult:
     stop: bool
     own_s: float = 0.0
     save: bool = False
+    row_losses: Tensor | None = None
+    rows: npt.NDArray[np.int64] | None = None
+    why: str = ""
 
 
-def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, Tensor]:
+def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """What the schedule asks of the last stage: the scalar to differentiate, and data to keep."""
     z_losses = None
     if z_loss:
@@ -83,6 +94,8 @@ class Pipeline:
 
     def __init__(self, config: Config, chunks: list[DistributedDataParallel], ranks: Ranks):
         self.config, self.chunks, self.ranks = config, chunks, ranks
+        self.row_losses: Tensor | None = None
+        """[R] fp64: of the windows of the last `forward`, in their order, the loss summed over labels; None: another's."""
         self._schedule = get_forward_backward_func()
 
     def forward(self, batches: Sequence[TensorBatch], num_sources: int, *, backward: bool) -> Tensor:
@@ -104,8 +117,10 @@ class Pipeline:
             micro_batch_size=self.config.train.micro_batch_size,
             forward_only=not backward,
         )
+        self.row_losses = None
         if self.ranks.reports_loss:
-            return torch.stack(kept).sum(dim=0)
+            self.row_losses = torch.cat([of_windows for _, of_windows in kept])
+            return torch.stack([sums for sums, _ in kept]).sum(dim=0)
         return torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=self.ranks.device)
 
     @torch.no_grad()
@@ -177,8 +192,13 @@ class Stepper(Pipeline):
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
         self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else replicas
         self._clock = _Clock(ranks.device)
+        self.average: Average | None = None
+        """Of the weights, where one is kept."""
+        skip = config.train.skip
+        self.guard = None if skip is None else Guard(skip)
         # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
-        self._agreed = torch.zeros(4, dtype=torch.float64, pin_memory=ranks.device.type == "cuda")
+        numbers = 4 if skip is None else 6
+        self._agreed = torch.zeros(numbers, dtype=torch.float64, pin_memory=ranks.device.type == "cuda")
         for model in {id(chunk.config): chunk.config for chunk in chunks}.values():
             model.finalize_model_grads_func = self._clock.stopped_by(model.finalize_model_grads_func)
 
@@ -205,37 +225,50 @@ class Stepper(Pipeline):
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
             # a checkpoint brings those that it was written with
             group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps
-        norm, loss_is_finite, stop, save = self._agree(sums, stop_requested(), save_requested())
-        skipped = not (loss_is_finite and math.isfinite(norm))
+        norm, loss_is_finite, stop, save, loss = self._agree(sums, stop_requested(), save_requested())
+        skipped, why = not (loss_is_finite and math.isfinite(norm)), ""
+        if self.guard is not None:
+            why = self.guard.judge(loss if loss_is_finite else math.nan, norm)
+            skipped = bool(why)
         if not skipped:
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
+            if self.average is not None:
+                self.average.update()
         if self.fp8 is not None:
             self.fp8.end_step(skipped)
-        return StepResult(sums, norm, skipped, stop, self._clock.seconds(), save)
+        rows = [batch.samples for batch in batches if batch.samples is not None]
+        return StepResult(
+            sums, norm, skipped, stop, self._clock.seconds(), save, self.row_losses, np.concatenate(rows) if rows else None, why
+        )
 
     @torch.no_grad()
-    def _agree(self, sums: Tensor, stop_requested: bool, save_requested: bool) -> tuple[float, bool, bool, bool]:
+    def _agree(self, sums: Tensor, stop_requested: bool, save_requested: bool) -> tuple[float, bool, bool, bool, float | None]:
         """Global gradient norm, is the loss finite, whether to stop, to save: one all-reduce, one wait for the device.
+
+        Last the mean loss, where steps are skipped by it; None: it is not asked for, or no label counts.
 
         megatron-core's own norm costs the same wait. With the loss and the flags folded in, every rank decides alike
         on a step before any weight changes.
         """
         self.optimizer.prepare_grads()
         gradients = [g for part in self.optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
-        stats = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        stats = torch.zeros(len(self._agreed), dtype=torch.float64, device=self.ranks.device)
         if gradients:
             stats[0] = square_sum(gradients) / self._gradient_copies
         stats[1] = (~torch.isfinite(sums[LOSS])).sum()
         for place, asked in ((2, stop_requested), (3, save_requested)):
             if asked:  # by a kernel; assigning a number to an element copies it from the host, which waits
                 stats[place].fill_(1.0)
+        if self.guard is not None:
+            stats[4:] = sums[[LOSS, LABELS]].sum(dim=1)
         torch.distributed.all_reduce(stats)
         self._agreed.copy_(stats, non_blocking=True)
         if stats.is_cuda:
             torch.cuda.current_stream().synchronize()
-        square, not_finite, stop, save = self._agreed.tolist()
-        return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0, save > 0
+        square, not_finite, stop, save, *mean = self._agreed.tolist()
+        loss = mean[0] / mean[1] if mean and mean[1] else None
+        return math.sqrt(square) if square >= 0 else math.nan, not_finite == 0, stop > 0, save > 0, loss
 
     @torch.no_grad()
     def _clip(self, norm: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
-from tests.support import LAYOUTS, STEPS, assert_same_losses, checkpoint_names, read_ledger, read_metrics
+from tests.support import GLOBAL_BATCH_SIZE, LAYOUTS, STEPS, assert_same_losses, checkpoint_names, read_ledger, read_metrics
 
 POISONED = 6
 
@@ -84,4 +84,6 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert [record["optim/skipped"] for record in records[10:]] == [2] * (STEPS - 10)
     assert all(math.isfinite(record["train/loss"]) for record in records[10:])
-    assert read_ledger(run) == trained("single").ledger
+    ledger = read_ledger(run)
+    assert ledger.pop("unlearned")["samples"] == 2 * GLOBAL_BATCH_SIZE  # of the two that the checkpoint is after
+    assert ledger == trained("single").ledger

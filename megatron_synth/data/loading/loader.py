@@ -297,7 +297,7 @@ class Loader:
             follows = table is not None and (table.end, table.step_samples) == (first_sample, step_samples)
             # a first step must not wait for those that may follow
             steps = LOOK_AHEAD_ROWS // max(rows, 1) if follows else 1
-            end = self.plan.schedule.samples
+            end = self.plan.samples
             if end is not None:
                 steps = min(steps, (end - first_sample) // step_samples)
             table = self._make(first_sample, step_samples, max(steps, 1))
@@ -317,6 +317,7 @@ class Loader:
             self.data_parallel_size,
             number,
         )
+        samples = self.plan.skips.numbers(samples)
         source_ids, windows, offsets = self.plan.places(samples)
         firsts = windows * self.window_length + offsets
         shards, begins = self._places(source_ids, firsts)

@@ -54,7 +54,7 @@ class Prefetcher:
         assert threads in (0, 1), "one thread keeps the order and is enough"
         self.loader, self.step_samples, self._threads = loader, step_samples, threads
         self._allocate = allocate
-        limits = [limit for limit in (end_sample, loader.plan.schedule.samples) if limit is not None]
+        limits = [limit for limit in (end_sample, loader.plan.samples) if limit is not None]
         self._end = min(limits, default=None)
         # those that wait for the thread; a spare set in the caller's hands
         self._buffers: list[list[Tokens]] = [[] for _ in range(STEPS_AHEAD + 1)]

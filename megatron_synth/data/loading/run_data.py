@@ -239,7 +239,7 @@ def plan_of(config: Config, num_tokens: Mapping[str, int | None]) -> MixturePlan
             specs.append(SourceSpec(name, entry.ratio or Fraction(0), 1, math.inf))
         else:
             specs.append(spec_of(name, entry, windows_in(tokens, length, shifted=entry.shift_windows), length))
-    return MixturePlan(specs, config.data_seed, phases_of(config.data, length))
+    return MixturePlan(specs, config.data_seed, phases_of(config.data, length), config.data.skip)
 
 
 def spec_of(name: str, entry: SourceConfig, windows: int, length: int) -> SourceSpec:

@@ -6,7 +6,7 @@ ranks and merges the sum. The total must then equal the plan's count of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +35,10 @@ class Ledger:
         self.window_length = window_length
         self._overall: Callable[[int], tuple[Fraction, ...]] | None = None
         self._total = np.zeros(len(self.names), dtype=np.int64)
+        self._unlearned = np.zeros(len(self.names), dtype=np.int64)
+        """Of `_total`, the samples of steps that were skipped."""
+        self._trunk: tuple[str, int, Int64] | None = None
+        """Of a branch: id and step of the trunk, and what it had delivered by then."""
 
     @classmethod
     def of(cls, plan: MixturePlan, window_length: int) -> Ledger:
@@ -51,16 +55,22 @@ class Ledger:
         ledger.merge(plan.counts(samples))
         return ledger
 
+    def begin_branch(self, run_id: str, step: int, counts: Mapping[str, int]) -> None:
+        """Count as a branch of a run that had delivered `counts` samples by source at `step`; they are kept apart."""
+        self._trunk = run_id, step, self._by_source(counts)
+
     @property
     def samples(self) -> Int64:
         """int64 [K]: merged samples of each source (a copy)."""
         return self._total.copy()
 
-    def merge(self, global_delta: npt.ArrayLike) -> None:
-        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]."""
+    def merge(self, global_delta: npt.ArrayLike, *, learned: bool = True) -> None:
+        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]; learned: the step was not skipped."""
         delta = np.asarray(global_delta, dtype=np.int64)
         assert delta.shape == self._total.shape and np.all(delta >= 0)
         self._total += delta
+        if not learned:
+            self._unlearned += delta
 
     def verify(self, plan: MixturePlan, samples_consumed: int) -> None:
         """Raise LedgerMismatch unless the merged counts are those of the plan's first `samples_consumed` samples."""
@@ -83,7 +93,9 @@ class Ledger:
 
         A sample has `sequence_length` tokens: those of a window. Per source: tokens = samples x sequence_length,
         epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
-        share that the phases so far give it, as a fraction.
+        share that the phases so far give it, as a fraction. unlearned: of the samples, those of steps that were skipped, where
+        there are any. Of a branch all this counts the trunk's part too; `trunk` and
+        `branch` tell the parts apart.
         """
         total = int(self._total.sum())
         ratios = self.ratios if self._overall is None else self._overall(total)
@@ -97,24 +109,49 @@ class Ledger:
             }
             for name, ratio, windows, samples in zip(self.names, ratios, self.num_windows, self._total.tolist(), strict=True)
         }
-        return {
+        content = {
             "samples": total,
             "tokens": total * self.window_length,
             "sequence_length": self.window_length,
             "sources": sources,
         }
+        if self._unlearned.any():
+            content["unlearned"] = self._part(self._unlearned)
+        if self._trunk is not None:
+            run_id, step, before = self._trunk
+            content["trunk"] = {"run": run_id, "step": step, **self._part(before)}
+            content["branch"] = self._part(self._total - before)
+        return content
+
+    def _part(self, counts: Int64) -> dict[str, Any]:
+        """A part of what was delivered, without the sources that gave nothing to it."""
+        total, length = int(counts.sum()), self.window_length
+        named = zip(self.names, counts.tolist(), strict=True)
+        sources = {name: {"samples": count, "tokens": count * length} for name, count in named if count}
+        return {"samples": total, "tokens": total * length, "sources": sources}
 
     def state_dict(self) -> dict[str, int]:
         """Samples by source name."""
         return dict(zip(self.names, self._total.tolist(), strict=True))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @property
+    def unlearned(self) -> dict[str, int]:
+        """Of the samples, those of steps that were skipped, by name of the sources that gave some."""
+        return {name: count for name, count in zip(self.names, self._unlearned.tolist(), strict=True) if count}
+
+    def load_state_dict(self, state: Mapping[str, int], unlearned: Mapping[str, int] | None = None) -> None:
         """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
-        if not set(state) <= set(self.names):
+        self._total = self._by_source(state)
+        self._unlearned = self._by_source(unlearned or {})
+
+    def _by_source(self, counts: Mapping[str, int]) -> Int64:
+        """int64 [K] from samples by name. UserError for a source that delivered some and is not known."""
+        unknown = {name for name, count in counts.items() if count} - set(self.names)
+        if unknown:
             raise UserError(
-                f"the checkpoint's ledger counts the sources {', '.join(sorted(state))}, the run has "
+                f"the checkpoint's ledger counts the sources {', '.join(sorted(counts))}, the run has "
                 f"{', '.join(sorted(self.names))}: resume with the data.sources that the checkpoint was "
                 "made with, or start a new run from its weights "
                 "(checkpoint.init_from)"
             )
-        self._total = np.array([state.get(name, 0) for name in self.names], dtype=np.int64)
+        return np.array([counts.get(name, 0) for name in self.names], dtype=np.int64)

@@ -14,6 +14,9 @@ Of a source with shifted windows, window w of an epoch begins w windows after th
 length L of a window, instead of after 0. All epochs have as many windows as fit at every offset, floor(T / L) - 1 of a
 stream of T tokens, which is at most one less than without: so k says the epoch without a look at those before. What an
 epoch leaves out, less than L tokens at the beginning and less than 2 L in all, is another part in each.
+
+Samples may be left out (`skips`): the others keep their numbers and windows. What a run has consumed is then a number of
+samples that stay, and counts are those of the plan less what is left out.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import numpy.typing as npt
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.mixing.permutation import UInt64, derive_key, permute
 from megatron_synth.data.mixing.schedule import Phase, Schedule
+from megatron_synth.data.mixing.skips import Skips
 
 Int64 = npt.NDArray[np.int64]
 
@@ -82,14 +86,17 @@ class MixturePlan:
     schedule: the sources of all samples, and their counts; its module states the bounds of deviation.
     """
 
-    def __init__(self, sources: Sequence[SourceSpec], seed: int, phases: Sequence[Phase] = ()):
-        """Without phases each source's own ratio holds for ever.
+    def __init__(
+        self, sources: Sequence[SourceSpec], seed: int, phases: Sequence[Phase] = (), skips: Sequence[tuple[int, int]] = ()
+    ):
+        """Without phases each source's own ratio holds for ever. skips: ranges [first, last] of samples that are left out.
 
         Refuses (UserError) repeated names, ratios that do not sum to 1, sources without a single window, and limits of
         unique windows that a source cannot fill.
         """
         self.sources = tuple(sources)
         self.seed = seed
+        self.skips = Skips(skips)
         self.names = tuple(source.name for source in sources)
         self.phased = bool(phases)
         """Whether the mixture is made of phases; otherwise each source's ratio is fixed."""
@@ -122,6 +129,11 @@ class MixturePlan:
         except UserError as error:
             listed = ", ".join(f"{source.name} {source.ratio}" for source in sources)
             raise UserError(f"data.sources ({listed}): {error}") from None
+
+    @property
+    def samples(self) -> int | None:
+        """Most samples that a run of the plan consumes. None: it has no end."""
+        return None if self.schedule.samples is None else self.skips.position(self.schedule.samples)
 
     @property
     def num_windows(self) -> tuple[int, ...]:
@@ -185,14 +197,25 @@ class MixturePlan:
         return source_ids, windows
 
     def counts(self, samples: int) -> Int64:
-        """int64 [K]: samples of each source among the first `samples`; costs the same for any number."""
-        return self.schedule.counts(samples)
+        """int64 [K]: samples of each source among the first `samples` consumed; costs the same for any number."""
+        counts = self.schedule.counts(self.skips.end(samples))
+        for first, last in self.skips.until(samples):
+            counts = counts - (self.schedule.counts(last + 1) - self.schedule.counts(first))
+        return counts
+
+    def due(self, samples: int) -> tuple[Fraction, ...]:
+        """[K] exact share of each source in the first `samples` consumed, in samples."""
+        due = self.schedule.due(self.skips.end(samples))
+        for first, last in self.skips.until(samples):
+            ends = self.schedule.due(last + 1), self.schedule.due(first)
+            due = tuple(whole - (after - before) for whole, after, before in zip(due, *ends, strict=True))
+        return due
 
     def overall_ratios(self, samples: int) -> tuple[Fraction, ...]:
         """[K] exact share that the phases give each source of the first `samples` samples."""
         if not self.phased or samples == 0:
             return self.ratios
-        return tuple(share / samples for share in self.schedule.due(samples))
+        return tuple(share / samples for share in self.due(samples))
 
     def required_windows(self, total_samples: int) -> dict[str, int]:
         """Windows, repeats included, that a run of `total_samples` takes from each source."""
@@ -209,7 +232,7 @@ class MixturePlan:
         def in_tokens(samples: int) -> str:
             return "" if window_length is None else f" ({samples * window_length} tokens)"
 
-        end = self.schedule.samples
+        end = self.samples
         if end is not None and end < total_samples:
             raise UserError(
                 f"data.phases: end after {end} samples{in_tokens(end)}, the run has {total_samples}"
@@ -230,7 +253,7 @@ class MixturePlan:
             small = math.floor(Fraction(allowed * 10**6, total_samples)) / 10**6
             unique = "" if source.unique_windows is None else "unique "
             if self.phased:
-                phase = self.schedule.phase_of(longest)
+                phase = self.schedule.phase_of(self.skips.number(longest))
                 what = f"the phases need {needed} of {total_samples} samples"
                 advice = f"Runs out after sample {longest}, in data.phases.{phase}: lower its share or set max_epochs to"
             else:
@@ -261,17 +284,19 @@ class MixturePlan:
         def taken(samples: int) -> int:
             return int(self.counts(samples)[source_id])
 
-        start = self.schedule.starts[-1]
+        start = self.skips.position(self.schedule.starts[-1])
         if taken(start) > allowed:  # runs out before the last phase
             low, high = 0, start
-        elif self.schedule.samples is not None:
-            low, high = start, self.schedule.samples
+        elif self.samples is not None:
+            low, high = start, self.samples
         else:
             left, ratio = allowed - taken(start), self.schedule.phases[-1].ratios[source_id]
             if ratio == 0:
                 return None
             # a count is less than one sample from its share, so the answer lies between these
             low, high = start + max(0, math.floor((left - 1) / ratio)), start + math.ceil((left + 2) / ratio)
+            # what is left out may be of this source or of others
+            low, high = max(start, low - self.skips.total), high + math.ceil((self.skips.total + 1) / ratio)
         if taken(high) <= allowed:
             return None
         return low + bisect.bisect_right(range(low, high + 1), allowed, key=taken) - 1
@@ -290,12 +315,16 @@ class MixturePlan:
             content = [ORDER_VERSION, self.seed, [[name, *rest] for name, _, *rest in sources]]
             for phase in self.schedule.phases:
                 ramp_to = None if phase.ramp_to is None else [*map(str, phase.ramp_to)]
-                content.append([phase.samples, [*map(str, phase.ratios)], ramp_to, phase.blocks])
+                line = [] if phase.line is None else [phase.line]
+                content.append([phase.samples, [*map(str, phase.ratios)], ramp_to, phase.blocks, *line])
+        if self.skips:
+            content.append(["skips", self.skips.ranges])
         return _hash(content)
 
     def prefix_names(self, samples: int) -> tuple[str, ...]:
         """Sources that the phases of the first `samples` samples use."""
-        used = {name for _, shares, *_ in self.schedule.describe_until(samples, self.names) for name, *_ in shares}
+        described = self.schedule.describe_until(self.skips.end(samples), self.names)
+        used = {name for _, shares, *_ in described for name, *_ in shares}
         return tuple(name for name in self.names if name in used)
 
     def prefix_digest(self, samples: int) -> str:
@@ -306,7 +335,10 @@ class MixturePlan:
         """
         used = self.prefix_names(samples)
         sources = sorted([source.name, *_windows(source)] for source in self.sources if source.name in used)
-        content = [ORDER_VERSION, self.seed, sources, self.schedule.describe_until(samples, self.names)]
+        content = [ORDER_VERSION, self.seed, sources, self.schedule.describe_until(self.skips.end(samples), self.names)]
+        left_out = self.skips.until(samples)
+        if left_out:
+            content.append(["skips", left_out])
         return _hash(["prefix", *content])
 
 

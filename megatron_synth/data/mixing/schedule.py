@@ -59,6 +59,8 @@ class Phase:
     """[K] shares at the end of a ramp."""
     blocks: int = 1
     """Steps of a ramp."""
+    line: int | None = None
+    """Samples of the whole line of a ramp, where the phase ends before it does."""
 
 
 class _Fixed:
@@ -125,9 +127,10 @@ class _Ramp:
         assert phase.samples is not None and phase.ramp_to is not None
         check_ratios(phase.ratios)
         check_ratios(phase.ramp_to)
-        if phase.samples < phase.blocks:
-            raise UserError(f"{phase.blocks} blocks, but only {phase.samples} samples: at most one block per sample")
-        self._length, self._number = phase.samples, phase.blocks
+        self._length, self._number = phase.line or phase.samples, phase.blocks
+        assert self._length >= phase.samples
+        if self._length < phase.blocks:
+            raise UserError(f"{phase.blocks} blocks, but only {self._length} samples: at most one block per sample")
         self._from, self._to = phase.ratios, phase.ramp_to
         common = math.lcm(*(ratio.denominator for ratio in (*phase.ratios, *phase.ramp_to)))
         self._unit = 2 * phase.blocks * common
@@ -298,7 +301,7 @@ class Schedule:
             else:
                 ends = zip(names, phase.ratios, phase.ramp_to, strict=True)
                 line = [[name, str(first), str(last)] for name, first, last in ends if first or last]
-                described.append([start, line, phase.samples, phase.blocks])
+                described.append([start, line, phase.line or phase.samples, phase.blocks])
         return described
 
     def _counts_before(self, number: int) -> Int64:
@@ -337,12 +340,14 @@ def phases_of(data: DataConfig, sequence_length: int) -> tuple[Phase, ...]:
                 f"at sample {start}: make it longer"
             )
         samples = None if end is None else end - start
-        first, last, blocks = data.phase_ratios(phase), None, 1
+        first, last, blocks, line = data.phase_ratios(phase), None, 1, None
         if phase.ramp is not None:
             first, last, blocks = phase.ramp.start, phase.ramp.end, phase.ramp.blocks
+            line = None if phase.ramp.until is None else whole_samples(phase.ramp.until, sequence_length) - start
+            line = None if line == samples else line
         ratios = tuple(first.get(name, Fraction(0)) for name in names)
         ramp_to = None if last is None else tuple(last.get(name, Fraction(0)) for name in names)
-        found = Phase(samples, ratios, ramp_to, blocks)
+        found = Phase(samples, ratios, ramp_to, blocks, line)
         try:
             Schedule([found])
         except UserError as error:

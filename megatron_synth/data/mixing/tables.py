@@ -37,14 +37,15 @@ def phase_tables(config: Config, plan: MixturePlan, prepared: Collection[str], p
     starts = plan.schedule.starts
     blocks = []
     for number, (phase, start) in enumerate(zip(plan.schedule.phases, starts, strict=True)):
+        start = plan.skips.position(start)
         if start >= total:
             blocks.append(f"phase {number} begins at sample {start:,}: the run ends before, at sample {total:,}")
             continue
-        end = total if phase.samples is None else min(total, start + phase.samples)
+        end = total if phase.samples is None else min(total, plan.skips.position(starts[number] + phase.samples))
         size = f"samples {start:,} to {end:,}, {end - start:,} of {length} tokens = {(end - start) * length:,} tokens"
         cut = (
             ""
-            if phase.samples is None or end == start + phase.samples
+            if phase.samples is None or end == plan.skips.position(starts[number] + phase.samples)
             else f"; the run ends before the phase, {phase.samples:,}"
         )
         ramp = "" if phase.ramp_to is None else f", a ramp in {phase.blocks} blocks"
@@ -56,7 +57,7 @@ def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, length: 
     heads = ("source", "ratio", "asked", "given", "off by", "samples", "tokens", "epochs", "so far", "runs out at sample")
     rows: list[tuple[str, ...]] = [heads]
     before, after = plan.counts(start), plan.counts(end)
-    due = [late - early for early, late in zip(plan.schedule.due(start), plan.schedule.due(end), strict=True)]
+    due = [late - early for early, late in zip(plan.due(start), plan.due(end), strict=True)]
     for source_id, spec in enumerate(plan.sources):
         ratio = str(phase.ratios[source_id])
         if phase.ramp_to is not None:
@@ -76,4 +77,4 @@ def _phase_table(plan: MixturePlan, phase: Phase, start: int, end: int, length: 
 def _reached(config: Config, plan: MixturePlan, progress: Progress) -> int:
     """Samples of the run, as far as its phases go."""
     total = config.samples_at_end(progress)
-    return total if plan.schedule.samples is None else min(total, plan.schedule.samples)
+    return total if plan.samples is None else min(total, plan.samples)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.schema import Config
 from megatron_synth.core.files import open_regular, write_json
 from megatron_synth.core.lock import Held, Lock, holder
 from megatron_synth.study.execute import shapes
 from megatron_synth.study.execute.shapes import CorpusResult, Failure, Result
 from megatron_synth.study.plan.corpora import Corpus
 from megatron_synth.study.plan.runs import Run
+from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.shapes import LEDGER, RUN
 
@@ -154,10 +157,46 @@ class Folder:
         return "stopped" if begun.exists() else "to do"
 
     def steps_done(self, run: Run) -> int:
-        """Steps that a run has recorded: the whole of them once it is finished."""
+        """Steps that a run has recorded, those of its trunk included: the whole of them once it is finished."""
         if (self.run(run) / RESULT).is_file():
             return run.config.train.steps
-        return last_step(self.run(run) / "metrics.jsonl")
+        return max(last_step(self.run(run) / "metrics.jsonl"), run.branch_step)
+
+    # ---- trunks and branches
+
+    def of_id(self, id: str) -> Path | None:
+        """Directory of the run with an id, if it has begun."""
+        return next((self.path / "runs").glob(f"*-{id}"), None)
+
+    def begins(self, run: Run) -> Config:
+        """The configuration that a run is trained with: of a branch, with the place of its trunk.
+
+        Raises:
+            UserError: the trunk has not begun.
+        """
+        if not run.branch_step:
+            return run.config
+        trunk = self.of_id(run.trunk)
+        if trunk is None:
+            raise UserError(f"{run.name}: its trunk, run {run.trunk}, has not begun; submit that first")
+        checkpoint = run.config.checkpoint.model_copy(update={"branch_from": f"{trunk}@{run.branch_step}"})
+        return run.config.model_copy(update={"checkpoint": checkpoint})
+
+    def may_begin(self, run: Run) -> bool:
+        """Whether a run depends on no trunk that has yet to come to the step it branches from."""
+        if not run.branch_step or files.all_of(self.run(run) / "checkpoints"):
+            return True
+        trunk = self.of_id(run.trunk)
+        return trunk is not None and (trunk / "checkpoints" / files.name_of(run.branch_step)).is_dir()
+
+    def drop_checkpoints(self, run: Run) -> None:
+        """Remove the checkpoints of a finished run; those of a trunk when the last of its branches is finished."""
+        if run.id != run.trunk:
+            shutil.rmtree(self.run(run) / "checkpoints", ignore_errors=True)
+        family = [self.of_id(id) for id in run.family]
+        if family and all(path is not None and (path / RESULT).is_file() for path in family):
+            assert family[0] is not None
+            shutil.rmtree(family[0] / "checkpoints", ignore_errors=True)
 
     # ---- writing
 
@@ -223,6 +262,7 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
         "git": info["git"],
         "versions": info["versions"],
         "data_digest": data_digest,
+        **({"trunk": run.trunk} if run.trunk else {}),
         "finished": _now(),
     }
     write_json(path / RESULT, content)

@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from megatron_synth.core.log import compact, duration, say, show
 from megatron_synth.study.execute.folder import Folder, Job
 from megatron_synth.study.plan.corpora import Corpus, generating
@@ -109,7 +109,7 @@ class Progress:
         """Seconds until all is done. running: by id, the steps that a running run has done."""
         seconds = 0.0
         for run in left:
-            tokens = run.tokens - running.get(run.id, 0) * run.config.train.tokens_per_step
+            tokens = run.tokens - running.get(run.id, run.branch_step) * run.config.train.tokens_per_step
             seconds += self.seconds_of(run, tokens) * run.ranks
         return seconds / places
 
@@ -174,6 +174,8 @@ class Execution:
                     break
                 waiting.remove(job)
                 self._fork(job, places_taken)
+            if waiting and not self.stop and self._next(waiting) is None:
+                self._give_up_without_trunk(waiting)
             if not self.children and waiting and not self.stop and not self._is_coming(waiting):
                 break
             self._reap(waiting)
@@ -200,8 +202,11 @@ class Execution:
         return 1 if self.failed or finished < self.total else EXIT_OK
 
     def _next(self, waiting: Sequence[Job]) -> Job | None:
-        """The first job that has what it needs."""
-        return next((job for job in waiting if all(map(self._is_done, needs_of(job)))), None)
+        """The first job that has what it needs: the corpora that it reads, the step of its trunk."""
+        return next((job for job in waiting if all(map(self._is_done, needs_of(job))) and self._has_trunk(job)), None)
+
+    def _has_trunk(self, job: Job) -> bool:
+        return isinstance(job, Corpus) or self.folder.may_begin(job)
 
     def _is_done(self, job: Job) -> bool:
         if job.id not in self.done and self.folder.is_done(job):
@@ -211,7 +216,27 @@ class Execution:
     def _is_coming(self, waiting: Sequence[Job]) -> bool:
         """Whether another process works at something that a waiting job needs."""
         needed = {need.id: need for job in waiting for need in needs_of(job) if not self._is_done(need)}
+        trunks = {run.id: run for run in self.runs if not run.branch_step}
+        needed |= {run.trunk: trunks[run.trunk] for run in waiting if isinstance(run, Run) and run.trunk in trunks}
         return any(map(self.folder.is_locked, needed.values())) or self._next(waiting) is not None
+
+    def _give_up_without_trunk(self, waiting: list[Job]) -> None:
+        """Branches whose trunk is neither waiting nor running anywhere have failed: nothing brings the step that they need."""
+        runs = [job for job in waiting if isinstance(job, Run)]
+        coming = {run.id for run in runs if not run.branch_step} | {child.job.id for child in self.children.values()}
+        trunks = {run.id: run for run in self.runs if not run.branch_step}
+        for run in runs:
+            if not run.branch_step or self.folder.may_begin(run):
+                continue
+            if run.trunk in coming or (run.trunk in trunks and self.folder.is_locked(trunks[run.trunk])):
+                continue
+            waiting.remove(run)
+            self.failed += 1
+            why = f"step {run.branch_step} of its trunk, run {run.trunk}, is not there, and the trunk is not being trained"
+            if run.trunk in trunks and self.folder.state(trunks[run.trunk]) == "done":
+                why += "; it was finished before this branch was planned: remove its folder, to train it again"
+            self.folder.record_failure(run, EXIT_USER_ERROR, why)
+            self._tell(f"{run.name} FAILED: {why}", waiting)
 
     def _tell_what_waits(self, waiting: Sequence[Job]) -> None:
         """Say what was not begun, as something that it needs is not there."""
@@ -339,11 +364,12 @@ class Execution:
 
     def _line(self, waiting: Sequence[Job]) -> str:
         """The progress line."""
-        tokens = sum(run.tokens for run in self.runs)
+        tokens = sum(run.own_tokens for run in self.runs)
         left = [*(job for job in waiting if isinstance(job, Run)), *self._running()]
-        left_tokens = sum(run.tokens for run in left)
+        left_tokens = sum(run.own_tokens for run in left)
         for run in self._running():
-            left_tokens -= self.folder.steps_done(run) * run.config.train.tokens_per_step
+            steps = self.folder.steps_done(run) - run.branch_step
+            left_tokens -= steps * run.config.train.tokens_per_step
         parts = [
             f"{self.finished}/{self.total} done",
             f"{len(self.children)} running",

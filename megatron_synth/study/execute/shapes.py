@@ -37,6 +37,8 @@ class Result(TypedDict):
     git: GitInfo | None
     versions: dict[str, str]
     data_digest: str
+    trunk: NotRequired[str]
+    """Id of the run that it is a branch of, or of itself if others are; results of one trunk are not independent."""
     finished: str
 
 

@@ -72,9 +72,10 @@ def submit_array(study: Study, jobs: Sequence[Job], folder: Folder, options: Arr
         )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     before = sorted(queued)
-    for number, members in enumerate(_stages(waiting)):
+    for number, members in enumerate(_stages(waiting, folder)):
         job_folder = (folder.slurm / (stamp if not number else f"{stamp}-{number}")).resolve()
-        job = _submit_stage(study, members, folder, options, job_folder, before if stage_of(members[0]) or number else ())
+        waits = number or stage_of(members[0]) or _waits_for_trunk(members[0], folder)
+        job = _submit_stage(study, members, folder, options, job_folder, before if waits else ())
         if job is not None:
             before.append(job)
     if not options.dry_run:
@@ -82,13 +83,18 @@ def submit_array(study: Study, jobs: Sequence[Job], folder: Folder, options: Arr
     return EXIT_OK
 
 
-def _stages(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that need nothing of each other, stage by stage: runs, the corpora that their models write, runs that read these."""
-    stages: dict[tuple[int, bool], list[Job]] = {}
+def _stages(jobs: Sequence[Job], folder: Folder) -> list[list[Job]]:
+    """Jobs that need nothing of each other, in stages: runs, their branches, corpora that models write, what reads these.""""""
+    stages: dict[tuple[int, bool, bool], list[Job]] = {}
     for job in jobs:
         # a corpus of the models of stage k is read by the runs of stage k + 1
-        stages.setdefault((stage_of(job), isinstance(job, Corpus)), []).append(job)
+        stages.setdefault((stage_of(job), isinstance(job, Corpus), _waits_for_trunk(job, folder)), []).append(job)
     return [stages[key] for key in sorted(stages)]
+
+
+def _waits_for_trunk(job: Job, folder: Folder) -> bool:
+    """Whether a job branches from a step that its trunk has yet to come to."""
+    return isinstance(job, Run) and not folder.may_begin(job)
 
 
 def _submit_stage(
@@ -105,8 +111,6 @@ def _submit_stage(
         commands.append(_command(folder, names, places))
     # a pack is made to fill its node: two on one node would halve the speed of both
     cluster = changed(load_cluster(options.cluster), exclusive=True)
-    if before:
-        cluster = changed(cluster, sbatch=(*cluster.sbatch, f"--dependency=afterany:{':'.join(before)}"))
     spec = JobSpec(
         name=f"study-{study.name}",
         folder=job_folder,
@@ -118,10 +122,10 @@ def _submit_stage(
     if options.dry_run:
         # the folder then holds no job: submitting for good makes one of its own
         write_atomic(job_folder / "commands.txt", "".join(f"{command}\n" for command in commands))
-        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes))
+        write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes, before))
         say(f"{len(packs)} tasks written to {job_folder}; nothing was submitted")
         return None
-    job = submit_to_queue(spec, commands, limit=options.nodes)
+    job = submit_to_queue(spec, commands, options.nodes, before)
     what = "corpora" if isinstance(members[0], Corpus) else "runs"
     after = f" after {', '.join(before)}" if before else ""
     tasks = f"{len(packs)} tasks, {options.nodes} at a time"
@@ -155,7 +159,7 @@ def packed(runs: Sequence[Job], places: int, nodes: int) -> list[list[Job]]:
 
 def _length(job: Job) -> float:
     """What packs are evened out by. How long a corpus takes is not known, so that all count alike."""
-    return 1.0 if isinstance(job, Corpus) else job.flops(1)
+    return 1.0 if isinstance(job, Corpus) else job.own_flops(1)
 
 
 _ROUNDS = 16

@@ -25,7 +25,8 @@ def plan_text(study: Study, runs: Sequence[Run], sources: Sources, uses: Uses, f
     costs = {run.id: cost_of(study, run, vocab_size) for run in runs}
     sections = [
         f"study {study.name}: {len(study.arms)} arms, {len(study.sizes)} sizes, seeds {', '.join(map(str, study.seeds))}: "
-        f"{len(runs)} runs, {human(sum(run.tokens for run in runs))} tokens; nothing is trained by this command",
+        f"{len(runs)} runs, {human(sum(run.own_tokens for run in runs))} tokens; nothing is trained by this command",
+        *_trunks(runs),
         *_arms(study),
         *_sizes(runs, vocab_size),
         f"runs{'' if each else ' (seeds of a cell share a line; --runs shows each)'}",
@@ -49,6 +50,18 @@ def _joined(sections: Sequence[str]) -> list[str]:
         else:
             result.append(text)
     return result
+
+
+def _trunks(runs: Sequence[Run]) -> list[str]:
+    """What `design.trunk` saves."""
+    branches = [run for run in runs if run.branch_step]
+    if not branches:
+        return []
+    trained, whole = (sum(counts) for counts in ((run.own_tokens for run in runs), (run.tokens for run in runs)))
+    return [
+        f"{len(branches)} runs are branches of {len({run.trunk for run in branches})} others (design.trunk): {human(trained)} "
+        f"tokens are trained, {trained / whole:.1%} of the {human(whole)} from scratch; of a branch its own part is counted"
+    ]
 
 
 def _arms(study: Study) -> list[str]:
@@ -109,7 +122,9 @@ def _totals(study: Study, runs: Sequence[Run], costs: Mapping[str, Cost], states
         cost = total([costs[run.id] for run in members])
         hours = "n/a" if cost.hours is None else _hours(cost.hours)
         price = "n/a" if cost.money is None or study.costs is None else f"{cost.money:,.2f} {study.costs.currency}"
-        rows.append((name, str(len(members)), human(sum(run.tokens for run in members)), scientific(cost.flops), hours, price))
+        rows.append(
+            (name, str(len(members)), human(sum(run.own_tokens for run in members)), scientific(cost.flops), hours, price)
+        )
     told = _basis(study)
     return [f"in all{told}", table(rows)]
 
@@ -155,8 +170,8 @@ def status_text(study: Study, runs: Sequence[Run], folder: Folder, *, each: bool
 
 def _status_row(name: str, runs: Sequence[Run], states: Mapping[str, State], folder: Folder) -> tuple[str, ...]:
     counted = Counter(states[run.id] for run in runs)
-    done = sum(folder.steps_done(run) * run.config.train.tokens_per_step for run in runs)
-    tokens = f"{human(done)} of {human(sum(run.tokens for run in runs))}"
+    done = sum((folder.steps_done(run) - run.branch_step) * run.config.train.tokens_per_step for run in runs)
+    tokens = f"{human(done)} of {human(sum(run.own_tokens for run in runs))}"
     return (name, *(str(counted[state]) for state in STATES), tokens)
 
 
@@ -176,14 +191,14 @@ def _eta(runs: Sequence[Run], states: Mapping[str, State], folder: Folder) -> fl
             file = folder.run(run) / "result.json"
             finished.append((file.stat().st_mtime, run))
     recent = [(when, run) for when, run in finished if now - when < _PACE_S]
-    left = sum(run.flops(1) for run in runs if states[run.id] != "done")
+    left = sum(run.own_flops(1) for run in runs if states[run.id] != "done")
     if not left:
         return 0.0
     if not recent or not any(state == "running" for state in states.values()):
         return None
     began = min((folder.run(run) / "run.json").stat().st_mtime for _, run in recent)
-    pace = sum(run.flops(1) for _, run in recent) / max(now - began, 1.0)
+    pace = sum(run.own_flops(1) for _, run in recent) / max(now - began, 1.0)
     for run in runs:
         if states[run.id] == "running":
-            left -= run.flops(1) * folder.steps_done(run) / run.config.train.steps
+            left -= run.flops(1) * (folder.steps_done(run) - run.branch_step) / run.config.train.steps
     return max(0.0, left / pace)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from megatron_synth.config.load import shipped, to_yaml
+from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
@@ -70,7 +70,7 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
     def train() -> int:
         code = _train(folder, run)
         if code == EXIT_OK and not keep_checkpoints:
-            shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
+            folder.drop_checkpoints(run)
         return code
 
     return _do(folder, run, devices, parent, train)
@@ -113,25 +113,27 @@ def _do(folder: Folder, job: Job, devices: Sequence[int], parent: int, body: Cal
 
 def _train(folder: Folder, run: Run) -> int:
     from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.train.checkpoint import branch
 
-    data = open_data(run.config)
+    config = branch.resolved(folder.begins(run), folder.run(run))
+    data = open_data(config)
     if run.ranks == 1 and not _cuda_is_used:
         from megatron_synth.parallel.plan import plan
         from megatron_synth.train.loop import train
 
-        code = train(run.config, plan(run.config, 1), data, folder.run(run))
+        code = train(config, plan(config, 1), data, folder.run(run))
     else:
-        code = _torchrun(folder, run)
+        code = _torchrun(folder, run, config)
     if code == EXIT_OK:
         write_result(folder, run, data.vocab_size, data.digest)
     return code
 
 
-def _torchrun(folder: Folder, run: Run) -> int:
+def _torchrun(folder: Folder, run: Run, config: Config) -> int:
     """Train in processes started again, through the launch script, which passes signals on."""
-    config = folder.path / "state" / f"{run.id}.yaml"
-    write_atomic(config, to_yaml(run.config))
-    command = [str(shipped("launch") / "local.sh"), str(run.ranks), str(config), "--run-dir", str(folder.run(run))]
+    file = folder.path / "state" / f"{run.id}.yaml"
+    write_atomic(file, to_yaml(config))
+    command = [str(shipped("launch") / "local.sh"), str(run.ranks), str(file), "--run-dir", str(folder.run(run))]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     process = subprocess.Popen(["bash", *command], env={**os.environ, "PATH": path})
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -142,8 +142,8 @@ def _spec(study: Study, run: Run, name: str, sources: Sources, length: int) -> S
 
 
 def cost_of(study: Study, run: Run, vocab_size: int) -> Cost:
-    """FLOPs, device-hours and money of a run."""
-    flops = run.flops(vocab_size)
+    """FLOPs, device-hours and money of a run, without those of its trunk."""
+    flops = run.own_flops(vocab_size)
     if study.costs is None:
         return Cost(flops, None, None)
     hours = flops / study.costs.rate(study.sizes[run.size].mfu) / 3600

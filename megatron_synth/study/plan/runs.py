@@ -53,6 +53,15 @@ class Run:
     config: Config
     corpora: Mapping[str, Corpus] = field(default_factory=dict)
     """The sources that the study makes, by their names."""
+    branch_step: int = 0
+    """Of a branch: the step of its trunk that it goes on from."""
+    family: tuple[str, ...] = ()
+    """Ids of a trunk and of its branches, the trunk's first, of a run that is one of them."""
+
+    @property
+    def trunk(self) -> str:
+        """Id of the trunk of its family; empty for a run that depends on no other."""
+        return self.family[0] if self.family else ""
 
     @cached_property
     def id(self) -> str:
@@ -78,6 +87,15 @@ class Run:
     def parameters(self) -> int:
         """Non-embedding parameters."""
         return count_parameters(self.config.model, _ANY_VOCABULARY).non_embedding
+
+    @property
+    def own_tokens(self) -> int:
+        """Of `tokens`, those that are not its trunk's."""
+        return (self.config.train.steps - self.branch_step) * self.config.train.tokens_per_step
+
+    def own_flops(self, vocab_size: int) -> float:
+        """FLOPs of the steps that are not its trunk's."""
+        return self.flops(vocab_size) * (1 - self.branch_step / self.config.train.steps)
 
     def flops(self, vocab_size: int) -> float:
         """FLOPs of the run, by the convention of `core.flops`."""
@@ -136,10 +154,14 @@ def expand(study: Study) -> list[Run]:
     """
     expansion = _Expansion(study)
     runs = [expansion.run(*cell) for cell in expansion.cells]
+    found = [run for run in runs if run is not None]
+    if not expansion.problems:
+        from megatron_synth.study.plan.trunks import arranged
+
+        found = arranged(study, found, expansion.problems)
     if expansion.problems:
         raise ConfigError(f"study {study.name}", list(expansion.problems))
     seeds, arms = list(study.seeds), list(study.arms)
-    found = [run for run in runs if run is not None]
     return sorted(found, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
 
 

@@ -38,6 +38,8 @@ _OWNED = {
     "optim.warmup_steps": "rates.warmup_fraction",
     "optim.decay_steps": "rates.decay_fraction",
     "checkpoint.init_from": "nothing: every run starts from its seed",
+    "checkpoint.branch_from": "design.trunk",
+    "checkpoint.keep_steps": "design.trunk",
 }
 """Keys of a training configuration that a study decides itself, and by what."""
 
@@ -156,6 +158,18 @@ class ReportConfig(Section):
     comparisons at equal cost."""
 
 
+OWN_TRUNK = "own"
+
+
+class Design(Section):
+    """Which runs share their training."""
+
+    trunk: str | None = None
+    """`own`: the longest run of each arm, size and seed is the trunk of the shorter ones, which branch from it where their
+    decay begins. The name of an arm: that arm's longest run is the trunk of all arms, which see their mixture in the decay
+    alone. Needs the schedule wsd. Default: every run starts from its seed."""
+
+
 class Study(Section):
     """A study."""
 
@@ -189,6 +203,8 @@ class Study(Section):
     """Seeds of weights and data order. Runs that differ only in the mixture share both."""
     validation: dict[str, ValidationConfig] = Field(min_length=1)
     """Validation domains by name."""
+    design: Design = Design()
+    """Which runs share their training."""
     rates: Rates
     """Learning rates."""
     protocol: dict[str, Any]
@@ -316,6 +332,11 @@ def _check(study: Study) -> Iterator[Problem]:
     yield from _arms(study)
     yield from check_generated(study)
     yield from _grid(study)
+    trunk = study.design.trunk
+    if trunk not in (None, OWN_TRUNK, *study.arms):
+        yield Problem("design.trunk", f"'{trunk}' is neither '{OWN_TRUNK}' nor an arm{suggest(str(trunk), list(study.arms))}")
+    if OWN_TRUNK in study.arms and trunk == OWN_TRUNK:
+        yield Problem(f"arms.{OWN_TRUNK}", "is also what design.trunk calls an arm's own longest run; rename it")
     yield from _report(study)
     for key, instead in _OWNED.items():
         value: Any = study.protocol

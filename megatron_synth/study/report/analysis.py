@@ -278,6 +278,8 @@ def _fitted(
     epochs = np.array([row.epochs for row in rows])
     finish = _FINISH.get(law, _FINISH_OTHERS)
     options: dict[str, Any] = {"finish": finish, "seed": study.report.seed, "starts": _STARTS, "epochs": epochs}
+    if any(row.trunk for row in rows):
+        options["cluster"] = [row.trunk or row.id for row in rows]
     try:
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:

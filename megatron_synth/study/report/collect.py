@@ -2,8 +2,8 @@
 
 runs.csv has one row per finished run. Columns: `run`, `id`, `arm`, `family`, `share` (exact), `ratio` (the same as a
 number), `size`, `n_params` (non-embedding), `budget`, `tokens`, `seed`, `steps`, `flops`, `loss` (the study's aggregate),
-`train_loss`, `train_seconds`, `device`, then `loss/<domain>`, `bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and
-`epochs/<source>`.
+`train_loss`, `train_seconds`, `device`, `trunk` (id of the run that it shares its first steps with), then `loss/<domain>`,
+`bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and `epochs/<source>`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
 
 _TEXT = ("run", "id", "arm", "family", "share", "size", "device")
+_TRUNK = "trunk"
+"""Not in tables of older versions."""
 _WHOLE = ("n_params", "budget", "tokens", "seed", "steps")
 _NUMBERS = ("ratio", "flops", "loss", "train_loss", "train_seconds")
 _ORDER = (
@@ -62,6 +64,8 @@ class Row:
     """None where the last step had none that is finite."""
     train_seconds: float
     device: str
+    trunk: str = ""
+    """Id of the trunk of its family: results of one trunk are not independent. Empty for a run on its own."""
     domains: dict[str, float] = field(default_factory=dict)
     """Loss by validation domain."""
     others: dict[str, float] = field(default_factory=dict)
@@ -93,7 +97,7 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
         UserError: none is finished, a result is damaged, or runs saw different versions of the text.
     """
     rows, missing = [], []
-    data: dict[tuple[str, int, int], tuple[str, str]] = {}
+    data: dict[tuple[str, int, int, str], tuple[str, str]] = {}
     for run in runs:
         result = folder.result(run)
         if result is None:
@@ -101,7 +105,7 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
             continue
         rows.append(_row(study, run, result))
         # the digest covers order and content of the text: equal for runs of one arm, seed and length of a batch
-        key = (run.arm, run.seed, run.config.train.sequence_length)
+        key = (run.arm, run.seed, run.config.train.sequence_length, str(run.config.data.phases))
         other, digest = data.setdefault(key, (run.name, result["data_digest"]))
         if digest != result["data_digest"]:
             raise UserError(
@@ -143,6 +147,7 @@ def _row(study: Study, run: Run, result: Result) -> Row:
         train_loss=result["train_loss"],
         train_seconds=result["train_seconds"],
         device=result["device"],
+        trunk=result.get("trunk", ""),
         domains=domains,
         others=others,
     )
@@ -163,12 +168,12 @@ def _aggregate(study: Study, domains: Mapping[str, float], others: Mapping[str, 
 def runs_csv(rows: Sequence[Row]) -> str:
     """The content of runs.csv."""
     flat = [_flat(row) for row in rows]
-    extra = sorted({name for row in flat for name in row if name not in _ORDER}, key=_place)
-    return _csv([*_ORDER, *extra], flat)
+    extra = sorted({name for row in flat for name in row if name not in (*_ORDER, _TRUNK)}, key=_place)
+    return _csv([*_ORDER, _TRUNK, *extra], flat)
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    fixed = {name: getattr(row, name) for name in _ORDER}
+    fixed = {name: getattr(row, name) for name in (*_ORDER, _TRUNK)}
     return {**fixed, **{f"loss/{name}": loss for name, loss in row.domains.items()}, **row.others}
 
 
@@ -196,7 +201,9 @@ def read_runs_csv(path: Path) -> list[Row]:
         values |= {name: _finite(cells[name], name, where) for name in _NUMBERS if name != "train_loss"}
         values["train_loss"] = _finite(cells["train_loss"], "train_loss", where) if cells["train_loss"] else None
         _check(values, where)
-        rest = {name: _finite(text, name, where) for name, text in cells.items() if name not in _ORDER and text}
+        values[_TRUNK] = cells.get(_TRUNK, "")
+        known = (*_ORDER, _TRUNK)
+        rest = {name: _finite(text, name, where) for name, text in cells.items() if name not in known and text}
         domains = {name.removeprefix("loss/"): value for name, value in rest.items() if name.startswith("loss/")}
         others = {name: value for name, value in rest.items() if not name.startswith("loss/")}
         rows.append(Row(**values, domains=domains, others=others))

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired
@@ -234,6 +234,12 @@ def root_of(path: Path) -> Path:
     return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint, or the folder of what was imported; the checkpoint itself if it lies alone."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else checkpoint
+
+
 def all_of(root: Path) -> list[Path]:
     """Checkpoints in a folder, by step; those that were being written when the run died are not among them."""
     found = [path for path in root.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()]
@@ -285,7 +291,9 @@ def first_sound(
 # ---- which may go
 
 
-def removable(checkpoints: Iterable[Path], newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
+def removable(
+    checkpoints: Iterable[Path], newest: int, keep_last: int, keep_every: int | None, keep_steps: Collection[int] = ()
+) -> list[Path]:
     """Checkpoints that need not be kept, by step.
 
     Later ones than the step `newest` are of a future that the run has left: they stay and are replaced when it comes there
@@ -294,6 +302,7 @@ def removable(checkpoints: Iterable[Path], newest: int, keep_last: int, keep_eve
     """
     named = {one.resolve(): one for one in sorted(checkpoints, key=step_of)}
     old = sorted((one for one in named.values() if step_of(one) <= newest), key=step_of)[:-keep_last]
+    old = [one for one in old if step_of(one) not in keep_steps]
     return [one for one in old if keep_every is None or step_of(one) % keep_every]
 
 

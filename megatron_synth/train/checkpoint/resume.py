@@ -28,7 +28,9 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.train.changes import check_steps, mixture_differences, rate_jump
 from megatron_synth.train.checkpoint import companions, files, reading
+from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.sharding import (
+    AVERAGE,
     collect_tensors,
     names_of,
     sharded_fp8,
@@ -51,7 +53,7 @@ class TrainerState:
     samples: int
     """Samples consumed."""
     skipped: int
-    """Steps skipped because they were not finite."""
+    """Steps skipped because they were not finite, or stood out."""
     run_id: str
     plan_digest: str
     """Digest of the sample order; another one must not be resumed silently."""
@@ -70,6 +72,14 @@ class TrainerState:
     """What names the content of each source; empty from versions that did not keep it."""
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer, where the data tells."""
+    unlearned: dict[str, int] = field(default_factory=dict)
+    """Of the ledger, the samples of skipped steps."""
+    consecutive: int = 0
+    """Steps skipped in a row just before."""
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Losses and gradient norms of the last steps, by which the next are judged (train.skip)."""
+    noted: list[float] = field(default_factory=list)
+    """Losses of the last steps, by which spikes are noted (log.loss_spike_sigmas)."""
     format: int = 1
     """Of the checkpoint's files; 2 has a manifest."""
 
@@ -117,18 +127,31 @@ class Start:
     """The trainer's part of it."""
     weights: Path | None = None
     """The checkpoint of another run whose weights it takes."""
+    trunk: Trunk | None = None
+    """What the run is a branch of, if it is one."""
+    branches: bool = False
+    """`resumed` is the trunk's: the branch has no checkpoint of its own yet."""
     warnings: tuple[str, ...] = ()
     """Of checkpoints that are damaged and passed over, and of a rate that jumps; on rank 0."""
 
 
-def starting_point(config: Config, data: RunData, run_path: Path) -> Start:
+def starting_point(config: Config, data: RunData, run_path: Path, trunk: Trunk | None = None) -> Start:
     """What the run in a directory begins from, checked. Called by all ranks; changes nothing.
+
+    trunk: what it is a branch of.
 
     Raises:
         UserError: it cannot go on from its newest checkpoint, or cannot take the weights that it names.
     """
     warnings: list[str] = []
     found = newest_sound(run_path, config.checkpoint.verify, warnings.append)
+    branches = found is None and trunk is not None
+    if branches:
+        assert trunk is not None
+        found = newest_sound(trunk.checkpoint, config.checkpoint.verify)
+        if found is None:
+            raise UserError(f"checkpoint.branch_from: {trunk.checkpoint} is not there any more; restore it from a copy")
+        check_tokenizer(found, read_trainer(found), data)
     if found is not None:
         saved = read_trainer(found)
         check_resumable(found, saved, config, data)
@@ -137,7 +160,7 @@ def starting_point(config: Config, data: RunData, run_path: Path) -> Start:
         jump = rate_jump(saved.config, config, saved.step)
         if jump is not None and torch.distributed.get_rank() == 0:
             warnings.append(jump)
-        return Start(found, saved, warnings=tuple(warnings))
+        return Start(found, saved, trunk=trunk, branches=branches, warnings=tuple(warnings))
     weights = None if config.checkpoint.init_from is None else to_start_from(config, data)
     return Start(weights=weights, warnings=tuple(warnings))
 
@@ -273,12 +296,6 @@ def to_start_from(config: Config, data: RunData) -> Path:
     return path
 
 
-def run_of(checkpoint: Path) -> Path:
-    """The run directory of a checkpoint, or the folder of what was imported; the checkpoint itself if it lies alone."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else checkpoint
-
-
 def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
     """tokenizer.json of the run that wrote the checkpoint; None if it is not known, or is not there any more.
 
@@ -287,7 +304,7 @@ def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
     """
     if saved.tokenizer is None:
         return None
-    own = run_of(checkpoint) / FILE_NAME
+    own = files.run_of(checkpoint) / FILE_NAME
     # where older versions left it, with the data: what is not a tokenizer is refused below, whatever the path names
     path = own if own.exists() or own.is_symlink() else checkpoint.parent / saved.tokenizer
     if path.is_symlink() and path == own:
@@ -311,7 +328,7 @@ def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> Non
     """
     file = tokenizer_of(checkpoint, saved)
     before = saved.tokenizer_fingerprint or (fingerprint_of(file) if file else None)
-    kept = companions.load(run_of(checkpoint))
+    kept = companions.load(files.run_of(checkpoint))
     ends = [] if saved.eod_id is None else [saved.eod_id]
     if kept is not None and (saved.eod_id in kept.ends or not ends):
         ends = kept.ends
@@ -398,9 +415,10 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     saved = read_trainer(checkpoint)
     model = saved_model(checkpoint, saved)
     names = reading.described(checkpoint)
-    wanted = {name: entry for name, entry in names.items() if not name.startswith("optimizer.") and not recipe.is_state(name)}
+    beside = ("optimizer.", AVERAGE)
+    wanted = {name: entry for name, entry in names.items() if not name.startswith(beside) and not recipe.is_state(name)}
     table = architecture.by_key(model, saved.vocab_size)
-    _check_tensors(checkpoint, {name: tuple(entry.global_shape) for name, entry in wanted.items()}, table, model.num_layers)
+    check_tensors(checkpoint, {name: tuple(entry.global_shape) for name, entry in wanted.items()}, table, model.num_layers)
     loaded = reading.load(wanted, checkpoint, "take weights", whole=False)
     weights: dict[str, torch.Tensor] = {}
     for key, weight in table.items():
@@ -409,10 +427,14 @@ def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_tensors(
+def check_tensors(
     checkpoint: Path, found: dict[str, tuple[int, ...]], table: dict[str, architecture.Weight], layers: int
 ) -> None:
-    """Refuse a checkpoint whose weights are not those of the table."""
+    """Refuse a checkpoint whose weights are not those of the table.
+
+    Raises:
+        UserError: names what is missing, left over, or of another shape.
+    """
     expected = {key: weight.saved_shape(layers) for key, weight in table.items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
     problems += [f"{key} is not part of the model" for key in sorted(found.keys() - expected.keys())]

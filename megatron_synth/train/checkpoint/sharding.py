@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +32,15 @@ from torch import Tensor
 
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
+from megatron_synth.parallel.average import Average, Range
 from megatron_synth.train.checkpoint.boxes import boxes
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
 # Handed out in copies: megatron-core puts process groups into it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _STATE = "optimizer.state"
+AVERAGE = "ema."
+"""What the names of the average of the weights begin with."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def sharded_fp8(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
     return {"fp8": history} if history else {}
 
 
-def collect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> LocalState:
-    """This rank's part of the model and the optimizer. Copies nothing, sends nothing."""
+def collect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, average: Average | None = None) -> LocalState:
+    """This rank's part of the model, the optimizer and the average of the weights. Copies nothing, sends nothing."""
     model = sharded_model(chunks)
     pieces: list[Piece] = []
     (inner,) = optimizer.chained_optimizers
@@ -106,7 +109,30 @@ def collect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) 
     else:
         state = {**model, "optimizer": sharded_optimizer(optimizer, model, loading=False)}
     state |= sharded_fp8(chunks)
-    return _extracted(state, pieces, owned_elsewhere=bool(pieces) or isinstance(inner, DistributedOptimizer))
+    local = _extracted(state, pieces, owned_elsewhere=bool(pieces) or isinstance(inner, DistributedOptimizer))
+    if average is not None:
+        # data-parallel ranks have ranges of their own, or copies
+        split = isinstance(inner, DistributedOptimizer)
+        model = sharded_model(chunks)  # anew: what was described above has been taken apart
+        local.pieces.extend(average_pieces(model, average.ranges, lambda id: is_main_replica((*id[:-1], 0) if split else id)))
+    return local
+
+
+def average_pieces(
+    model: dict[str, Any], ranges: Iterable[Range], chosen: Callable[[tuple[int, ...]], bool] = lambda id: True
+) -> Iterator[Piece]:
+    """The boxes of the average of the weights that values of parameters are.
+
+    Args:
+        model: as `sharded_model` describes it.
+        ranges: parameters, and the values of the average for a range of each; the pieces' data are views of these.
+        chosen: which replicas, by their ids.
+    """
+    described = {id(entry.data): entry for entry in nested_values(model) if _is_parameter(entry)}
+    for parameter, begin, end, values in ranges:
+        entry = described[id(parameter)]
+        if chosen(entry.replica_id):
+            yield from _range(entry, f"{AVERAGE}{entry.key}", begin, end, values)
 
 
 def collect_tensors(state: dict[str, Any]) -> LocalState:

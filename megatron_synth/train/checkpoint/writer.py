@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class SaveRequest:
     trainer: content of trainer.json.
     committed, failed: called on rank 0, in the writing thread, when the checkpoint is whole, or with the reason why it could
         not be written. They may print: an OSError of theirs is raised by the next `begin` or `outcome`.
-    keep_last, keep_every: which checkpoints to keep then.
+    keep_last, keep_every, keep_steps: which checkpoints to keep then.
     """
 
     step: int
@@ -60,6 +61,7 @@ class SaveRequest:
     failed: Callable[[str], None]
     keep_last: int | None = None
     keep_every: int | None = None
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,22 +321,13 @@ class CheckpointWriter:
                 ready.synchronize()
             folder.mkdir(parents=True, exist_ok=True)
             name = f"__{self._rank}_0.distcp"
-            entries: list[Entry] = []
-            with (folder / name).open("wb", buffering=0) as raw, _without_crc():
-                file = _HashedFile(raw)
+            with TensorFile(folder / name) as file:
                 for key, content in objects.items():
-                    begin = file.tell()
-                    file.write(content)
-                    entries.append(Entry(key, None, (), (), None, name, begin, len(content)))
+                    file.add_object(key, content)
                 for piece, tensor in zip(pieces, staged, strict=True):
-                    begin = file.tell()
-                    torch.save(tensor, file)  # type: ignore[arg-type]
-                    length = file.tell() - begin
-                    entries.append(Entry(piece.key, piece.size, piece.offset, piece.shape, tensor.dtype, name, begin, length))
-                os.fsync(raw.fileno())
-            info = FileInfo(file.tell(), file.digest())
-            files.read_back(folder / name, info)  # so that older ones may go: this one was sound since it was written
-            return _Report(entries, {name: info})
+                    file.add(piece.key, piece.size, piece.offset, tensor)
+            assert file.info is not None
+            return _Report(file.entries, {name: file.info})
         except Exception as error:  # whatever it is, rank 0 waits for the word
             if not isinstance(error, (OSError, RuntimeError)):  # torch wraps what a file raises
                 traceback.print_exc()
@@ -345,17 +338,7 @@ class CheckpointWriter:
         written: dict[str, FileInfo] = {}
         for report in reports:
             written |= report.files
-        index.write(folder, [entry for report in reports for entry in report.entries])
-        listed = folder / index.FILE
-        written[index.FILE] = FileInfo(listed.stat().st_size, files.hash_file(listed))
-        content = io.BytesIO()
-        torch.save(common, content)
-        written["common.pt"] = files.write_hashed(folder / "common.pt", content.getvalue())
-        config = json.dumps(asdict(CheckpointingConfig("torch_dist")))
-        written[CONFIG_FNAME] = files.write_hashed(folder / CONFIG_FNAME, config.encode())
-        trainer = json.dumps(request.trainer, indent=2, ensure_ascii=False) + "\n"
-        written[files.TRAINER] = files.write_hashed(folder / files.TRAINER, trainer.encode())
-        files.write_manifest(folder, written)
+        seal(folder, [entry for report in reports for entry in report.entries], written, common, request.trainer)
         final = self._root / files.name_of(request.step)
         if final.exists() or final.is_symlink():  # of a future that the run has left
             files.remove(final)
@@ -371,7 +354,8 @@ class CheckpointWriter:
         """
         if request.keep_last is None:
             return
-        for old in files.removable(files.all_of(self._root), request.step, request.keep_last, request.keep_every):
+        kept = request.keep_last, request.keep_every, request.keep_steps
+        for old in files.removable(files.all_of(self._root), request.step, *kept):
             try:
                 files.remove(old)
             except OSError as error:
@@ -386,6 +370,67 @@ class CheckpointWriter:
             f"{folder}: the checkpoint of step {step} could not be written: {error}{free}. Older checkpoints are untouched. "
             "Make room or fix the path; the same command, started again, resumes from the last one"
         )
+
+
+def seal(
+    folder: Path, entries: list[Entry], written: dict[str, FileInfo], common: dict[str, Any], trainer: dict[str, Any]
+) -> None:
+    """Write what makes a checkpoint of files of tensors: the index, what is equal on all ranks, trainer.json, the manifest.
+
+    Args:
+        folder: where the files are.
+        entries: what is in them.
+        written: of each of them, by name.
+        common: of megatron-core.
+        trainer: content of trainer.json.
+    """
+    index.write(folder, entries)
+    listed = folder / index.FILE
+    written[index.FILE] = FileInfo(listed.stat().st_size, files.hash_file(listed))
+    content = io.BytesIO()
+    torch.save(common, content)
+    written["common.pt"] = files.write_hashed(folder / "common.pt", content.getvalue())
+    config = json.dumps(asdict(CheckpointingConfig("torch_dist")))
+    written[CONFIG_FNAME] = files.write_hashed(folder / CONFIG_FNAME, config.encode())
+    text = json.dumps(trainer, indent=2, ensure_ascii=False) + "\n"
+    written[files.TRAINER] = files.write_hashed(folder / files.TRAINER, text.encode())
+    files.write_manifest(folder, written)
+
+
+class TensorFile:
+    """A file of tensors of a checkpoint, written one after the other. Use as a context; `info` is known after it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.entries: list[Entry] = []
+        self.info: FileInfo | None = None
+
+    def __enter__(self) -> TensorFile:
+        self._raw = self._path.open("wb", buffering=0)
+        self._file = _HashedFile(self._raw)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        with self._raw:
+            if error is None:
+                os.fsync(self._raw.fileno())
+        if error is None:
+            self.info = FileInfo(self._file.tell(), self._file.digest())
+            files.read_back(self._path, self.info)  # so that older ones may go: this one was sound since it was written
+
+    def add_object(self, key: str, content: bytes) -> None:
+        """Append what is no tensor, serialized."""
+        begin = self._file.tell()
+        self._file.write(content)
+        self.entries.append(Entry(key, None, (), (), None, self._path.name, begin, len(content)))
+
+    def add(self, key: str, size: tuple[int, ...], offset: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """Append a box of the tensor `key`, whose whole shape is `size`, at `offset`."""
+        begin = self._file.tell()
+        with _without_crc():
+            torch.save(tensor, self._file)  # type: ignore[arg-type]
+        place = self._path.name, begin, self._file.tell() - begin
+        self.entries.append(Entry(key, size, offset, tuple(tensor.shape), tensor.dtype, *place))
 
 
 def _without_crc() -> Any:

@@ -7,65 +7,67 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 from megatron_synth.config.schema import Config
 from megatron_synth.core.log import say
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.spikes import LOSS_FLOOR, Window
 
 _WINDOW = 32
 _LEAST = 16
 """Steps before spikes are looked for."""
-_SIGMA = 1.4826
-"""Standard deviation of a normal distribution / its median absolute deviation."""
-_FLOOR = 0.002
-"""Least standard deviation, as a part of the median: a loss that has converged moves by less without meaning anything."""
 
 
 class Notes:
     """Writes events.log and the console."""
 
-    def __init__(self, config: Config, run_dir: RunDir, hosts: Sequence[str]):
-        """hosts: of each rank."""
+    def __init__(self, config: Config, run_dir: RunDir, hosts: Sequence[str], losses: Sequence[float] = ()):
+        """hosts: of each rank. losses: of the last steps before this start."""
         self._log, self._run_dir, self._hosts = config.log, run_dir, hosts
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._losses = Window(_WINDOW, _LEAST, LOSS_FLOOR)
+        self._losses.restore(losses)
         self._slowest: int | None = None
         self._times_slow = 0
 
-    def step(self, record: metrics.Record, rows: Mapping[str, int], end: int) -> None:
-        """Look at a step. rows: its samples by source. end: samples consumed after it."""
+    @property
+    def losses(self) -> list[float]:
+        """Of the last steps that counted, by which the next are judged."""
+        return self._losses.values
+
+    def look(self, record: metrics.Record, skipped: str = "") -> str | None:
+        """What is odd about a step; None: nothing. skipped: why it was, if its numbers are finite and it was."""
         loss, norm = record[metrics.LOSS], record[metrics.GRAD_NORM]
         if loss is None:
-            what = "no label counts (data.eod_mask_loss): the loss is a mean over nothing, and there is no gradient"
-            self._note(record, what, rows, end)
-            return
+            return "no label counts (data.eod_mask_loss): the loss is a mean over nothing, and there is no gradient"
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._note(record, f"not finite, skipped: loss {loss:.4g}, gradient norm {norm:.4g}", rows, end)
-            return
-        sigmas = self._sigmas(loss)
-        if self._log.loss_spike_sigmas is not None and sigmas > self._log.loss_spike_sigmas:
-            median = statistics.median(self._losses)
-            before = f"the median {median:.4f} of the {len(self._losses)} steps before"
-            text = f"loss spike: {loss:.4f}, {sigmas:.1f} sigmas above {before}"
-            self._note(record, text, rows, end)
-        self._losses.append(loss)
+            return f"not finite, skipped: loss {loss:.4g}, gradient norm {norm:.4g}"
+        if skipped:  # its loss is none to hold others against
+            return f"skipped: {skipped}"
+        sigmas, limit = self._losses.sigmas(loss), self._log.loss_spike_sigmas
+        before = f"the median {self._losses.median:.4f} of the {len(self._losses)} steps before" if len(self._losses) else ""
+        self._losses.add(loss)
+        return f"loss spike: {loss:.4f}, {sigmas:.1f} sigmas above {before}" if limit is not None and sigmas > limit else None
 
-    def _sigmas(self, loss: float) -> float:
-        """How many robust standard deviations `loss` lies above the median of the last steps."""
-        if len(self._losses) < _LEAST:
-            return 0.0
-        median = statistics.median(self._losses)
-        deviation = _SIGMA * statistics.median(abs(value - median) for value in self._losses)
-        return (loss - median) / max(deviation, _FLOOR * abs(median), 1e-12)
+    def tell(
+        self, record: metrics.Record, what: str, rows: Mapping[str, int], samples: tuple[int, int], worst: Sequence[str] = ()
+    ) -> None:
+        """Write down what is odd about a step.
 
-    def _note(self, record: metrics.Record, what: str, rows: Mapping[str, int], end: int) -> None:
+        Args:
+            record: of the step.
+            what: as `look` said it.
+            rows: its samples by source.
+            samples: the first and the last of them.
+            worst: its rows of largest loss, in words.
+        """
         losses = metrics.parts(record, metrics.SOURCE_LOSS)
         sources = ", ".join(f"{name} {count} (loss {losses.get(name, math.nan):.4g})" for name, count in rows.items() if count)
-        first = end - sum(rows.values())
-        command = f"megatron-synth mix show {self._run_dir.path} {first}-{end - 1} --text"
-        text = f"step {record[metrics.STEP]}: {what}; samples {first} to {end - 1}: {sources}; read them with: {command}"
+        first, last = samples
+        command = f"megatron-synth mix show {self._run_dir.path} {first}-{last} --text"
+        ranked = f"; largest losses: {'; '.join(worst)}" if worst else ""
+        text = f"step {record[metrics.STEP]}: {what}; samples {first} to {last}: {sources}{ranked}; read them with: {command}"
         say(f"warning: {text}")
         self._run_dir.event(f"warning: {text}")
 

@@ -42,6 +42,8 @@ TOKENS = "data/tokens"
 SHARE = "data/share/"  # + source: fraction of the trained tokens so far
 EPOCH = "data/epoch/"  # + source: passes over the source so far
 PRECISION = "fp8/layers"  # text, at the first step of every start: which layers run in which format
+EVAL = "eval/"
+EMA = "ema/"  # the same of the average of the weights (optim.ema_decay)
 EVAL_LOSS = "eval/loss"  # mean over domains, weighted by tokens
 EVAL_DOMAIN_LOSS = "eval/loss/"  # + domain
 EVAL_BPB = "eval/bpb"  # over all domains' bytes
@@ -309,6 +311,8 @@ def format_eval(record: Mapping[str, Any]) -> str:
         shown.append(f"mean {_loss(record[EVAL_LOSS])}")
     if record.get(EVAL_BPB) is not None:
         shown.append(f"bpb {record[EVAL_BPB]:.2f}")
+    if EMA + "loss" in record:
+        shown.append(f"average of the weights: mean {_loss(record[EMA + 'loss'])}")
     return " | ".join(shown)
 
 

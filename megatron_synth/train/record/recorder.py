@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import resource
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_synth.config.errors import RankError, UserError
+from megatron_synth.config.errors import RankError, TrainingFailed, UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.core.log import say
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.data.mixing.ledger import Ledger
+from megatron_synth.data.mixing.skips import Skips
+from megatron_synth.data.shards import places
 from megatron_synth.estimate.flops import flops_per_token
 from megatron_synth.estimate.hardware import mfu
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LABELS, LOSS, SAMPLES, Z_LOSS
+from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.anomalies import Notes
 from megatron_synth.train.record.run_dir import RunDir
@@ -26,6 +29,10 @@ from megatron_synth.train.record.wandb import Tracker
 
 if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepared
     from megatron_synth.train.step import StepResult
+
+
+_NAMED = 4
+"""Rows that the note of an odd step names."""
 
 
 class Recorder:
@@ -45,8 +52,11 @@ class Recorder:
         *,
         step: int,
         skipped: int,
+        consecutive: int = 0,
+        noted: Sequence[float] = (),
     ):
-        self._config, self._plan, self._ledger = config, data.plan, ledger
+        """skipped, consecutive: steps skipped since step 0, and just before. noted: losses of the last steps."""
+        self._config, self._data, self._plan, self._ledger = config, data, data.plan, ledger
         self._run_dir, self._tracker, self._ranks = run_dir, tracker, ranks
         self._flops_per_token = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
         self._device_name = run_dir.info["device"]
@@ -55,17 +65,20 @@ class Recorder:
         )
         hosts: list[str] = [""] * ranks.world_size
         torch.distributed.all_gather_object(hosts, socket.gethostname())
-        self._notes = Notes(config, run_dir, hosts)
+        self._notes = Notes(config, run_dir, hosts, noted)
         self._file = metrics.MetricsFile(run_dir.metrics)
         self._times = metrics.RunningWindow()
-        self._pending: list[tuple[metrics.Record, torch.Tensor]] = []
+        self._pending: list[tuple[metrics.Record, StepResult]] = []
         self._held: list[metrics.Record] = []
         self._newest: metrics.Record | None = None
         self._unamended: metrics.Record | None = None
         self._ends: list[int] = []
         self._own_s: list[float] = []
         self._first_step = step
-        self._consecutive = 0
+        self.consecutive = consecutive
+        """Steps skipped just before."""
+        self._row: list[int] = []
+        """Samples consumed after each of these, and before the first, as far as this start has seen them."""
         self.skipped = skipped
         """Steps skipped since step 0."""
 
@@ -84,13 +97,19 @@ class Recorder:
         return self._newest is not None and not metrics.has_eval(self._newest)
 
     @property
+    def noted(self) -> list[float]:
+        """Losses of the last steps, by which the next are judged."""
+        return self._notes.losses
+
+    @property
     def in_trouble(self) -> bool:
         """So many steps in a row were skipped that the run must stop; the next flush raises."""
-        return self._consecutive >= self._config.train.max_consecutive_skips
+        return self.consecutive >= self._config.train.max_consecutive_skips
 
     def add(self, step: int, samples: int, result: StepResult, lr: float, *, step_s: float, data_s: float) -> None:
         """Take in a finished step, after which `samples` are consumed. No wait for the device, nothing sent."""
-        self._consecutive = self._consecutive + 1 if result.skipped else 0
+        self.consecutive = self.consecutive + 1 if result.skipped else 0
+        self._row = [*(self._row or [samples - self._config.samples_per_step]), samples] if result.skipped else []
         self.skipped += result.skipped
         self._times.add(step_s)
         tokens_per_s = self._config.train.tokens_per_step / step_s / self._ranks.world_size
@@ -107,7 +126,7 @@ class Recorder:
             metrics.STEP_S: step_s,
             metrics.DATA_PCT: 100 * data_s / step_s,
         }
-        self._pending.append((record, result.sums))
+        self._pending.append((record, result))
         self._ends.append(samples)
         self._own_s.append(result.own_s + data_s)
 
@@ -118,7 +137,7 @@ class Recorder:
             UserError: too many steps in a row were not finite.
         """
         if self._pending:
-            sums = torch.stack([sums for _, sums in self._pending])  # [steps, 4, K]
+            sums = torch.stack([result.sums for _, result in self._pending])  # [steps, 4, K]
             # one reduction for all: what a rank says of itself is a place of its own in a table of zeros
             own = torch.zeros((2, self._ranks.world_size), dtype=torch.float64)
             own[0, self._ranks.rank] = sum(self._own_s) / len(self._own_s)
@@ -129,10 +148,11 @@ class Recorder:
             own_s, memory = host[sums.numel() :].view(2, -1).tolist()
             records = [record for record, _ in self._pending]
             reduced = host[: sums.numel()].view(sums.shape).tolist()
-            for record, end, of_step in zip(records, self._ends, reduced, strict=True):
-                self._complete(record, of_step, max(memory))
-                if self._ranks.rank == 0:
-                    self._notes.step(record, dict(zip(self._plan.names, map(int, of_step[SAMPLES]), strict=True)), end)
+            for (record, result), end, of_step in zip(self._pending, self._ends, reduced, strict=True):
+                self._complete(record, of_step, max(memory), learned=not result.skipped)
+                what = self._notes.look(record, result.why)  # alike on all ranks
+                if what is not None:
+                    self._tell(record, what, dict(zip(self._plan.names, map(int, of_step[SAMPLES]), strict=True)), end, result)
             if self._ranks.rank == 0:
                 self._notes.times(records[-1][metrics.STEP], own_s)
             self._pending, self._ends, self._own_s = [], [], []
@@ -140,11 +160,57 @@ class Recorder:
             if shown:
                 self._show(records[-1])
         if self.in_trouble:
-            raise UserError(
-                f"{self._consecutive} steps in a row had a loss or gradient that was not finite "
+            raise self._trouble()
+
+    def _trouble(self) -> UserError:
+        """Why the run cannot go on, and where it can be started again."""
+        if self._config.train.skip is None:
+            return UserError(
+                f"{self.consecutive} steps in a row had a loss or gradient that was not finite "
                 f"(train.max_consecutive_skips); the weights are those before them. The last checkpoint is in "
                 f"{self._run_dir.checkpoints}. Look at the samples of these steps, which events.log names, or lower optim.lr"
             )
+        first, last = self._plan.skips.number(self._row[0]), self._plan.skips.end(self._row[-1]) - 1
+        ranges = [[a, b] for a, b in Skips([*self._config.data.skip, (first, last)]).ranges]
+        before = [
+            f"{self._run_dir.path}@{files.step_of(one)}"
+            for one in files.all_of(self._run_dir.checkpoints)
+            if files.STATE.read(one / files.TRAINER)["samples"] <= self._row[0]
+        ]
+        where = f"checkpoint.branch_from={before[-1]} " if before else "from the beginning, with "
+        return TrainingFailed(
+            f"{self.consecutive} steps in a row were skipped (train.max_consecutive_skips): their losses or gradient norms are "
+            "not finite, or stand out from those before (train.skip). Go on from before them without their samples, in a run "
+            f"directory of its own: {where}data.skip='{ranges}'. If they stand out again, what went wrong lies before them: "
+            "take an earlier checkpoint, or a lower optim.lr"
+        )
+
+    def _tell(self, record: metrics.Record, what: str, rows: dict[str, int], end: int, result: StepResult) -> None:
+        """Note a step that is odd, and name the rows of largest loss. Called by all ranks."""
+        own: list[tuple[float, int]] = []
+        if result.row_losses is not None and result.rows is not None:
+            labels = self._config.window_length
+            ordered = sorted(zip(result.row_losses.tolist(), result.rows.tolist(), strict=True), key=_largest_first)
+            own = [(loss / labels, sample) for loss, sample in ordered[:_NAMED]]
+        found: list[Any] = [None] * self._ranks.world_size
+        torch.distributed.all_gather_object(found, own)
+        if self._ranks.rank:
+            return
+        worst = sorted({sample: (loss, sample) for part in found for loss, sample in part}.values(), key=_largest_first)
+        first = self._plan.skips.number(end - sum(rows.values()))
+        self._notes.tell(record, what, rows, (first, self._plan.skips.end(end) - 1), list(map(self._row_text, worst[:_NAMED])))
+
+    def _row_text(self, row: tuple[float, int]) -> str:
+        """A window by its loss, source, file and documents."""
+        loss, sample = row
+        [source_id], [window], [offset] = (part.tolist() for part in self._plan.places([sample]))
+        source, length = self._data.sources[source_id], self._config.window_length
+        begin = window * length + offset
+        try:
+            where = places.described(source, begin, begin + length + 1)
+        except (UserError, OSError) as error:  # the file may be what is wrong
+            where = f"{source.path} ({error})"
+        return f"sample {sample} {loss:.4g} ({source.name}: {where})"
 
     def finish(self) -> None:
         """The run ends: nothing may be left unwritten. Rank 0.
@@ -183,12 +249,12 @@ class Recorder:
         left = self._times.eta_s(total - record[metrics.STEP])
         say(metrics.format_step(record, total, eta_s=left, memory_total_gib=self._memory_total))
 
-    def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float) -> None:
+    def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float, *, learned: bool) -> None:
         """Fill in what the reduction brought, and count the samples in the ledger. sums: [4, K], see batch.py."""
         losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
         expected = self._config.samples_per_step
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
-        self._ledger.merge([int(count) for count in samples])
+        self._ledger.merge([int(count) for count in samples], learned=learned)
         number = sum(labels)  # 0 where all are masked: a mean over nothing stays None
         record[metrics.LOSS] = math.fsum(losses) / number if number else None
         if self._config.train.z_loss:
@@ -221,6 +287,12 @@ class Recorder:
         if self._tracker is not None:
             for record in records:
                 self._tracker.log(record, record[metrics.STEP])
+
+
+def _largest_first(row: tuple[float, int]) -> tuple[float, int]:
+    """Orders rows; what is no number comes first of all."""
+    loss, sample = row
+    return (-math.inf if math.isnan(loss) else -loss), sample
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import human, table
+from megatron_synth.train.checkpoint import branch
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.shapes import LedgerInfo
@@ -30,6 +31,11 @@ def summary(path: Path) -> str:
     done = f"step {last[metrics.STEP]:,} of {config['train']['steps']:,}"
     tokens = f", {last[metrics.TOKENS]:,} tokens" if metrics.TOKENS in last else ""
     lines = [f"run {run.id} in {run.path}: {done}{tokens}; {info['layout']} on {info['device']}"]
+    trunk = branch.kept(run.path)
+    if trunk is not None:
+        of_trunk = trunk.samples * ledger["sequence_length"] if ledger is not None else None
+        parts = "" if of_trunk is None else f": {of_trunk:,} tokens are the trunk's"
+        lines.append(f"branch of {trunk.name}{parts}, and its loss is not independent of other branches'")
     for name, text, form in (
         (metrics.LOSS, "training loss {}, the mean of the last {} steps", "{:.4f}".format),
         (metrics.TOKENS_PER_SEC, "{} tokens/s per rank, the median of the last {} steps", human),

@@ -109,7 +109,7 @@ def test_an_interrupted_eval_says_what_is_kept(
 ) -> None:
     from megatron_synth.cli import eval as verb
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verb, "_evaluate", interrupted)

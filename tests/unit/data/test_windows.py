@@ -169,7 +169,7 @@ def test_a_label_is_the_next_token_of_its_own_source() -> None:
         assert torch.equal(moved.loss_mask.reshape(18, LENGTH), expected)
         # sums by source, window by window
         losses = torch.rand(3, 48)
-        sums = sums_per_source(losses, None, moved, 3)
+        sums, _ = sums_per_source(losses, None, moved, 3)
         for source in range(3):
             own = (moved.sources == source)[:, None] & expected
             assert sums[LABELS, source] == own.sum() and sums[SAMPLES, source] == (moved.sources == source).sum()

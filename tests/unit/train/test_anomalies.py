@@ -28,7 +28,9 @@ def notes(ranks: int = 1, **settings: Any) -> tuple[Notes, Events]:
 
 def step(made: Notes, number: int, loss: float, norm: float = 1.0) -> None:
     record = {"step": number, "train/loss": loss, "train/loss/web": loss, "train/loss/qa": 2 * loss, "optim/grad_norm": norm}
-    made.step(record, {"web": 5, "qa": 3, "idle": 0}, 8 * number)
+    what = made.look(record)
+    if what is not None:
+        made.tell(record, what, {"web": 5, "qa": 3, "idle": 0}, (8 * number - 8, 8 * number - 1))
 
 
 def test_a_spike_is_noted_with_its_samples_and_sources() -> None:
