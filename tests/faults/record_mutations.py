@@ -284,7 +284,8 @@ def _verb(*arguments: str) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = cli.main(list(arguments))
-    if code not in (0, 1, 2) or (code == 2) != err.getvalue().startswith("error: "):
+    errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]  # notes may stand before it
+    if code not in (0, 1, 2) or (code == 2) != (len(errors) == 1):
         raise Broken(f"{arguments}: exit {code}, {err.getvalue()[:300]}")
     return out.getvalue()
 
