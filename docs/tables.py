@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (sys.executable, "-m", "benchmarks")
@@ -24,6 +25,7 @@ DOCUMENTS = [
         "README.md",
         "docs/benchmarks.md",
         "docs/cluster.md",
+        "docs/collapse.md",
         "docs/fp8.md",
         "docs/gpu-rehearsal.md",
         "docs/kernels.md",
@@ -251,6 +253,65 @@ def gpu_rehearsal() -> str | None:
     return written.read_text().strip() if written.exists() else None
 
 
+def _generation(study: str) -> dict[str, Any]:
+    """What the report of a study says of the text that it made."""
+    file = ROOT / "runs" / "study" / study / "report" / "generation.json"
+    if not file.is_file():
+        sys.exit(f"{file}: run `make {study}` first")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def _change(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "n/a"
+    low, high = one["interval"]
+    return f"{100 * one['value']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _foot(study: str, content: dict[str, Any]) -> str:
+    made = content["corpora"]
+    commit = (made[-1]["git"] or {}).get("commit", "no commit")[:10]
+    processor = sum(one["processor_seconds"] for one in made)
+    return f"`make {study}`, {made[-1]['finished'][:10]}, {commit}; {len(made)} corpora, {processor:.0f} s of processor time."
+
+
+def collapse_rounds() -> str:
+    """Loss by round beside real text alone, with the verdict."""
+    content = _generation("collapse")
+    rows = [["loop", "protocol", "round 1", "round 2", "round 3 [90 %]", "slope per round [90 %]", "p rises", "verdict"]]
+    for loop in content["loops"]:
+        first, second, last = loop["contrast"]["by_round"]
+        steps = [f"{100 * one['value']:+.1f} %" for one in (first, second)]
+        tests = [_change(last), _change(loop["contrast"]["rise"]), f"{loop['p_rises']:.3f}", loop["verdict"]]
+        rows.append([loop["name"], loop["protocol"], *steps, *tests])
+    return f"{markdown(rows)}\n\n{_foot('collapse', content)}"
+
+
+def collapse_text() -> str:
+    """What the text of each round has lost; in brackets a natural draw of as many tokens."""
+    content = _generation("collapse")
+    rows = [["loop", "round", "tokens", "tail tokens lost", "KL(text, natural)", "KL(natural, text)"]]
+    for loop in content["loops"]:
+        for number, text in enumerate(loop["text"], start=1):
+            cells = [f"{100 * text['lost']:.1f} % ({100 * text['lost_by_chance']:.1f} %)"]
+            cells += [f"{text[key]:.3f} ({text[f'{key}_by_chance']:.3f})" for key in ("kl", "kl_reverse")]
+            rows.append([loop["name"], str(number), f"{text['tokens']:,.0f}", *cells])
+    return markdown(rows)
+
+
+def kinds() -> str:
+    """What the text of each kind cost and was worth."""
+    content = _generation("kinds")
+    heads = ["arm", "kept of asked", "written", "seconds", "generation / training", "loss", "at equal tokens [90 %]"]
+    rows = [[*heads, "at equal compute [90 %]"]]
+    for one in content["costs"]:
+        share = "n/a" if one["generation_flops"] is None else f"{one['generation_flops'] / one['train_flops']:.3f}"
+        made = [f"{one['kept']:,.0f} of {one['asked']:,.0f}", f"{one['tokens_out']:,.0f}", f"{one['seconds']:.0f}", share]
+        rows.append([one["arm"], *made, f"{one['loss']:.3f}", _change(one["equal_tokens"]), _change(one["equal_compute"])])
+    return f"{markdown(rows)}\n\n{_foot('kinds', content)}"
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "sizes": sizes,
     "quickstart": quickstart,
@@ -259,6 +320,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "loader-peers": loader_peers,
     "prepare": prepare,
     "levers": levers,
+    "collapse-rounds": collapse_rounds,
+    "collapse-text": collapse_text,
+    "kinds": kinds,
     "coverage": coverage,
     "filters": filters,
     "launch": launch,

@@ -1,30 +1,37 @@
 """`megatron-synth bench gpu`: everything that one GPU has to show, in one command and within ten minutes.
 
 Every part runs in processes of its own, within a budget of its own, and the file is written after each: a part that crashes or
-hangs loses only itself. Cheap parts that tell most come first. A command that was cut off goes on where it was, part by part;
-a part that was cut off keeps the blocks of steps that it had measured. `--smoke` runs the same parts with tiny models on
-whatever there is, a CPU included.
+hangs loses only itself. Cheap parts that tell most come first. A command that was cut off, by SIGKILL too, goes on where it
+was, part by part; a part that was cut off keeps the blocks of steps that it had measured until it runs again. What is being
+measured is in a folder beside the file, `FILE.running`. `--smoke` runs the same parts with tiny models on whatever there is, a
+CPU included.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say
+from megatron_synth.core.processes import end_with_parent
 
 SMOKE_PATIENCE = 6
 """A smoke run may stand on a busy CPU: its budgets are there to end what hangs."""
@@ -63,7 +70,9 @@ ADVICE: tuple[tuple[str, str], ...] = (
 """What to try when a part fails, by what it printed; the first that is found."""
 
 
-def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str], *, again: bool = False) -> bool:
+def measure(
+    selected: Sequence[Part], smoke: bool, file: Path, command: Sequence[str], *, again: bool = False, patience: int = 1
+) -> bool:
     """Run parts and write `file` after each; whether none failed.
 
     Args:
@@ -72,6 +81,7 @@ def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence
         file: JSON to write. Parts that it has, done, by the same commit on the same device, are not run again.
         command: how this was called, for the head of the table.
         again: leave out nothing, and what `file` holds.
+        patience: by which budgets are multiplied, on a machine that others keep busy.
 
     Raises:
         UserError: there is no GPU, and this is no smoke run; or `file` is of another commit or device.
@@ -84,18 +94,24 @@ def measure(selected: Sequence[Part], smoke: bool, file: Path, command: Sequence
     document: dict[str, Any] = {**header("bench", ["gpu", *command]), "parts": {}}
     if not again:
         document["parts"] = _parts_before(file, document)
-    with tempfile.TemporaryDirectory() as folder:
-        data: Path | None = None
-        for part in selected:
-            before = document["parts"].get(part.name)
-            if before is not None and before["status"] in ("done", "skipped") and before.get("command") == list(part.command):
-                say(f"{part.name}: {before['status']} before")
-                continue
-            if data is None and any("{data}" in argument for argument in part.command):
-                data = random_source(Path(folder) / "data", 400_000 if smoke else 40_000_000)
-            found = _run(part, Path(folder), data, part.budget_s * (SMOKE_PATIENCE if smoke else 1))
-            document["parts"][part.name] = {"command": list(part.command), **found}
-            write_json(file, document)
+    folder = file.with_name(file.name + ".running")
+    folder.mkdir(exist_ok=True)
+    if (interrupted := _interrupted(folder)) and not again:
+        document["parts"] = interrupted | document["parts"]
+        write_json(file, document)
+    data: Path | None = None
+    for part in selected:
+        before = document["parts"].get(part.name)
+        if before is not None and before["status"] in ("done", "skipped") and before.get("command") == list(part.command):
+            say(f"{part.name}: {before['status']} before")
+            continue
+        if data is None and any("{data}" in argument for argument in part.command):
+            data = random_source(folder / "data", 400_000 if smoke else 40_000_000)
+        found = _run(part, folder, data, part.budget_s * patience * (SMOKE_PATIENCE if smoke else 1))
+        document["parts"][part.name] = {"command": list(part.command), **found}
+        write_json(file, document)
+        (folder / _RUNNING).unlink(missing_ok=True)
+    shutil.rmtree(folder)
     say("\n" + "\n".join([*header_lines(document), "", *_table(document)]))
     say(f"\nwritten to {file}; `megatron-synth bench report {file}` draws and compares")
     return not any(part["status"] in ("failed", "over its budget") for part in document["parts"].values())
@@ -114,6 +130,35 @@ def _parts_before(file: Path, document: dict[str, Any]) -> dict[str, Any]:
     if same:
         raise UserError(f"{file} is of another {same[0]}; name another file with --json, or write it anew with --again")
     return parts
+
+
+def _interrupted(folder: Path) -> dict[str, Any]:
+    """The part that an earlier call was killed in, with what it had measured; its processes, if any are left, are ended.
+
+    They would hold the GPU's memory and time while others are measured.
+    """
+    try:
+        told = json.loads((folder / _RUNNING).read_text())
+        name, command, mark = str(told["part"]), list(told["command"]), str(told["mark"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark:
+                process.kill()
+                process.wait(10)
+    (folder / _RUNNING).unlink()
+    try:
+        result = json.loads((folder / "part.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: {"command": command, "status": "cut off", "took_s": 0.0, "result": result}}
+
+
+_RUNNING = "running.json"
+"""What is being measured: name and command of the part, and the mark of its processes."""
+_MARK = "MEGATRON_SYNTH_BENCH_PART"
+"""Variable of the environment by which the processes of a part are known, their children too."""
 
 
 def fitting(file: str, overrides: Sequence[str], memory: int, engines: int = 1) -> tuple[list[str], str]:
@@ -233,12 +278,19 @@ def _run(part: Part, folder: Path, data: Path | None, budget_s: float) -> dict[s
     file = folder / "part.json"
     file.unlink(missing_ok=True)
     command = [argument.replace("{json}", str(file)).replace("{data}", str(data)) for argument in part.command]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    mark = secrets.token_hex(8)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), _MARK: mark}
+    write_json(folder / _RUNNING, {"part": part.name, "command": list(part.command), "mark": mark})
     began = time.perf_counter()
     log = folder / "part.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: end_with_parent(signal.SIGKILL),
         )
         try:
             status = "done" if process.wait(budget_s) == 0 else "failed"

@@ -15,13 +15,16 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from tests.nocuda.ordered import ordered
 
 TORCH_KERNELS = tuple(
     f"kernels.{name}=torch"
@@ -62,8 +65,19 @@ class Numbers(TorchDispatchMode):
             return result
         given, options = tree_map(_on_host, (args, kwargs))
         replaced = _REPLACED.get(f"{name}.{func._overloadname}", _REPLACED.get(name, func))
-        computed = replaced(*given, **options)
-        return _written(result, computed)
+        with _device_at_work():
+            return _written(result, replaced(*given, **options))
+
+
+@contextmanager
+def _device_at_work() -> Iterator[None]:
+    """Within, this process does what the device would: memory that is guarded from the host (order.c) is open to it."""
+    library = ctypes.CDLL(None)
+    library.nocuda_open(1)
+    try:
+        yield
+    finally:
+        library.nocuda_open(0)
 
 
 def _written(result: Any, computed: Any) -> Any:
@@ -221,7 +235,7 @@ def main() -> int:
     assert "NOCUDA_NUMBERS" in os.environ, "set NOCUDA_NUMBERS=1: the device must hand out what the CPU has computed"
     from megatron_synth.cli.main import main as run
 
-    with Numbers():
+    with Numbers(), ordered() if "NOCUDA_ORDER" in os.environ else nullcontext():
         return run(sys.argv[1:])
 
 

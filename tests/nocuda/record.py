@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,6 +89,16 @@ class Counts:
         )
 
 
+PARTS = {
+    "Triton's launches": "/triton/",
+    "megatron-core": "/megatron/core/",
+    "torch, in Python": "/torch/",
+    "this package": "megatron_synth",
+    "torch, in C++": "~",
+}
+"""Whose code the host runs in a step -> what its files are known by; `~` is what is built in. The first that fits."""
+
+
 def short(name: str) -> str:
     """A kernel's name as a person reads it: of torch's mangled templates, the words that tell them apart."""
     if name.startswith("triton:"):
@@ -121,12 +131,27 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def place() -> str:
+    """The innermost lines of Python outside of torch, at most four: `train/step.py:232 < train/loop.py:310`."""
+    lines: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(lines) < 4:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and "/nocuda/" not in file:
+            lines.append(f"{'/'.join(file.split('/')[-2:])}:{frame.f_lineno}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(lines)
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)
 def _locate(out: int, size: int) -> None:
-    frames = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
-    lines = [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in reversed(frames[-4:])]
-    text = " < ".join(lines).encode()[: size - 1]
+    text = place().encode()[: size - 1]
     ctypes.memmove(out, text + b"\0", len(text) + 1)
+
+
+def locate_with(library: ctypes.CDLL) -> None:
+    """Let the device ask for the lines of Python that made a call."""
+    library.nocuda_locate(_locate)
 
 
 @contextmanager
@@ -136,7 +161,7 @@ def recording(file: Path, trace: str = "") -> Iterator[None]:
     Launches whose names hold `trace` are told with their place, too.
     """
     library = _library()
-    library.nocuda_locate(_locate)
+    locate_with(library)
     library.nocuda_trace(trace.encode())
     library.nocuda_record(1)
     try:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +28,8 @@ from megatron_synth.estimate.memory import memory_per_rank
 from megatron_synth.parallel.groups import process_group
 from megatron_synth.parallel.plan import plan
 from megatron_synth.train.batch import TensorBatch
-from tests.nocuda.record import Counts, read, recording
+from tests.nocuda.ordered import ordered
+from tests.nocuda.record import PARTS, Counts, read, recording
 
 
 def options() -> argparse.ArgumentParser:
@@ -35,11 +40,13 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, default=0, help="tokens of a document; 0: each row is one")
     parser.add_argument("--world", type=int, default=1, help="ranks of the whole run, this process being --rank")
     parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--nccl", action="store_true", help="collectives by NCCL's calls in place of torch's fake ones")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument(
         "--trace", default="", metavar="TEXT", help="also tell where kernels are launched whose names hold TEXT"
     )
+    parser.add_argument("--memory", action="store_true", help="what is allocated at the peak, by size and place")
     parser.add_argument("--profile", action="store_true", help="where the host spends a step's time")
     return parser
 
@@ -54,6 +61,36 @@ def in_documents(batch: TensorBatch, config: Config, length: int) -> TensorBatch
     return replace(batch, documents=Documents(starts, length, positions))
 
 
+def at_peak() -> list[str]:
+    """What of the recorded allocations was there at the moment of the peak: megabytes, number, size of one, place."""
+    alive: dict[int, tuple[int, str]] = {}
+    total = most = 0
+    found: list[tuple[int, str]] = []
+    for event in torch.cuda.memory._snapshot()["device_traces"][0]:
+        if event["action"] == "alloc":
+            frames = [f for f in event["frames"] if "/torch/" not in f["filename"] and "/nocuda/" not in f["filename"]]
+            place = " < ".join(f"{'/'.join(f['filename'].split('/')[-2:])}:{f['line']}" for f in frames[:3])
+            alive[event["addr"]] = event["size"], place
+            total += event["size"]
+            if total > most:
+                most, found = total, list(alive.values())
+        elif event["action"] == "free_requested" and event["addr"] in alive:
+            total -= alive.pop(event["addr"])[0]
+    counted = sorted(Counter(found).items(), key=lambda one: -one[0][0] * one[1])
+    return [f"{size * n / 1e6:10.1f} MB {n:5d} x {size:12,d}  {place}" for (size, place), n in counted[:40]]
+
+
+def host_parts(step: Callable[[], None]) -> dict[str, float]:
+    """Shares of the host's time in one step by whose code it runs; the backward pass in this thread, where it is seen."""
+    profile = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):
+        profile.runcall(step)
+    spent = dict.fromkeys([*PARTS, "other"], 0.0)
+    for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        spent[next((name for name, mark in PARTS.items() if mark in file), "other")] += own
+    return {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
+
+
 def main() -> None:
     asked = options().parse_intermixed_args()
     config = load_file(Config, asked.config, asked.overrides)
@@ -61,13 +98,15 @@ def main() -> None:
     if asked.world > 1:
         from tests.nocuda.one_of_many import pretend
 
-        pretend(asked.rank, asked.world)
-    with process_group(layout, 1) as ranks:
+        pretend(asked.rank, asked.world, nccl=asked.nccl)
+    with process_group(layout, 1) as ranks, ExitStack() as held:
         from megatron_synth.bench.train.engine import Engine, random_batches
         from megatron_synth.model.fp8 import setup
 
         trial = setup._disagreement
         setup._disagreement = lambda *given: (trial(*given), None)[1]  # it runs; its numbers mean nothing here
+        if "NOCUDA_ORDER" in os.environ:
+            held.enter_context(ordered())
         engine = Engine(config, layout, ranks)
         built = torch.cuda.memory_allocated()
         (batches,) = random_batches(config, layout, ranks, 1)
@@ -84,6 +123,11 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated()  # of a step that is not recorded: records take no device memory anyway
         with recording(asked.record, asked.trace):
             engine.step(batches)
+        if asked.memory:
+            torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=10**6)
+            held_before = torch.cuda.memory_allocated()
+            engine.step(batches)
+            print(f"{held_before / 1e6:10.1f} MB before the step", *at_peak(), sep="\n")
         if asked.profile:
             profile = cProfile.Profile()
             profile.runcall(engine.step, batches)
@@ -95,6 +139,7 @@ def main() -> None:
             "micro_batches": layout.num_microbatches,
             **asdict(Counts.of(read(asked.record))),
             "host_s": statistics.median(processor[1:]),
+            "host_parts": host_parts(lambda: engine.step(batches)),
             "wall_s": statistics.median(wall[1:]),
             "built_bytes": built,
             "peak_bytes": peak,

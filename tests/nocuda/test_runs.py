@@ -16,6 +16,7 @@ from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record import metrics
 from tests.nocuda.build import build, environment
 from tests.nocuda.numbers import TORCH_KERNELS
+from tests.nocuda.ordered import faults
 from tests.nocuda.rehearse import ROOT
 from tests.support import read_ledger, read_metrics, write_config, write_corpus
 
@@ -36,9 +37,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder / "base.yaml", write_corpus(folder / "corpus"))
 
 
-def command(*arguments: str, on_device: bool = True, code: int = 0, **more: str) -> str:
+def command(*arguments: str, on_device: bool = True, code: int = 0, order: Path | None = None, **more: str) -> str:
+    """What a run of the command line printed. order: a file that is told what streams do in a wrong order."""
     module = "tests.nocuda.numbers" if on_device else "megatron_synth"
     base = {**environment(build(ROOT / "build/nocuda")), "NOCUDA_NUMBERS": "1"} if on_device else dict(os.environ)
+    base |= {} if order is None else {"NOCUDA_ORDER": str(order)}
     base |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=base, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -57,7 +60,9 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_that_of_the_cpu_and_goes_on_as_one(case: str, config: Path, tmp_path: Path) -> None:
     settings = CASES[case]
-    printed = train(config, tmp_path / "device", *settings)
+    order = tmp_path / "order.txt"
+    printed = train(config, tmp_path / "device", *settings, order=order)
+    assert faults(order) == []
     assert "NVIDIA H200" in printed
     train(config, tmp_path / "cpu", *settings, on_device=False)
     # fp32: another order of sums; bf16 and FP8 round what these orders make
@@ -76,7 +81,10 @@ def test_a_run_is_that_of_the_cpu_and_goes_on_as_one(case: str, config: Path, tm
 
 def test_an_evaluation_is_that_of_the_cpu(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
-    on_device, on_cpu = (command("eval", str(tmp_path / "run"), on_device=here) for here in (True, False))
+    order = tmp_path / "order.txt"
+    on_device = command("eval", str(tmp_path / "run"), order=order)
+    on_cpu = command("eval", str(tmp_path / "run"), on_device=False)
+    assert faults(order) == []
     assert _numbers(on_device) == pytest.approx(_numbers(on_cpu), rel=1e-4) and _numbers(on_device)
 
 

@@ -70,15 +70,19 @@ def prepare(on_gpu: bool) -> str:
     """Import the engine once, for all processes to come.
 
     Returns:
-        How `RankGroup` is to start them: `fork`, or `spawn` where an import has initialized CUDA, as an optional library's may:
-        then a forked process could not use it, and each imports the engine by itself.
+        How `RankGroup` is to start them: `fork`, or `spawn` where CUDA was touched here and a forked process could not use it:
+        each then imports the engine by itself. An import may have initialized it, as an optional library's does, or devices
+        were counted by the runtime, since NVML is not to be had, as in some containers.
     """
     # torch then counts devices through the driver's library, and does not initialize CUDA
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     engine.load()
-    return "spawn" if on_gpu and torch.cuda.is_initialized() else "fork"
+    if not on_gpu:
+        return "fork"
+    touched = torch.cuda.is_initialized() or torch.cuda._device_count_nvml() < 0
+    return "spawn" if touched else "fork"
 
 
 class RankGroup:

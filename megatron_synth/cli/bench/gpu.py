@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_synth.bench.gpu import measure, memory_of_gpus, parts
+from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 EXIT_FAILED = 1
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="the same with tiny models, on a CPU too, in under a minute")
     parser.add_argument("--json", type=Path, default=Path("bench-gpu.json"), metavar="FILE", help="default bench-gpu.json")
     parser.add_argument("--again", action="store_true", help="run all of it anew, whatever the file has")
+    parser.add_argument("--patience", type=count, default=1, metavar="N", help="budgets times N, on a busy machine")
     parser.add_argument("--only", metavar="TEXT", help="parts whose name holds TEXT")
     return parser
 
@@ -35,4 +37,5 @@ def main(argv: list[str]) -> int:
     selected = [part for part in known if options.only is None or options.only in part.name]
     if not selected:
         raise UserError(f"--only {options.only}: no such part; there are: {', '.join(part.name for part in known)}")
-    return EXIT_OK if measure(selected, options.smoke, options.json, argv, again=options.again) else EXIT_FAILED
+    passed = measure(selected, options.smoke, options.json, argv, again=options.again, patience=options.patience)
+    return EXIT_OK if passed else EXIT_FAILED

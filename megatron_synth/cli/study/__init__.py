@@ -18,9 +18,9 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
-from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.execute.folder import Folder, Job
 from megatron_synth.study.plan.costs import Sources, check_sources, open_sources, require_prepared
-from megatron_synth.study.plan.runs import Run, expand
+from megatron_synth.study.plan.runs import Run, expand, jobs_of
 from megatron_synth.study.plan.study_file import Study, load_study
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--local", action="store_true", help="on this machine, one process per run")
     where.add_argument("--slurm", action="store_true", help="as job arrays")
     submit.add_argument("--jobs", type=count, help="runs at a time. Default: one per GPU, or one on a CPU; SLURM: per node")
-    submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs whose names or ids stand in FILE, a line each")
+    submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs and corpora whose names or ids stand in FILE")
     _slurm_options(submit)
     status = verbs.add_parser("status", help="done, running, failed, to do, and the time left")
     status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="again every so many seconds")
@@ -98,6 +98,7 @@ def _checked(opened: Opened) -> Sources:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.corpora_text import corpora_text
     from megatron_synth.study.execute.status_text import plan_text
     from megatron_synth.study.fit.worth import worth_table
 
@@ -105,6 +106,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     sources = open_sources(study, runs)
     uses = check_sources(study, runs, sources)
     say(plan_text(study, runs, sources, uses, folder, each=arguments.runs))
+    made = corpora_text(study, runs, folder, sources.required_vocab_size)
+    if made:
+        say(f"\n{made}")
     seen = [(arm, name, use.epochs or 0.0) for (arm, *_), use_of in uses.items() for name, use in use_of.items()]
     repeated = worth_table(seen)
     if repeated:
@@ -141,7 +145,8 @@ def _submit_all(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
     sources = _checked(opened)
-    chosen = _only(runs, arguments.only) if arguments.only else runs
+    jobs = jobs_of(runs)
+    chosen = _only(jobs, arguments.only) if arguments.only else jobs
     folder.prepare()
     write_atomic(folder.study, to_yaml(study))
     if arguments.slurm:
@@ -152,15 +157,15 @@ def _submit_all(arguments: argparse.Namespace) -> int:
     from megatron_synth.study.execute.local import Execution, Slots
 
     slots = Slots.of_machine(arguments.jobs)
-    return Execution(folder, chosen, slots, study.keep_checkpoints, sources.required_vocab_size).go()
+    return Execution(study, folder, chosen, slots, sources.required_vocab_size).go()
 
 
-def _only(runs: Sequence[Run], file: Path) -> list[Run]:
+def _only(jobs: Sequence[Job], file: Path) -> list[Job]:
     try:
         wanted = file.read_text(encoding="utf-8").split()
     except OSError as error:
         raise UserError(f"--only {file}: {error.strerror}") from None
-    by_name = {name: run for run in runs for name in (run.name, run.id)}
+    by_name = {name: job for job in jobs for name in (job.name, job.id)}
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
         raise UserError(f"--only {file}: no run of the study is called {', '.join(unknown[:3])}")
@@ -168,17 +173,19 @@ def _only(runs: Sequence[Run], file: Path) -> list[Run]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from megatron_synth.study.execute.corpora_text import corpora_text
     from megatron_synth.study.execute.status_text import status_text
 
     study, runs, folder = _open(arguments)
     while True:
-        text = status_text(study, runs, folder, each=arguments.runs)
+        parts = [status_text(study, runs, folder, each=arguments.runs), corpora_text(study, runs, folder)]
+        text = "\n\n".join(part for part in parts if part)
         if arguments.watch is None:
             say(text)
             return EXIT_OK
         # the screen is cleared with the text at hand, so that nothing flickers
         say(text, control="\033[H\033[2J" if sys.stdout.isatty() else "")
-        if all(folder.state(run) in ("done", "failed") for run in runs):
+        if all(folder.state(job) in ("done", "failed") for job in jobs_of(runs)):
             return EXIT_OK
         time.sleep(arguments.watch)
 

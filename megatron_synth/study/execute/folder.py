@@ -2,13 +2,14 @@
 
     study.yaml            the study as it was submitted last, everything resolved
     runs/<run>/           a run directory, with result.json once the run is finished
+    corpora/<corpus>/     a source that the study makes (making.py), with corpus.json once it is finished
     logs/<run>.log        what it printed
     state/<id>.json       its last failure, and how often it was tried
     state/<id>.lock       who trains it (core/lock.py)
     slurm/  report/       what `submit --slurm` and `report` write
 
-A run is finished when result.json is there, which is written last, as a whole. A process that is killed leaves its lock,
-which the next one takes over, and its checkpoints: the next submit goes on from there.
+A run is finished when result.json is there, a corpus when corpus.json is, which is written last, as a whole. A process that is
+killed leaves its lock, which the next one takes over, and its checkpoints or answers: the next submit goes on from there.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_json
+from megatron_synth.core.files import open_regular, write_json
 from megatron_synth.core.lock import Held, Lock, holder
 from megatron_synth.study.execute import shapes
-from megatron_synth.study.execute.shapes import Failure, Result
+from megatron_synth.study.execute.shapes import CorpusResult, Failure, Result
+from megatron_synth.study.plan.corpora import Corpus
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.shapes import LEDGER, RUN
 
 RESULT = "result.json"
+CORPUS = "corpus.json"
+Job = Run | Corpus
+"""What is executed: a run is trained, a corpus is made."""
 FORMAT_VERSION = 1
 State = Literal["done", "running", "failed", "stopped", "to do"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
@@ -79,17 +84,17 @@ class Folder:
                 return found
         return wanted
 
-    def log(self, run: Run) -> Path:
-        """What a run printed."""
-        return self.path / "logs" / f"{run.name}.log"
+    def log(self, job: Job) -> Path:
+        """What a job printed."""
+        return self.path / "logs" / f"{job.name}.log"
 
-    def failure_file(self, run: Run) -> Path:
-        """The last failure of a run."""
-        return self.path / "state" / f"{run.id}.json"
+    def failure_file(self, job: Job) -> Path:
+        """The last failure of a job."""
+        return self.path / "state" / f"{job.id}.json"
 
-    def lock_file(self, run: Run) -> Path:
-        """Locked while a run is trained."""
-        return self.path / "state" / f"{run.id}.lock"
+    def lock_file(self, job: Job) -> Path:
+        """Locked while somebody works at a job."""
+        return self.path / "state" / f"{job.id}.lock"
 
     # ---- reading
 
@@ -101,14 +106,30 @@ class Folder:
         """
         return shapes.RESULT.read_optional(self.run(run) / RESULT)
 
-    def failure(self, run: Run) -> Failure | None:
-        """The last failure; None if there is none. UserError if its record is damaged."""
-        return shapes.FAILURE.read_optional(self.failure_file(run))
+    def corpus(self, corpus: Corpus) -> CorpusResult | None:
+        """What was made of a corpus; None while it is not finished.
 
-    def describe_failure(self, run: Run) -> str | None:
+        Raises:
+            UserError: the file is damaged.
+        """
+        return shapes.CORPUS.read_optional(corpus.folder / CORPUS)
+
+    def finished_file(self, job: Job) -> Path:
+        """The file that is there when a job is done."""
+        return job.folder / CORPUS if isinstance(job, Corpus) else self.run(job) / RESULT
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a job is finished."""
+        return self.finished_file(job).is_file()
+
+    def failure(self, job: Job) -> Failure | None:
+        """The last failure; None if there is none. UserError if its record is damaged."""
+        return shapes.FAILURE.read_optional(self.failure_file(job))
+
+    def describe_failure(self, job: Job) -> str | None:
         """The last failure in a line, also if its record is damaged; None if there is none."""
         try:
-            failure = self.failure(run)
+            failure = self.failure(job)
         except UserError as error:
             return str(error).splitlines()[0]
         if failure is None:
@@ -116,20 +137,21 @@ class Folder:
         first_line = next(iter(failure["message"].splitlines()), "no message")
         return f"attempt {failure['attempts']}, {first_line}"
 
-    def is_locked(self, run: Run) -> bool:
-        """Whether a process trains the run now."""
-        found = holder(self.lock_file(run))
+    def is_locked(self, job: Job) -> bool:
+        """Whether a process works at the job now."""
+        found = holder(self.lock_file(job))
         return found is not None and found.is_fresh(time.time())
 
-    def state(self, run: Run) -> State:
-        """How far a run is."""
-        if (self.run(run) / RESULT).is_file():
+    def state(self, job: Job) -> State:
+        """How far a job is."""
+        if self.is_done(job):
             return "done"
-        if self.is_locked(run):
+        if self.is_locked(job):
             return "running"
-        if self.failure_file(run).is_file():
+        if self.failure_file(job).is_file():
             return "failed"
-        return "stopped" if (self.run(run) / "run.json").is_file() else "to do"
+        begun = job.folder / "text" if isinstance(job, Corpus) else self.run(job) / "run.json"
+        return "stopped" if begun.exists() else "to do"
 
     def steps_done(self, run: Run) -> int:
         """Steps that a run has recorded: the whole of them once it is finished."""
@@ -139,26 +161,26 @@ class Folder:
 
     # ---- writing
 
-    def record_failure(self, run: Run, exit_code: int, message: str) -> None:
+    def record_failure(self, job: Job, exit_code: int, message: str) -> None:
         """Note a failed attempt."""
         try:
-            before = self.failure(run)
+            before = self.failure(job)
         except UserError:  # damaged: this one replaces it
             before = None
         attempts = (before["attempts"] if before else 0) + 1
         content = {"attempts": attempts, "exit_code": exit_code, "message": message, "time": _now()}
-        write_json(self.failure_file(run), {"run": run.name, **content})
+        write_json(self.failure_file(job), {"run": job.name, **content})
 
-    def clear_failure(self, run: Run) -> None:
-        """Forget the failures of a run that is finished."""
-        self.failure_file(run).unlink(missing_ok=True)
+    def clear_failure(self, job: Job) -> None:
+        """Forget the failures of a job that is finished."""
+        self.failure_file(job).unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, run: Run) -> Iterator[bool]:
-        """Hold the lock of a run; False when another process has it."""
+    def lock(self, job: Job) -> Iterator[bool]:
+        """Hold the lock of a job; False when another process has it."""
         with ExitStack() as held:
             try:
-                held.enter_context(Lock(self.lock_file(run), "study submit"))
+                held.enter_context(Lock(self.lock_file(job), "study submit"))
             except Held:
                 yield False
             else:
@@ -213,12 +235,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_step(path: Path, tail: int = 65536) -> int:
-    """Step of the last whole record of a metrics.jsonl, read from its end; 0 if there is none."""
+    """Step of the last whole record of a metrics.jsonl, read from its end; 0 if there is none, or nobody can read it."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    except OSError:
         return 0
     for line in reversed(lines[:-1]):
         try:

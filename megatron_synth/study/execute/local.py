@@ -1,7 +1,8 @@
 """Many runs on one machine: a process that has imported the engine once forks one process per run.
 
 Runs that are finished are skipped, runs that were stopped or killed go on from their checkpoints, and one that fails
-does not hold up the others.
+does not hold up the others. Corpora that the study makes are jobs beside them: one begins when the runs are finished whose
+models write it, and a run when the corpora are there that it reads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import psutil
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.core.log import compact, duration, say, show
-from megatron_synth.study.execute.folder import Folder
-from megatron_synth.study.plan.runs import Run
+from megatron_synth.study.execute.folder import Folder, Job
+from megatron_synth.study.plan.corpora import Corpus, generating
+from megatron_synth.study.plan.runs import Run, needs_of
+from megatron_synth.study.plan.study_file import Study
 
 _POLL_S = 0.2
 _TICK_S = 1.0
@@ -113,7 +116,7 @@ class Progress:
 
 @dataclass
 class _Child:
-    run: Run
+    job: Job
     places: list[int]
     began: float
     first_step: int
@@ -122,16 +125,26 @@ class _Child:
 
 @dataclass
 class Execution:
-    """The runs of one call, in order."""
+    """The jobs of one call, in order.
 
+    jobs: runs to train, and corpora to make. What a job needs may be elsewhere, and must then be finished or under way there.
+    """
+
+    study: Study
     folder: Folder
-    runs: Sequence[Run]
+    jobs: Sequence[Job]
     slots: Slots
-    keep_checkpoints: bool
     vocab_size: int
     stop: bool = False
     interrupts: int = 0
     children: dict[int, _Child] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    """Ids of jobs that were seen to be finished."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs among the jobs."""
+        return [job for job in self.jobs if isinstance(job, Run)]
 
     def go(self) -> int:
         """Run all that is not finished. Returns 0: all done, 1: some failed, 75: stopped on request."""
@@ -139,22 +152,30 @@ class Execution:
 
         places = len(self.slots.free)
         waiting = self._waiting(places)
-        skipped = len(self.runs) - len(waiting)
-        say(f"{len(waiting)} runs to train, {skipped} finished already; {places} x {self.slots.kind}")
+        skipped = len(self.jobs) - len(waiting)
+        corpora = [job for job in waiting if isinstance(job, Corpus)]
+        made = f", {len(corpora)} corpora to make" if corpora else ""
+        say(f"{len(waiting) - len(corpora)} runs to train{made}, {skipped} finished already; {places} x {self.slots.kind}")
         if not waiting:
             return EXIT_OK
-        import_once()
+        self.kept = generating(job for job in self.jobs if isinstance(job, Corpus))
+        for run in self.runs:
+            self.kept |= generating(corpus for corpus in run.corpora.values())
+        import_once(generates=bool(corpora))
         sys.stdout.flush()
         self._listen()
         self.progress = Progress(self.folder, self.runs, self.vocab_size)
-        self.total, self.finished, self.failed = len(self.runs), skipped, 0
+        self.total, self.finished, self.failed = len(self.jobs), skipped, 0
         shown, told = time.monotonic(), False
         while self.children or (waiting and not self.stop):
-            while waiting and not self.stop:
-                places_taken = self.slots.take(waiting[0].ranks)
+            while not self.stop and (job := self._next(waiting)) is not None:
+                places_taken = self.slots.take(job.ranks)
                 if places_taken is None:
                     break
-                self._fork(waiting.pop(0), places_taken)
+                waiting.remove(job)
+                self._fork(job, places_taken)
+            if not self.children and waiting and not self.stop and not self._is_coming(waiting):
+                break
             self._reap(waiting)
             if self.stop and not told:
                 told = True
@@ -167,18 +188,48 @@ class Execution:
             show("", control="\r\033[K", end="")
         took = duration(time.monotonic() - self.progress.began)
         # others may have finished theirs meanwhile
-        finished = sum(self.folder.result(run) is not None for run in self.runs)
-        elsewhere = sum(self.folder.is_locked(run) for run in self.runs)
+        finished = sum(self.folder.is_done(job) for job in self.jobs)
+        elsewhere = sum(self.folder.is_locked(job) for job in self.jobs)
         others = f", {elsewhere} trained by another process" if elsewhere else ""
-        say(f"{finished} of {self.total} runs finished, {self.failed} failed{others}, in {took}")
+        what = "runs" if len(self.runs) == len(self.jobs) else "runs and corpora"
+        say(f"{finished} of {self.total} {what} finished, {self.failed} failed{others}, in {took}")
+        self._tell_what_waits(waiting)
         if self.stop:
             say("stopped on request: finished runs are kept, others go on from their checkpoints; the same command goes on")
             return EXIT_STOPPED
         return 1 if self.failed or finished < self.total else EXIT_OK
 
-    def _waiting(self, places: int) -> list[Run]:
-        waiting = [run for run in self.runs if self.folder.result(run) is None]
-        too_large = [run for run in waiting if run.ranks > places]
+    def _next(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job that has what it needs."""
+        return next((job for job in waiting if all(map(self._is_done, needs_of(job)))), None)
+
+    def _is_done(self, job: Job) -> bool:
+        if job.id not in self.done and self.folder.is_done(job):
+            self.done.add(job.id)
+        return job.id in self.done
+
+    def _is_coming(self, waiting: Sequence[Job]) -> bool:
+        """Whether another process works at something that a waiting job needs."""
+        needed = {need.id: need for job in waiting for need in needs_of(job) if not self._is_done(need)}
+        return any(map(self.folder.is_locked, needed.values())) or self._next(waiting) is not None
+
+    def _tell_what_waits(self, waiting: Sequence[Job]) -> None:
+        """Say what was not begun, as something that it needs is not there."""
+        if not waiting or self.stop:
+            return
+        needed = dict.fromkeys(need.name for job in waiting for need in needs_of(job) if not self._is_done(need))
+        mine = {job.name for job in waiting}
+        first = [name for name in needed if name not in mine]
+        more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+        say(f"{len(waiting)} wait for what is not finished: {', '.join(first[:3])}{more}")
+
+    def _waiting(self, places: int) -> list[Job]:
+        waiting = []
+        for job in self.jobs:
+            done = self.folder.corpus(job) if isinstance(job, Corpus) else self.folder.result(job)  # a damaged one is told
+            if done is None:
+                waiting.append(job)
+        too_large = [job for job in waiting if isinstance(job, Run) and job.ranks > places]
         if too_large:
             need = max(run.ranks for run in too_large)
             names = ", ".join(sorted({run.size for run in too_large}))
@@ -202,29 +253,37 @@ class Execution:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, handle)
 
-    def _fork(self, run: Run, places: list[int]) -> None:
-        from megatron_synth.study.execute import worker
-
+    def _fork(self, job: Job, places: list[int]) -> None:
         parent = os.getpid()
-        first = self.folder.steps_done(run)
+        first = self.folder.steps_done(job) if isinstance(job, Run) else 0
         sys.stdout.flush()
         sys.stderr.flush()
         # a stop request between the fork and the entry in `children` must not be lost
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
-            code = worker.EXIT_FAILED
+            code = 1
             try:
                 for number in _SIGNALS:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                code = worker.work(self.folder, run, places if self.slots.gpus else (), self.keep_checkpoints, parent)
+                code = self._body(job, places if self.slots.gpus else (), parent)
             finally:
                 os._exit(code)  # nothing of the parent's is to be cleaned up here
-        self.children[pid] = _Child(run, places, time.monotonic(), first)
+        self.children[pid] = _Child(job, places, time.monotonic(), first)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-    def _reap(self, waiting: list[Run]) -> None:
+    def _body(self, job: Job, devices: Sequence[int], parent: int) -> int:
+        """What a forked process does; its exit code."""
+        from megatron_synth.study.execute import worker
+
+        if isinstance(job, Corpus):
+            return worker.make(self.study, self.folder, job, devices, parent)
+        # the weights of a run whose model generates are needed as long as the study goes on
+        keep = self.study.keep_checkpoints or job.id in self.kept
+        return worker.work(self.folder, job, devices, keep, parent)
+
+    def _reap(self, waiting: list[Job]) -> None:
         from megatron_synth.study.execute.worker import EXIT_TAKEN
 
         for pid in list(self.children):
@@ -237,43 +296,54 @@ class Execution:
             self.slots.give_back(child.places)
             code = os.waitstatus_to_exitcode(status)
             seconds = time.monotonic() - child.began
-            run = child.run
+            job = child.job
             if code == EXIT_OK:
-                steps = run.config.train.steps - child.first_step
-                self.progress.finished(run, seconds, steps * run.config.train.tokens_per_step)
+                if isinstance(job, Run):
+                    steps = job.config.train.steps - child.first_step
+                    self.progress.finished(job, seconds, steps * job.config.train.tokens_per_step)
                 self.finished += 1
-                self._tell(f"{run.name} done in {seconds:.0f} s, {self._losses(run)}", waiting)
+                self._tell(f"{job.name} done in {seconds:.0f} s, {self._made(job)}", waiting)
             elif code == EXIT_TAKEN:
-                self._tell(f"{run.name} is trained by another process; left to it", waiting)
+                what = "made" if isinstance(job, Corpus) else "trained"
+                self._tell(f"{job.name} is {what} by another process; left to it", waiting)
             elif not (self.stop and (code == EXIT_STOPPED or (self.interrupts > 1 and code == -signal.SIGKILL))):
                 if code < 0:  # a signal, such as that of the kernel when memory runs out
-                    self.folder.record_failure(run, code, f"killed by {signal.Signals(-code).name}")
+                    self.folder.record_failure(job, code, f"killed by {signal.Signals(-code).name}")
                 self.failed += 1
-                why = self.folder.describe_failure(run) or f"exit code {code}"
-                self._tell(f"{run.name} FAILED: {why}; see {self.folder.log(run)}", waiting)
+                why = self.folder.describe_failure(job) or f"exit code {code}"
+                self._tell(f"{job.name} FAILED: {why}; see {self.folder.log(job)}", waiting)
 
-    def _losses(self, run: Run) -> str:
-        result = self.folder.result(run)
-        assert result is not None, run.name
+    def _made(self, job: Job) -> str:
+        """What has come of a job: losses, or how much text."""
+        if isinstance(job, Corpus):
+            made = self.folder.corpus(job)
+            assert made is not None, job.name
+            return f"{made['documents']:,} documents of {made['account']['asked']:,}, {compact(made['tokens'])} tokens"
+        result = self.folder.result(job)
+        assert result is not None, job.name
         return ", ".join(f"{name} {'n/a' if loss is None else f'{loss:.3f}'}" for name, loss in result["loss"].items())
 
-    def _tell(self, text: str, waiting: Sequence[Run]) -> None:
+    def _tell(self, text: str, waiting: Sequence[Job]) -> None:
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         say(f"[{self.finished}/{self.total}] {text} | eta {duration(self._eta(waiting))}", control=clear)
 
-    def _eta(self, waiting: Sequence[Run]) -> float:
-        running = {child.run.id: self.folder.steps_done(child.run) for child in self.children.values()}
-        left = [*waiting, *(child.run for child in self.children.values())]
+    def _running(self) -> list[Run]:
+        return [child.job for child in self.children.values() if isinstance(child.job, Run)]
+
+    def _eta(self, waiting: Sequence[Job]) -> float:
+        """Seconds that the runs will take; those of corpora are not known."""
+        running = {run.id: self.folder.steps_done(run) for run in self._running()}
+        left = [*(job for job in waiting if isinstance(job, Run)), *self._running()]
         places = len(self.slots.free) + sum(len(child.places) for child in self.children.values())
         return self.progress.eta_s(left, running, places) if left else 0.0
 
-    def _line(self, waiting: Sequence[Run]) -> str:
+    def _line(self, waiting: Sequence[Job]) -> str:
         """The progress line."""
         tokens = sum(run.tokens for run in self.runs)
-        left = [*waiting, *(child.run for child in self.children.values())]
+        left = [*(job for job in waiting if isinstance(job, Run)), *self._running()]
         left_tokens = sum(run.tokens for run in left)
-        for child in self.children.values():
-            left_tokens -= self.folder.steps_done(child.run) * child.run.config.train.tokens_per_step
+        for run in self._running():
+            left_tokens -= self.folder.steps_done(run) * run.config.train.tokens_per_step
         parts = [
             f"{self.finished}/{self.total} done",
             f"{len(self.children)} running",

@@ -51,5 +51,62 @@ class Failure(TypedDict):
     time: str
 
 
+@with_config(OPEN)
+class UnigramCounts(TypedDict):
+    """As `synthesis.measure.unigrams.Unigrams`."""
+
+    counted: Count
+    tail_types: Count
+    lost: Number
+    lost_by_chance: Number
+    tail: Number
+    kl: Number
+    kl_reverse: Number
+    kl_by_chance: Number
+    kl_reverse_by_chance: Number
+
+
+@with_config(OPEN)
+class CorpusAccount(TypedDict):
+    """asked = kept + rejected + refused + unanswered."""
+
+    asked: Count
+    kept: Count
+    rejected: dict[str, Count]
+    refused: Count
+    unanswered: Count
+
+
+@with_config(OPEN)
+class CorpusCost(TypedDict):
+    """What generation took, rejected text included."""
+
+    tokens_in: Count
+    tokens_out: Count
+    flops: Amount | None
+
+
+@with_config(OPEN)
+class CorpusResult(TypedDict):
+    """corpus.json of a corpus that a study has made."""
+
+    id: str
+    name: str
+    seed: Whole
+    kind: str
+    template: str
+    by: str
+    documents: Positive
+    tokens: Positive
+    account: CorpusAccount
+    cost: CorpusCost
+    seconds: Amount
+    processor_seconds: Amount
+    unigrams: UnigramCounts
+    fingerprint: str
+    finished: str
+
+
 RESULT: Reader[Result] = Reader(Result, "delete it, and the next submit makes it again", nan_is_null=True)
+CORPUS: Reader[CorpusResult] = Reader(CorpusResult, "delete it, and the next submit makes it again")
 FAILURE: Reader[Failure] = Reader(Failure, "delete it, and the next submit tries the run again")

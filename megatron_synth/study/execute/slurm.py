@@ -1,5 +1,9 @@
 """A study as SLURM job arrays: one task is a pack of runs, which a node trains side by side.
 
+Where the study makes corpora, there is an array for each stage: the runs whose models write, the corpora, the runs that read
+them. Each begins when all tasks of the one before have ended, however they ended; what lacks something then is left to the next
+submit.
+
 A task runs `study submit --local` on its node for the runs in its file. One that ends with failed runs, or with a lost node,
 is requeued by the rules of every job (`cluster/verdict.py`), and so tries them again, on another node if need be; what is
 finished is skipped. What still fails then is tried again by the next submit.
@@ -20,7 +24,8 @@ from megatron_synth.cluster.sbatch import submit_array as submit_to_queue
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
-from megatron_synth.study.execute.folder import Folder
+from megatron_synth.study.execute.folder import Folder, Job
+from megatron_synth.study.plan.corpora import Corpus, stage_of
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
 
@@ -45,35 +50,63 @@ class ArrayOptions:
     dry_run: bool
 
 
-def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: ArrayOptions) -> int:
-    """Submit what is neither finished nor queued; says the job's id and how to watch it.
+def submit_array(study: Study, jobs: Sequence[Job], folder: Folder, options: ArrayOptions) -> int:
+    """Submit what is neither finished nor queued; says the ids of the jobs and how to watch them.
 
     Raises:
         UserError: a run needs more ranks than a node has, or SLURM refuses the job.
     """
-    queued = queued_runs(folder)
-    waiting = [run for run in runs if folder.state(run) not in ("done", "running") and run.name not in queued]
-    say(f"{len(waiting)} of {len(runs)} runs to submit; the others are finished, running or queued")
+    queued = queued_jobs(folder)
+    names = {name for of_array in queued.values() for name in of_array}
+    waiting = [job for job in jobs if folder.state(job) not in ("done", "running") and job.name not in names]
+    what = "runs and corpora" if any(isinstance(job, Corpus) for job in jobs) else "runs"
+    say(f"{len(waiting)} of {len(jobs)} {what} to submit; the others are finished, running or queued")
     if not waiting:
         return EXIT_OK
     places = options.gpus_per_node or options.jobs or 1
-    too_large = [run for run in waiting if run.ranks > places]
+    too_large = [job for job in waiting if isinstance(job, Run) and job.ranks > places]
     if too_large:
         raise UserError(
             f"size {too_large[0].size} needs {too_large[0].ranks} ranks, a node has {places} (--gpus-per-node, or --jobs on "
             "CPUs): a study's run stays on one node; train larger ones with `megatron-synth submit`"
         )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    job_folder = (folder.slurm / stamp).resolve()
-    packs = packed(waiting, places, options.nodes)
+    before = sorted(queued)
+    for number, members in enumerate(_stages(waiting)):
+        job_folder = (folder.slurm / (stamp if not number else f"{stamp}-{number}")).resolve()
+        job = _submit_stage(study, members, folder, options, job_folder, before if stage_of(members[0]) or number else ())
+        if job is not None:
+            before.append(job)
+    if not options.dry_run:
+        say("watch it with: megatron-synth study status FILE --watch; submit again to retry what failed")
+    return EXIT_OK
+
+
+def _stages(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that need nothing of each other, stage by stage: runs, the corpora that their models write, runs that read these."""
+    stages: dict[tuple[int, bool], list[Job]] = {}
+    for job in jobs:
+        # a corpus of the models of stage k is read by the runs of stage k + 1
+        stages.setdefault((stage_of(job), isinstance(job, Corpus)), []).append(job)
+    return [stages[key] for key in sorted(stages)]
+
+
+def _submit_stage(
+    study: Study, members: Sequence[Job], folder: Folder, options: ArrayOptions, job_folder: Path, before: Sequence[str]
+) -> str | None:
+    """Submit one array, which begins when those in `before` have ended; its id, None where nothing is submitted."""
+    places = options.gpus_per_node or options.jobs or 1
+    packs = packed(members, places, options.nodes)
     (job_folder / "packs").mkdir(parents=True)
     commands = []
     for number, pack in enumerate(packs):
         names = job_folder / "packs" / f"{number}.txt"
-        write_atomic(names, "".join(f"{run.name}\n" for run in pack))
+        write_atomic(names, "".join(f"{job.name}\n" for job in pack))
         commands.append(_command(folder, names, places))
     # a pack is made to fill its node: two on one node would halve the speed of both
     cluster = changed(load_cluster(options.cluster), exclusive=True)
+    if before:
+        cluster = changed(cluster, sbatch=(*cluster.sbatch, f"--dependency=afterany:{':'.join(before)}"))
     spec = JobSpec(
         name=f"study-{study.name}",
         folder=job_folder,
@@ -87,11 +120,13 @@ def submit_array(study: Study, runs: Sequence[Run], folder: Folder, options: Arr
         write_atomic(job_folder / "commands.txt", "".join(f"{command}\n" for command in commands))
         write_atomic(job_folder / "array.sbatch", render_array(spec, len(commands), options.nodes))
         say(f"{len(packs)} tasks written to {job_folder}; nothing was submitted")
-        return EXIT_OK
+        return None
     job = submit_to_queue(spec, commands, limit=options.nodes)
-    say(f"submitted job {job}: {len(waiting)} runs in {len(packs)} tasks, {options.nodes} at a time; logs in {job_folder}")
-    say("watch it with: megatron-synth study status FILE --watch; submit again to retry what failed")
-    return EXIT_OK
+    what = "corpora" if isinstance(members[0], Corpus) else "runs"
+    after = f" after {', '.join(before)}" if before else ""
+    tasks = f"{len(packs)} tasks, {options.nodes} at a time"
+    say(f"submitted job {job}{after}: {len(members)} {what} in {tasks}; logs in {job_folder}")
+    return job
 
 
 def _command(folder: Folder, names: Path, places: int) -> str:
@@ -101,34 +136,45 @@ def _command(folder: Folder, names: Path, places: int) -> str:
     return shlex.join(words)
 
 
-def packed(runs: Sequence[Run], places: int, nodes: int) -> list[list[Run]]:
-    """Runs in packs of about equal length: each pack keeps the `places` of a node busy, and every node gets some.
+def packed(runs: Sequence[Job], places: int, nodes: int) -> list[list[Job]]:
+    """Runs, or corpora, in packs of about equal length: each pack keeps the `places` of a node busy, and every node gets some.
 
     The longest run goes first into the pack that has least, the classic rule for equal makespans (Graham 1969). There
     are as many packs as nodes, or more where packs would be larger than 16 rounds of a node's places: a task that is
     lost then costs less.
     """
     count = max(min(nodes, len(runs)), -(-len(runs) // (places * _ROUNDS)))
-    packs: list[list[Run]] = [[] for _ in range(count)]
+    packs: list[list[Job]] = [[] for _ in range(count)]
     load = [0.0] * count
-    for run in sorted(runs, key=lambda run: -run.flops(1)):
+    for run in sorted(runs, key=lambda run: -_length(run)):
         lightest = load.index(min(load))
         packs[lightest].append(run)
-        load[lightest] += run.flops(1)
+        load[lightest] += _length(run)
     return [pack for pack in packs if pack]
+
+
+def _length(job: Job) -> float:
+    """What packs are evened out by. How long a corpus takes is not known, so that all count alike."""
+    return 1.0 if isinstance(job, Corpus) else job.flops(1)
 
 
 _ROUNDS = 16
 
 
 def queued_runs(folder: Folder) -> set[str]:
-    """Names of the runs in tasks that wait or run."""
+    """Names of the runs and corpora in tasks that wait or run."""
+    return {name for names in queued_jobs(folder).values() for name in names}
+
+
+def queued_jobs(folder: Folder) -> dict[str, set[str]]:
+    """The same by the id of the array."""
     jobs = {}
     for file in folder.slurm.glob(f"*/{JOB_FILE}"):
         jobs[file.read_text(encoding="utf-8").strip()] = file.parent
-    names: set[str] = set()
+    names: dict[str, set[str]] = {}
     for task, state in slurm.states(jobs).items() if jobs else ():
         job, _, number = task.partition("_")
         if state.active and job in jobs and number.isdecimal():
-            names.update((jobs[job] / "packs" / f"{number}.txt").read_text(encoding="utf-8").split())
+            pack = (jobs[job] / "packs" / f"{number}.txt").read_text(encoding="utf-8").split()
+            names.setdefault(job, set()).update(pack)
     return names

@@ -1,17 +1,18 @@
-"""One run in a process of its own, forked from one that has imported the engine.
+"""One run, or one corpus, in a process of its own, forked from one that has imported the engine.
 
 Many small runs would otherwise spend their time on imports. A run that needs several ranks is started by torchrun.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -19,18 +20,22 @@ from megatron_synth.config.load import shipped, to_yaml
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
-from megatron_synth.study.execute.folder import Folder, write_result
+from megatron_synth.study.execute.folder import Folder, Job, write_result
+from megatron_synth.study.plan.corpora import Corpus
 from megatron_synth.study.plan.runs import Run
+from megatron_synth.study.plan.study_file import Study
 
 EXIT_FAILED = 1
 EXIT_TAKEN = 76
-"""Another process trains this run."""
+"""Another process works at this job."""
 _cuda_is_used = False
 """Whether an import has initialized CUDA, so that a forked process cannot use it."""
 
 
-def import_once() -> None:
+def import_once(*, generates: bool = False) -> None:
     """Import what every run needs, without touching a GPU: a process that has used one cannot be forked.
+
+    generates: also what the embedded engine needs, where it is installed.
 
     Where an import uses one all the same, as that of an optional library may, runs get processes of their own.
     """
@@ -49,6 +54,9 @@ def import_once() -> None:
     import megatron_synth.train.evaluate
     import megatron_synth.train.loop  # noqa: F401
 
+    if generates:
+        with contextlib.suppress(ImportError):  # other engines need none of it, and the embedded one says what it lacks
+            from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LogitsProcessorList  # noqa: F401
     _cuda_is_used = bool(torch.cuda.is_initialized())
 
 
@@ -58,18 +66,37 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
     devices: GPUs to use; empty on a CPU. parent: the process whose end, however it comes, asks this one to stop.
     Returns the exit code.
     """
+
+    def train() -> int:
+        code = _train(folder, run)
+        if code == EXIT_OK and not keep_checkpoints:
+            shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
+        return code
+
+    return _do(folder, run, devices, parent, train)
+
+
+def make(study: Study, folder: Folder, corpus: Corpus, devices: Sequence[int], parent: int) -> int:
+    """Make `corpus` to its end, or to a stop request. The body of a forked process; as `work`."""
+    from megatron_synth.study.execute.making import make as made
+
+    return _do(folder, corpus, devices, parent, lambda: made(study, folder, corpus))
+
+
+def _do(folder: Folder, job: Job, devices: Sequence[int], parent: int, body: Callable[[], int]) -> int:
+    """Do a job under its lock, and note how it fails."""
     _stop_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent turns Ctrl-C into a stop request
-    _redirect(folder.log(run))
+    _redirect(folder.log(job))
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-    with folder.lock(run) as mine:
+    with folder.lock(job) as mine:
         if not mine:
             return EXIT_TAKEN
+        if folder.is_done(job):  # by another process, just now
+            return EXIT_OK
         try:
-            code = _train(folder, run)
-            if code == EXIT_OK and not keep_checkpoints:
-                shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
+            code = body()
         except UserError as error:
             show(f"error: {error}", error=True)
             code, message = EXIT_USER_ERROR, str(error)
@@ -80,7 +107,7 @@ def work(folder: Folder, run: Run, devices: Sequence[int], keep_checkpoints: boo
         else:
             message = f"exit code {code}"
         if code not in (EXIT_OK, EXIT_STOPPED):
-            folder.record_failure(run, code, message)
+            folder.record_failure(job, code, message)
         return code
 
 

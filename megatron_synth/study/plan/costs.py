@@ -10,6 +10,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.loading.run_data import spec_of, vocab_size_of
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
+from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.source import Source, check_compatible
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
@@ -86,7 +87,8 @@ def open_sources(study: Study, runs: Sequence[Run]) -> Sources:
 def check_sources(study: Study, runs: Sequence[Run], sources: Sources) -> dict[tuple[str, int, int], dict[str, Use]]:
     """Hold every run against the size and the cap of its sources, all of them before anything is run.
 
-    A source that is not prepared counts with `tokens`, where the study says so, and is not checked otherwise.
+    A source that is not prepared counts with `tokens`, where the study says so, and is not checked otherwise; nor is one that
+    the study makes, before it is made: the run that reads it then refuses what its cap does not allow.
 
     Returns:
         Of each (arm, steps, samples per step): what it takes from each source.
@@ -102,7 +104,7 @@ def check_sources(study: Study, runs: Sequence[Run], sources: Sources) -> dict[t
             continue
         samples, length = run.config.total_samples, run.config.window_length
         specs = [_spec(study, run, name, sources, length) for name in run.config.data.sources]
-        plan = MixturePlan(specs, run.config.data_seed)
+        plan = MixturePlan(specs, run.config.data_seed, phases_of(run.config.data, length))
         try:
             plan.check(samples, length)
         except UserError as error:
@@ -130,7 +132,7 @@ _UNKNOWN = 2**62
 
 def _spec(study: Study, run: Run, name: str, sources: Sources, length: int) -> SourceSpec:
     entry = run.config.data.sources[name]
-    expected = study.sources[name].tokens
+    expected = (study.sources[name] if name in study.sources else study.generated[name]).tokens
     if name in sources.opened:
         expected = sources.opened[name].num_tokens
     elif expected is None:

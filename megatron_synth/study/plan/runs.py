@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,9 @@ from megatron_synth.config.validation import examine
 from megatron_synth.core.log import compact
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.parallel.plan import plan
-from megatron_synth.study.plan.study_file import Study
+from megatron_synth.study.plan.corpora import Corpus, corpus_of
+from megatron_synth.study.plan.generated import Generated, RunOf
+from megatron_synth.study.plan.study_file import Study, StudySource
 
 _ANY_VOCABULARY = 1  # non-embedding parameters do not depend on it
 _IDENTITY_VERSION = 1  # raised when a default that decides a result changes, or what the digest is made of
@@ -49,11 +51,13 @@ class Run:
     seed: int
     ranks: int
     config: Config
+    corpora: Mapping[str, Corpus] = field(default_factory=dict)
+    """The sources that the study makes, by their names."""
 
     @cached_property
     def id(self) -> str:
         """12 hexadecimal characters that follow from what decides the result."""
-        return identity(self.config)
+        return identity(self.config, self.corpora)
 
     @property
     def cell(self) -> tuple[str, str, int]:
@@ -80,13 +84,15 @@ class Run:
         return float(self.tokens * flops_per_token(self.config.model, self.config.train.sequence_length, vocab_size))
 
 
-def identity(config: Config) -> str:
-    """12 hexadecimal characters that name the result of `config`."""
+def identity(config: Config, corpora: Mapping[str, Corpus] | None = None) -> str:
+    """12 hexadecimal characters that name the result of `config`. corpora: sources that count by their ids, not their paths."""
     content = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     kept = {section: content.get(section, {}) for section in _RESULT_SECTIONS}
     for section, names in _NO_PART_OF_A_RESULT.items():
         kept[section] = _without(kept[section], *names)
     sources = {name: _without(source, "max_epochs") for name, source in kept["data"]["sources"].items()}
+    for name, corpus in (corpora or {}).items():
+        sources[name] = {**sources[name], "path": f"generated/{corpus.id}"}
     kept["data"] = {**_without(kept["data"], "verify"), "sources": sources}
     # keys in one order: that of the schema may change; the order of the sources decides that of the samples
     canonical = json.dumps([_IDENTITY_VERSION, list(sources), kept], sort_keys=True, separators=(",", ":"))
@@ -95,6 +101,21 @@ def identity(config: Config) -> str:
 
 def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in names}
+
+
+def needs_of(job: Run | Corpus) -> Sequence[Run | Corpus]:
+    """What must be finished before a run can be trained, or a corpus be made."""
+    return job.needs if isinstance(job, Corpus) else tuple(job.corpora.values())
+
+
+def jobs_of(runs: Sequence[Run]) -> list[Run | Corpus]:
+    """Runs in their order, each behind the corpora that it reads, as far as no run before it does."""
+    found: dict[str, Run | Corpus] = {}
+    for run in runs:
+        for corpus in run.corpora.values():
+            found.setdefault(corpus.id, corpus)
+        found[run.id] = run
+    return list(found.values())
 
 
 def learning_rate_of(study: Study, size: str, parameters: int) -> float:
@@ -113,19 +134,82 @@ def expand(study: Study) -> list[Run]:
     Raises:
         ConfigError: with all problems of the configurations that the study makes, in the study's own keys.
     """
-    problems: dict[Problem, None] = {}
-    runs: dict[tuple[Any, ...], Run] = {}
-    for arm, size, budget, seed in _combinations(study, problems):
-        if (arm, size, budget, seed) in runs:
-            continue
-        found, config = _config(study, arm, size, budget, seed)
-        problems.update(dict.fromkeys(found))
-        if config is not None and not found:
-            runs[arm, size, budget, seed] = Run(arm, size, budget, seed, study.sizes[size].ranks, config)
-    if problems:
-        raise ConfigError(f"study {study.name}", list(problems))
+    expansion = _Expansion(study)
+    runs = [expansion.run(*cell) for cell in expansion.cells]
+    if expansion.problems:
+        raise ConfigError(f"study {study.name}", list(expansion.problems))
     seeds, arms = list(study.seeds), list(study.arms)
-    return sorted(runs.values(), key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+    found = [run for run in runs if run is not None]
+    return sorted(found, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+
+
+_Cell = tuple[str, str, int, int]
+"""Arm, size, budget and seed."""
+
+
+class _Expansion:
+    """Runs by their cells, each made once: those whose models generate before those that read what they wrote."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.problems: dict[Problem, None] = {}
+        self.cells = dict.fromkeys(_combinations(study, self.problems))
+        self._made: dict[_Cell, Run | None] = {}
+        self._under_way: list[_Cell] = []
+
+    def run(self, *cell: Any) -> Run | None:
+        """The run of a cell; None where there are problems, which are noted."""
+        arm, size, budget, seed = cell
+        if cell not in self._made:
+            self._under_way.append(cell)
+            corpora = self._corpora(arm, size, budget, seed)
+            self._under_way.pop()
+            found, config = _config(self.study, arm, size, budget, seed, corpora or {})
+            self.problems.update(dict.fromkeys(found))
+            complete = config is not None and not found and corpora is not None
+            self._made[cell] = (
+                Run(arm, size, budget, seed, self.study.sizes[size].ranks, config, corpora or {})
+                if complete and config is not None
+                else None
+            )
+        return self._made[cell]
+
+    def _corpora(self, arm: str, size: str, budget: int, seed: int) -> dict[str, Corpus] | None:
+        """The generated sources of a run; None where there are problems."""
+        found: dict[str, Corpus] = {}
+        for name, source in self.study.generated.items():
+            share = self.study.arms[arm].get(name)
+            if share is None or not share.ratio:
+                continue
+            runs, before = [], len(self.problems)
+            for key, run in (("generator", source.generator), ("against", source.against)):
+                runs.append(None if run is None else self._generator(f"generated.{name}.{key}", run, size, budget, seed))
+                if run is not None and runs[-1] is None and len(self.problems) == before:
+                    return None  # its own problems are noted already
+            if len(self.problems) > before:
+                return None
+            try:
+                found[name] = corpus_of(name, source, seed, runs, self.study.folder / "corpora")
+            except ConfigError as error:
+                for one in error.problems:
+                    inside = one.path.startswith("generated.")
+                    path = one.path if inside else f"generated.{name}.settings.{one.path}"
+                    self.problems[Problem(path, one.message)] = None
+                return None
+        return found
+
+    def _generator(self, path: str, run: RunOf, size: str, budget: int, seed: int) -> Run | None:
+        cell = (run.arm, run.size or size, run.tokens or budget, seed if run.seed is None else run.seed)
+        if cell in self._under_way:
+            names = [one[0] for one in [*self._under_way[self._under_way.index(cell) :], cell]]
+            self.problems[Problem(path, f"needs its own text, by way of arms {' > '.join(names)}: name another arm")] = None
+            return None
+        if cell not in self.cells:
+            what = f"arm {cell[0]} at size {cell[1]} on {compact(cell[2])} tokens with seed {cell[3]}"
+            message = f"no run of the grid is {what}: add it to the grid, or name a size and a budget that are in it"
+            self.problems[Problem(path, message)] = None
+            return None
+        return self.run(*cell)
 
 
 def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple[str, str, int, int]]:
@@ -157,7 +241,9 @@ def _tokens_per_step(study: Study, size: str) -> int | None:
     return math.prod(value for value in values if isinstance(value, int))
 
 
-def _config(study: Study, arm: str, size: str, budget: int, seed: int) -> tuple[list[Problem], Config | None]:
+def _config(
+    study: Study, arm: str, size: str, budget: int, seed: int, corpora: Mapping[str, Corpus]
+) -> tuple[list[Problem], Config | None]:
     """The training configuration of a run, or what is wrong with it."""
     entry = study.sizes[size]
     assert isinstance(entry.model, dict), "load_study resolves models"
@@ -170,7 +256,11 @@ def _config(study: Study, arm: str, size: str, budget: int, seed: int) -> tuple[
         return [Problem(f"sizes.{size}.model.{one.path}", one.message) for one in found], None
     lr = learning_rate_of(study, size, count_parameters(model, _ANY_VOCABULARY).non_embedding)
     decided = {
-        "data": {"sources": _sources(study, arm), "validation": _dump(study.validation)},
+        "data": {
+            "sources": _sources(study, arm, corpora),
+            "validation": _dump(study.validation),
+            **_in_order(study, arm, steps * step),
+        },
         "train": {"steps": steps, "seed": seed},
         "optim": _rates(study, lr, steps),
     }
@@ -191,22 +281,36 @@ def _quiet() -> dict[str, Any]:
     return {"log": {"wandb": {"mode": "disabled"}}}
 
 
-def _sources(study: Study, arm: str) -> dict[str, Any]:
+def _sources(study: Study, arm: str, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
     """The sources of an arm, in the order of the study: one order for all arms."""
     taken = study.arms[arm]
     result = {}
-    for name, source in study.sources.items():
+    paths = {name: source.path for name, source in study.sources.items()}
+    paths |= {name: str(corpus.prepared) for name, corpus in corpora.items()}
+    sources: dict[str, StudySource | Generated] = {**study.sources, **study.generated}
+    for name, source in sources.items():
         if name not in taken or not taken[name].ratio:
             continue
         share = taken[name]
         result[name] = {
-            "path": source.path,
-            "ratio": str(share.ratio),
+            "path": paths.get(name, "."),  # one that cannot be made is told already
+            "ratio": None if arm in study.in_order else str(share.ratio),
             "max_epochs": source.max_epochs if share.max_epochs is None else share.max_epochs,
             "unique_tokens": share.unique_tokens or source.unique_tokens,
             "shift_windows": source.shift_windows,
         }
     return result
+
+
+def _in_order(study: Study, arm: str, tokens: int) -> dict[str, Any]:
+    """Phases of an arm whose sources follow each other, the shares of the whole as their lengths."""
+    if arm not in study.in_order:
+        return {}
+    *first, last = study.in_order[arm]
+    phases: list[dict[str, Any]] = [
+        {"tokens": max(1, round(study.arms[arm][name].ratio * tokens)), "ratios": {name: 1}} for name in first
+    ]
+    return {"phases": [*phases, {"ratios": {last: 1}}]}
 
 
 def _dump(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,18 +17,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_synth.config.errors import ConfigError, Problem, UserError
-from megatron_synth.config.load import apply_overrides, load_yaml
+from megatron_synth.config.load import apply_overrides, load_yaml, merge
 from megatron_synth.config.schema import ValidationConfig
-from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, Seed
+from megatron_synth.config.section import Amount, PositiveInt, Section, Seed
 from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
+from megatron_synth.study.plan.arms import Arm
+from megatron_synth.study.plan.generated import Generated, Rounds, check_generated, unfold
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWNED = {
     "data.sources": "sources and arms",
     "data.validation": "validation",
     "data.seed": "seeds",
-    "data.phases": "arms (a study compares fixed mixtures)",
+    "data.phases": "arms and in_order",
     "train.steps": "grid (budgets in tokens)",
     "train.seed": "seeds",
     "optim.lr": "rates.lr",
@@ -58,28 +60,10 @@ class StudySource(Section):
     its manifest says."""
 
 
-class Share(Section):
-    """What an arm takes of a source. In short: the ratio alone."""
-
-    ratio: Ratio
-    """Share of the training tokens."""
-    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
-    """Cap of this arm. Default: the source's."""
-    unique_tokens: Amount | None = None
-    """Limit of this arm. Default: the source's."""
-
-
-def _as_share(value: Any) -> Any:
-    return value if isinstance(value, (dict, Share)) or value is None else {"ratio": value}
-
-
 def _sizes_by_name(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return {name: {} for name in value}
     return {name: {} if size is None else size for name, size in value.items()} if isinstance(value, dict) else value
-
-
-Arm = dict[str, Annotated[Share, BeforeValidator(_as_share)]]
 
 
 class StudySize(Section):
@@ -187,6 +171,14 @@ class Study(Section):
     """Sources by name."""
     arms: dict[str, Arm] = Field(min_length=1)
     """Mixtures by name: source to ratio."""
+    generated: dict[str, Generated] = {}
+    """Sources that the study makes itself, by the models of its runs."""
+    rounds: dict[str, Rounds] = {}
+    """Loops `generate -> prepare -> train`, each of which becomes such sources and arms of them."""
+    in_order: dict[str, tuple[str, ...]] = {}
+    """Arms whose sources are read one after the other and not mixed: the names of these, in order. Shares become lengths."""
+    copies: dict[str, tuple[str, ...]] = {}
+    """Arms that differ in the seed of a generated source alone, under one name. This is filled in."""
     baseline: str | None = None
     """The arm that speed-ups are measured against. Default: the first."""
     sizes: Annotated[dict[str, StudySize], BeforeValidator(_sizes_by_name)] = Field(min_length=1)
@@ -241,6 +233,10 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     overrides = tuple(overrides)
     problems, study = examine(Study, apply_overrides(load_yaml(path), overrides))
     if study is not None and not problems:
+        study, problems = _with_settings(study)
+    if study is not None and not problems:
+        study, problems = unfold(study)
+    if study is not None and not problems:
         problems = list(_check(study))
         models: dict[str, Any] = {}
         for name, size in study.sizes.items():
@@ -253,6 +249,29 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
         raise ConfigError(f"{path} with {' '.join(overrides)}" if overrides else str(path), problems)
     assert study is not None
     return study
+
+
+def _with_settings(study: Study) -> tuple[Study, list[Problem]]:
+    """The study with the synthesis files that it names read into it."""
+    problems = []
+
+    def read(path: str, one: Generated) -> Generated:
+        if one.synthesis is None:
+            return one
+        try:
+            content = {key: value for key, value in load_yaml(one.synthesis).items() if key not in ("output", "seed")}
+            settings = merge(content, one.settings)
+        except UserError as error:
+            problems.append(Problem(f"{path}.synthesis", str(error)))
+            return one
+        return one.model_copy(update={"synthesis": None, "settings": settings})
+
+    generated = {name: read(f"generated.{name}", one) for name, one in study.generated.items()}
+    rounds = {
+        name: loop.model_copy(update={"corpus": read(f"rounds.{name}.corpus", loop.corpus)})
+        for name, loop in study.rounds.items()
+    }
+    return study.model_copy(update={"generated": generated, "rounds": rounds}), problems
 
 
 def _model_of(name: str, size: StudySize) -> dict[str, Any]:
@@ -279,6 +298,8 @@ def _check(study: Study) -> Iterator[Problem]:
         "arms": study.arms,
         "sizes": study.sizes,
         "sources": study.sources,
+        "generated": study.generated,
+        "rounds": study.rounds,
         "validation": study.validation,
     }
     for section, names in {"name": [study.name], **sections}.items():
@@ -293,6 +314,7 @@ def _check(study: Study) -> Iterator[Problem]:
                 yield Problem(f"{section}.{name}", f"differs from '{lower[name.lower()]}' only in its capitals; rename one")
             lower.setdefault(name.lower(), name)
     yield from _arms(study)
+    yield from check_generated(study)
     yield from _grid(study)
     yield from _report(study)
     for key, instead in _OWNED.items():
@@ -313,11 +335,11 @@ def _check(study: Study) -> Iterator[Problem]:
 
 
 def _arms(study: Study) -> Iterator[Problem]:
-    known = list(study.sources)
+    known = [*study.sources, *study.generated]
     mixtures: dict[tuple[Any, ...], str] = {}
     for name, arm in study.arms.items():
         for source in arm:
-            if source not in study.sources:
+            if source not in known:
                 hint = suggest(source, known) or f"; known: {', '.join(known)}"
                 yield Problem(f"arms.{name}.{source}", f"no source has this name{hint}")
         total = sum((share.ratio for share in arm.values()), Fraction(0))
@@ -326,7 +348,8 @@ def _arms(study: Study) -> Iterator[Problem]:
             decimal = "" if total.denominator == 1 else f" ({float(total):.10g})"
             yield Problem(f"arms.{name}", f"the ratios must sum to exactly 1, but {parts} = {total}{decimal}")
         parts_of = {source: share for source, share in arm.items() if share.ratio}
-        mixture = tuple(sorted((source, share.ratio, share.unique_tokens) for source, share in parts_of.items()))
+        taken = sorted((source, share.ratio, share.unique_tokens) for source, share in parts_of.items())
+        mixture = (*taken, study.in_order.get(name))
         if mixture in mixtures:
             yield Problem(f"arms.{name}", f"is the same mixture as '{mixtures[mixture]}'; remove one")
         mixtures.setdefault(mixture, name)

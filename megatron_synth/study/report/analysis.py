@@ -233,7 +233,9 @@ def _laws_of_family(result: Analysis, family: str, members: Sequence[Row]) -> No
 
 
 def _families(result: Analysis) -> list[str]:
-    return list(dict.fromkeys(row.family for row in result.rows if row.family))
+    """Of the arms that are compared by their share; those of loops are compared by round."""
+    of_rounds = {arm for loop in result.study.rounds.values() for arm in loop.arms or ()}
+    return list(dict.fromkeys(row.family for row in result.rows if row.family and row.arm not in of_rounds))
 
 
 def _of_family(result: Analysis, family: str) -> list[Row]:

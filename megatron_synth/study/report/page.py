@@ -6,7 +6,7 @@ Names come from tables that others may have written: only `core.html` and the dr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +19,18 @@ from megatron_synth.study.fit.contrast import Estimate
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
 from megatron_synth.study.report.collect import Collected, Row
 from megatron_synth.study.report.figures import Drawn, Look, describe_fit
-from megatron_synth.study.report.findings import findings, percent
+from megatron_synth.study.report.findings import percent
 
 
-def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], style: dict[str, Look], git: str) -> str:
+def render(
+    analysis: Analysis,
+    collected: Collected,
+    figures: Sequence[Drawn],
+    style: dict[str, Look],
+    git: str,
+    said: Sequence[str],
+    generated: Callable[[Callable[[str], Markup], Callable[[Sequence[Row]], Markup]], Markup | str] = lambda *_: "",
+) -> str:
     """The page.
 
     Args:
@@ -31,9 +39,12 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
         figures: in the order of the page.
         style: color of each arm.
         git: the commit that made the page, for its foot.
+        said: the answers in sentences.
+        generated: makes the part about text that the study has made, given how the page shows an arm and the runs of a number.
     """
     page = _Page(analysis, collected, style)
     title = f"Study {analysis.study.name}"
+    of_generation = generated(page.arm, page.sources)
     parts = [
         Markup("<header>"),
         html("<h1>{}</h1>", title),
@@ -41,14 +52,16 @@ def render(analysis: Analysis, collected: Collected, figures: Sequence[Drawn], s
         page.tiles(),
         Markup(
             '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
-            '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>'
+            + ('<a href="#generated">Generated text</a>' if of_generation else "")
+            + '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>'
         ),
         Markup("</header>"),
         page.missing(),
         Markup('<h2 id="findings">Findings</h2>'),
-        bullets(findings(analysis)),
+        bullets(said),
         Markup('<h2 id="figures">Figures</h2>'),
         *(_figure(figure) for figure in figures),
+        of_generation,
         page.answers(),
         page.laws(),
         page.design(),
@@ -122,7 +135,7 @@ class _Page:
                 said = html("{}{}", f"{law} {interval}".strip(), self._mark(self.analysis.behind_best(best.family)))
             head = (best.family, best.size, compact(best.tokens))
             tested = (_ratio(best.lowest[0]), f"{best.lowest[1]:.4f}")
-            rows.append((*head, *tested, band, said, flat, self._sources(best.rows)))
+            rows.append((*head, *tested, band, said, flat, self.sources(best.rows)))
         heads = (
             "family",
             "N",
@@ -149,14 +162,14 @@ class _Page:
                 sources = self.analysis.data[one.arm, size].rows
                 where = f"{size}, {compact(one.tokens or math.nan)} tokens"
                 marked = self._mark(self.analysis.data[one.arm, size], self.analysis.data[self.study.baseline_arm, size])
-                rows.append((self._arm(one.arm), "tokens", where, *self._comparison(one, marked), self._sources(sources)))
+                rows.append((self.arm(one.arm), "tokens", where, *self._comparison(one, marked), self.sources(sources)))
         for one in self.analysis.equal_compute:
             where = f"{human(one.n_params or math.nan)} at {human(one.tokens or math.nan)} tokens"
             outside = Markup("" if one.inside else ' <span class="warn">(extrapolated)</span>')
             sources = self.analysis.joint[one.arm].rows
             marked = self._mark(self.analysis.joint[one.arm], self.analysis.joint[self.study.baseline_arm])
             compared = self._comparison(one, marked)
-            rows.append((self._arm(one.arm), "compute", escape(where) + outside, *compared, self._sources(sources)))
+            rows.append((self.arm(one.arm), "compute", escape(where) + outside, *compared, self.sources(sources)))
         heads = ("arm", "equal", "at", f"loss by the law [{LEVEL:.0f} %]", f"against the baseline [{LEVEL:.0f} %]", "", "runs")
         compute = ""
         if self.analysis.no_best_size:
@@ -187,7 +200,7 @@ class _Page:
                 law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
                 marked = self._mark(self.analysis.data[arm, size], self.analysis.data[self.study.baseline_arm, size])
                 said = html("{}{}", law, marked)
-                rows.append((self._arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, self._sources(sources)))
+                rows.append((self.arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, self.sources(sources)))
         heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
         if not rows:
             return Markup("")
@@ -203,7 +216,7 @@ class _Page:
                 exponent = f"{found.exponent.value:+.3f} {_bounds(found.exponent.interval, '+.3f')}"
             verdict: Markup | str = Markup('<span class="warn">falls behind</span>') if one.collapses else "no sign of it"
             numbers = (_in_percent(found.last), _in_percent(found.gap), floor, exponent, _p(one.p))
-            rows.append((self._arm(one.arm), one.size, *numbers, found.noise, verdict, self._sources(one.rows)))
+            rows.append((self.arm(one.arm), one.size, *numbers, found.noise, verdict, self.sources(one.rows)))
         heads = (
             *("arm", "N", f"gap at the largest D [{LEVEL:.0f} %]", "gap per doubling", "floor at one exponent"),
             *("exponent at one floor", "p", "noise from", "", "runs"),
@@ -224,7 +237,7 @@ class _Page:
             at = one.at if one.what == "budget" else _at_cell(one.at)
             last = " to ".join(compact(2**value) if one.what == "budget" else _ratio(value) for value in one.trend.values)
             head = (one.of, one.what, f"{at}: {last}", f"{slope} {unit}")
-            rows.append((*head, _p(one.p_falls), _p(one.p_rises), self._verdict(one), self._sources(one.rows)))
+            rows.append((*head, _p(one.p_falls), _p(one.p_rises), self._verdict(one), self.sources(one.rows)))
         heads = ("of", "along", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "", "runs")
         note = Markup(
             "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
@@ -279,7 +292,7 @@ class _Page:
                 "",
                 "",
                 "",
-                self._sources(fitted.rows),
+                self.sources(fitted.rows),
             )
         warnings = Markup("").join(html("<p>{}</p>", str(warning)) for warning in fitted.doubts)
         codes = ", ".join(dict.fromkeys(warning.code for warning in fitted.doubts))
@@ -289,7 +302,7 @@ class _Page:
             held = f"{percent(fitted.holdout.mean_absolute_relative_error)} of {fitted.holdout.points}"
         error = percent(fitted.fit.mean_absolute_relative_error)
         wide = html('<div class="wide">{}</div>', describe_fit(fitted.fit))
-        return law, label, wide, error, held, doubts, self._sources(fitted.rows)
+        return law, label, wide, error, held, doubts, self.sources(fitted.rows)
 
     def _number(self, fitted: Fitted) -> int:
         return next(number for number, one in enumerate(self.analysis.fits) if one is fitted)
@@ -326,7 +339,7 @@ class _Page:
             tokens = (
                 "" if largest is None else ", ".join(f"{name} {human(value)}" for name, value in _parts(largest, "tokens/"))
             )
-            rows.append((self._arm(arm), mixture, str(len(members)), tokens, epochs))
+            rows.append((self.arm(arm), mixture, str(len(members)), tokens, epochs))
         heads = ("arm", "mixture", "runs", "tokens by source, longest run", "epochs by source, longest run")
         ours = Markup("").join(html("<li><code>{}</code>: {}</li>", key, why) for key, why in study.ours.items())
         marked = html("<h3>Choices of this study's own</h3><ul class='findings'>{}</ul>", ours) if ours else ""
@@ -350,19 +363,21 @@ class _Page:
             epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
             numbers = (human(row.n_params), compact(row.tokens), str(row.seed), str(row.steps), f"{row.loss:.4f}")
             rows.append(
-                (html("<code>{}</code>", row.id), self._arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
+                (html("<code>{}</code>", row.id), self.arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
             )
         anchors = [f"run-{row.id}" for row in self.rows]
         listing = table(heads, rows, anchors)
         note = "Also in runs.csv; ratios.csv and metrics.csv beside it join on the run."
         return html('<h2 id="runs">Runs</h2><p class="muted">{}</p>{}', note, listing)
 
-    def _arm(self, arm: str) -> Markup:
+    def arm(self, arm: str) -> Markup:
+        """An arm's name with its color."""
         color = self.style[arm].color
         shown = "var(--ink)" if arm == self.study.baseline_arm else color
         return html('<span class="dot" style="background:{}"></span>{}', shown, arm)
 
-    def _sources(self, rows: Sequence[Row]) -> Markup:
+    def sources(self, rows: Sequence[Row]) -> Markup:
+        """How many runs a number comes from, and links to them."""
         links = Markup(" ").join(html('<a href="#run-{}">{}</a>', row.id, row.id[:6]) for row in rows)
         return html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
 

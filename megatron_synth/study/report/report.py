@@ -4,6 +4,7 @@ report/index.html            the page; everything is inside it
 report/runs.csv              one row per run; ratios.csv and metrics.csv in olmix's shape
 report/laws/<law>.json       every fit, with the runs it comes from
 report/figures/<name>.png    the figures
+report/generation.json       of a study that makes its own text: loops, costs, corpora
 report/findings.txt          the answers in sentences
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_synth import __version__
 from megatron_synth.config.errors import UserError
@@ -41,6 +43,9 @@ def write_report(
     from megatron_synth.study.report.figure_maps import draw_maps
     from megatron_synth.study.report.figures import draw_all, looks
     from megatron_synth.study.report.findings import findings
+    from megatron_synth.study.report.generation.analysis import generation_of
+    from megatron_synth.study.report.generation.figures import draw_generation
+    from megatron_synth.study.report.generation.section import Section, generation_findings
     from megatron_synth.study.report.page import render
     from megatron_synth.train.record.run_dir import git_state
 
@@ -61,8 +66,15 @@ def write_report(
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
     analysis = analyze(study, collected.rows, say)
+    generation = generation_of(study, runs, collected.rows, folder, analysis.noise)
     say("figures")
-    figures = [*draw_all(analysis), *draw_maps(analysis, looks(analysis))]
+    style = looks(analysis)
+    figures = [*draw_all(analysis), *draw_maps(analysis, style)]
+    said = findings(analysis)
+    if generation is not None:
+        figures = [*draw_generation(generation, study.baseline_arm, style), *figures]
+        write_json(out / "generation.json", generation.to_json())
+        said = [*said[:1], *generation_findings(generation, study.costs), *said[1:]]  # behind the noise floor
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:
         write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
@@ -71,9 +83,14 @@ def write_report(
         write_json(out / "laws" / f"ratio-{family}.json", {"law": "ratio", "of": [family], **choice.to_json(), "runs": used})
     for figure in figures:
         write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
-    write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in findings(analysis)))
+    write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in said))
     git = git_state(Path(__file__).parent)
     commit = f", commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else ""
     page = out / "index.html"
-    write_atomic(page, render(analysis, collected, figures, looks(analysis), f"megatron-synth {__version__}{commit}"))
+    made_with = f"megatron-synth {__version__}{commit}"
+
+    def generated(arm: Any, sources: Any) -> Any:
+        return "" if generation is None else Section(generation, study.costs, arm, sources).render()
+
+    write_atomic(page, render(analysis, collected, figures, style, made_with, said, generated))
     return page

@@ -91,23 +91,40 @@ static double milliseconds(void) {
     return t.tv_sec * 1e3 + t.tv_nsec / 1e6;
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* out) { return *out = handle(), OK; }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) { return *out = handle(), OK; }
+cudaError_t cudaStreamCreate(cudaStream_t* out) { return *out = stream_made(1), OK; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) {
+    return *out = stream_made(!(flags & cudaStreamNonBlocking)), OK;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) { return cudaStreamCreateWithPriority(out, flags, 0); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* out) { return *out = 0, OK; }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus* out, unsigned long long* id, cudaGraph_t* graph,
                                      const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* number) {
     return *out = 0, OK;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return note(WAIT, "stream", 0, 0, 0), OK; }
-cudaError_t cudaDeviceSynchronize(void) { return note(WAIT, "device", 0, 0, 0), OK; }
-cudaError_t cudaEventCreate(cudaEvent_t* out) { return *out = handle(), OK; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) { return *out = handle(), OK; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return *(double*)event = milliseconds(), OK; }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return note(WAIT, "event", 0, 0, 0), OK; }
-cudaError_t cudaEventElapsedTime(float* out, cudaEvent_t from, cudaEvent_t to) {
-    return *out = *(double*)to - *(double*)from, OK;
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    note(WAIT, "stream", 0, 0, 0);
+    return host_waits_for_stream(stream), OK;
 }
+cudaError_t cudaDeviceSynchronize(void) {
+    note(WAIT, "device", 0, 0, 0);
+    return host_waits_for_all(), OK;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* out) { return *out = event_made(), OK; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) { return cudaEventCreate(out); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return event_gone(event), OK; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return event_recorded(event, stream, milliseconds()), OK; }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    note(WAIT, "event", 0, 0, 0);
+    return host_waits_for_event(event), OK;
+}
+cudaError_t cudaEventElapsedTime(float* out, cudaEvent_t from, cudaEvent_t to) {
+    if (!event_is_over(from) || !event_is_over(to)) return cudaErrorNotReady;
+    return *out = event_time(to) - event_time(from), OK;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) { return event_is_over(event) ? OK : cudaErrorNotReady; }
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return stream_is_over(stream) ? OK : cudaErrorNotReady; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) { return stream_waits(stream, event), OK; }
 
 // ---- the driver's calls of the same kind
 
@@ -139,12 +156,8 @@ CUresult cuGetErrorString(CUresult error, const char** out) { return *out = "err
 
 cudaError_t cudaGetLastError(void) { return OK; }
 cudaError_t cudaPeekAtLastError(void) { return OK; }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return free(event), OK; }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return OK; }
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return OK; }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return OK; }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) { return *priority = 0, OK; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) { return OK; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* mode) { return OK; }
 cudaError_t cudaFuncSetAttribute(const void* stub, enum cudaFuncAttribute which, int value) { return OK; }
 cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) { return *can = 1, OK; }

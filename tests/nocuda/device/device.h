@@ -29,6 +29,7 @@ void note(Kind kind, const char* name, long a, long b, long c); // a record with
 void fault(const char* what, const char* where);
 const char* kept(const char* text); // the same text, kept for as long as the process lives
 void unmodeled(const char* name);   // a call that has no meaning here was made
+const char* who_and_where(const char* name); // the name and the lines of Python that called
 
 // memory.c
 typedef enum { ON_HOST, PINNED, ON_DEVICE } Place;
@@ -38,6 +39,24 @@ void copy_memory(void* to, const void* from, size_t bytes, const char* how, cons
 void need_on_device(const char* who, const void* address);
 size_t total_memory(void);
 int numbers_count(void);
+
+// order.c; each does nothing without NOCUDA_ORDER
+int order_counts(void);
+void access_by(const void* stream, const void* begin, size_t bytes, int writes, const char* who);
+void copy_by(const void* stream, void* to, const void* from, size_t bytes, const char* name);
+void nocuda_open(int open);
+void forget(const void* begin, size_t bytes);
+void* stream_made(int waits_for_legacy);
+void* event_made(void);
+void event_gone(void* event);
+double event_time(const void* event);
+void event_recorded(void* event, const void* stream, double milliseconds);
+void stream_waits(const void* stream, const void* event);
+void host_waits_for_event(const void* event);
+void host_waits_for_stream(const void* stream);
+void host_waits_for_all(void);
+int event_is_over(const void* event);
+int stream_is_over(const void* stream);
 
 // device.c
 int attribute(int which);

@@ -105,7 +105,9 @@ cudaError_t cudaMalloc(void** out, size_t bytes) {
 cudaError_t cudaFree(void* begin) {
     if (!begin) return OK;
     note(MEMORY, "cudaFree", 0, 0, 0); // it waits for the device, and torch calls it only when memory is short
+    host_waits_for_all();
     size_t bytes = drop(begin);
+    forget(begin, bytes);
     if (bytes) munmap(begin, bytes);
     return OK;
 }
@@ -117,7 +119,9 @@ cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned flags) {
 }
 
 cudaError_t cudaFreeHost(void* begin) {
+    host_waits_for_all(); // as the real one
     size_t bytes = drop(begin);
+    forget(begin, bytes);
     if (bytes) munmap(begin, bytes);
     note(MEMORY, "cudaFreeHost", bytes, 0, 0);
     return OK;
@@ -135,7 +139,10 @@ cudaError_t cudaHostRegister(void* begin, size_t bytes, unsigned flags) {
 }
 
 cudaError_t cudaHostUnregister(void* begin) {
-    note(MEMORY, "cudaHostUnregister", drop(begin), 0, 0);
+    host_waits_for_all();
+    size_t bytes = drop(begin);
+    forget(begin, bytes);
+    note(MEMORY, "cudaHostUnregister", bytes, 0, 0);
     return OK;
 }
 
@@ -170,9 +177,16 @@ void copy_memory(void* to, const void* from, size_t bytes, const char* how, cons
     const dim3 one = {1, 1, 1};
     record(COPY, name, one, one, 0, stream, bytes, 0, 0);
     if (how[0] == 's') note(WAIT, "copy that waits", bytes, 0, 0);
-    if (bytes >= LIMIT || to == from) return;
-    if (numbers_count() || (target != ON_DEVICE && source != ON_DEVICE)) memmove(to, from, bytes);
-    else if (target != ON_DEVICE) memset(to, 0, bytes);
+    if (bytes < LIMIT && to != from) {
+        nocuda_open(1);
+        if (numbers_count() || (target != ON_DEVICE && source != ON_DEVICE)) memmove(to, from, bytes);
+        else if (target != ON_DEVICE) memset(to, 0, bytes);
+        nocuda_open(0);
+    }
+    copy_by(stream, to, from, bytes, name);
+    // the host waits for a copy from the device to memory that is not pinned, and for what is staged on its way there
+    int pageable = (target == ON_DEVICE && source == ON_HOST) || (source == ON_DEVICE && target == ON_HOST);
+    if (how[0] == 's' || pageable) host_waits_for_stream(stream);
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
@@ -189,6 +203,7 @@ cudaError_t cudaMemsetAsync(void* begin, int value, size_t bytes, cudaStream_t s
     need_on_device("memset", begin);
     const dim3 one = {1, 1, 1};
     record(COPY, "memset", one, one, 0, stream, bytes, 0, 0);
+    access_by(stream, begin, bytes, 1, "memset");
     if (bytes < LIMIT && numbers_count()) memset(begin, value, bytes);
     return OK;
 }

@@ -19,10 +19,14 @@ static size_t size_of(int type) { // ncclDataType_t
     return type >= 0 && type < (int)(sizeof sizes / sizeof *sizes) ? sizes[type] : 1;
 }
 
-static int collective(const char* name, const void* from, void* to, size_t count, int type, Communicator* c, void* stream) {
+// `count` numbers are read in `reads` parts and written in `writes` parts.
+static int collective(const char* name, const void* from, void* to, size_t count, int type, Communicator* c, void* stream, int reads,
+                      int writes) {
     need_on_device(name, from);
     need_on_device(name, to);
     size_t bytes = count * size_of(type);
+    if (from) access_by(stream, from, reads * bytes, 0, name);
+    if (to) access_by(stream, to, writes * bytes, 1, name);
     const dim3 one = {1, 1, 1};
     record(COLLECTIVE, name, one, one, 0, stream, bytes, c->ranks, 0);
     if (numbers_count() && c->ranks == 1 && from && to && from != to && bytes < LIMIT) memmove(to, from, bytes);
@@ -42,25 +46,25 @@ const char* ncclGetErrorString(int error) { return "error of the rehearsal"; }
 const char* ncclGetLastError(void* c) { return "none"; }
 
 int ncclAllReduce(const void* from, void* to, size_t count, int type, int op, void* c, void* stream) {
-    return collective("all-reduce", from, to, count, type, c, stream);
+    return collective("all-reduce", from, to, count, type, c, stream, 1, 1);
 }
 int ncclAllGather(const void* from, void* to, size_t count, int type, void* c, void* stream) {
-    return collective("all-gather", from, to, count, type, c, stream);
+    return collective("all-gather", from, to, count, type, c, stream, 1, ((Communicator*)c)->ranks);
 }
 int ncclReduceScatter(const void* from, void* to, size_t count, int type, int op, void* c, void* stream) {
-    return collective("reduce-scatter", from, to, count, type, c, stream);
+    return collective("reduce-scatter", from, to, count, type, c, stream, ((Communicator*)c)->ranks, 1);
 }
 int ncclReduce(const void* from, void* to, size_t count, int type, int op, int root, void* c, void* stream) {
-    return collective("reduce", from, to, count, type, c, stream);
+    return collective("reduce", from, to, count, type, c, stream, 1, 1);
 }
 int ncclBroadcast(const void* from, void* to, size_t count, int type, int root, void* c, void* stream) {
-    return collective("broadcast", from, to, count, type, c, stream);
+    return collective("broadcast", from, to, count, type, c, stream, 1, 1);
 }
 int ncclSend(const void* from, size_t count, int type, int peer, void* c, void* stream) {
-    return collective("send", from, 0, count, type, c, stream);
+    return collective("send", from, 0, count, type, c, stream, 1, 1);
 }
 int ncclRecv(void* to, size_t count, int type, int peer, void* c, void* stream) {
-    return collective("receive", 0, to, count, type, c, stream);
+    return collective("receive", 0, to, count, type, c, stream, 1, 1);
 }
 
 int ncclGroupStart(void) { return 0; }

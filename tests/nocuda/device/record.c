@@ -90,6 +90,13 @@ void fault(const char* what, const char* where) {
     else fprintf(stderr, "nocuda: %s\n", text);
 }
 
+const char* who_and_where(const char* name) {
+    char where[2048] = "", text[2600];
+    if (locator) locator(where, sizeof where);
+    snprintf(text, sizeof text, "%s%s%s", name, *where ? " at " : "", where);
+    return kept(text);
+}
+
 void unmodeled(const char* name) { note(UNKNOWN, name, 0, 0, 0); }
 
 // Lines of kind, name, grid, block, shared bytes, stream, three numbers, where; separated by tabs. 0: written.

@@ -18,6 +18,7 @@ from megatron_synth.cli import bench
 from megatron_synth.cli.bench import gpu as bench_gpu
 from megatron_synth.cli.bench import report as bench_report
 from megatron_synth.config.errors import UserError
+from tests.faults.bench_gpu import campaign
 
 TINY = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.vocab_size=250"]
 TINY += ["train.sequence_length=16", "train.global_batch_size=4", "train.micro_batch_size=2"]
@@ -102,6 +103,14 @@ def test_tables_as_markdown_csv_and_picture(tmp_path: Path, capsys: pytest.Captu
     for content, message in (({"x": 1}, "holds no measurement"), ([1], "expected what `bench train --json` writes")):
         with pytest.raises(UserError, match=message):
             bench_report.main([str(write(tmp_path / "bad.json", content))])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"levers": 1}', '{"levers": [], "config": []}', "\xff", '{"points": [[1]]}'])
+def test_a_file_that_was_not_measured_is_one_message(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"bad\.json"):
+        bench_report.main([str(file)])
 
 
 def test_points_are_pruned_by_rules_and_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +214,38 @@ def test_the_gpu_script_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch
     file.write_text("[]")
     with pytest.raises(UserError, match="expected what `bench gpu` wrote"):
         bench_gpu.main(["--smoke", "--json", str(file)])
+
+
+THREE_PARTS = """
+import sys
+from pathlib import Path
+from megatron_synth.bench import gpu
+
+block = "import json, subprocess, sys, time; from pathlib import Path; child = subprocess.Popen(['sleep', '600']);"
+block += "[(Path(sys.argv[1]).write_text(json.dumps({'blocks': n})), time.sleep(0.1)) for n in range(8)]; child.kill()"
+gpu.measure([gpu.Part(name, ("-c", block, "{json}"), 60) for name in "abc"], True, Path(sys.argv[1]), [])
+"""
+
+
+def test_the_gpu_script_is_killed_and_keeps_what_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, "-c", THREE_PARTS, str(file)]
+    assert campaign(command, file, kills=3, seed=1, longest_s=1.0) == 3
+    parts = json.loads(file.read_text())["parts"]
+    assert {name: part["result"]["blocks"] for name, part in parts.items()} == dict.fromkeys("abc", 7)
+
+
+def test_a_part_that_was_killed_is_known_by_what_it_had_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu.json.running"
+    folder.mkdir()
+    (folder / "running.json").write_text(json.dumps({"part": "a", "command": ["-c", "x"], "mark": "none such"}))
+    (folder / "part.json").write_text('{"rows": 1}')
+    assert gpu._interrupted(folder) == {
+        "a": {"command": ["-c", "x"], "status": "cut off", "took_s": 0.0, "result": {"rows": 1}}
+    }
+    assert gpu._interrupted(folder) == {}
+    (folder / "running.json").write_text("[]")
+    assert gpu._interrupted(folder) == {}
 
 
 @pytest.mark.slow

@@ -89,8 +89,8 @@ def test_memory_over_stages_holds_every_parameter_once() -> None:
 
 def test_activations_follow_the_schedule_and_the_layout() -> None:
     [whole] = memory_per_rank(run(), 1)
-    # 32 layers x 4096 tokens: norms in and out, query-key-value as one, rotated, attention's output, log-sum-exp, the MLP
-    layer = 2 * (4 * 4096 + 48 * 128 + 40 * 128 + 32 * 128 + 3 * 14336) + 4 * 32
+    # 32 layers x 4096 tokens: norms in and out, query-key-value, regrouped queries, attention's output, log-sum-exp, MLP
+    layer = 2 * (4 * 4096 + 48 * 128 + 32 * 128 + 32 * 128 + 3 * 14336) + 4 * 32
     last_norm = 2 * 4096 * 4096 * 2
     assert whole.activations == 32 * 4096 * layer + last_norm
     [double] = memory_per_rank(run(micro=2), 1)
