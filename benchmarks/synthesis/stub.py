@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import random
 import re
 import signal
@@ -17,13 +18,17 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvloop
+
 MODEL = "stub"
-FAULTS = ("429", "500", "slow", "drop", "json", "truncated", "empty")
+CANARY = "where it meets the road"
+FAULTS = ("429", "500", "slow", "drop", "json", "truncated", "empty", "two", "model")
 """429 and 500: the status. slow: after `slow_s`. drop: the connection is closed. json: broken JSON. truncated: half a reply,
-then the connection is closed. empty: an object without choices."""
+then the connection is closed. empty: an object without choices. two: two texts. model: another model's name."""
 PASSAGE = re.compile(r"<(passage|keywords)>\n(.*)\n</\1>", re.DOTALL)
 LINKS = ("Moreover,", "In addition,", "It follows that", "As is known,", "To be exact,", "Then")
 
@@ -46,6 +51,8 @@ class Behavior:
     """Prompts that hold this get the status 400."""
     finish: str | None = None
     """Why every answer ends, where it is set."""
+    says: tuple[str, Callable[[str], str]] | None = None
+    """What prompts that hold a string are answered with."""
     missing: bool = False
     """Whether it does not know its models, as a server that is starting."""
 
@@ -137,7 +144,7 @@ class Stub(asyncio.Protocol):
             self._send(200, {"choices": []})
         else:
             chat = path.endswith(b"chat/completions")
-            reply = _FIXED[chat] if self.behavior.fixed else json.dumps(self._reply(json.loads(body), chat)).encode()
+            reply = _FIXED[chat] if self.behavior.fixed else json.dumps(self._reply(json.loads(body), chat, fault)).encode()
             if self.behavior.refuse and self.behavior.refuse.encode() in body:
                 self._send(400, {"error": {"message": "not this one"}})
                 return
@@ -150,14 +157,19 @@ class Stub(asyncio.Protocol):
                 return
             self._transport.write(head + reply)
 
-    def _reply(self, asked: dict[str, Any], chat: bool) -> dict[str, Any]:
+    def _reply(self, asked: dict[str, Any], chat: bool, fault: str | None) -> dict[str, Any]:
         prompt = asked["messages"][-1]["content"] if chat else asked["prompt"]
-        words = answer_to(prompt, asked.get("seed", 0)).split(" ")
+        says = self.behavior.says
+        text = (
+            says[1](prompt) if says and says[0] in prompt and CANARY not in prompt else answer_to(prompt, asked.get("seed", 0))
+        )
+        words = text.split(" ")
         finish = self.behavior.finish or ("length" if len(words) > asked["max_tokens"] else "stop")
         text = " ".join(words[: asked["max_tokens"]])
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": min(len(words), asked["max_tokens"])}
-        return {"choices": [{"index": 0, "finish_reason": finish, **choice}], "usage": usage}
+        choices = [{"index": at, "finish_reason": finish, **choice} for at in range(2 if fault == "two" else 1)]
+        return {"choices": choices, "usage": usage, "model": "another" if fault == "model" else asked["model"]}
 
     def _send(self, status: int, body: dict[str, Any], more: bytes = b"") -> None:
         content = json.dumps(body).encode()
@@ -236,8 +248,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--fault", action="append", default=[], metavar="NAME=SHARE", help=", ".join(FAULTS))
     parser.add_argument("--rate", type=float, default=0.0, help="answers a second at most")
+    parser.add_argument("--core", type=int, help="run on this one alone")
     parser.add_argument("--fixed", action="store_true", help="always the same answer")
     arguments = parser.parse_args(argv)
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
     faults = {name: float(share) for name, share in (one.split("=") for one in arguments.fault)}
     stub = RunningStub(arguments.port, faults=faults, rate=arguments.rate, fixed=arguments.fixed)
 
@@ -249,7 +264,7 @@ def main(argv: list[str]) -> int:
         print(stub.url, flush=True)
         await ready
 
-    asyncio.run(serve())
+    uvloop.run(serve())
     return 0
 
 

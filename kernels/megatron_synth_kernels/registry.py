@@ -200,7 +200,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         _operation(
             "attention",
-            "(query [S, B, A, D], key, value [S, B, G, D], scale, cu_seqlens, max_seqlen) -> [S, B, A D]",
+            "(query [S, B, A, D], key, value [S, B, G, D], scale, cu_seqlens, max_seqlen, window) -> [S, B, A D]",
             torch=".torch.attention:causal_attention",
         ),
         _operation(

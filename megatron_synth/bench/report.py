@@ -18,8 +18,11 @@ from typing import Any
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import gib
+from megatron_synth.core.records import read_text
 
 SIGNIFICANCE = 0.01
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, ArithmeticError, RecursionError)
+"""What comes of reading a file that was not written by `--json`, or was altered since."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ def read(path: Path) -> list[Record]:
         UserError: the file is not one of ours.
     """
     try:
-        records = list(_records(json.loads(path.read_text())))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        records = list(_records(json.loads(read_text(path))))
+    except MALFORMED as error:
         raise UserError(f"{path}: expected what `bench train --json` writes: {type(error).__name__}: {error}") from None
     if not records:
         raise UserError(f"{path}: holds no measurement")
@@ -73,8 +76,8 @@ def read(path: Path) -> list[Record]:
 def content(path: Path) -> dict[str, Any]:
     """What `--json` wrote; empty where the file cannot be read, which `read` explains."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

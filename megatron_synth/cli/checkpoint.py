@@ -10,8 +10,10 @@ from pathlib import Path
 
 from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
+from megatron_synth.core.lock import Lock
 from megatron_synth.core.log import gib, show, table
 from megatron_synth.train.checkpoint import files
+from megatron_synth.train.record.run_lock import LOCK
 
 EXIT_DAMAGED = 1
 _READERS = 4
@@ -47,7 +49,12 @@ def main(argv: list[str]) -> int:
         return EXIT_OK
     if arguments.verb == "verify":
         return _verify(root, found, arguments.step)
-    _prune(root, found, arguments.keep, arguments.every, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        _prune(root, found, arguments.keep, arguments.every, dry_run=True)
+        return EXIT_OK
+    run = root.parent if root.name == files.FOLDER else root
+    with Lock(run / LOCK, "checkpoint prune"):  # who trains there saves, resumes from what is there, and cleans up, too
+        _prune(root, files.all_of(root), arguments.keep, arguments.every, dry_run=False)
     return EXIT_OK
 
 

@@ -15,20 +15,21 @@ from megatron_synth.core.log import human, say
 def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth convert", description="Exchange weights with Hugging Face's Llama, in safetensors."
+        prog="megatron-synth convert",
+        description="Exchange weights with Hugging Face's Llama, Mistral, Qwen 2, 2.5 and 3, and OLMo 2, in safetensors.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="to-hf|from-hf")
     to_hf = verbs.add_parser("to-hf", help="checkpoint of any layout -> folder for AutoModelForCausalLM")
     to_hf.add_argument("run", type=Path, help="run directory (its newest checkpoint) or one checkpoint")
     to_hf.add_argument("folder", type=Path, help="new folder")
-    from_hf = verbs.add_parser("from-hf", help="folder of a Llama -> weights for checkpoint.init_from, in any layout")
+    from_hf = verbs.add_parser("from-hf", help="folder of such a model -> weights for checkpoint.init_from, in any layout")
     from_hf.add_argument("folder", type=Path, help="folder with config.json and safetensors")
     from_hf.add_argument("out", type=Path, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Exchange weights with Hugging Face's Llama. Returns the exit code."""
+    """Exchange weights with Hugging Face. Returns the exit code."""
     arguments = parser().parse_args(argv)
     if arguments.verb == "to-hf":
         return _to_hf(arguments.run, arguments.folder)
@@ -50,7 +51,9 @@ def _from_hf(folder: Path, out: Path) -> int:
     _refuse_existing(out)
     from megatron_synth.config.yaml12 import dump
     from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
-    from megatron_synth.interop.hf_llama import from_hf_state, model_config_from_hf, read_hf
+    from megatron_synth.interop.hf_folder import read_hf
+    from megatron_synth.interop.hf_settings import model_config_from_hf
+    from megatron_synth.interop.hf_weights import from_hf_state
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import Layout
     from megatron_synth.train.checkpoint import companions

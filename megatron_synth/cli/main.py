@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 from megatron_synth import __version__
-from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, RankError, UserError
+from megatron_synth.config.errors import EXIT_OK, EXIT_UNREAD, EXIT_USER_ERROR, PeerError, RankError, UserError
+from megatron_synth.core.compiler_cache import keep_to_own_folder
 from megatron_synth.core.exit_record import report
 from megatron_synth.core.log import show
 from megatron_synth.core.processes import end_with_parent
@@ -25,7 +26,7 @@ from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
 EXTRAS = dict.fromkeys(("matplotlib", "scipy", "markupsafe"), "study") | dict.fromkeys(
-    ("aiohttp", "jinja2", "py3langid", "transformers", "uvloop"), "synthesis"
+    ("httptools", "jinja2", "msgspec", "py3langid", "transformers", "uvloop"), "synthesis"
 )
 """Libraries that not everybody needs -> the extra of this package that brings them."""
 VERBS = {
@@ -50,6 +51,10 @@ VERBS = {
     "completion": "bash | zsh | fish: the script that completes verbs, options and settings in a shell",
 }
 """Verb -> what it does. `cli/VERB.py` has its `parser()` and its `main(argv)`."""
+
+
+COMPILING = ("train", "eval", "bench", "kernels", "study", "synthesize")
+"""Verbs in which torch may compile."""
 
 
 def usage() -> str:
@@ -103,6 +108,8 @@ def _dispatch(arguments: list[str]) -> int:
         show(f"megatron-synth {__version__}")
         return EXIT_OK
     check_environment()
+    if arguments[0] in COMPILING:
+        keep_to_own_folder()
     return load(arguments[0])(arguments[1:])
 
 
@@ -128,7 +135,8 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     except UserError as error:
         report(EXIT_USER_ERROR, error)
         # every rank ends; one of them says why
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        told = isinstance(error, PeerError)
+        if isinstance(error, RankError) or (os.environ.get("RANK", "0") == "0" and not told):
             show(f"error: {error}", error=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:

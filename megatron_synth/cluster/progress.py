@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 from megatron_synth.core.records import OPEN, Reader, read_text
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import JOBS
@@ -71,13 +73,15 @@ def tail(file: Path, size: int = _TAIL_BYTES) -> list[str]:
 def _tail(file: Path, size: int) -> tuple[bytes, int]:
     """The last whole lines of a file, and the place where they begin."""
     try:
-        with file.open("rb") as stream:
+        with os.fdopen(open_regular(file), "rb") as stream:
             length = stream.seek(0, 2)
             begin = max(0, length - size)
             stream.seek(begin)
             content = stream.read(size)
     except FileNotFoundError:
         return b"", 0
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     if begin:  # amid a line
         cut = content.find(b"\n") + 1
         begin, content = begin + cut, content[cut:]

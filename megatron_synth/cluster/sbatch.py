@@ -177,11 +177,10 @@ def _options(spec: JobSpec) -> list[str]:
 def _settings(spec: JobSpec) -> list[str]:
     """Assignments of the variables that the scripts read, and what a node does before its ranks."""
     cluster = spec.cluster
-    python = cluster.python or ("python" if cluster.container else sys.executable)
     values = {
         "LAUNCH": str(spec.folder),
         "JOB_DIR": str(spec.folder),
-        "PYTHON": python,
+        "PYTHON": interpreter(cluster),
         "RANKS_PER_NODE": str(spec.ranks_per_node),
         "SAVE_WAIT": str(max(cluster.stop_lead_s - _SAVE_MARGIN_S, 5)),
         "MAX_RESTARTS": str(cluster.max_restarts),
@@ -201,6 +200,11 @@ def _settings(spec: JobSpec) -> list[str]:
     if options:
         lines.append(f"SRUN_OPTIONS=({shlex.join(options)})")
     return lines
+
+
+def interpreter(cluster: ClusterConfig) -> str:
+    """The Python of a job: the cluster's, or the one that submits; in a container `python`."""
+    return cluster.python or ("python" if cluster.container else sys.executable)
 
 
 def container_command(cluster: ClusterConfig, chdir: Path, folders: Sequence[Path], gpus: bool) -> tuple[list[str], list[str]]:

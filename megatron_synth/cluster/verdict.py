@@ -243,9 +243,12 @@ def _main(argv: list[str] | None) -> int:
     options = parser.parse_args(argv)
     job_dir: Path = options.job_dir
     run_dir = read_job(job_dir).run_dir
-    record = last_record(run_dir) if run_dir is not None else None
-    step = 0 if record is None else int(record["step"])
     history = read_attempts(job_dir, options.job)
+    record = last_record(run_dir) if run_dir is not None else None
+    # a task without a run says itself how far it is, when it ends
+    step = max((entry["step"] for entry in history), default=0) if run_dir is None else 0
+    if record is not None:
+        step = int(record["step"])
     line: dict[str, Any] = {"event": options.event, "time": time.time(), "restart": options.restart, "step": step}
     if options.event == "begin":
         _append(job_dir, options.job, line | {"nodes": options.nodes})
@@ -256,6 +259,8 @@ def _main(argv: list[str] | None) -> int:
         return EXIT_OK
     outcomes = job_dir / "outcomes" / f"{options.job}.{options.restart}"
     reports = read_reports(outcomes)
+    if run_dir is None:
+        line["step"] = step = max([step, *(report.step for report in reports if report.step is not None)])
     began = next((entry["step"] for entry in reversed(history) if entry["event"] == "begin"), 0)
     stopping = options.stopping or any(outcomes.glob("stopped-*"))
     code = options.code or (EXIT_STOPPED if any(outcomes.glob("stopped-*")) else EXIT_OK)

@@ -25,6 +25,10 @@ class RankError(UserError):
     """
 
 
+class PeerError(UserError):
+    """Another rank has ended with an error of its user's, which it prints: this rank ends with it, too, and prints nothing."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong in a configuration.

@@ -83,6 +83,9 @@ def _load(path: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, An
         chain = " -> ".join(str(file) for file in (*above[above.index(identity) :], identity))
         raise UserError(f"{path}: a file cannot be its own base: {chain}")
     try:
+        # what the user names may be a pipe of the shell; a base that is one would wait for whoever does not write
+        if above and not path.is_file():
+            raise UserError(f"{path}: cannot be read: not a regular file")
         with path.open("rb") as stream:
             text = stream.read(yaml12.MAX_BYTES + 1)
         if len(text) > yaml12.MAX_BYTES:

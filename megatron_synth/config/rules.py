@@ -27,9 +27,13 @@ def nearest_multiples(value: int, divisor: int) -> str:
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
     heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
-    if hidden % heads:
+    if model.kv_channels is not None:
+        if model.kv_channels % 2:
+            yield Problem("model.kv_channels", f"{model.kv_channels} is odd; rotary embedding turns pairs of channels")
+    elif hidden % heads:
         message = f"{hidden} is not divisible by the {heads} heads of model.num_attention_heads"
-        yield Problem("model.hidden_size", f"{message}; nearest: {nearest_multiples(hidden, heads)}")
+        near = nearest_multiples(hidden, heads)
+        yield Problem("model.hidden_size", f"{message}; nearest: {near}; or set model.kv_channels, the channels of a head")
     elif model.head_dim % 2:
         message = f"{hidden} / {heads} heads gives a head dimension of {model.head_dim}; rotary embedding needs it even"
         yield Problem("model.hidden_size", message)
@@ -37,6 +41,17 @@ def _model(config: Config) -> Iterator[Problem]:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         message = f"{groups} does not divide the {heads} heads of model.num_attention_heads; one of: "
         yield Problem("model.num_query_groups", message + ", ".join(divisors))
+    if model.sliding_window_first_layer and model.sliding_window is None:
+        message = f"{model.sliding_window_first_layer} has no effect without model.sliding_window"
+        yield Problem("model.sliding_window_first_layer", message)
+    if (scaling := model.rope_scaling) is not None:
+        if scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
+            message = f"{scaling.rope_type} needs the context length of the first training"
+            yield Problem("model.rope_scaling.original_max_position_embeddings", message)
+        for low, high, kind in (("low_freq_factor", "high_freq_factor", "llama3"), ("beta_slow", "beta_fast", "yarn")):
+            if scaling.rope_type == kind and getattr(scaling, low) >= getattr(scaling, high):
+                message = f"{getattr(scaling, low):g} is not below model.rope_scaling.{high} = {getattr(scaling, high):g}"
+                yield Problem(f"model.rope_scaling.{low}", message)
 
 
 def _parallel(config: Config) -> Iterator[Problem]:
@@ -60,9 +75,14 @@ def _parallel(config: Config) -> Iterator[Problem]:
         message = "true needs parallel.tensor_model_parallel_size > 1: it splits the sequence over those ranks"
         yield Problem("parallel.sequence_parallel", message)
     length = config.train.sequence_length
-    if parallel.uses_sequence_parallel and length % tensor:
+    context = parallel.context_parallel_size
+    pieces = (2 * context if context > 1 else 1) * (tensor if parallel.uses_sequence_parallel else 1)
+    if length % pieces:
         message = f"{length} is not divisible by the {tensor} ranks that sequence parallelism splits it over"
-        yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, tensor)}")
+        if context > 1:
+            over = f" x {tensor} of sequence parallelism" if parallel.uses_sequence_parallel else ""
+            message = f"{length} is not divisible by 2 x {context} context-parallel ranks{over} = {pieces}"
+        yield Problem("train.sequence_length", f"{message}; nearest: {nearest_multiples(length, pieces)}")
 
     chunks = parallel.virtual_stages
     if chunks > 1 and pipeline == 1:
@@ -215,11 +235,16 @@ def _precision(config: Config) -> Iterator[Problem]:
         "model.num_attention_heads": (heads * head_dim, tensor, "query channels"),
         "model.num_query_groups": ((heads + 2 * groups) * head_dim, tensor, "query, key and value channels"),
         "model.ffn_hidden_size": (model.ffn_hidden_size, tensor, "MLP channels"),
-        "train.sequence_length": (config.train.micro_batch_size * config.train.sequence_length, 1, "tokens of a micro-batch"),
+        "train.sequence_length": (
+            config.train.micro_batch_size * config.train.sequence_length,
+            config.parallel.context_parallel_size,
+            "tokens of a micro-batch",
+        ),
     }
     for key, (size, parts, what) in sizes.items():
         if size % parts or (size // parts) % multiple:
-            share = f"{size} / {parts} tensor-parallel ranks" if parts > 1 else str(size)
+            sharing = "context" if key == "train.sequence_length" else "tensor"
+            share = f"{size} / {parts} {sharing}-parallel ranks" if parts > 1 else str(size)
             message = f"precision.fp8: {precision.fp8} needs a multiple of {multiple}, found {share} {what}"
             yield Problem(key, message)
 

@@ -13,8 +13,31 @@ from pydantic import Field, field_validator
 from megatron_synth.config.section import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
 
 
+class RopeScaling(Section):
+    """Scaled frequencies of the rotary embedding, by the names of Hugging Face's config.json."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """linear divides every frequency; llama3 (Llama 3.1 and later) and yarn divide the low ones."""
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    """What frequencies are divided by: as a rule the new context length over the old."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """Context length that the model was first trained with. Required by llama3 and yarn."""
+    low_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """llama3: periods of original_max_position_embeddings / this and more are scaled in full."""
+    high_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 4.0
+    """llama3: periods of original_max_position_embeddings / this and less are not scaled."""
+    beta_fast: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """yarn: channels of so many turns within the original context and more are not scaled."""
+    beta_slow: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """yarn: channels of so many turns within the original context and less are scaled in full."""
+    attention_factor: Annotated[float, Field(gt=0, le=1e3)] | None = None
+    """yarn: factor of cos and sin. Default: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: whole channels at the ends of the passage."""
+
+
 class ModelConfig(Section):
-    """A decoder-only, Llama-style model: RoPE, RMSNorm, SwiGLU, no biases."""
+    """A decoder-only model of the Llama kind: RoPE, RMSNorm, SwiGLU, with the variations of its relatives."""
 
     name: str = "custom"
     """Name shown in the run header and in tables."""
@@ -36,6 +59,23 @@ class ModelConfig(Section):
     """Tie the output layer to the embedding."""
     rotary_base: Annotated[float, Field(gt=0)] = 10_000.0
     """Base period of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Scaled frequencies, for texts longer than those of the first training. Default: none."""
+    kv_channels: Annotated[int, Field(ge=2, le=2**12)] | None = None
+    """Channels of one head (D). Default: hidden_size / num_attention_heads."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values, as in Qwen 2 and 2.5."""
+    qk_norm: Literal["off", "head", "all_heads"] = "off"
+    """RMSNorm of queries and keys before they are rotated: each head by itself with one weight for all heads, as in Qwen 3, or
+    over all heads at once, as in OLMo 2."""
+    norm_placement: Literal["before", "after"] = "before"
+    """Where the norms of a layer are: before attention and MLP, or, as in OLMo 2, on what they add to the residual stream."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a token sees, itself included, as in Mistral 7B 0.1. Default: all before it."""
+    sliding_window_first_layer: NonNegativeInt = 0
+    """The first layer, from 0, that has the window; those before it see everything, as in Qwen 2."""
+    hf_family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"] | None = None
+    """Hugging Face's class that `convert to-hf` writes. Default: the first of these that has what the model has."""
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of RMSNorm."""
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
@@ -49,7 +89,11 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Channels of one head (D)."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token sees in a layer, counted from 0; None: all before it."""
+        return self.sliding_window if layer >= self.sliding_window_first_layer else None
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding for a vocabulary of `vocab_size` tokens."""
@@ -58,7 +102,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout. The data-parallel size is what remains: world size / (tensor x pipeline)."""
+    """The layout. The data-parallel size is what remains: world size / (tensor x context x pipeline)."""
 
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share each layer's matrices (TP)."""
@@ -66,6 +110,9 @@ class ParallelConfig(Section):
     """Stages that share the layers (PP)."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per stage in the interleaved schedule (VP). Default: one, plain 1F1B."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence (CP), for long ones: each has an early and a late part of it. They hold the same weights,
+    and gather each other's keys and values in attention."""
     sequence_parallel: bool | None = None
     """Split norms and residuals over the tensor-parallel ranks. Default: on exactly when tensor parallel."""
     use_distributed_optimizer: bool = True
@@ -422,6 +469,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.train.micro_batch_size * self.train.sequence_length // self.parallel.context_parallel_size
 
     @property
     def window_length(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -53,7 +54,7 @@ class ParentsConfig(Section):
 class GeneratorConfig(Section):
     """What writes the text. Give exactly one of `model` and `run`."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=4096)] | None = None
     """A folder in Hugging Face's format, a name on its Hub, or the name that a server gives its model."""
     run: str | None = None
     """A run directory, or a checkpoint: it is exported to the output's folder `generator` and used from there."""
@@ -65,7 +66,7 @@ class GeneratorConfig(Section):
     """A tokenizer.json to count prompts by. Default: that of the model's folder; without one, four bytes count as a token."""
     parameters: Amount | None = None
     """Parameters of a model behind a server, for FLOPs. Counted where the model is a folder."""
-    license: str | None = None
+    license: Annotated[str, Field(max_length=200)] | None = None
     """The generator's license, such as llama3.1, for the manifest. Default: what a README.md in its folder says."""
     tokens_per_second: Annotated[float, Field(gt=0)] | None = None
     """Tokens that one device writes a second, for `plan`. Default: what was published for models of about its size."""
@@ -109,6 +110,8 @@ class EngineConfig(Section):
     """openai, vllm: how long no server may answer, before the run ends with exit code 75."""
     tensor_parallel_size: PositiveInt = 1
     """vllm: GPUs that share the model."""
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
+    """vllm: servers that are started on a machine, each with `tensor_parallel_size` GPUs of its own."""
     arguments: tuple[str, ...] = ()
     """vllm: more arguments of `vllm serve`."""
     startup_s: Seconds = 1800.0
@@ -122,14 +125,31 @@ class EngineConfig(Section):
             raise ValueError("servers: name at least one, such as http://node1:8000/v1")
         if self.name != "openai" and self.servers:
             raise ValueError(f"servers are for `name: openai`, found `name: {self.name}`")
+        ours = ("--api-key", "--host", "--port", "--served-model-name", "--uds")
+        if wrong := [one for one in self.arguments if one.partition("=")[0] in ours]:
+            raise ValueError(
+                f"arguments: {wrong[0].partition('=')[0]} is set here: a server listens on the loopback, with a key that is "
+                f"made for it and stands in no list of processes"
+            )
         for server in self.servers:
-            if not re.fullmatch(r"https?://[^\s@?#]+", server):
+            if not _is_address(server):
                 raise ValueError(
                     f"servers: expected http://HOST:PORT or https://..., without a user or key, got {server!r:.80}"
                 )
         if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise ValueError("key_variable: expected the name of an environment variable; the key itself stands in no file")
         return self
+
+
+def _is_address(server: str) -> bool:
+    """Whether it is http:// or https://, with a host, without a user, a key or a query, in characters that a head can carry."""
+    if not re.fullmatch(r"https?://[!-~]+", server) or set(server) & set("@?#\\"):
+        return False
+    try:
+        parts = urlsplit(server)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 class SamplingConfig(Section):
@@ -171,22 +191,58 @@ class DecodingConfig(Section):
         return self
 
 
+class WalksConfig(Section):
+    """Walks over concepts that documents have in common; the kind `recombined` makes a text about each."""
+
+    count: PositiveInt
+    """How many walks."""
+    length: Annotated[int, Field(ge=2, le=20)] = 4
+    """Concepts of a walk at most."""
+    parents: Annotated[int, Field(ge=1, le=8)] = 3
+    """Documents at most whose passages are shown with them."""
+
+
+class HardestConfig(Section):
+    """Only parents on which a model is weakest (S3, arXiv 2310.13671): those with the highest mean loss of a token."""
+
+    run: str | None = None
+    """A run directory or a checkpoint, which is exported to the output's folder `hardest`."""
+    model: str | None = None
+    """Or a folder in Hugging Face's format."""
+    count: PositiveInt
+    """Parents that are kept; they stay in their order."""
+    min_tokens: PositiveInt = 32
+    """Shorter documents are left out, as their means scatter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HardestConfig:
+        if (self.run is None) == (self.model is None):
+            raise ValueError("give exactly one of run and model")
+        return self
+
+
 class SynthesisSettings(Section):
     """What to make. Paths are relative to the working directory."""
 
     output: str
     """Folder for answers, corpus, account and report. A run that is there already goes on."""
     kind: str | None = None
-    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook, token-editing, continuation."""
+    """A kind that comes with the program: hq-rephrase, qa-rephrase, textbook, recombined, token-editing, continuation."""
     template: str | None = None
     """Or a template file of your own; copy one of megatron_synth/synthesis/kinds/templates."""
     parents: dict[str, ParentsConfig] = Field(min_length=1)
     """Natural documents by a name, in this order."""
+    hardest: HardestConfig | None = None
+    """Of these, only those on which a run is weakest. Default: all."""
     generator: GeneratorConfig
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig | None = None
     """Text from probabilities: token editing or contrastive decoding, for the kinds of these names."""
+    walks: WalksConfig | None = None
+    """For `recombined`, and templates that are made from concepts."""
+    study_tokenizer: str | None = None
+    """The tokenizer.json of the models that are trained on the text: plan, record, status and report then count by it, too."""
     seed: Seed = 1
     """Each request has a seed of its own, made from this one and from what it asks."""
     per_parent: PositiveInt = 1

@@ -43,12 +43,14 @@ _ABSENT = {
     "lr_warmup_fraction": "give steps: optim.warmup_steps = fraction x train.steps",
     "lr_warmup_samples": "give steps: optim.warmup_steps = samples / train.global_batch_size",
     "merge_file": _TOKENIZER,
-    "qk_layernorm": "queries and keys have no norms here; CONTRIBUTING.md says what such a model takes",
+    "qk_layernorm": "say which norm: model.qk_norm: head (as in Qwen 3) or all_heads (as in OLMo 2)",
     "rampup_batch_size": "the batch size is constant; stop the run, and go on with another train.global_batch_size",
     "tensorboard_dir": "every step is in metrics.jsonl of the run directory, and in wandb where log.wandb says so",
     "tokenizer_model": _TOKENIZER,
     "train_samples": "give steps: train.steps = samples / train.global_batch_size",
+    "use_rope_scaling": "model.rope_scaling: {rope_type: llama3, factor: 8, original_max_position_embeddings: 8192}",
     "vocab_file": _TOKENIZER,
+    "window_size": "model.sliding_window: tokens that a token sees, itself included; (W, 0) there is W + 1 here",
 }
 """Settings of Megatron-LM that have no counterpart of their own -> what to do instead."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
 
     The file's mode is what the umask leaves, as of any new file. `private`: for its owner's eyes alone.
     """
-    payload = data.encode() if isinstance(data, str) else data
+    # of a name that is not UTF-8 the bytes that are none are written out; in JSON that is the same text
+    payload = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(f".{_cut(path.name)}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -31,6 +34,27 @@ def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> Non
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that was there before. A pipe would wait for a writer for ever, and a device has no end.
+
+    flags: of `os.open`; with O_NOFOLLOW a link is refused, too.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path) -> bytes:
+    """All of such a file; OSError otherwise."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def _cut(name: str) -> str:

@@ -135,6 +135,24 @@ def refuse_held(file: Path) -> None:
         raise _held(file, found)
 
 
+def refuse_alive(file: Path) -> None:
+    """Refuse a folder in which a program works, on whatever machine. Waits for a sign of life of one that is elsewhere.
+
+    Raises:
+        Held: names who holds it.
+    """
+    first = holder(file)
+    if first is None:
+        return
+    deadline = time.monotonic() + STALE_S
+    while (found := holder(file)) is not None and found.lives is not False:
+        if found.lives or (found.touched, found.content) != (first.touched, first.content):
+            raise _held(file, found)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_POLL_S)
+
+
 class Lock:
     """The lock in `file`. A context: it is held within.
 

@@ -8,8 +8,9 @@ import re
 import sys
 
 # What a terminal would obey, or show in another order than it stands there: C0 and C1 without line breaks and tabs, and the
-# marks of bidirectional text. Names and text of a corpus may hold them.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# marks of bidirectional text. Names and text of a corpus may hold them. Halves of surrogate pairs are what Python makes of a
+# file's name that is not UTF-8, and nothing draws or writes them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def is_first_rank() -> bool:

@@ -8,7 +8,7 @@ all verbs use.
 from __future__ import annotations
 
 import json
-import stat
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar, cast
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 
 T = TypeVar("T")
 
@@ -123,9 +124,7 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
         UserError: it is missing, something else, larger than `limit` bytes, or cannot be read.
     """
     try:
-        with file.open("rb") as stream:
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"{file}: not a regular file")
+        with os.fdopen(open_regular(file), "rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_synth.core.files import read_regular
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What stands for a space in SentencePiece's tokens."""
 
@@ -38,7 +40,7 @@ def token_bytes(path: Path, eod_id: int | None) -> TokenBytes:
     from tokenizers import Tokenizer, pre_tokenizers
 
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_regular(path).decode("utf-8")
         backend = Tokenizer.from_str(content)
         state = json.loads(content)
     except OSError as error:

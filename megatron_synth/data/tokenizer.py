@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_atomic
+from megatron_synth.core.files import read_regular, write_atomic
 from megatron_synth.data.bpe_cache import WordEncoder, encode_all, is_applicable
 from megatron_synth.data.literal_text import read_literally
 from megatron_synth.data.shards.manifest import canonical_digest
@@ -171,7 +171,7 @@ def fingerprint_of(path: Path) -> str:
     from tokenizers import Tokenizer as Backend
 
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = read_regular(path).decode("utf-8")
         Backend.from_str(content)
         return _fingerprint(content)
     except OSError as error:
@@ -188,7 +188,7 @@ def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:
             "transformers makes one of other formats, which the folder of a model holds"
         )
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = read_regular(Path(path)).decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a tokenizer.json") from None
     except UnicodeDecodeError as error:

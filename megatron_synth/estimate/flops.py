@@ -1,8 +1,9 @@
 """Parameters and FLOPs of a model, counted without building it.
 
-One convention everywhere: FLOPs per token = 6 x (body + head parameters) + 12 x layers x hidden x sequence. That is
+One convention everywhere: FLOPs per token = 6 x (body + head parameters) + 12 x layers x query channels x sequence. That is
 forward and backward, 2 FLOPs per multiply-add; full attention, not the causal half; the embedding look-up not counted;
-recomputation not counted. (PaLM, Chowdhery et al. 2022, appendix B, with the head counted among the parameters.)
+recomputation not counted. (PaLM, Chowdhery et al. 2022, appendix B, with the head counted among the parameters.) In a layer
+with a window a token counts twice the tokens that it sees, as without one.
 """
 
 from __future__ import annotations
@@ -62,5 +63,16 @@ def count_parameters(model: ModelConfig, vocab_size: int | None = None) -> Param
 def flops_per_token(model: ModelConfig, sequence_length: int, vocab_size: int | None = None) -> int:
     """FLOPs to train on one token, by the module's convention."""
     parameters = count_parameters(model, vocab_size)
-    attention = 12 * model.num_layers * model.hidden_size * sequence_length
-    return 6 * (parameters.non_embedding + parameters.head_product) + attention
+    seen = sum(attended(sequence_length, model.window_of(layer)) for layer in range(model.num_layers))
+    attention = 12 * model.num_attention_heads * model.head_dim * seen
+    return 6 * (parameters.non_embedding + parameters.head_product) + round(attention)
+
+
+def attended(sequence_length: int, window: int | None) -> float:
+    """Tokens that a token is counted to attend to in a row of S: S, or, with a window of W < S, 2 W - W^2 / S.
+
+    That is twice what it sees on average under the causal mask, W - W^2 / (2 S), which without a window is S / 2.
+    """
+    if window is None or window >= sequence_length:
+        return sequence_length
+    return 2 * window - window**2 / sequence_length

@@ -1,7 +1,7 @@
 """Bytes that a rank holds, by kind, counted from the configuration without building the model.
 
-Letters: T tokens of a micro-batch, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head, V padded
-vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
+Letters: T tokens of a micro-batch on one rank, H hidden, F MLP width, A query heads, G key/value heads, D channels of a head,
+V padded vocabulary, t tensor-parallel size, s its size under sequence parallelism and 1 without, e bytes of an element.
 
 Activations are counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for the operations that
 run on the device: those of a GPU keep the inputs of norms, those of a CPU their fp32 normalized form. `bench memory` holds the
@@ -60,14 +60,16 @@ def kept_per_token(config: Config, device: Device = "gpu", fp8: bool | None = No
         return {"layer input": _element(config) * hidden / _sequence_shards(config)}
     kept = _all_kept(config, device, fp8)
     # a layer that makes the outputs of norms and of SwiGLU in FP8 only has none of them to drop
+    before = config.model.norm_placement == "before"  # norms after the operations are not made again
     if config.train.recompute == "selective" and not (fp8 and _fuses(config)):
         shards = _sequence_shards(config)
-        for name in ("norm outputs", "normalized", "activated"):
+        for name in ("norm outputs", "normalized", "activated") if before else ("activated",):
             kept.pop(name, None)
         if device == "cpu":
             # silu(gate) is an operation of its own there
             kept.pop("silu(gate)", None)
-            kept["norm inputs"] = 2 * _element(config) * hidden / shards
+            if before:
+                kept["norm inputs"] = 2 * _element(config) * hidden / shards
     return kept
 
 
@@ -114,6 +116,12 @@ def _all_kept(config: Config, device: Device, fp8: bool) -> dict[str, float]:
             "attention output, reordered": element * queries / tensor if config.train.micro_batch_size > 1 else 0,
             "silu(gate)": element * width / tensor,
         }
+    if model.qk_norm == "head" and device == "cpu":
+        kept["normalized query and key"] = 4 * (queries + keys + model.num_attention_heads + model.query_groups) / tensor
+    elif model.qk_norm != "off":  # the norm of keys reads them where the product wrote them
+        kept["query before its norm"] = element * queries / tensor
+        if device == "cpu":
+            kept["query, key and value"] = element * (queries + 2 * keys) / tensor
     if fp8:
         _in_fp8(kept, config, device)
     return kept
@@ -177,10 +185,10 @@ def memory_per_rank(
     """Estimated memory of a rank of each pipeline stage, first to last.
 
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
-    4. The distributed optimizer divides the last two by the data-parallel size. With `fp8` (default: as the configuration
-    says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed, which are
-    kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in FP8,
-    one byte per number.
+    4. The distributed optimizer divides the last two by the data- and context-parallel sizes. With `fp8` (default: as the
+    configuration says) 2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed,
+    which are kept over the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept
+    in FP8, one byte per number.
     """
     quantized = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -193,7 +201,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     model, parallel, train = config.model, config.parallel, config.train
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     tensor, shards, element = parallel.tensor_model_parallel_size, _sequence_shards(config), _element(config)
-    tokens = train.micro_batch_size * train.sequence_length
+    tokens, context = config.micro_batch_tokens, parallel.context_parallel_size
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * data))
     first, last = stage == 0, stage == stages - 1
     on_rank = parameters_per_rank(config, stage, vocab_size)
@@ -212,6 +220,8 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
         activations += stream + round((4 * (model.hidden_size + 1) / shards if device == "cpu" else 0) * tokens) + stream
 
     buffers = element * tokens * model.hidden_size if shards > 1 else 0
+    if context > 1:  # keys and values of all ranks as they come and in the order of the row, and the same of their gradients
+        buffers += 4 * element * tokens * context * 2 * Dimensions.of(model).keys // tensor
     if stages > 1 and device == "cpu":  # its norms do not keep their input, and outputs are not released early
         buffers += stream * held * ((not first) + (not last))
     elif stages > 1:
@@ -237,7 +247,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
-        optimizer=on_rank * (12 if element == 2 else 8) // (data if parallel.use_distributed_optimizer else 1),
+        optimizer=on_rank * (12 if element == 2 else 8) // (data * context if parallel.use_distributed_optimizer else 1),
         activations=activations,
         logits=loss if at_loss else 0,
         buffers=buffers,

@@ -53,6 +53,8 @@ class Candidate:
             f"train.sequence_length={train.sequence_length}",
             f"train.recompute={train.recompute}",
         ]
+        if layout.context > 1:
+            settings.append(f"parallel.context_parallel_size={layout.context}")
         if layout.virtual > 1:
             settings.append(f"parallel.virtual_pipeline_model_parallel_size={layout.virtual}")
         return settings
@@ -81,9 +83,10 @@ def search(
 
 def _variants(config: Config, gpus: int, chip: Accelerator, micro_batch_sizes: tuple[int, ...]) -> Iterator[Config]:
     layers, batch = config.model.num_layers, config.train.global_batch_size
-    for tensor in _divisors(chip.per_node):
+    shared = [(tensor, context) for tensor in _divisors(chip.per_node) for context in _contexts(config.train.sequence_length)]
+    for tensor, context in shared:
         for pipeline in _divisors(layers):
-            data, rest = divmod(gpus, tensor * pipeline)
+            data, rest = divmod(gpus, tensor * context * pipeline)
             if rest or data == 0:
                 continue
             for chunks in _divisors(layers // pipeline) if pipeline > 1 else [1]:
@@ -92,6 +95,7 @@ def _variants(config: Config, gpus: int, chip: Accelerator, micro_batch_sizes: t
                 parallel = config.parallel.model_copy(
                     update={
                         "tensor_model_parallel_size": tensor,
+                        "context_parallel_size": context,
                         "pipeline_model_parallel_size": pipeline,
                         "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
                         "sequence_parallel": None,
@@ -105,6 +109,11 @@ def _variants(config: Config, gpus: int, chip: Accelerator, micro_batch_sizes: t
                         yield config.model_copy(update={"parallel": parallel, "train": train})
 
 
+def _contexts(sequence_length: int) -> list[int]:
+    """Numbers of ranks that may share a sequence: powers of two that leave each 4,096 tokens."""
+    return [1, *(2**n for n in range(1, 10) if sequence_length // 2**n >= 4096)]
+
+
 def _divisors(number: int) -> list[int]:
     return [value for value in range(1, number + 1) if number % value == 0]
 
@@ -115,7 +124,7 @@ def _judge(
     stages = memory_per_rank(config, layout.data, fp8=fp8)
     memory = max(stages, key=lambda stage: stage.total)
     needed = memory.total * (1 + FRAGMENTATION) + RESERVED
-    overlap = overlap and all(config.parallel.overlaps(layout.data, on_gpu=True))
+    overlap = overlap and all(config.parallel.overlaps(layout.replicas, on_gpu=True))
     time = step_time(config, layout.data, chip, fp8=fp8, overlap=overlap, assume=assume)
     return Candidate(
         config, layout, memory, needed, needed <= chip.memory, time, *rates(config, layout.world_size, time.total, chip)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from megatron_synth.config.schema import Config
-from megatron_synth.estimate.flops import flops_per_token
+from megatron_synth.estimate.flops import attended, flops_per_token
 from megatron_synth.estimate.hardware import Accelerator
 from megatron_synth.estimate.memory import parameters_per_rank
 from megatron_synth.model.architecture import Dimensions, products
@@ -158,12 +158,13 @@ def step_time(
     exposed = 0.0 if stages == 1 else 2 * exchange * (stages - 1 if chunks > 1 else micro_batches)
 
     parameters = max(parameters_per_rank(config, stage) for stage in (0, stages - 1))
-    reduce_s, gather_s = _data_seconds(parallel.tensor_model_parallel_size, data, parameters, chip, assume)
+    replicas = data * parallel.context_parallel_size
+    reduce_s, gather_s = _data_seconds(parallel.tensor_model_parallel_size, replicas, parameters, chip, assume)
     if overlap:
         beside = layers / chunks / layers if chunks > 1 else 1.0
         reduce_s = max(0.1 * reduce_s, reduce_s - assume.hidden * beside * layers * backward.total)
         gather_s = max(0.1 * gather_s, gather_s - assume.hidden * beside * layers * forward.total)
-    shards = data if parallel.use_distributed_optimizer else 1
+    shards = replicas if parallel.use_distributed_optimizer else 1
     # per parameter: zero 4, read for the norm 4; of its shard: gradient, master and moments read, three written, weights
     traffic = parameters * 4 + parameters / shards * (4 + 16 + 12 + 2)
     return StepTime(
@@ -184,7 +185,7 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
     train, sizes = config.train, Dimensions.of(config.model)
     tensor = config.parallel.tensor_model_parallel_size
     shards = tensor if config.parallel.uses_sequence_parallel else 1
-    tokens, hidden, width = train.micro_batch_size * train.sequence_length, sizes.hidden, sizes.ffn
+    tokens, hidden, width = config.micro_batch_tokens, sizes.hidden, sizes.ffn
     queries, keys = sizes.queries, sizes.keys
     linears = products(config.model, tensor).values()
 
@@ -193,14 +194,22 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
     gemm_weight = sum(gemm_seconds(chip, assume, n, k, tokens, fp8, True) for n, k in linears)
 
     # causal: half of 4 S D per query; the backward pass has five products where the forward pass has two
-    scores = 2 * tokens * train.sequence_length * queries / tensor
+    model = config.model
+    seen = sum(attended(train.sequence_length, model.window_of(layer)) for layer in range(model.num_layers)) / model.num_layers
+    scores = 2 * tokens * seen * queries / tensor
     rate = chip.bf16_flops * assume.sustained
     attention_forward = scores / (rate * assume.attention_forward)
     attention_backward = 2.5 * scores / (rate * assume.attention_backward)
+    gather = _context_seconds(config, chip, assume)
+    if config.parallel.context_parallel_size > 1:  # which makes its scores again
+        attention_backward += attention_forward
 
     # elements read and written per token: norms, residual sums, rotation, SwiGLU; backward also what joins their gradients
     forward = 10 * hidden / shards + (2 * (queries + keys) + 3 * width) / tensor
     backward = 12 * hidden / shards + (4 * queries + 6 * keys + 5 * width) / tensor
+    if model.qk_norm != "off":
+        forward += 2 * (queries + keys) / tensor
+        backward += 3 * (queries + keys) / tensor
     bytes_forward, bytes_backward = 2 * forward, 2 * backward
     if fp8:  # read 2, write once as it is and once transposed
         bytes_forward += 4 * (2 * hidden + (queries + width) / tensor)
@@ -210,8 +219,10 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
     # forward: gather and scatter round both halves. Backward: two gathers wait, the others run beside the products.
     hidden_part = max(0.0, 4 * one - (gemm_input + gemm_weight))
     result = (
-        _Pass(gemm_forward, attention_forward, tokens * bytes_forward / speed, 4 * one),
-        _Pass(gemm_input + gemm_weight, attention_backward, tokens * bytes_backward / speed, 2 * one + hidden_part),
+        _Pass(gemm_forward, attention_forward, tokens * bytes_forward / speed, 4 * one + gather),
+        _Pass(
+            gemm_input + gemm_weight, attention_backward, tokens * bytes_backward / speed, 2 * one + hidden_part + 2 * gather
+        ),
     )
     if train.recompute == "full":
         return result[0], result[1].plus(result[0])
@@ -226,7 +237,7 @@ def _head(config: Config, chip: Accelerator, assume: Assumptions) -> tuple[_Pass
     model, train = config.model, config.train
     tensor = config.parallel.tensor_model_parallel_size
     assert model.vocab_size is not None
-    tokens, vocabulary = train.micro_batch_size * train.sequence_length, model.padded_vocab_size(model.vocab_size) // tensor
+    tokens, vocabulary = config.micro_batch_tokens, model.padded_vocab_size(model.vocab_size) // tensor
     hidden = model.hidden_size
     speed = chip.memory_bandwidth * assume.memory * assume.sustained
     weight = gemm_seconds(chip, assume, vocabulary, hidden, tokens, False, True)
@@ -246,13 +257,23 @@ def _ring_seconds(size: float, ranks: int, bandwidth: float, assume: Assumptions
     return assume.latency_s * (1 + math.log2(max(1.0, ranks / 8))) + (ranks - 1) / ranks * size / bandwidth
 
 
+def _context_seconds(config: Config, chip: Accelerator, assume: Assumptions) -> float:
+    """Keys and values of one layer gathered by the ranks that share a sequence, or their gradients added up."""
+    parallel = config.parallel
+    tensor, ranks = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    size = 2 * 2 * config.micro_batch_tokens * ranks * Dimensions.of(config.model).keys / tensor
+    near = tensor * ranks <= chip.per_node
+    bandwidth = chip.link_bandwidth * assume.link if near else chip.fabric_bandwidth * assume.fabric
+    return _ring_seconds(size, ranks, bandwidth, assume)
+
+
 def _exchange_seconds(config: Config, data: int, chip: Accelerator, assume: Assumptions) -> float:
     """One micro-batch's residual stream from a stage to the next; stages are the outermost axis of megatron-core's order."""
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     tensor = parallel.tensor_model_parallel_size
     shards = tensor if parallel.uses_sequence_parallel else 1
-    size = 2 * train.micro_batch_size * train.sequence_length * config.model.hidden_size / shards
-    apart = tensor * data  # ranks between neighbors
+    size = 2 * config.micro_batch_tokens * config.model.hidden_size / shards
+    apart = tensor * parallel.context_parallel_size * data  # ranks between neighbors
     far = apart * parallel.pipeline_model_parallel_size > chip.per_node
     bandwidth = chip.fabric_bandwidth * assume.fabric if far else chip.link_bandwidth * assume.link
     return assume.latency_s + size / bandwidth

@@ -45,7 +45,9 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
     Raises:
         UserError: there is no sound checkpoint, or the folder holds something.
     """
-    from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
+    from megatron_synth.interop.hf_folder import write_hf
+    from megatron_synth.interop.hf_settings import hf_config
+    from megatron_synth.interop.hf_weights import to_hf_state
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import Layout
     from megatron_synth.train.checkpoint import companions
@@ -63,7 +65,7 @@ def export_to_hf(run: Path, folder: Path) -> Exported:
     settings = hf_config(
         model,
         saved.vocab_size,
-        sequence_length,
+        max(sequence_length, (kept.max_position_embeddings if kept is not None else None) or 0),
         dtype,
         # what ends a document is what ends a text
         eos_token_id=kept.eos_token_id if kept is not None and saved.eod_id in (None, *kept.ends) else saved.eod_id,

@@ -5,7 +5,7 @@ its name in checkpoints, and its name or names at Hugging Face. Derived from the
 and FLOPs, the memory model, the checks of checkpoints, the exchange with Hugging Face, sizes of FP8 products and kernels, and
 the parameter groups of the optimizer. `initialize_weights` checks the table against every model that is built.
 
-A new tensor (a bias, a norm of queries and keys) is a row here, its module in `spec.py`, and its field in `ModelConfig`.
+A new tensor is a row here, its module in `spec.py`, and its field in `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from megatron_synth.config.schema import ModelConfig
 
 Part = Literal["embedding", "attention", "mlp", "norm", "head"]
-Initial = Literal["ones", "normal", "residual"]
+Initial = Literal["ones", "zeros", "normal", "residual"]
 
 LAYERS = "decoder.layers."
 """What megatron-core's names of the tensors of all layers begin with."""
@@ -63,7 +63,7 @@ class Weight:
     axis: int | None = None
     """The axis that tensor-parallel ranks share; None: each rank has the whole."""
     initial: Initial = "normal"
-    """ones, N(0, std^2), or N(0, std^2 / (2 layers)) for what writes to the residual stream."""
+    """ones, zeros, N(0, std^2), or N(0, std^2 / (2 layers)) for what writes to the residual stream."""
     decays: bool = True
     """Whether weight decay applies."""
     in_layers: bool = True
@@ -105,6 +105,59 @@ class Weight:
         return math.prod(self.shape) // (1 if self.axis is None else tensor)
 
 
+def _norm(name: str, hf: str, size: int, *, axis: int | None = None, in_layers: bool = True, saved_as: str = "") -> Weight:
+    return Weight(
+        name, (size,), "norm", ((hf, size),), axis, initial="ones", decays=False, in_layers=in_layers, saved_as=saved_as
+    )
+
+
+# In checkpoints the norms before attention and MLP have the names that TransformerEngine's fused norm + linear gives them, as
+# in megatron-core's own specs, so that a checkpoint does not depend on the backend that wrote it.
+
+
+def _attention(model: ModelConfig, d: Dimensions) -> list[Weight]:
+    """The tensors of a layer's attention, its norms among them."""
+    rows, shares = d.queries + 2 * d.keys, (d.queries // d.groups, d.keys // d.groups, d.keys // d.groups)
+    letters = tuple(zip("qkv", shares, strict=True))
+    matrices = tuple((f"self_attn.{letter}_proj.weight", share) for letter, share in letters)
+    biases = tuple((f"self_attn.{letter}_proj.bias", share) for letter, share in letters)
+    qkv, proj = "self_attention.linear_qkv", "self_attention.linear_proj"
+    found = [Weight(f"{qkv}.weight", (rows, d.hidden), "attention", matrices, 0, blocks=d.groups)]
+    if model.add_qkv_bias:
+        found.append(Weight(f"{qkv}.bias", (rows,), "attention", biases, 0, "zeros", decays=False, blocks=d.groups))
+    if model.qk_norm != "off":
+        # over all heads it has a weight for every channel, which tensor-parallel ranks share as they share the heads
+        whole = model.qk_norm == "all_heads"
+        for letter, channels in (("q", d.queries), ("k", d.keys)):
+            name, hf = f"self_attention.{letter}_layernorm.weight", f"self_attn.{letter}_norm.weight"
+            found.append(_norm(name, hf, channels if whole else model.head_dim, axis=0 if whole else None))
+    output = (("self_attn.o_proj.weight", d.hidden),)
+    found.append(Weight(f"{proj}.weight", (d.hidden, d.queries), "attention", output, 1, "residual"))
+    if model.norm_placement == "before":
+        return [
+            _norm("input_layernorm.weight", "input_layernorm.weight", d.hidden, saved_as=f"{qkv}.layer_norm_weight"),
+            *found,
+        ]
+    after = _norm(
+        "self_attn_bda.norm.weight", "post_attention_layernorm.weight", d.hidden, saved_as="post_self_attn_layernorm.weight"
+    )
+    return [*found, after]
+
+
+def _mlp(model: ModelConfig, d: Dimensions) -> list[Weight]:
+    """The tensors of a layer's MLP, its norm among them."""
+    gate_and_up = (("mlp.gate_proj.weight", d.ffn), ("mlp.up_proj.weight", d.ffn))
+    found = [
+        Weight("mlp.linear_fc1.weight", (2 * d.ffn, d.hidden), "mlp", gate_and_up, 0),
+        Weight("mlp.linear_fc2.weight", (d.hidden, d.ffn), "mlp", (("mlp.down_proj.weight", d.hidden),), 1, "residual"),
+    ]
+    if model.norm_placement == "before":
+        saved_as = "mlp.linear_fc1.layer_norm_weight"
+        return [_norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", d.hidden, saved_as=saved_as), *found]
+    after = _norm("mlp_bda.norm.weight", "post_feedforward_layernorm.weight", d.hidden, saved_as="post_mlp_layernorm.weight")
+    return [*found, after]
+
+
 @lru_cache(maxsize=256)
 def weights(model: ModelConfig, vocab_size: int | None = None) -> tuple[Weight, ...]:
     """The table.
@@ -115,54 +168,16 @@ def weights(model: ModelConfig, vocab_size: int | None = None) -> tuple[Weight, 
             rows for tokens has none.
     """
     d = Dimensions.of(model)
-    hidden, rows = d.hidden, model.padded_vocab_size(vocab_size or model.vocab_size or 0)
-    query_key_value = (
-        ("self_attn.q_proj.weight", d.queries // d.groups),
-        ("self_attn.k_proj.weight", d.keys // d.groups),
-        ("self_attn.v_proj.weight", d.keys // d.groups),
-    )
-    gate_and_up = (("mlp.gate_proj.weight", d.ffn), ("mlp.up_proj.weight", d.ffn))
-
-    def norm(name: str, hf: str, in_layers: bool = True, saved_as: str = "") -> Weight:
-        return Weight(
-            name, (hidden,), "norm", ((hf, hidden),), initial="ones", decays=False, in_layers=in_layers, saved_as=saved_as
-        )
+    rows = model.padded_vocab_size(vocab_size or model.vocab_size or 0)
 
     def table(name: str, hf: str, part: Part) -> Weight:
-        return Weight(name, (rows, hidden), part, ((hf, rows),), axis=0, in_layers=False)
+        return Weight(name, (rows, d.hidden), part, ((hf, rows),), 0, in_layers=False)
 
-    # In checkpoints the norms of a layer have the names that TransformerEngine's fused norm + linear gives them, as in
-    # megatron-core's own specs, so that a checkpoint does not depend on the backend that wrote it.
     found = [
         table("embedding.word_embeddings.weight", "model.embed_tokens.weight", "embedding"),
-        norm("input_layernorm.weight", "input_layernorm.weight", saved_as="self_attention.linear_qkv.layer_norm_weight"),
-        Weight(
-            "self_attention.linear_qkv.weight",
-            (d.queries + 2 * d.keys, hidden),
-            "attention",
-            query_key_value,
-            axis=0,
-            blocks=d.groups,
-        ),
-        Weight(
-            "self_attention.linear_proj.weight",
-            (hidden, d.queries),
-            "attention",
-            (("self_attn.o_proj.weight", hidden),),
-            axis=1,
-            initial="residual",
-        ),
-        norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", saved_as="mlp.linear_fc1.layer_norm_weight"),
-        Weight("mlp.linear_fc1.weight", (2 * d.ffn, hidden), "mlp", gate_and_up, axis=0),
-        Weight(
-            "mlp.linear_fc2.weight",
-            (hidden, d.ffn),
-            "mlp",
-            (("mlp.down_proj.weight", hidden),),
-            axis=1,
-            initial="residual",
-        ),
-        norm("decoder.final_layernorm.weight", "model.norm.weight", in_layers=False),
+        *_attention(model, d),
+        *_mlp(model, d),
+        _norm("decoder.final_layernorm.weight", "model.norm.weight", d.hidden, in_layers=False),
     ]
     if not model.share_embeddings_and_output_weights:
         found.append(table("output_layer.weight", "lm_head.weight", "head"))
@@ -191,7 +206,7 @@ def products(model: ModelConfig, tensor: int = 1) -> dict[str, tuple[int, int]]:
     return found
 
 
-_NO_PART = {"name", "vocab_size", "make_vocab_size_divisible_by", "init_method_std"}
+_NO_PART = {"name", "hf_family", "vocab_size", "make_vocab_size_divisible_by", "init_method_std"}
 """Settings that the meaning of the weights does not depend on; rows that pad the vocabulary have none."""
 
 
@@ -199,5 +214,6 @@ def settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """What the meaning of the weights depends on, by the names that a user knows."""
     found = {f"model.{name}": value for name, value in model if name not in _NO_PART}
     found["model.num_query_groups"] = model.query_groups
+    found["model.kv_channels"] = model.head_dim
     found["the vocabulary"] = vocab_size
     return found

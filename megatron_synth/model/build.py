@@ -79,11 +79,15 @@ def transformer_config(plan: RunPlan) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        # makes megatron-core add up the gradients of norms that all tensor-parallel ranks have whole
+        qk_layernorm=model.qk_norm == "head",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         # With two stages the batched sends and receives of the default, overlap_p2p_comm=False, get mismatched in the
         # interleaved schedule and training goes on with wrong numbers.
@@ -158,7 +162,7 @@ def build_model(plan: RunPlan, vocab_size: int) -> list[LlamaModel]:
         if fp8 is not None and fp8.fused:
             for layer in chunk.decoder.layers:
                 fuse(layer)
-        if kernels.joins_additions_to_norms(plan.kernels):
+        if config.model.norm_placement == "before" and kernels.joins_additions_to_norms(plan.kernels):
             ops.join_additions_to_norms(chunk.decoder.layers, chunk.decoder.final_layernorm, mcore.recompute_granularity)
         chunk.fp8, chunk.precision_text = fp8_run, fp8.describe() if fp8 else ""
         chunks.append(chunk if mcore.use_cpu_initialization else chunk.cuda())

@@ -20,5 +20,6 @@ class Documents:
     max_seqlen: int
     """Length of the longest document."""
     position_ids: Tensor
-    """int32 [B, S]: distance of each token from the beginning of its document."""
+    """int32 [B, S]: distance of each token from the beginning of its document; where ranks share the sequence, of this rank's
+    tokens."""
     qkv_format: str = "sbhd"

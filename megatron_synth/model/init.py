@@ -134,8 +134,8 @@ def _in_table(entry: ShardedTensor | ShardedTensorFactory, table: dict[str, Weig
 def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_size: int, *, seed: int) -> None:
     """Give every parameter the initial values, and the marks, that the architecture's table names.
 
-    Norms are one, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)). The scaling by
-    depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
+    Norms are one, biases zero, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)). The
+    scaling by depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
     """
     table = by_key(model, vocab_size)
     std = model.init_method_std
@@ -152,8 +152,8 @@ def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_siz
             _mark(parameter, weight)
             for shard in _shards(entry):
                 assert shard.data is not None
-                if weight.initial == "ones":
-                    shard.data.fill_(1.0)
+                if weight.initial in ("ones", "zeros"):
+                    shard.data.fill_(1.0 if weight.initial == "ones" else 0.0)
                 else:
                     fill_normal(shard, seed, deviations[weight.initial])
             if quantized:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from megatron_synth.model.documents import Documents
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.torch import fp8 as fp8
+from megatron_synth_kernels.torch.context_attention import chunks_of as chunks_of
+from megatron_synth_kernels.torch.context_attention import context_attention
 from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
 from megatron_synth_kernels.torch.fp8 import Pair as Pair
@@ -40,6 +43,7 @@ from megatron_synth_kernels.torch.fp8 import Scaling as Scaling
 from megatron_synth_kernels.torch.fp8 import Source as Source
 from megatron_synth_kernels.torch.linear_cross_entropy import Part, linear_cross_entropy
 from megatron_synth_kernels.torch.loss import cross_entropy
+from megatron_synth_kernels.torch.rope import ScaledBase
 
 
 def quantizer() -> Any:
@@ -173,17 +177,25 @@ class CoreAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, rotary_base: float, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        rotary_base: float | ScaledBase,
+        window: int | None,
+        overwrite: bool,
+        **_: Any,
     ):
         super().__init__()
-        assert attn_mask_type == AttnMaskType.causal and config.context_parallel_size == 1
+        assert attn_mask_type == AttnMaskType.causal
         assert config.attention_dropout == 0.0, "attention dropout is not implemented"
         self.scale = 1.0 / math.sqrt(config.kv_channels)
-        self.rotary_base = rotary_base
+        self.rotary_base, self.window = rotary_base, window
         self._rope, self._attention = registry.get("rope"), registry.get("attention")
+        self._context = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
         # Nothing reads queries and keys as they were, except a second forward pass of this module alone.
         again = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or ())
-        self._overwrite = not again
+        self._overwrite = overwrite and not again
 
     def forward(
         self,
@@ -196,15 +208,35 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """[S, B, A, D], [S, B, G, D], [S, B, G, D] -> [S, B, A * D].
 
-        The causal mask is implied. Positions count from 0 in each row or, if they are given, in each document.
+        The causal mask is implied. Positions count from 0 in each row or, if they are given, in each document. Where ranks
+        share the sequence, S is this rank's part.
         """
         assert attention_mask is None and kwargs.get("attention_bias") is None
         documents = packed_seq_params
         positions = None if documents is None else documents.position_ids
+        if self._context is not None:
+            return self._of_part(query, key, value, documents, self._context)
         query, key = self._rope(query, key, self.rotary_base, positions, self._overwrite)
+        ends = (None, None) if documents is None else (documents.cu_seqlens, documents.max_seqlen)
+        return self._attention(query, key, value, self.scale, *ends, self.window)  # type: ignore[no-any-return]
+
+    def _of_part(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, group: ProcessGroup) -> Tensor:
+        """As `forward`, of this rank's tokens."""
+        length = query.shape[0] * group.size()
         if documents is None:
-            return self._attention(query, key, value, self.scale)  # type: ignore[no-any-return]
-        return self._attention(query, key, value, self.scale, documents.cu_seqlens, documents.max_seqlen)  # type: ignore[no-any-return]
+            positions = _positions(group.rank(), group.size(), length, query.shape[1], query.device)
+        else:
+            positions = documents.position_ids
+        query, key = self._rope(query, key, self.rotary_base, positions, self._overwrite, length)
+        ends = None if documents is None else documents.cu_seqlens
+        return context_attention(query, key, value, self.scale, group, ends, self.window)
+
+
+@lru_cache(maxsize=8)
+def _positions(rank: int, size: int, length: int, rows: int, device: torch.device) -> Tensor:
+    """[B, S / c]: where in the row the tokens of a rank are."""
+    chunks = torch.arange(length, dtype=torch.int32, device=device).view(2 * size, -1)
+    return torch.cat([chunks[chunk] for chunk in chunks_of(rank, size)]).expand(rows, -1).contiguous()
 
 
 class SwiGLUMLP(MLP):

@@ -17,13 +17,16 @@ from megatron_synth.parallel.plan import Layout
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place. Data-parallel ranks see different samples, all others of one replica the same."""
+    """This process's place. Data-parallel ranks see different samples, all others of one replica the same; of these,
+    context-parallel ranks see other tokens of the same rows.
+    """
 
     rank: int
     world_size: int
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    context_rank: int
     is_last_stage: bool
     """Holds the loss."""
     device: torch.device
@@ -35,7 +38,7 @@ class Ranks:
 
     @property
     def reports_loss(self) -> bool:
-        """One rank per model replica: tensor-parallel ranks of the last stage hold equal losses."""
+        """Tensor-parallel ranks of the last stage hold equal losses; context-parallel ones those of their own tokens."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
@@ -71,6 +74,7 @@ def process_group(layout: Layout, seed: int, *, tensor_across_nodes: bool = Fals
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            context_parallel_size=layout.context,
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(seed)
@@ -80,6 +84,7 @@ def process_group(layout: Layout, seed: int, *, tensor_across_nodes: bool = Fals
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             data_rank=parallel_state.get_data_parallel_rank(),
+            context_rank=parallel_state.get_context_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
             device=device,
         )

@@ -27,6 +27,8 @@ class Layout:
     """Layers of one stage, over all its chunks."""
     sequence_parallel: bool
     """Whether norms and residuals are split over the tensor-parallel ranks."""
+    context: int = 1
+    """Ranks that share each sequence."""
 
     @classmethod
     def single(cls) -> Layout:
@@ -36,7 +38,12 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Ranks in all."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and share the optimizer's states."""
+        return self.context * self.data
 
     @property
     def layers_per_chunk(self) -> int:
@@ -48,6 +55,8 @@ class Layout:
         sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"DP{self.data}"]
         if self.virtual > 1:
             sizes.insert(2, f"VP{self.virtual}")
+        if self.context > 1:
+            sizes.insert(1, f"CP{self.context}")
         text = " x ".join(sizes) + (" (SP)" if self.sequence_parallel else "")
         return f"{text}, {_count(self.world_size, 'rank')}, {_count(self.num_microbatches, 'micro-batch')}"
 
@@ -66,11 +75,13 @@ def plan(config: Config, world_size: int) -> Layout:
         parallel.pipeline_model_parallel_size,
         parallel.virtual_stages,
     )
+    context = parallel.context_parallel_size
     problems = check(config)
-    copy = tensor * pipeline
+    copy = tensor * context * pipeline
     data, rest = divmod(world_size, copy)
     if rest:
-        size = f"TP{tensor} x PP{pipeline} = {copy} ranks per copy of the model"
+        shared = f" x CP{context}" if context > 1 else ""
+        size = f"TP{tensor}{shared} x PP{pipeline} = {copy} ranks per copy of the model"
         message = f"{world_size} ranks are not a multiple of {size}"
         problems.append(Problem("parallel", f"{message}; nearest: {nearest_multiples(world_size, copy)} ranks"))
         raise ConfigError(f"{_count(world_size, 'rank')}", problems)
@@ -100,6 +111,7 @@ def plan(config: Config, world_size: int) -> Layout:
         num_microbatches=batch // per_round,
         layers_per_stage=config.model.num_layers // pipeline,
         sequence_parallel=parallel.uses_sequence_parallel,
+        context=context,
     )
 
 

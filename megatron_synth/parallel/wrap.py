@@ -23,7 +23,9 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
     """Gradient buffers in fp32 and their reduction over data-parallel ranks, one wrapper per model chunk."""
     parallel = config.parallel
     on_gpu = torch.cuda.is_available()
-    overlap_reduce, overlap_gather = parallel.overlaps(parallel_state.get_data_parallel_world_size(), on_gpu)
+    overlap_reduce, overlap_gather = parallel.overlaps(
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True), on_gpu
+    )
     wrapped = [
         DistributedDataParallel(
             config=chunk.config,

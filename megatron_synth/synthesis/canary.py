@@ -84,6 +84,7 @@ def _request(wording: Wording, number: int) -> Request:
     """A request that is in no synthesis."""
     text = f"{TEXT} It is {number + 2} miles long."
     chunk = Chunk((Parent(f"canary-{number}", number, "canary", text),), text, 0, 1, 20)
-    material = (text,) if wording.template.made_from == "text" else ("river", "mill", f"road {number}")
+    materials = {"text": (text,), "keywords": ("river", "mill", f"road {number}"), "concepts": ("river, mill", text)}
+    material = materials[wording.template.made_from]
     key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Request(key, number, chunk, 0, material, wording.prompt(material), 1000 + number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_synth.synthesis.counting import TokenCounter
@@ -11,6 +11,8 @@ from megatron_synth.synthesis.parents import Parent
 
 SEPARATORS = ("\n\n", "\n", ". ", " ", "")
 """Where a text may be cut: at the first of these that is fine enough. The last cuts between characters."""
+LONG_TOKEN = 64
+"""Characters of a token at most, as far as it is asked whether a document is short: longer ones are not counted for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,8 @@ class Chunk:
     """What one request is about.
 
     parents: the documents that it is of: one, or several short ones. number: of the chunk in its document, from 0;
-    of: how many chunks the document has. tokens: of the text.
+    of: how many chunks the document has. tokens: of the text. walk: of a walk over several documents its concepts in one
+    string, and a passage of each document; number is then that of the walk.
     """
 
     parents: tuple[Parent, ...]
@@ -26,6 +29,7 @@ class Chunk:
     number: int
     of: int
     tokens: int
+    walk: tuple[str, ...] = ()
 
 
 @dataclass
@@ -35,21 +39,35 @@ class Skipped:
     short: int = 0
 
 
-def chunks(documents: Iterable[Parent], template: Template, counter: TokenCounter, skipped: Skipped) -> Iterator[Chunk]:
-    """The chunks of documents, in their order. Memory holds a document, or the short ones that are being joined."""
+def chunks(
+    documents: Iterable[Parent],
+    template: Template,
+    counter: TokenCounter,
+    skipped: Skipped,
+    wanted: Callable[[str], bool] = lambda parent: True,
+) -> Iterator[Chunk]:
+    """The chunks of documents, in their order. Memory holds a document, or the short ones that are being joined.
+
+    wanted: whether chunks are made of a parent, by its id, and of short ones that are joined to it.
+    """
     held: list[Parent] = []
     held_tokens = 0
     for parent in documents:
+        long = len(parent.text) >= LONG_TOKEN * template.min_parent_tokens
+        if long and not wanted(parent.id):
+            continue
         (tokens,) = counter.count([parent.text])
-        if tokens >= template.min_parent_tokens:
-            yield from _of_document(parent, tokens, template, counter)
+        if long or tokens >= template.min_parent_tokens:
+            if wanted(parent.id):
+                yield from _of_document(parent, tokens, template, counter)
         elif template.short == "skip":
             skipped.short += 1
         else:
             held.append(parent)
             held_tokens += tokens
             if held_tokens >= template.min_parent_tokens:
-                yield Chunk(tuple(held), "\n\n".join(one.text.strip() for one in held), 0, 1, held_tokens)
+                if wanted(held[0].id):
+                    yield Chunk(tuple(held), "\n\n".join(one.text.strip() for one in held), 0, 1, held_tokens)
                 held, held_tokens = [], 0
     skipped.short += len(held)
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 import megatron_synth
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import sync_folder, write_json
 from megatron_synth.data.preparing.readers.files import fingerprint
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, Cost, SynthesisRecord
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.parts import REFUSED, Answers, Line
+from megatron_synth.synthesis.counting import TokenCounter
 from megatron_synth.synthesis.filters.base import Candidate, Filters, Verdict
 from megatron_synth.synthesis.kinds.template import as_json
+from megatron_synth.synthesis.recombined import extraction_record
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 
@@ -83,7 +86,7 @@ def make_corpus(setup: Setup, answers: Answers, filters: Filters, facts: dict[st
     facts: what the engine said of itself.
 
     Raises:
-        UserError: an answer is damaged.
+        UserError: an answer is damaged, or the disk is full or fails.
     """
     config = setup.config
     partial = config.folder / f"{CORPUS}{PARTIAL}"
@@ -105,6 +108,9 @@ def make_corpus(setup: Setup, answers: Answers, filters: Filters, facts: dict[st
         record = _record(setup, counted, tally, account, facts, written, partial)
         _put(config.folder, partial, record)
         return record
+    except OSError as error:
+        reason = f"{error.strerror or error}; all {len(answers)} answers are kept; make room and give the same command again"
+        raise UserError(f"{config.folder}: {reason}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -158,6 +164,7 @@ class _Written:
     """What stands in the corpus. files: their names, in order."""
 
     documents: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
     dropped: int = 0
     """Texts that were kept and stand in no document, as a chunk of theirs was not."""
@@ -166,7 +173,7 @@ class _Written:
 def _write(setup: Setup, spool: Path, late: dict[str, str], folder: Path) -> _Written:
     """The corpus and the list of rejected answers."""
     written = _Written()
-    writer = _Files(folder, written)
+    writer = _Files(folder, written, setup.corpus_counters())
     rejected = folder / REJECTED
     with open(spool, encoding="utf-8") as lines, open(rejected, "w", encoding="utf-8") as refused:
         entries = map(json.loads, lines)
@@ -200,8 +207,8 @@ def _documents(setup: Setup, sample: int, kept: list[dict[str, Any]], writer: _F
 class _Files:
     """Files of the corpus, each of FILE_BYTES or a little more."""
 
-    def __init__(self, folder: Path, written: _Written):
-        self._folder, self._written = folder, written
+    def __init__(self, folder: Path, written: _Written, counters: Mapping[str, TokenCounter]):
+        self._folder, self._written, self._counters = folder, written, counters
         self._file: IO[str] | None = None
 
     def add(self, entry: dict[str, Any], sample: int, text: str) -> None:
@@ -213,6 +220,8 @@ class _Files:
         number = f"{entry['parents'][0]}-{entry['chunk']}-{sample}"
         self._file.write(_line(id=number, text=text, parents=entry["parents"], source=entry["source"]))
         self._written.documents += 1
+        for name, counter in self._counters.items():
+            self._written.tokens[name] += counter.count([text])[0]
 
     def close(self) -> None:
         """Finish the last file."""
@@ -247,13 +256,29 @@ def _record(
         settings_digest=config.settings_digest(),
         parents=setup.parents.describe(),
         documents=written.documents,
+        tokens={name: written.tokens[name] for name in setup.corpus_counters()},
         parent_documents=counted.documents,
         skipped=skipped,
         account=account,
-        cost=tally.cost(setup.parameters),
+        cost=_cost(setup, tally),
         license=licenses.warning(setup.generator.license),
         files=written.files,
         fingerprint=fingerprint(folder / name for name in written.files),
+    )
+
+
+def _cost(setup: Setup, tally: Tally) -> Cost:
+    """What generation took, that of the concepts before it included."""
+    cost = tally.cost(setup.parameters)
+    if setup.config.walks is None:
+        return cost
+    first = extraction_record(setup.config).cost
+    return Cost(
+        tokens_in=cost.tokens_in + first.tokens_in,
+        tokens_cached=cost.tokens_cached + first.tokens_cached,
+        tokens_out=cost.tokens_out + first.tokens_out,
+        untold=cost.untold + first.untold,
+        flops=None if cost.flops is None or first.flops is None else cost.flops + first.flops,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import xxhash
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import GeneratorConfig
+from megatron_synth.core.files import sync_folder
 from megatron_synth.core.records import read_text
 from megatron_synth.synthesis.counting import ByteCounter, TokenCounter, TokenizerCounter
 
@@ -19,6 +21,7 @@ TOKENIZER = "tokenizer.json"
 BLOCK_BYTES = 2**24
 MARK = "generator"
 EXPORTED = "exported-from.txt"
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,14 @@ def _parameters(folder: Path) -> int | None:
 
 
 def _license(folder: Path) -> str | None:
-    """The line `license:` at the head of a README.md, as on the Hub."""
+    """The line `license:` at the head of a README.md, as on the Hub; of one that is `other` its `license_name:`."""
     file = folder / "README.md"
     if not file.is_file():
         return None
     head = read_text(file)[:20_000].split("\n---", 1)[0]
-    found = re.search(r"^license(?:_name)?:\s*['\"]?([A-Za-z0-9._-]{1,60})", head, re.MULTILINE)
-    return found[1] if found else None
+    found = dict(re.findall(r"^(license(?:_name)?):\s*['\"]?([A-Za-z0-9._-]{1,60})", head, re.MULTILINE))
+    license = found.get("license")
+    return found.get("license_name", license) if license in (None, "other") else license
 
 
 def export_run(run: Path, folder: Path) -> None:
@@ -139,14 +143,17 @@ def export_run(run: Path, folder: Path) -> None:
     from megatron_synth.interop.export import export_to_hf, newest_checkpoint
 
     checkpoint = newest_checkpoint(run)
-    mark = folder / EXPORTED
-    source = f"{checkpoint.resolve()}\n"
-    if mark.is_file() and mark.read_text(encoding="utf-8") == source:
+    source = os.fsencode(f"{checkpoint.resolve()}\n")
+    if (folder / EXPORTED).is_file() and (folder / EXPORTED).read_bytes() == source:
         return
     if folder.exists():
         raise UserError(
             f"{folder}: exported from another checkpoint than {checkpoint}; choose another output, or name that checkpoint as "
             f"generator.run"
         )
-    export_to_hf(checkpoint, folder)
-    mark.write_text(source, encoding="utf-8")
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")  # without its mark nobody would know what a folder was made from
+    shutil.rmtree(partial, ignore_errors=True)
+    export_to_hf(checkpoint, partial)
+    (partial / EXPORTED).write_bytes(source)
+    sync_folder(partial)
+    partial.rename(folder)

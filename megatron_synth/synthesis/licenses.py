@@ -32,6 +32,11 @@ TERMS: dict[str, Terms] = {
     "llama3.1": Terms(LLAMA, "Llama 3.1 Community License, 1.b.i"),
     "llama3.2": Terms(LLAMA, "Llama 3.2 Community License, 1.b.i"),
     "llama3.3": Terms(LLAMA, "Llama 3.3 Community License, 1.b.i"),
+    "llama4": Terms(LLAMA, "Llama 4 Community License, 1.b.i"),
+    "qwen": Terms(
+        "a model trained on outputs and distributed must show `Built with Qwen` or `Improved using Qwen` in its documentation",
+        "Qwen License Agreement, 4.b",
+    ),
     "gemma": Terms(
         "a model trained on outputs to behave like Gemma is a Model Derivative: its terms and use policy pass on to it",
         "Gemma Terms of Use, 1.1(e) and 3.1",

@@ -26,11 +26,20 @@ class Parent:
     text: str
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Documents that were chosen, by their ids, and how, for the manifest."""
+
+    ids: frozenset[str]
+    described: dict[str, Any]
+
+
 class Parents:
     """All documents of all sources, in the order of the file. Reading again gives the same."""
 
-    def __init__(self, sources: Mapping[str, ParentsConfig]):
-        self._sources = sources
+    def __init__(self, sources: Mapping[str, ParentsConfig], chosen: Chosen | None = None):
+        """`chosen`: those that are left of all, if not all are."""
+        self._sources, self._chosen = sources, chosen
         self._readers = {name: reader_of(name, source.as_source()) for name, source in sources.items()}
 
     def check(self) -> None:
@@ -64,7 +73,12 @@ class Parents:
                 value = getattr(self._sources[name], limit)
                 if value is not None:
                     found[name] |= {limit: value}
-        return found
+        # no source has a name with spaces
+        return found if self._chosen is None else {**found, "chosen by loss": self._chosen.described}
+
+    def only(self, chosen: Chosen) -> Parents:
+        """The same, of which others are left out."""
+        return Parents(self._sources, chosen)
 
     def __iter__(self) -> Iterator[Parent]:
         """The documents.
@@ -76,8 +90,10 @@ class Parents:
         for name in self._sources:
             try:
                 for text in self._texts(name):
-                    yield Parent(digest(text), order, name, text)
+                    parent = Parent(digest(text), order, name, text)
                     order += 1
+                    if self._chosen is None or parent.id in self._chosen.ids:
+                        yield parent
             except UserError as error:
                 raise _as_parents(error) from None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human, table
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.index import KeyIndex
-from megatron_synth.synthesis.answers.parts import keys_of
+from megatron_synth.synthesis.answers.parts import LINES, keys_of
 from megatron_synth.synthesis.setup import Counted, Setup
 
 
@@ -43,6 +44,9 @@ class Planned:
     tokens_in: int
     tokens_out: int
     most_tokens_out: int
+    tokens_cached: int
+    study_tokens: int | None
+    """Of the answers, by the tokenizer of the study: as many for each of the generator's as the parents have."""
 
 
 def count(setup: Setup) -> Planned:
@@ -50,7 +54,7 @@ def count(setup: Setup) -> Planned:
     counted = Counted()
     known = _answered(setup)
     template, most = setup.template, setup.config.sampling.max_tokens
-    requests = answered = tokens_in = 0
+    requests = answered = tokens_in = text_tokens = study_tokens = 0
     tokens_out = 0.0
     for request in setup.requests(counted):
         requests += 1
@@ -58,15 +62,31 @@ def count(setup: Setup) -> Planned:
         tokens_in += setup.prompt_tokens(request)
         expected = template.expected_output * (request.chunk.tokens if template.made_from == "text" else 1)
         tokens_out += min(expected, most)
+        if setup.study_counter is not None:
+            text_tokens += request.chunk.tokens
+            study_tokens += setup.study_counter.count([request.chunk.text])[0]
     skipped = counted.skipped.short + counted.asking.repeated + counted.asking.without_keywords
+    study = None if setup.study_counter is None else round(tokens_out * study_tokens / max(text_tokens, 1))
+    cached = max(requests - 1, 0) * setup.constant_tokens()
     return Planned(
-        counted.documents, skipped, counted.asking.chunks, requests, answered, tokens_in, round(tokens_out), requests * most
+        documents=counted.documents,
+        skipped=skipped,
+        chunks=counted.asking.chunks,
+        requests=requests,
+        answered=answered,
+        tokens_in=tokens_in,
+        tokens_out=round(tokens_out),
+        most_tokens_out=requests * most,
+        tokens_cached=cached,
+        study_tokens=study,
     )
 
 
 def _answered(setup: Setup) -> KeyIndex:
     index = KeyIndex()
     for key in keys_of(setup.answers):
+        if key in index:
+            raise UserError(f"{setup.answers}: the key {key} is there twice; {LINES.remedy}")
         index.add(key, (0, 0))
     return index
 
@@ -87,9 +107,11 @@ def plan_text(setup: Setup, planned: Planned, gpus: int, price: float | None) ->
         ("parents", f"{planned.documents:,} documents, {planned.skipped:,} skipped (short, repeated or without keywords)"),
         ("chunks", f"{planned.chunks:,}"),
         ("requests", f"{planned.requests:,}, of which {planned.answered:,} are answered already"),
-        ("prompt tokens", f"{about}{planned.tokens_in:,}"),
+        ("prompt tokens", f"{about}{planned.tokens_in:,}, of which a prefix cache saves {about}{planned.tokens_cached:,}"),
         ("answer tokens", f"about {planned.tokens_out:,}, at most {planned.most_tokens_out:,}"),
     ]
+    if planned.study_tokens is not None:
+        rows.append(("", f"about {planned.study_tokens:,} of the study's tokenizer"))
     computed = planned.tokens_in + planned.tokens_out
     if generator.parameters is not None:
         rows.append(("FLOPs", f"about {2.0 * generator.parameters * computed:.2e}, without a prefix cache"))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_synth.config.synthesis import SamplingConfig
+from megatron_synth.synthesis.answers.index import KeySet
 from megatron_synth.synthesis.chunks import Chunk
 from megatron_synth.synthesis.escape import Escape
 from megatron_synth.synthesis.kinds.keywords import Keywords
@@ -64,7 +65,12 @@ class Wording:
         self._keywords = keywords
 
     def material(self, chunk: Chunk, seed: int) -> tuple[str, ...]:
-        """The texts that a chunk's prompt is made from: its own, or keywords, none where it has none. seed: of their draw."""
+        """The texts that a chunk's prompt is made from: its own, those of its walk, or keywords, none where it has none.
+
+        seed: of the draw of keywords.
+        """
+        if self.template.made_from == "concepts":
+            return chunk.walk
         if self._keywords is None:
             return (chunk.text,)
         return self._keywords.draw(chunk.text, self.template.keywords, seed)
@@ -72,7 +78,12 @@ class Wording:
     def prompt(self, material: tuple[str, ...]) -> Prompt:
         """What is asked."""
         escaped = [self._escape(text) for text in material]
-        return self.worded(self.template.render({"text": escaped[0]} if self._keywords is None else {"keywords": escaped}))
+        slots: dict[str, dict[str, str | Sequence[str]]] = {
+            "text": {"text": escaped[0]},
+            "keywords": {"keywords": escaped},
+            "concepts": {"concepts": escaped[0], "passages": escaped[1:]},
+        }
+        return self.worded(self.template.render(slots[self.template.made_from]))
 
     def worded(self, user: str) -> Prompt:
         """The user's message with the constant part before it."""
@@ -82,6 +93,12 @@ class Wording:
             return Prompt(messages=(*system, ("user", user)))
         parts = (template.system, user, template.answer.rstrip())
         return Prompt(text="\n\n".join(part for part in parts if part))
+
+
+def constant_part(template: Template) -> str:
+    """What all prompts of a template begin with: the system's part, and the user's up to the first slot."""
+    user = template.prompt.partition("{{")[0].partition("{%")[0]
+    return f"{template.system}\n\n{user}" if template.system else user
 
 
 @dataclass
@@ -108,7 +125,7 @@ def requests(
     identity: what is known of the generator. seed: of the whole run.
     """
     constant = digest([dict(identity), wording.template.digest, wording.api, sampling.model_dump(mode="json"), seed])
-    known: set[bytes] = set()
+    known = KeySet()
     order = 0
     for chunk in chunks:
         asking.chunks += 1
@@ -121,11 +138,9 @@ def requests(
                 continue
             prompt = wording.prompt(material)
             key = digest([about, prompt.messages, prompt.text])
-            short = bytes.fromhex(key)
-            if short in known:
+            if not known.is_new(key):
                 asking.repeated += 1
                 continue
-            known.add(short)
             # the seed follows from the key, so that no two requests share one for another reason than chance
             yield Request(key, order, chunk, sample, material, prompt, int(key[-8:], 16) >> (32 - SEED_BITS))
             order += 1

@@ -10,14 +10,17 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import show
-from megatron_synth.synthesis.chunks import Skipped, chunks
+from megatron_synth.synthesis.chunks import Chunk, Skipped, chunks
 from megatron_synth.synthesis.counting import TokenCounter, TokenizerCounter
 from megatron_synth.synthesis.engines.base import Engine
 from megatron_synth.synthesis.generator import Generator, generator_of
+from megatron_synth.synthesis.hardest import hardest
 from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template, template_of
 from megatron_synth.synthesis.parents import Parent, Parents
-from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
+from megatron_synth.synthesis.recombined import walk_chunks
+from megatron_synth.synthesis.requests import Asking, Request, Wording, constant_part, requests
+from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 ANSWERS = "answers"
@@ -47,6 +50,8 @@ class Setup:
     counter: TokenCounter
     against: Generator | None = None
     """The worse model of contrastive decoding."""
+    study_counter: TokenCounter | None = None
+    """Counts as the models that are trained on the text do; None where that is not known."""
 
     @classmethod
     def of(cls, config: SynthesisConfig, *, export: bool) -> Setup:
@@ -61,13 +66,30 @@ class Setup:
                 f"filters.choice: chooses answers, and template {template.name} makes documents of several: one that is left "
                 f"out would take all with it; set missing_chunks to join, or take a kind that asks once for a document"
             )
+        if (config.walks is not None) != (template.made_from == "concepts"):
+            raise UserError(
+                f"walks: template {template.name} is made from {template.made_from}; those made from concepts, such as "
+                f"`kind: recombined`, need `walks`, and no others have them"
+            )
         parents = Parents(config.parents)
         parents.check()
+        if config.hardest is not None:
+            parents = hardest(config.hardest, config.engine, parents, config.folder, evaluate=export)
         generator = generator_of(config.generator, config.folder, export=export)
         against = None
         if config.decoding is not None and config.decoding.against is not None:
             against = generator_of(config.decoding.against, config.folder / AGAINST, export=export)
-        return cls(config, template, generator, parents, generator.counter(), against)
+        study = None
+        if config.study_tokenizer is not None:
+            if not Path(config.study_tokenizer).is_file():
+                raise UserError(f"study_tokenizer: {config.study_tokenizer}: no such file")
+            study = TokenizerCounter(Path(config.study_tokenizer))
+        return cls(config, template, generator, parents, generator.counter(), against, study)
+
+    def corpus_counters(self) -> dict[str, TokenCounter]:
+        """Whose tokens of the corpus are counted: those of tokenizers that are here, by whose they are."""
+        found = {"generator": self.counter} if self.counter.exact else {}
+        return found if self.study_counter is None else {**found, "study": self.study_counter}
 
     @cached_property
     def wording(self) -> Wording:
@@ -78,8 +100,8 @@ class Setup:
         special = self.counter.special if isinstance(self.counter, TokenizerCounter) else ()
         return Wording(self.template, self.config.generator.api, special, keywords)
 
-    def requests(self, counted: Counted) -> Iterator[Request]:
-        """All requests in order, the same each time."""
+    def requests(self, counted: Counted, share: Share | None = None) -> Iterator[Request]:
+        """All requests in order, the same each time; with a share those of its parents. Parents of others are not counted."""
         config = self.config
 
         def documents() -> Iterator[Parent]:
@@ -87,7 +109,12 @@ class Setup:
                 counted.documents += 1
                 yield parent
 
-        found = chunks(documents(), self.template, self.counter, counted.skipped)
+        wanted = (lambda parent: True) if share is None else share.has_parent
+        if config.walks is not None:
+            walks = walk_chunks(config, self.template, self.counter, documents())
+            found: Iterator[Chunk] = (chunk for chunk in walks if wanted(chunk.parents[0].id))
+        else:
+            found = chunks(documents(), self.template, self.counter, counted.skipped, wanted)
         identity = {**self.generator.identity(), **self._decoding()}
         return requests(found, self.wording, identity, config.sampling, config.seed, config.per_parent, counted.asking)
 
@@ -111,11 +138,21 @@ class Setup:
         (count,) = self.counter.count([request.prompt.characters()])
         return count + (CHAT_TOKENS if request.prompt.messages else 0)
 
+    def constant_tokens(self) -> int:
+        """About as many as all prompts begin with, which a server with a prefix cache reads once."""
+        (count,) = self.counter.count([constant_part(self.template)])
+        return count
+
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that the template can make."""
-        (words,) = self.counter.count([self.wording.prompt(("",)).characters()])
+        (words,) = self.counter.count([self.wording.prompt(("", "")).characters()])
         room = CHAT_TOKENS if self.config.generator.api == "chat" else 8
-        of_slot = self.template.parent_tokens if self.template.made_from == "text" else 16 * self.template.keywords
+        template, walks = self.template, self.config.walks
+        of_slot = {
+            "text": template.parent_tokens,
+            "keywords": 16 * template.keywords,
+            "concepts": 0 if walks is None else walks.parents * (template.parent_tokens + words) + 16 * walks.length,
+        }[template.made_from]
         return words + of_slot + room
 
     def check_context(self, context: int | None) -> None:
@@ -132,8 +169,18 @@ class Setup:
                 f"lower parent_tokens of the template or sampling.max_tokens, or take another model"
             )
 
-    def engine(self) -> Engine:
-        """The engine of the file, not started."""
+    def check_key(self) -> None:
+        """Look for the key of the servers, where one is needed.
+
+        Raises:
+            UserError: it is not there.
+        """
+        from megatron_synth.synthesis.engines.openai import key_of
+
+        key_of(self.config.engine)
+
+    def engine(self, folder: Path) -> Engine:
+        """The engine of the file, not started. folder: for the log of a server that is started."""
         from megatron_synth.synthesis.engines.protocol import Shape
 
         config, generator, settings = self.config, self.generator, self.config.engine
@@ -150,10 +197,15 @@ class Setup:
         if settings.name == "vllm":
             from megatron_synth.synthesis.engines.vllm import Vllm
 
-            return Vllm(generator.model, generator.revision, settings, shape, config.folder / LOG)
+            return Vllm(generator.model, generator.revision, settings, shape, folder / LOG)
         from megatron_synth.synthesis.engines.openai import HttpEngine, key_of
 
         return HttpEngine(shape, settings, settings.servers, key_of(settings))
+
+    @property
+    def group(self) -> int:
+        """Requests that the engine must be given together, for an answer to be the same to the last bit."""
+        return self.config.engine.batch_size if self.config.engine.name == "transformers" else 1
 
     @property
     def answers(self) -> Path:

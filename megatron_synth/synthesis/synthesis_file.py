@@ -25,7 +25,7 @@ class SynthesisConfig(SynthesisSettings):
 
     def described(self) -> dict[str, Any]:
         """Settings that decide the text: not where it goes and not what serves the model."""
-        return self.model_dump(mode="json", exclude={"output", "engine", "max_unanswered"})
+        return self.model_dump(mode="json", exclude={"output", "engine", "max_unanswered", "study_tokenizer"})
 
     def settings_digest(self) -> str:
         """SHA-256 of these."""

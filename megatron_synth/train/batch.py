@@ -21,6 +21,7 @@ from megatron_synth.data.loading.loader import Batch, Loader, Tokens, WindowSour
 from megatron_synth.data.loading.prefetch import Prefetcher
 from megatron_synth.data.loading.run_data import RunData
 from megatron_synth.model.documents import Documents
+from megatron_synth.model.sequence_part import WHOLE, SequencePart
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout
 
@@ -44,16 +45,33 @@ class TensorBatch:
     """Where documents begin, a window being one that begins; None: each row is one."""
     loss_mask: Tensor | None = None
     """[B, S] bool: labels that count; None: all of them."""
+    part: SequencePart = WHOLE
+    """Which of the S tokens of a row are this rank's, of c that share it."""
 
     @property
     def inputs(self) -> Tensor:
-        """[B, S]: the first L tokens of each window."""
-        return self._of_windows(slice(None, -1))
+        """[B, S / c]: the first L tokens of each window."""
+        return self.part.take(self.all_inputs)
 
     @property
     def labels(self) -> Tensor:
-        """[B, S]: the last L tokens of each window."""
+        """[B, S / c]: the last L tokens of each window."""
+        return self.part.take(self.all_labels)
+
+    @property
+    def all_inputs(self) -> Tensor:
+        """[B, S]: `inputs` of all ranks."""
+        return self._of_windows(slice(None, -1))
+
+    @property
+    def all_labels(self) -> Tensor:
+        """[B, S]: `labels` of all ranks."""
         return self._of_windows(slice(1, None))
+
+    @property
+    def own_loss_mask(self) -> Tensor | None:
+        """[B, S / c]: the loss mask of this rank's labels."""
+        return None if self.loss_mask is None else self.part.take(self.loss_mask)
 
     def _of_windows(self, part: slice) -> Tensor:
         rows, width = self.tokens.shape
@@ -87,8 +105,19 @@ def reading(layout: Layout) -> Iterator[None]:
         raise RankError(str(error)) from error
 
 
-def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.NDArray[np.bool_] | None = None) -> TensorBatch:
-    """A loader's batch as tensors on the device; `data` says which masks are in use.
+def part_of(ranks: Ranks, config: Config) -> SequencePart:
+    """The tokens of every row that are a rank's."""
+    return SequencePart(ranks.context_rank, config.parallel.context_parallel_size)
+
+
+def to_device(
+    batch: Batch,
+    device: torch.device,
+    data: DataConfig,
+    valid: npt.NDArray[np.bool_] | None = None,
+    part: SequencePart = WHOLE,
+) -> TensorBatch:
+    """A loader's batch as tensors on the device; `data` says which masks are in use, `part` which tokens are this rank's.
 
     Tokens may come as int32, half the bytes to move: they are widened on the device.
     """
@@ -102,12 +131,13 @@ def to_device(batch: Batch, device: torch.device, data: DataConfig, valid: npt.N
     documents = loss_mask = None
     if batch.boundaries is not None and data.document_masks:
         bounds = batch.boundaries
-        documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, move(bounds.position_ids().reshape(rows, -1)))
+        positions = part.take(move(bounds.position_ids().reshape(rows, -1)))
+        documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, positions)
     if batch.boundaries is not None:
         bounds = batch.boundaries
         counting = bounds.loss_mask() if data.eod_mask_loss else bounds.padding_mask()
         loss_mask = None if counting is None else move(counting.reshape(rows, -1))
-    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask)
+    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part)
 
 
 def prefetcher_of(
@@ -136,22 +166,27 @@ def prefetcher_of(
 
 
 def labels_that_count(batch: TensorBatch) -> Tensor:
-    """[B k, S / k] bool, window by window: labels whose losses count."""
+    """[B k, S / k] bool, window by window: labels of this rank whose losses count."""
     windows = len(batch.sources)
     counts = (batch.weights[:, None] > 0).expand(windows, batch.tokens.numel() // windows - 1)
+    if batch.part.size > 1:
+        rows = len(batch.tokens)
+        own = counts.new_ones((rows, counts.numel() // rows // batch.part.size))
+        counts = counts & batch.part.put(own).view(windows, -1)
     return counts if batch.loss_mask is None else counts & batch.loss_mask.reshape(windows, -1)
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> Tensor:
-    """Per-token losses and z-losses [B, S] -> sums [4, K] fp64 by source."""
+    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source. Of c ranks the first counts the samples."""
     windows = len(batch.sources), -1
     counts = labels_that_count(batch)
     sums = torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=losses.device)
     # a NaN in a padded row or at a masked label must not survive: it is left out, not multiplied by 0
     for row, values in ((LOSS, losses), (Z_LOSS, z_losses)):
         if values is not None:
-            kept = values.detach().reshape(windows).where(counts, 0.0)
+            kept = batch.part.put(values.detach()).reshape(windows).where(counts, 0.0)
             sums[row].index_add_(0, batch.sources, kept.sum(dim=1, dtype=torch.float64))
     sums[LABELS].index_add_(0, batch.sources, counts.sum(dim=1, dtype=torch.float64))
-    sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
+    if batch.part.rank == 0:
+        sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
     return sums

@@ -28,6 +28,7 @@ from megatron_synth.train.batch import (
     TensorBatch,
     labels_that_count,
     needs_boundaries,
+    part_of,
     reading,
     to_device,
 )
@@ -120,6 +121,7 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
     limit = batches * train.global_batch_size if batches else None
     windows, _ = validation_windows(source, train.sequence_length, limit)
     ranks = pipeline.ranks
+    part = part_of(ranks, pipeline.config)
     stream = validation_batches(
         source,
         train.sequence_length,
@@ -136,7 +138,7 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
             read = list(islice(stream, layout.num_microbatches))
         if not read:
             break
-        rounds = [to_device(batch, ranks.device, data, batch.valid) for batch in read]
+        rounds = [to_device(batch, ranks.device, data, batch.valid, part) for batch in read]
         if stop.asked():
             return None
         sums[:NUM_SUMS] += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
@@ -161,7 +163,7 @@ def _text_bytes(batch: TensorBatch, table: Tensor | None) -> Tensor | float:
     """Bytes of the labels of a batch that count. table: as `_table` returns it."""
     if table is None:
         return math.nan
-    labels, inputs = batch.labels, batch.inputs
+    labels, inputs = batch.all_labels, batch.all_inputs
     sizes = table[0, labels] - table[1, labels] * table[2, inputs]
     return sizes.where(labels_that_count(batch).view_as(sizes), 0).sum()
 

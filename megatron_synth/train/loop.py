@@ -28,7 +28,7 @@ from megatron_synth.model import kernels
 from megatron_synth.model.run_plan import RunPlan, decide
 from megatron_synth.parallel.groups import Ranks, process_group
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train.batch import TensorBatch, prefetcher_of, reading, to_device
+from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -146,7 +146,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.chunks, config)
         self.fp8_statistics = self.chunks[0].module.fp8_statistics
         self.precision_text = self.chunks[0].module.precision_text
-        self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
+        self._part = part_of(ranks, config)
+        self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
         self.step = self.samples = 0
         self.ledger = Ledger.of(data.plan, config.window_length)
         if saved is not None:
@@ -274,7 +275,7 @@ class Trainer:
         # a step ends with a wait for the device: nothing reads the buffers of the last step any more
         with reading(self.layout):
             batches = self.prefetcher.step(self.samples)
-        return [to_device(batch, self.ranks.device, self.config.data) for batch in batches]
+        return [to_device(batch, self.ranks.device, self.config.data, part=self._part) for batch in batches]
 
     def _is_written(self) -> bool:
         """Wait for the save that is being written, if there is one; False: it failed."""

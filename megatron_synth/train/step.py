@@ -112,21 +112,23 @@ class Pipeline:
     def _objectives(self, batches: Sequence[TensorBatch]) -> Callable[[TensorBatch], Objective]:
         """What each of a step's micro-batches is trained on: the mean over the labels of the global batch.
 
-        The schedule takes the mean over micro-batches, data parallelism that over ranks. Where labels are masked these have
-        unequal numbers of them; of n in M micro-batches of each of D ranks each then weighs M D / n in its micro-batch.
+        The schedule takes the mean over micro-batches, data parallelism that over ranks, and c ranks that share a sequence add
+        up: for that the schedule multiplies by c what data parallelism divides by it. Where labels are masked, ranks and
+        micro-batches have unequal numbers of them; of n in M micro-batches of each of D ranks each then weighs M D / n.
         """
         train, micro_batches = self.config.train, len(batches)
-        objective = partial(Objective, grad_scale=1.0 / micro_batches, z_loss=train.z_loss)
-        masks = [batch.loss_mask for batch in batches if batch.loss_mask is not None]
+        context = self.config.parallel.context_parallel_size
+        objective = partial(Objective, grad_scale=context / micro_batches, z_loss=train.z_loss)
+        masks = [mask for batch in batches if (mask := batch.own_loss_mask) is not None]
         if not masks:
-            shape = train.micro_batch_size, train.sequence_length
-            weights = torch.full(shape, 1.0 / math.prod(shape), dtype=torch.float32, device=self.ranks.device)
+            shape = train.micro_batch_size, train.sequence_length // context
+            weight = 1.0 / (train.micro_batch_size * train.sequence_length)
+            weights = torch.full(shape, weight, dtype=torch.float32, device=self.ranks.device)
             return lambda batch: objective(weights)
         labels = torch.stack([mask.sum() for mask in masks]).sum().double()  # fp32 counts to 2^24 alone
-        group = parallel_state.get_data_parallel_group()
-        torch.distributed.all_reduce(labels, group=group)
-        weight = (micro_batches * group.size() / labels.clamp_(min=1)).float()
-        return lambda batch: objective(weight * batch.loss_mask)
+        torch.distributed.all_reduce(labels, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        of_each = (micro_batches * parallel_state.get_data_parallel_world_size() / labels.clamp_(min=1)).float()
+        return lambda batch: objective(of_each * batch.own_loss_mask)
 
 
 class _Clock:
@@ -167,13 +169,13 @@ class Stepper(Pipeline):
     """Runs optimizer steps on this rank's model chunks."""
 
     def __init__(
-        self, config: Config, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, ranks: Ranks, data_size: int
+        self, config: Config, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, ranks: Ranks, replicas: int
     ):
         super().__init__(config, chunks, ranks)
         self.optimizer = optimizer
         self.fp8 = recipe.of(chunks)
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
-        self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else data_size
+        self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else replicas
         self._clock = _Clock(ranks.device)
         # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
         self._agreed = torch.zeros(4, dtype=torch.float64, pin_memory=ranks.device.type == "cuda")

@@ -4,6 +4,9 @@ Each rank has a thread that beats: every second it rewrites RUN/hang/beat-N with
 own rank (is this step taking too long?), at the beat of the next rank in a ring (does it still count?), and for the mark that
 another rank has seen trouble. In trouble every rank writes its Python stacks to RUN/hang/rank-N.txt, the one that made the mark
 writes the summary and prints it, and all leave with exit code 70. The main thread may sit in a collective: it is not asked.
+
+A rank that ends with an error of its user's, such as a damaged shard that it alone has read, says so in its last beat. It is
+not lost: the others end with the same exit code, 2, and leave the message to it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_synth.config.errors import EXIT_RANK_LOST, RankError, UserError
+from megatron_synth.config.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, PeerError, UserError
 from megatron_synth.core import exit_record
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
@@ -31,6 +34,7 @@ _BEAT_BYTES = 1024
 _SLOW = 6.0
 """How much longer than a step start-up, the first step, an evaluation or a save that is waited for may last."""
 _SHOWN = 16
+_ERROR_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Beat:
     """How long it has been in this phase."""
     where: str = ""
     """The innermost lines of its main thread, written when there is trouble."""
+    error: str = ""
+    """The error of its user's that it has ended with."""
 
     @property
     def place(self) -> str:
@@ -92,6 +98,7 @@ class Watch:
         self._count = 0
         self._descriptor: int | None = None
         self._broken = False
+        self._error = ""
         self._seen: tuple[int, float] | None = None
         self._suspicions = 0
         self._leaving = threading.Lock()
@@ -126,9 +133,13 @@ class Watch:
             time.sleep(3600)  # the thread has seen trouble and is about to end the process
         self._stop.set()
         self._thread.join()
-        alone = error is not None and (not isinstance(error, UserError) or isinstance(error, RankError))
+        met_by_all = isinstance(error, UserError) and (self._world_size == 1 or isinstance(error, PeerError))
+        alone = error is not None and not met_by_all
         if alone:  # the others may wait for this rank: its last beat tells them why in vain
             self._phase = (f"{type(error).__name__} after {self._phase[0]}", *self._phase[1:])
+            if isinstance(error, UserError):
+                first = next(iter(str(error).splitlines()), "")
+                self._error = first.encode("ascii", "backslashreplace").decode()[:_ERROR_CHARACTERS]
             self._beat()
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -138,12 +149,18 @@ class Watch:
             self._folder.rmdir()
 
     def explain(self, error: Exception) -> None:
-        """A collective has failed on this rank. Does not return if another rank is lost; else the error is this rank's own."""
+        """A collective has failed on this rank. Does not return if another rank is lost; else the error is this rank's own.
+
+        Raises:
+            PeerError: another rank has ended with an error of its user's.
+        """
         before = self._read_all()
         deadline = time.monotonic() + self._patience_s
         if any(not self._same_host(beat) for beat in before.values()):
             deadline += self._lost_after_s
         while time.monotonic() < deadline:
+            if (peer := self._told()) is not None:
+                raise peer from error
             time.sleep(self._beat_s / 5)
             late = time.monotonic() > deadline - self._lost_after_s / 2
             for rank, beat in self._read_all().items():
@@ -192,6 +209,9 @@ class Watch:
     def _trouble(self, reason: str) -> NoReturn:
         """Write what is known, and end this process."""
         self._leaving.acquire()  # kept: a main thread that leaves now waits for the report
+        if (peer := self._told()) is not None:
+            exit_record.report(EXIT_USER_ERROR, peer)
+            os._exit(EXIT_USER_ERROR)
         try:
             try:
                 os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
@@ -212,6 +232,11 @@ class Watch:
         except OSError as error:
             show(f"error: rank {self._rank}: {reason}; no report could be written: {error}", error=True)
         os._exit(EXIT_RANK_LOST)
+
+    def _told(self) -> PeerError | None:
+        """The error that another rank has ended with, and tells; None: there is none."""
+        told = [beat for beat in self._read_all().values() if beat.error and beat.rank != self._rank]
+        return PeerError(f"rank {told[0].rank}: {told[0].error}") if told else None
 
     def _gather(self) -> tuple[dict[int, Beat], set[int]]:
         """The beats when all ranks have written where they are, and the ranks that have not in time."""
@@ -236,7 +261,8 @@ class Watch:
         name, step, since, _ = self._phase
         where = " < ".join(self._frames()) if stacks else ""
         age = time.monotonic() - since
-        return Beat(self._attempt, self._count, self._rank, self._host, os.getpid(), step, name, round(age, 1), where)
+        place = (step, name, round(age, 1), where)
+        return Beat(self._attempt, self._count, self._rank, self._host, os.getpid(), *place, self._error)
 
     def _frames(self) -> Iterator[str]:
         """The innermost three lines of the main thread, torch's and megatron-core's left out unless there are no others."""

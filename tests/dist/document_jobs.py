@@ -13,6 +13,8 @@ import torch
 def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int]], list[int]]]) -> list[np.ndarray]:
     """This rank's part of the untrained model's logits [B, S, V / TP], by any pipeline; empty but on the last stage.
 
+    Where ranks share the sequence: zeros for the tokens of the others.
+
     rows: micro-batches, each of token rows and of the places at which documents begin, with the end (cu_seqlens).
     """
     from megatron_synth.config.load import load_file
@@ -31,7 +33,7 @@ def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from megatron_synth.model.build import build_model
-        from megatron_synth.train.batch import to_device
+        from megatron_synth.train.batch import part_of, to_device
 
         batches = []
         for tokens, cu_seqlens in rows:
@@ -39,16 +41,16 @@ def logits(config_path: str, settings: list[str], rows: list[tuple[list[list[int
             size, length = array.shape
             bounds = Boundaries(size, length - 1, np.array(cu_seqlens, np.int32), np.zeros(0, np.int64))
             zeros = np.zeros(size, np.int64)
-            batches.append(to_device(Batch(array, zeros, zeros, bounds), ranks.device, config.data))
+            batches.append(to_device(Batch(array, zeros, zeros, bounds), ranks.device, config.data, part=part_of(ranks, config)))
         found: list[np.ndarray] = []
 
         def keep(output: torch.Tensor) -> tuple[torch.Tensor, int]:
-            found.append(output.numpy().copy())
+            found.append(part_of(ranks, config).put(output).numpy().copy())
             return torch.zeros(()), 0
 
         def step(iterator: Any, model: Any) -> Any:
             batch = next(iterator)
-            return model(batch.tokens[:, :-1], None, None, packed_seq_params=batch.documents), keep
+            return model(batch.inputs, None, None, packed_seq_params=batch.documents), keep
 
         chunks = build_model(decided, VOCAB_SIZE)
         iterators = [iter(batches) for _ in chunks]

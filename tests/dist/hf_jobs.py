@@ -13,7 +13,9 @@ def export_initial(config_path: str, settings: list[str], folder: str) -> None:
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
     from megatron_synth.data.loading.run_data import open_data
-    from megatron_synth.interop.hf_llama import hf_config, to_hf_state, write_hf
+    from megatron_synth.interop.hf_folder import write_hf
+    from megatron_synth.interop.hf_settings import hf_config
+    from megatron_synth.interop.hf_weights import to_hf_state
     from megatron_synth.model.run_plan import decide
     from megatron_synth.parallel.groups import process_group
     from megatron_synth.parallel.plan import plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,16 @@ def tokens(seed: int, rows: int = 2) -> list[list[int]]:
 
 
 def gathered(ranks: RankPool, config: Path, layout: str, batches: list, *settings: str) -> list[np.ndarray]:
-    """Logits [B, S, V] of each micro-batch, put together from the tensor-parallel ranks of the last stage."""
+    """Logits [B, S, V] of each micro-batch, put together from the tensor- or context-parallel ranks of the last stage."""
     world_size, layout_settings = LAYOUTS[layout]
     results = ranks.run(
         world_size, "tests.dist.document_jobs.logits", str(config), [*layout_settings, *MASKS, *settings], batches
     )
-    return [np.concatenate(parts, axis=-1) for parts in zip(*(r.value for r in results if r.value), strict=True)]
+    join = partial(np.sum, axis=0) if "cp" in layout else partial(np.concatenate, axis=-1)
+    return [join(parts) for parts in zip(*(r.value for r in results if r.value), strict=True)]
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2pp2", "pp2vp2"])
+@pytest.mark.parametrize("layout", ["single", "tp2pp2", "pp2vp2", "cp2", "cp4"])
 def test_a_token_sees_nothing_of_another_document(layout: str, ranks: RankPool, config: Path) -> None:
     """Bit-equal: with other tokens in the documents around it, and with other boundaries there."""
     first, other = tokens(1), tokens(2)
@@ -72,7 +74,7 @@ def test_a_document_is_what_it_is_alone(ranks: RankPool, config: Path) -> None:
     np.testing.assert_allclose(packed, np.concatenate(pieces, axis=1), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2vp2", "pp4", "tp2pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2vp2", "pp4", "tp2pp2", "cp4", "tp2cp2", "cp2dp2-plain"])
 def test_every_layout_is_the_same_run(layout: str, trained: Callable[..., Run]) -> None:
     """dp2 above all: its ranks have unequal numbers of labels."""
     reference, run = trained("single", *MASKS), trained(layout, *MASKS)

@@ -11,7 +11,7 @@ from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.loader import deal
 from megatron_synth.data.loading.run_data import open_data
-from tests.dist.pool import RankPool, RanksFailed
+from tests.dist.pool import RankPool
 from tests.support import LAYOUTS, checkpoint_names, read_metrics, write_config, write_corpus
 
 PADDED = 384
@@ -57,19 +57,34 @@ def test_an_evaluation_refuses_them_after_the_weights_are_saved(layout: str, ran
     assert checkpoint_names(tmp_path / "run") == ["step_00000004"]
 
 
-def test_a_rank_that_alone_reads_such_an_id_tells_it(ranks: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "reader"), [("dp2", (1, 2)), ("pp4", (0, 1))])
+def test_ranks_that_read_no_such_id_leave_the_message_to_the_one_that_does(
+    layout: str, reader: tuple[int, int], ranks: RankPool, tmp_path: Path
+) -> None:
+    """In the seventh step. Middle stages of a pipeline read no tokens, and other data-parallel ranks read others."""
     file = write_config(tmp_path / "run.yaml", write_corpus(tmp_path / "corpus"))
     config = load_file(Config, file)
     data = open_data(config)
-    dealt = {"micro_batch_size": config.train.micro_batch_size, "data_parallel_rank": 1, "data_parallel_size": 2}
-    samples = deal(config.data_seed, 0, config.train.global_batch_size, **dealt).ravel()
+    dealt = {"micro_batch_size": config.train.micro_batch_size, "data_parallel_rank": reader[0], "data_parallel_size": reader[1]}
+    samples = deal(config.data_seed, 6 * config.samples_per_step, config.train.global_batch_size, **dealt).ravel()
     sources, windows, _ = data.plan.places(samples)
-    window = int(windows[list(sources).index(data.plan.names.index("web"))])
-    place = window * data.window_length + 16
-    shard = data.sources[data.plan.names.index("web")].shard(0)
-    assert place < shard.num_tokens
+    source = data.sources[data.plan.names.index("web")]
+    place = int(windows[list(sources).index(data.plan.names.index("web"))]) * data.window_length + 16
+    number = 0
+    while place >= source.shard(number).num_tokens:
+        place -= source.shard(number).num_tokens
+        number += 1
+    shard = source.shard(number)
     tokens = np.fromfile(shard.bin_path, np.uint16)
     tokens[place] = 65535
     tokens.tofile(shard.bin_path)
-    with pytest.raises(RanksFailed, match=rf"(?s)output of rank 1.*web/shard-00000\.bin, byte {2 * place}: token id 65535"):
-        ranks.run(2, "megatron_synth.cli.main.main", ["train", str(file), "--run-dir", str(tmp_path / "run")])
+    world_size, settings = LAYOUTS[layout]
+    run = tmp_path / "run"
+    results = ranks.run(world_size, "megatron_synth.cli.main.main", ["train", str(file), *settings, "--run-dir", str(run)])
+    printed = "".join(result.stderr for result in results)
+    message = f"web/shard-{number:05d}.bin, byte {2 * place}: token id 65535"
+    assert [result.value for result in results] == [2] * world_size, printed
+    assert printed.count("error: ") == printed.count(message) == 1 and "lost" not in printed, printed
+    last = (run / "events.log").read_text().splitlines()[-1]
+    assert "failed at step 6: " in last and message in last
+    assert not list((run / "hang").glob("report-*"))

@@ -2,7 +2,8 @@
 them.
 
 A verb must do its work or refuse with one message, exit code 0, 1 or 2. `status` must always show the sound run beside the
-damaged one. Figures and fits take their time: `--every N` has them made for one change of N.
+damaged one. What reads the record is asked at each change; verbs that fit, open data or write a page at one change of
+`--every`, and figures are drawn to the last dot at one of `--drawn` of these. `--state FILE` keeps what is done, to go on.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.synthesis.stub import RunningStub
 from megatron_synth.cli import main as cli
 from megatron_synth.cluster import slurm, verdict
 from megatron_synth.config.errors import UserError
@@ -35,10 +37,17 @@ from megatron_synth.study.execute.status_text import status_text
 from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import Study, load_study
 from megatron_synth.study.report.collect import collect, read_runs_csv, runs_csv
+from megatron_synth.synthesis.answers.parts import keys_of
+from megatron_synth.synthesis.run import run as synthesize
+from megatron_synth.synthesis.setup import ANSWERS
+from megatron_synth.synthesis.status import status_text as synthesis_status
+from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 from megatron_synth.train.record import metrics
+from tests.faults.tally import Tally
 from tests.support import SEQUENCE_LENGTH, STEPS, run_info, write_config, write_corpus
 
 JOB = "7"
+_PART = 500
 _VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -123,12 +132,13 @@ def _other_value(content: bytes, draw: random.Random) -> bytes | None:
 
 @dataclass(frozen=True)
 class World:
-    """Records of every kind below a folder: two runs with a job, a study, tables."""
+    """Records of every kind below a folder: two runs with a job, a study, tables, a synthesis."""
 
     folder: Path
     study_file: Path
     study: Study
     runs: list[Run]
+    synthesis: SynthesisConfig
 
     @property
     def run(self) -> Path:
@@ -154,7 +164,7 @@ def make_world(folder: Path) -> World:
     _write_study(study, runs)
     rows = collect(study, runs, Folder(study.folder)).rows
     (folder / "runs.csv").write_text(runs_csv(rows))
-    return World(folder, study_file, study, runs)
+    return World(folder, study_file, study, runs, _write_synthesis(folder))
 
 
 _SHORT = f"""model: {{name: custom, num_layers: 2, hidden_size: 32, num_attention_heads: 4}}
@@ -239,6 +249,28 @@ def _write_study(study: Study, runs: list[Run]) -> None:
         (path / "result.json").write_text(json.dumps(content | {"finished": "2026-01-01T00:00:00+00:00"}))
 
 
+def _write_synthesis(folder: Path) -> SynthesisConfig:
+    texts = [f"The river rises in the hills, and mill number {number} stands by the road. " * 8 for number in range(8)]
+    parents = folder / "parents.jsonl"
+    parents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    content: dict[str, Any] = {
+        "output": str(folder / "synthesis"),
+        "kind": "hq-rephrase",
+        "parents": {"web": {"input": str(parents)}},
+        "generator": {"model": "stub", "api": "completions"},
+        "engine": {"name": "openai", "attempts": 1, "patience_s": 1, "timeout_s": 1},
+        "filters": {"off": ["copy_of_parent", "repetition", "little_of_parent", "wrong_language"]},
+    }
+    with RunningStub() as stub, contextlib.redirect_stderr(io.StringIO()):
+        content["engine"]["servers"] = stub.url  # nobody listens there afterwards
+        config = SynthesisConfig.model_validate(content)
+        assert synthesize(config).record is not None
+    (folder / "synthesis.yaml").write_text(to_yaml(config))
+    with (folder / "synthesis" / "rejected.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "a", "text": "x", "parents": ["b"], "reason": "too_short"}) + "\n")
+    return config
+
+
 # ---- what is done with a changed record
 
 
@@ -304,11 +336,37 @@ def _table_verbs(world: World, dear: bool) -> None:
         _verb("study", "report", str(world.study_file), "--from", str(world.table), "--out", str(world.folder / "out"))
 
 
+def _synthesis_verbs(world: World, dear: bool) -> None:
+    _quietly(lambda: synthesis_status(world.synthesis))
+    _quietly(lambda: sum(1 for _ in keys_of(world.synthesis.folder / ANSWERS)))
+    if dear:
+        for verb in ("status", "plan", "report", "run"):
+            _verb("synthesize", verb, str(world.folder / "synthesis.yaml"))
+
+
+@contextlib.contextmanager
+def _undrawn() -> Iterator[None]:
+    """Figures are put together and not drawn, which takes four fifths of the time of those who make them."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure.savefig
+
+    def savefig(self: Figure, target: Any, *, format: str, **_: Any) -> None:
+        target.write(b"<svg></svg>" if format == "svg" else b"\x89PNG")
+
+    Figure.savefig = savefig  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Figure.savefig = drawn  # type: ignore[method-assign]
+
+
 def _places(world: World) -> list[tuple[Path, Callable[[World, bool], None]]]:
     run, job = world.run, next((world.run / "slurm").glob("*"))
     folder = Folder(world.study.folder)
     of_run = ["run.json", "metrics.jsonl", "ledger.json", "config.yaml", "events.log"]
     of_run.append(f"checkpoints/step_{STEPS:08d}/trainer.json")
+    of_synthesis = ["answers/part-00000.jsonl", "synthesis.json", "corpus/part-00000.jsonl", "rejected.jsonl", "engine.json"]
     of_job = ["job.json", "job.id", f"attempts/{JOB}.jsonl", f"outcomes/{JOB}.0/node-0.jsonl"]
     return [
         *((run / name, _run_verbs) for name in of_run),
@@ -317,10 +375,11 @@ def _places(world: World) -> list[tuple[Path, Callable[[World, bool], None]]]:
         (folder.failure_file(world.runs[0]), _study_verbs),
         (folder.run(world.runs[0]) / "metrics.jsonl", _study_verbs),
         (world.table, _table_verbs),
+        *((world.synthesis.folder / name, _synthesis_verbs) for name in of_synthesis),
     ]
 
 
-def campaign(folder: Path, count: int, seed: int, every: int = 0) -> dict[str, int]:
+def campaign(folder: Path, count: int, seed: int, every: int = 0, drawn: int = 10) -> dict[str, int]:
     """Change a record `count` times. Returns how often each was changed.
 
     Args:
@@ -328,27 +387,34 @@ def campaign(folder: Path, count: int, seed: int, every: int = 0) -> dict[str, i
         count: changes.
         seed: of what is drawn.
         every: verbs that draw, fit or open data run once in so many changes of a record; 0: never.
+        drawn: of these, one in so many draws its figures.
 
     Raises:
         AssertionError: a verb failed otherwise than by a message, or hid the sound run. The changed record stays where it is.
     """
     world, draw = make_world(folder), random.Random(seed)
     places = _places(world)
-    for _, verbs in places:
-        verbs(world, every > 0)  # all is well before
+    with _undrawn():
+        for verbs in dict.fromkeys(verbs for _, verbs in places):
+            verbs(world, every > 0)  # all is well before
     happened: Counter[str] = Counter()
     for number in range(count):
         file, verbs = places[number % len(places)]
         content = file.read_bytes()
-        kept = {path: path.read_bytes() for path in file.parent.glob("*.jsonl")}  # a verdict adds lines
+        # a verdict adds lines, and a synthesis makes its corpus again
+        kept = {path: path.read_bytes() for near in (file.parent, file.parent.parent) for path in near.glob("*.json*")}
         file.write_bytes(mutated(content, draw))
+        turn = number // len(places)
+        dear = every > 0 and turn % every == 0
         try:
-            verbs(world, every > 0 and number // len(places) % every == 0)
+            with contextlib.nullcontext() if dear and turn // every % drawn == 0 else _undrawn():
+                verbs(world, dear)
         except Exception as error:
             raise Broken(f"change {number} of seed {seed}, {file}: {error!r}") from error
         for path, before in {**kept, file: content}.items():
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(before)
-        happened[file.name] += 1
+        happened[f"{file.name}{', all verbs' if dear else ''}"] += 1
     return dict(happened)
 
 
@@ -358,12 +424,20 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--drawn", type=int, default=10)
+    parser.add_argument("--state", type=Path, help="file that keeps what is done, to go on")
     options = parser.parse_args()
     slurm.available = lambda: False  # no queue is asked
-    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="records-"))
-    happened = campaign(folder, options.count, options.seed, options.every)
-    shutil.rmtree(folder)
-    print(f"{options.count} changes in {time.monotonic() - began:.0f} s, none broke a verb: {happened}")
+    began, tally = time.monotonic(), Tally(options.state, options.seed)
+
+    def part(seed: int, count: int) -> dict[str, int]:
+        folder = Path(tempfile.mkdtemp(prefix="records-"))
+        happened = campaign(folder, count, seed, options.every, options.drawn)
+        shutil.rmtree(folder)
+        return happened
+
+    tally.run(options.count, _PART, part)
+    print(f"none broke a verb; {tally.text()}; {(time.monotonic() - began) / 60:.0f} min")
     return 0
 
 

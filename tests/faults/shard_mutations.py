@@ -2,7 +2,7 @@
 
 Each is read whole through the loader, with its documents, with compiled code and without: it is refused with a message, or,
 where there are checksums, equal to what was written. Nothing may crash. The work is done in processes of their own, so that
-one that dies is counted and its seed named. `--table FILE` writes what happened as Markdown.
+one that dies is counted and its seed named. `--state FILE` keeps what was done, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.loading import loader
 from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards import native
@@ -34,10 +34,12 @@ from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.indexed import HEADER, MAGIC, ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.shards.source import Source, open_source
+from tests.faults.tally import Tally
 
 VOCABULARY = 500
 LENGTH = 16
 BLOCK = 256
+_PART = 2000
 PREPARED = "prepared"
 BARE = "bare"
 NUMBERS = (
@@ -243,6 +245,7 @@ def attempt(folder: Path, seed: int, sources: dict[str, Sound]) -> str:
 
 def _work(folder: Path, first: int, count: int, results: Path) -> None:
     """Attempts one after the other, a line of `results` for each."""
+    loader.LOOK_AHEAD_ROWS = 64  # as many as there are windows: else most of the time goes into batches that nobody reads
     make(folder)
     sources = {name: sound(folder, name) for name in (PREPARED, BARE)}
     with results.open("a", buffering=1, encoding="utf-8") as file:
@@ -288,25 +291,16 @@ def main(argv: list[str]) -> int:
     """Run a campaign; 1 when anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.shard_mutations", description=__doc__)
     parser.add_argument("--count", type=int, default=100_000, help="files to alter")
-    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the others follow")
     parser.add_argument("--processes", type=int, default=1, help="that share the work")
-    parser.add_argument("--table", type=Path, help="file to write the outcome to, as Markdown")
+    parser.add_argument("--state", type=Path, help="file that keeps what is done, to go on")
     options = parser.parse_args(argv)
-    began = time.monotonic()
-    outcomes, failures = campaign(options.count, options.seed, options.processes)
-    lines = [
-        f"- command: `python -m tests.faults.shard_mutations --count {options.count} --seed {options.seed}`",
-        f"- date: {datetime.now(UTC).isoformat(timespec='seconds')}; it took {(time.monotonic() - began) / 60:.0f} minutes",
-        "",
-        "| outcome | files |",
-        "| --- | ---: |",
-        *(f"| {name} | {number:,} |" for name, number in sorted(outcomes.items())),
-    ]
-    text = "\n".join([*lines, *failures[:50]])
-    print(text)
-    if options.table is not None:
-        options.table.write_text(text + "\n", encoding="utf-8")
-    return 1 if failures else 0
+    began, tally = time.monotonic(), Tally(options.state, options.seed)
+    for part in tally.missing(options.count, _PART):
+        tally.add(part, *campaign(_PART, options.seed + part * _PART, options.processes))
+    print(tally.text() + f"; {(time.monotonic() - began) / 60:.0f} min")
+    print("\n".join(tally.failures[:50]))
+    return 1 if tally.failures else 0
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Server:
         self._process.stdout.close()
 
 
-def _settings(folder: Path, output: str, url: str, documents: int) -> Path:
+def settings(folder: Path, output: str, url: str, documents: int) -> Path:
     """A synthesis file about documents that are made up."""
     generator = random.Random(3)
     parents = folder / "parents.jsonl"
@@ -108,9 +108,9 @@ def campaign(folder: Path, kills: int, seed: int = 1, per_kill: int = 12) -> dic
     documents = per_kill * kills + 20
     server = Server(rate=200)
     try:
-        whole = _settings(folder, "whole", server.url, documents)
+        whole = settings(folder, "whole", server.url, documents)
         assert _start(whole, folder / "whole.log").wait(600) == 0, (folder / "whole.log").read_text()[-2000:]
-        killed = _settings(folder, "killed", server.url, documents)
+        killed = settings(folder, "killed", server.url, documents)
         output, log = folder / "killed", folder / "killed.log"
         victims: Counter[str] = Counter()
         client = _start(killed, log)

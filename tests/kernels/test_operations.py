@@ -156,12 +156,17 @@ DOCUMENTS = {
 }
 
 
-def in_documents(query: Tensor, key: Tensor, value: Tensor, scale: float, rows: tuple[list[int], ...]) -> Tensor:
+def in_documents(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, rows: tuple[list[int], ...], window: int | None = None
+) -> Tensor:
     """The definition: scores, a mask, softmax."""
     sequence, heads = query.shape[0], query.shape[2]
     key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
     document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
     seen = (document[:, :, None] == document[:, None]) & torch.ones(sequence, sequence, dtype=torch.bool).tril()
+    if window is not None:
+        places = torch.arange(sequence)
+        seen &= places[:, None] - places < window
     scores = torch.einsum("sbad,tbad->bast", query, key) * scale
     return torch.einsum("bast,tbad->sbad", scores.masked_fill(~seen[:, None], -math.inf).softmax(-1), value).flatten(2)
 
@@ -182,6 +187,27 @@ def test_attention_within_documents(documents: str, heads: int, groups: int, dty
     expected = in_documents(query_64, key_64, value_64, scale, rows)
     found = causal_attention(query, key, value, scale, places(rows), max(map(max, rows)))
     close(_masked(query, key, value, scale, places(rows)).permute(2, 0, 1, 3).flatten(2), expected, dtype)
+    grad = torch.randn(expected.shape).to(dtype)
+    found.backward(grad)
+    expected.backward(grad.double())
+    close(found, expected, dtype)
+    for ours, theirs in ((query, query_64), (key, key_64), (value, value_64)):
+        assert ours.grad is not None and theirs.grad is not None
+        close(ours.grad, theirs.grad, dtype)
+
+
+@pytest.mark.parametrize("window", [1, 3, 12, 40])
+@pytest.mark.parametrize("documents", [None, "long", "empty"])
+def test_attention_within_a_window(documents: str | None, window: int) -> None:
+    rows = ([20], [20]) if documents is None else DOCUMENTS[documents]
+    sequence, scale, dtype = sum(rows[0]), 0.3, torch.float32
+    ends = (None, None) if documents is None else (places(rows), max(map(max, rows)))
+    query, query_64 = pair(sequence, 2, 4, 16, dtype=dtype, strided=True)
+    key, key_64 = pair(sequence, 2, 2, 16, dtype=dtype, strided=True)
+    value, value_64 = pair(sequence, 2, 2, 16, dtype=dtype)
+    expected = in_documents(query_64, key_64, value_64, scale, rows, window)
+    found = causal_attention(query, key, value, scale, *ends, window)
+    close(_masked(query, key, value, scale, places(rows), window).permute(2, 0, 1, 3).flatten(2), expected, dtype)
     grad = torch.randn(expected.shape).to(dtype)
     found.backward(grad)
     expected.backward(grad.double())

@@ -138,7 +138,13 @@ class Lab:
         for process in psutil.Process(self._guardian_pid()).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURMD_NODENAME") == name:
-                    victims.append(process)
+                    # the parent of a program is its slurmstepd, which has written its title over its environment
+                    parent = process.parent()
+                    victims += [process, *([parent] if parent is not None and parent.name().startswith("slurmstepd") else [])]
+        # all at once: a step that outlives its program by a moment would tell the controller that the job has failed
+        for process in victims:
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
         for process in victims:
             with contextlib.suppress(psutil.Error):
                 process.kill()

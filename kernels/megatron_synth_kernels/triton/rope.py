@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_synth_kernels.launch import power_of_two
-from megatron_synth_kernels.torch.rope import rotary_tables
+from megatron_synth_kernels.torch.rope import ScaledBase, rotary_tables
 from megatron_synth_kernels.triton.math import rounded
 
 _TILE = 2048  # pairs of channels that a program turns at a time
@@ -116,7 +116,7 @@ def rope_kernel(
 
 
 def _rotate(
-    query: Tensor, key: Tensor, base: float, positions: Tensor | None, sign: int, inplace: bool
+    query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None, sign: int, inplace: bool, length: int | None
 ) -> tuple[Tensor, Tensor]:
     """Both rotated, in their own memory on request and where no two of their elements share a place."""
     sequence, batch, query_heads, channels = query.shape
@@ -124,7 +124,7 @@ def _rotate(
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key)]
     outputs = [x if inplace and _distinct(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     half = channels // 2
-    cos, sin = rotary_tables(sequence, channels, base, torch.float32, query.device)
+    cos, sin = rotary_tables(length or sequence, channels, base, torch.float32, query.device)
     channel_block = power_of_two(half)
     most = max(1, _TILE // channel_block)
     if query.numel():
@@ -163,24 +163,37 @@ def _distinct(x: Tensor) -> bool:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, base: float, positions: Tensor | None, inplace: bool) -> Any:
-        ctx.base = base
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        base: float | ScaledBase,
+        positions: Tensor | None,
+        inplace: bool,
+        length: int | None,
+    ) -> Any:
+        ctx.base, ctx.length = base, length
         ctx.save_for_backward(positions)
         # new tensor objects, so that autograd takes the rotated ones for outputs and not for its inputs
-        rotated = _rotate(query.detach(), key.detach(), base, positions, 1, inplace)
+        rotated = _rotate(query.detach(), key.detach(), base, positions, 1, inplace, length)
         return tuple(x.view_as(x) if inplace else x for x in rotated)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         (positions,) = ctx.saved_tensors
         # gradients may have other readers, so never in place
-        return *_rotate(grad_query, grad_key, ctx.base, positions, -1, False), None, None, None
+        return *_rotate(grad_query, grad_key, ctx.base, positions, -1, False, ctx.length), None, None, None, None
 
 
 def rope(
-    query: Tensor, key: Tensor, base: float, positions: Tensor | None = None, inplace: bool = False
+    query: Tensor,
+    key: Tensor,
+    base: float | ScaledBase,
+    positions: Tensor | None = None,
+    inplace: bool = False,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As rope.rope: query [S, B, A, D], key [S, B, G, D], positions [B, S] or None -> both; contiguous unless in place."""
     assert query.shape[-1] % 2 == 0 and query.shape[:2] == key.shape[:2] and query.shape[-1] == key.shape[-1]
-    return _Rope.apply(query, key, base, positions, inplace)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rope.apply(query, key, base, positions, inplace, length)  # type: ignore[no-any-return, no-untyped-call]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_synth_kernels.torch import rope as reference
 from megatron_synth_kernels.torch import swiglu as _swiglu
+from megatron_synth_kernels.torch.rope import ScaledBase
 
 # Ranks compile at the same time: a pool of processes for each would take the cores from all.
 inductor.compile_threads = 1
@@ -43,8 +44,13 @@ _compiled_rotate = torch.compile(_rotate, fullgraph=True, dynamic=False)
 
 
 def rope(
-    query: Tensor, key: Tensor, base: float, positions: Tensor | None = None, inplace: bool = False
+    query: Tensor,
+    key: Tensor,
+    base: float | ScaledBase,
+    positions: Tensor | None = None,
+    inplace: bool = False,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As rope.rope: query [S, B, A, D], key [S, B, G, D] -> both, rotated."""
-    tables = reference.tables_at(query, base, positions)
+    tables = reference.tables_at(query, base, positions, length)
     return _compiled_rotate(query, *tables), _compiled_rotate(key, *tables)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from megatron_synth.bench.train.engine import vocab_size
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig
-from megatron_synth.interop.hf_llama import hf_config, to_hf_state
+from megatron_synth.interop.hf_settings import family_of, hf_config
+from megatron_synth.interop.hf_weights import to_hf_state
 from megatron_synth.train.batch import TensorBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,7 +67,7 @@ class Baseline:
 
 
 def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Baseline:
-    """Transformers' LlamaForCausalLM with its SDPA attention.
+    """Transformers' class of the model's family with its SDPA attention.
 
     Args:
         config: the run.
@@ -74,7 +75,7 @@ def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.de
         device: where to train.
     """
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"--vs hf needs transformers ({error}); pip install transformers, or --vs plain") from error
     train, dtype = config.train, config.precision.dtype
@@ -83,7 +84,8 @@ def hugging_face(config: Config, weights: Mapping[str, Tensor], device: torch.de
     if config.model.share_embeddings_and_output_weights:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with device:
-        model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa")).to(DTYPES[dtype])
+        like = AutoConfig.for_model(**settings)
+        model = AutoModelForCausalLM.from_config(like, attn_implementation="sdpa").to(DTYPES[dtype])
     model.load_state_dict(state)
     model.train()
     return Baseline("hf", lambda tokens: model(input_ids=tokens, use_cache=False).logits, model, config)
@@ -178,7 +180,13 @@ def plain_state(weights: Mapping[str, Tensor], model: ModelConfig, rows: int) ->
 
 
 def plain(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> Baseline:
-    """PlainLlama; arguments as for `hugging_face`."""
+    """PlainLlama; arguments as for `hugging_face`.
+
+    Raises:
+        UserError: the model has what a plain Llama has not.
+    """
+    if family_of(config.model) != "llama" or config.model.rope_scaling is not None:
+        raise UserError(f"--vs plain is a plain Llama, and {config.model.name} is not one; use --vs hf or --vs none")
     rows = vocab_size(config)
     with device:
         model = PlainLlama(config.model, rows, config.train.sequence_length).to(DTYPES[config.precision.dtype])

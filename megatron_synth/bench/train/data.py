@@ -13,7 +13,7 @@ from megatron_synth.data.loading.prefetch import Prefetcher
 from megatron_synth.data.loading.run_data import RunData, open_data
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, to_device
 
 
 class RealBatches(Sequence[Sequence[TensorBatch]]):
@@ -34,7 +34,8 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
         assert isinstance(index, int)
         with torch.profiler.record_function("data loading"):
             batches = [
-                to_device(batch, self._ranks.device, self._config.data) for batch in self._prefetcher.step(self._samples)
+                to_device(batch, self._ranks.device, self._config.data, part=part_of(self._ranks, self._config))
+                for batch in self._prefetcher.step(self._samples)
             ]
         self._samples += self._config.samples_per_step
         return batches

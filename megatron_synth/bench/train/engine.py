@@ -33,7 +33,7 @@ from megatron_synth.estimate.flops import flops_per_token
 from megatron_synth.estimate.hardware import mfu
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.parallel.plan import Layout
-from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch
+from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, part_of
 
 
 class Contender(Protocol):
@@ -65,7 +65,7 @@ class Engine:
         self._lr, self._ranks = config.optim.lr, ranks
         self.chunks = wrap_ddp(build_model(decide(config, layout), vocab_size(config)), config)
         self.optimizer = build_optimizer(self.chunks, config)
-        self._stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.data)
+        self._stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
         self._sums = torch.zeros((NUM_SUMS, 1), dtype=torch.float64)
 
     def step(self, batches: Sequence[TensorBatch]) -> None:
@@ -107,7 +107,8 @@ def random_batches(config: Config, layout: Layout, ranks: Ranks, steps: int) -> 
         rows = tokens[ranks.data_rank * mine : (ranks.data_rank + 1) * mine].to(device)
         sources = torch.zeros(train.micro_batch_size, dtype=torch.int64, device=device)
         weights = torch.ones(train.micro_batch_size, dtype=torch.float64, device=device)
-        result.append([TensorBatch(micro.contiguous(), sources, weights) for micro in rows.split(train.micro_batch_size)])
+        micros, part = rows.split(train.micro_batch_size), part_of(ranks, config)
+        result.append([TensorBatch(micro.contiguous(), sources, weights, part=part) for micro in micros])
     return result
 
 

@@ -172,6 +172,7 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("parallel.use_distributed_optimizer=false", "train.sequence_length=512", "train.micro_batch_size=1")),
     (2, ("precision.dtype=bf16",)),
     (2, ("parallel.tensor_model_parallel_size=2",)),
+    (2, ("parallel.context_parallel_size=2",)),
     (
         4,
         (

@@ -7,7 +7,7 @@ import csv
 import io
 from pathlib import Path
 
-from megatron_synth.bench.report import compare, content, draw, read, table_rows, verdict_rows
+from megatron_synth.bench.report import MALFORMED, compare, content, draw, read, table_rows, verdict_rows
 from megatron_synth.bench.tables import markdown_table
 from megatron_synth.bench.train.ablations_table import render as render_ablations
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     if "levers" in ablations:
         if len(options.files) > 1 or options.baseline or options.csv or options.png:
             raise UserError("a file of --ablations is a table of its own: without other files, --baseline, --csv and --png")
-        say(render_ablations(ablations))
+        try:
+            shown = render_ablations(ablations)
+        except MALFORMED as error:
+            expected = "expected what `bench train --ablations --json` writes"
+            raise UserError(f"{options.files[0]}: {expected}: {type(error).__name__}: {error}") from None
+        say(shown)
         return EXIT_OK
     records = [record for file in options.files for record in read(file)]
     verdicts = compare(records, read(options.baseline), options.tolerance) if options.baseline else []

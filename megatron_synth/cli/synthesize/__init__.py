@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from megatron_synth.cli.argparse_types import count, parse_verb
+from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.core.log import show
+
+if TYPE_CHECKING:
+    from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,13 +25,28 @@ def parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="documents, chunks, tokens, time and cost, before anything runs")
     plan.add_argument("--gpus", type=count, default=1, metavar="N", help="devices that generate (default: 1)")
     plan.add_argument("--price", type=float, metavar="P", help="of a device and hour, to tell the cost")
-    verbs.add_parser("run", help="ask what has no answer yet, filter, and write the corpus; again to go on")
+    run = verbs.add_parser("run", help="ask what has no answer yet, filter, and write the corpus; again to go on")
+    part = run.add_mutually_exclusive_group()
+    part.add_argument("--share", metavar="K/N", help="only answer the requests of share K, from 0, of N; for schedulers")
+    part.add_argument("--judge", action="store_true", help="ask nothing: make the corpus of the answers that are there")
+    part.add_argument("--slurm", action="store_true", help="as an array of SLURM, with an engine on each node")
+    _slurm_options(run)
     verbs.add_parser("status", help="what has been made, and rejected by which reason")
     verbs.add_parser("report", help="the account, the cost, and samples beside their parents")
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the synthesis file; see configs/synthesis")
         verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
     return parser
+
+
+def _slurm_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --slurm")
+    group.add_argument("--nodes", type=count, metavar="N", help="nodes, each of which answers a share")
+    group.add_argument("--gpus-per-node", type=count_or_zero, metavar="G", help="default: the cluster's, or 0: CPUs only")
+    group.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
+    for option in ("partition", "account", "qos", "time"):
+        group.add_argument(f"--{option}", help=f"the cluster's `{option}`, for this job")
+    group.add_argument("--dry-run", action="store_true", help="check all and print the scripts; nothing is written")
 
 
 def main(argv: list[str]) -> int:
@@ -39,12 +58,18 @@ def main(argv: list[str]) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from megatron_synth.synthesis.plan import count as count_requests
     from megatron_synth.synthesis.plan import plan_text
+    from megatron_synth.synthesis.recombined import extraction, is_extracted
     from megatron_synth.synthesis.setup import Setup
     from megatron_synth.synthesis.synthesis_file import load_synthesis
 
     if arguments.price is not None and not 0 <= arguments.price < float("inf"):
         raise UserError(f"--price: expected a number from 0, got {arguments.price}")
-    setup = Setup.of(load_synthesis(arguments.file, arguments.overrides), export=False)
+    config = load_synthesis(arguments.file, arguments.overrides)
+    if config.walks is not None and not is_extracted(config):
+        texts = config.walks.count * config.per_parent
+        show(f"{config.output}: the concepts come first, and then {texts:,} requests about them; `plan` counts these later")
+        config = extraction(config)
+    setup = Setup.of(config, export=False)
     setup.warn()
     show(plan_text(setup, count_requests(setup), arguments.gpus, arguments.price))
     return EXIT_OK
@@ -52,24 +77,55 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_synth.synthesis.run import run
+    from megatron_synth.synthesis.shares import Share
     from megatron_synth.synthesis.status import account_text
     from megatron_synth.synthesis.synthesis_file import load_synthesis
 
     config = load_synthesis(arguments.file, arguments.overrides)
+    if arguments.slurm:
+        return _submit(config, arguments)
+    given = ("nodes", "gpus_per_node", "cluster", "partition", "account", "qos", "time", "dry_run")
+    if wrong := [name for name in given if getattr(arguments, name) not in (None, False)]:
+        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    share = None if arguments.share is None else Share.parse(arguments.share)
     stop = _StopRequest()
-    outcome = run(config, lambda: stop.requested)
+    outcome = run(config, lambda: stop.requested, share=share, ask=not arguments.judge)
     again = "what was answered is kept: the same command goes on"
     if outcome.gone is not None:
         show(f"stopped: {outcome.gone}; {again}", error=True)
+        return EXIT_STOPPED
+    if outcome.missing == 0:
+        show(f"{config.output}: share {arguments.share} is answered; `synthesize run` makes the corpus when all are")
+        return EXIT_OK
+    if outcome.missing:
+        show(f"{outcome.missing:,} requests of share {arguments.share} have no answer; {again}", error=True)
         return EXIT_STOPPED
     if outcome.account is None:
         show(f"stopped on request; {again}", error=True)
         return EXIT_STOPPED
     show(account_text(outcome.account))
+    if outcome.record is None and arguments.judge:
+        raise UserError(
+            f"{config.output}: {outcome.account.unanswered:,} requests have no answer, more than max_unanswered; give "
+            "`synthesize run` without --judge, which asks for them"
+        )
     if outcome.record is None:
         show(f"{outcome.account.unanswered:,} requests have no answer, more than max_unanswered; {again}", error=True)
         return EXIT_STOPPED
     show(f"{config.output}: {outcome.record.documents:,} documents; {outcome.record.license}")
+    return EXIT_OK
+
+
+def _submit(config: SynthesisConfig, arguments: argparse.Namespace) -> int:
+    from megatron_synth.cluster.sbatch import changed, load_cluster
+    from megatron_synth.synthesis.jobs import JobOptions, submit_synthesis
+
+    if arguments.nodes is None:
+        raise UserError("--nodes: say on how many the array runs")
+    names = ("partition", "account", "qos", "time")
+    cluster = changed(load_cluster(arguments.cluster), **{name: getattr(arguments, name) for name in names})
+    gpus = arguments.gpus_per_node if arguments.gpus_per_node is not None else cluster.gpus_per_node or 0
+    submit_synthesis(config, JobOptions(arguments.nodes, gpus, cluster, arguments.dry_run))
     return EXIT_OK
 
 

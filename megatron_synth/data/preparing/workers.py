@@ -173,7 +173,7 @@ class Workers:
         waiting: deque[tuple[Task, Future[Result]]] = deque()
         try:
             for task in tasks:
-                waiting.append((task, self._pool.submit(_work, function, task)))
+                waiting.append((task, _submit(self._pool, function, task)))
                 if len(waiting) >= self._count * TASKS_PER_WORKER:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -181,7 +181,10 @@ class Workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise UserError("a worker process died, most likely for want of memory; use fewer --workers") from None
+            raise UserError(
+                "a worker process died, most likely for want of memory; use fewer --workers: what is done is kept, and the "
+                "same command goes on"
+            ) from None
         finally:
             # what runs still writes to the folder, which the caller may remove
             wait([future for _, future in waiting if not future.cancel()])
@@ -209,6 +212,18 @@ def _start_worker(content: str, eod: str) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     _worker = Tokenizer(content, eod)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Tokenizer, Task], Result], task: Task) -> Future[Result]:
+    """Hand a task to the pool, which starts its workers when there is something to do.
+
+    Raises:
+        BrokenProcessPool: a worker has died, or the process that starts them.
+    """
+    try:
+        return pool.submit(_work, function, task)
+    except (EOFError, ConnectionError) as error:  # how a fork server that was killed shows itself
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _work(function: Callable[[Tokenizer, Task], Result], task: Task) -> Result:

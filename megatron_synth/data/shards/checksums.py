@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular, read_regular
 from megatron_synth.data.shards.block_hash import block_count, checksum, expected_blocks
 from megatron_synth.data.shards.indexed import AGAIN, HEADER, MAGIC, TOKEN_TYPES, VERSION, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
@@ -183,7 +184,7 @@ def _tasks(manifest: Manifest, shard: ShardInfo, sha256: bool) -> Iterator[tuple
 def _check_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[int, list[Fault]]:
     path = with_suffix(folder / shard.name, ".idx")
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         return 0, [Fault(str(path), _cannot_read(error))]
     if len(data) != shard.idx_bytes:
@@ -279,7 +280,7 @@ def _check_blocks(
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = open_regular(path)
     except OSError as error:
         raise UserError(f"{path}: {_cannot_read(error)}; {AGAIN}") from None
     try:

@@ -8,6 +8,7 @@ be read sooner, and would miss tokens that were replaced.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import xxhash
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 from megatron_synth.data.shards.indexed import AGAIN, Shard, beyond_vocabulary
 
 READ_BYTES = 4 << 20
@@ -64,7 +66,7 @@ def _read(files: tuple[tuple[str | int, ...], ...], dtype: str) -> Content:
         size, offset = int(identity[2]), 0
         total.update(size.to_bytes(8, "little"))
         try:
-            with open(path, "rb", buffering=0) as file:
+            with os.fdopen(open_regular(Path(str(path))), "rb", buffering=0) as file:
                 while block := file.read(READ_BYTES):
                     total.update(block)
                     if number:  # a short read ends within a token only when the file is cut off

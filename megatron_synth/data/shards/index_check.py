@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 
 ENTRIES = 1 << 18
 """Sequences that are looked at together: 5 MB of the file."""
@@ -38,7 +39,7 @@ def check_index(
     """
     at_pointers, at_documents = at + 4 * sequences, at + 12 * sequences
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(path)
         try:
             end = 0
             for first in range(0, sequences, ENTRIES):

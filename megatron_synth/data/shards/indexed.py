@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.document_index import DocumentIndex
@@ -167,7 +168,7 @@ class OpenFile:
     __slots__ = ("fd",)
 
     def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_regular(path)
         # windows come in random order: what read-ahead would fetch beside them is not wanted
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -253,7 +254,7 @@ class Shard:
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
         bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
         try:
-            descriptor = os.open(self.idx_path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(self.idx_path)
         except OSError as error:
             raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
         try:
@@ -449,7 +450,7 @@ def _unreadable(path: Path, content: np.ndarray | None, error: native.BusError) 
 
 def _mapped(path: Path, size: int) -> mmap.mmap:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path)
         try:
             content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, Split
 from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
-from megatron_synth.core.files import write_json
+from megatron_synth.core.files import read_regular, write_json
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
 
@@ -172,7 +172,7 @@ class Manifest(Section):
         """Read `folder`/manifest.json; a UserError when it is missing or not one of ours."""
         path = folder / FILE_NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode("utf-8")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`") from None
         except UnicodeDecodeError as error:

@@ -185,7 +185,7 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *args: Any, fp8: Fp8Run, name: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        assert self.bias is None and not self.explicit_expert_comm and not self.config.defer_embedding_wgrad_compute
+        assert not self.explicit_expert_comm and not self.config.defer_embedding_wgrad_compute
         parts = {WEIGHT, GRAD} | ({INPUT} if self.sequence_parallel else set())
         self.fp8 = fp8.add(name, frozenset(parts), self.tp_group)
         self._norm: Callable[[], Tensor | None] = lambda: None
@@ -205,9 +205,8 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
         arguments = (options["allreduce_dgrad"], options["sequence_parallel"], self.tp_group)
-        return _Linear.apply(  # type: ignore[no-any-return]
-            input, self._norm(), weight, self.fp8, self._made, torch.is_grad_enabled(), *arguments
-        )
+        out: Tensor = _Linear.apply(input, self._norm(), weight, self.fp8, self._made, torch.is_grad_enabled(), *arguments)
+        return out if self.bias is None else out + self.bias
 
 
 class Fp8RowParallelLinear(RowParallelLinear):
@@ -235,12 +234,13 @@ def fuse(layer: Any) -> None:
 
     What selective recomputation would drop of such a layer is not there: the outputs of norms and of SwiGLU.
     """
-    attention, mlp = layer.self_attention, layer.mlp
-    if isinstance(attention.linear_qkv, Fp8ColumnParallelLinear) and attention.linear_qkv.normalize_with(layer.input_layernorm):
+    qkv, mlp = layer.self_attention.linear_qkv, layer.mlp
+    before = isinstance(layer.input_layernorm, ops.RMSNorm)
+    if before and isinstance(qkv, Fp8ColumnParallelLinear) and qkv.normalize_with(layer.input_layernorm):
         layer.recompute_input_layernorm = False
     if not isinstance(mlp.linear_fc1, Fp8ColumnParallelLinear):
         return
-    if mlp.linear_fc1.normalize_with(layer.pre_mlp_layernorm):
+    if before and mlp.linear_fc1.normalize_with(layer.pre_mlp_layernorm):
         layer.recompute_pre_mlp_layernorm = False
     mlp.linear_fc2.activate_after(mlp.linear_fc1)
     mlp.in_linear = True

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_json
+from megatron_synth.core.files import open_regular, write_json
 from megatron_synth.core.lock import Held, Lock, holder
 from megatron_synth.study.execute import shapes
 from megatron_synth.study.execute.shapes import Failure, Result
@@ -213,12 +213,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_step(path: Path, tail: int = 65536) -> int:
-    """Step of the last whole record of a metrics.jsonl, read from its end; 0 if there is none."""
+    """Step of the last whole record of a metrics.jsonl, read from its end; 0 if there is none, or nobody can read it."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - tail))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    except OSError:
         return 0
     for line in reversed(lines[:-1]):
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_synth.core.files import write_atomic
-from megatron_synth.core.log import human
+from megatron_synth.core.log import human, one_line
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.report.answers import compute_optimal
@@ -41,7 +41,7 @@ def three_panels(
         figure = Figure(figsize=(16, 5.6), dpi=100)
         first, second, third = figure.subplots(1, 3, width_ratios=widths)
         figure.subplots_adjust(left=left, right=0.985, top=0.84, bottom=0.12, wspace=gap)
-        figure.text(0.05, 0.94, title, fontsize=18, fontweight="bold", va="center")
+        figure.text(0.05, 0.94, one_line(title), fontsize=18, fontweight="bold", va="center")
         figure.text(0.985, 0.94, law, fontsize=11, color=GREY, va="center", ha="right")
         yield first, second, third
         buffer = io.BytesIO()

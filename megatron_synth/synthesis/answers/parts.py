@@ -1,5 +1,7 @@
 """Raw answers on disk: append-only parts of one JSON line per answered request, kept as they came.
 
+Each share of a synthesis that several processes answer has a folder of parts of its own inside.
+
 A line begins with its key, so that a start reads no JSON to know what has been asked. A line that a kill has cut short, at the
 end of the last part, is cut off; nothing else is ever changed. `kill -9` at any moment loses what was in flight, and no more.
 A power failure may lose what was written in the last SYNC_S seconds; it is asked again.
@@ -8,26 +10,28 @@ A power failure may lose what was written in the last SYNC_S seconds; it is aske
 from __future__ import annotations
 
 import errno
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, Literal
 
+import msgspec
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import sync_folder
+from megatron_synth.core.files import open_regular, sync_folder
 from megatron_synth.core.records import Amount, Count, Reader
 from megatron_synth.synthesis.answers.index import KeyIndex
+from megatron_synth.synthesis.shares import FOLDERS
 
 PART_BYTES = 2**28
 SYNC_S = 5.0
 KEY_DIGITS = 32
 _HEAD = b'{"key": "'
+_encode = msgspec.json.Encoder().encode
 _KEY = slice(len(_HEAD), len(_HEAD) + KEY_DIGITS)
 Text = Annotated[str, Field(strict=True)]
 
@@ -71,20 +75,27 @@ LINES: Reader[Line] = Reader(Line, "take the part away: its answers are asked fo
 
 
 class Answers:
-    """All answers of an output. One process at a time has them open."""
+    """All answers of an output. One process at a time adds to a folder of parts.
 
-    def __init__(self, folder: Path):
-        """Opens a folder of parts, or begins one.
+    Args:
+        folder: of all parts.
+        own: name of the folder inside to which answers are added; "" for `folder` itself.
+    """
+
+    def __init__(self, folder: Path, own: str = ""):
+        """Opens all parts, or begins a folder of them. Without `own` nobody else may have it open.
 
         Raises:
             UserError: a part is damaged elsewhere than at its end.
         """
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder / own
+        self._folder.mkdir(parents=True, exist_ok=True)
         self.index = KeyIndex()
-        self._parts = sorted(folder.glob("part-*.jsonl"))
+        # its own come last: the last of all is the one to which it adds
+        self._parts = sorted(parts_of(folder), key=lambda part: (part.parent == self._folder, part))
+        self._own = sum(part.parent == self._folder for part in self._parts)
         for number, part in enumerate(self._parts):
-            if part == self._parts[-1]:
+            if not own or part.parent == self._folder:
                 _cut_torn_line(part)
             for offset, key in _keys(part):
                 if key in self.index:
@@ -115,12 +126,8 @@ class Answers:
         for key, parents, chunk, sample, answer in found:
             if key in fresh or key in self.index:
                 continue
-            text = answer.text
-            if not text.isascii():  # half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD
-                text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
             record = {
-                "key": key,
-                "parents": list(parents),
+                "parents": parents,
                 "chunk": chunk,
                 "sample": sample,
                 "finish": answer.finish,
@@ -128,10 +135,14 @@ class Answers:
                 "tokens_out": answer.tokens_out,
                 "cached": answer.cached,
                 "seconds": round(answer.seconds, 6),
-                "text": text,
+                "text": answer.text,
             }
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            assert line[_KEY] == key.encode()
+            try:
+                rest = _encode(record)
+            except UnicodeEncodeError:
+                record |= {"text": _storable(answer.text), "finish": _storable(answer.finish)}
+                rest = _encode(record)
+            line = b'%b%b", %b\n' % (_HEAD, key.encode(), rest[1:])
             fresh[key] = length
             lines.append(line)
             length += len(line)
@@ -148,8 +159,9 @@ class Answers:
         if self._descriptor >= 0 and self._size < PART_BYTES:
             return
         self.close_part()
-        if not self._parts or self._parts[-1].stat().st_size >= PART_BYTES:
-            self._parts.append(self._folder / f"part-{len(self._parts):05d}.jsonl")
+        if not self._own or self._parts[-1].stat().st_size >= PART_BYTES:
+            self._parts.append(self._folder / f"part-{self._own:05d}.jsonl")
+            self._own += 1
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self._parts[-1], flags, 0o666)
         self._size = os.fstat(self._descriptor).st_size
@@ -181,7 +193,7 @@ class Answers:
             return None
         number, offset = place
         if number not in self._reading:
-            self._reading[number] = os.open(self._parts[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._reading[number] = open_regular(self._parts[number], os.O_RDONLY | os.O_NOFOLLOW)
         line = _line_at(self._reading[number], offset)
         return LINES.parse(line, f"{self._parts[number]}, byte {offset}")
 
@@ -200,27 +212,53 @@ class Answers:
         self._reading = {}
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """All parts of a folder of answers, those of shares too, in order."""
+    return [*sorted(folder.glob("part-*.jsonl")), *sorted(folder.glob(f"{FOLDERS}/part-*.jsonl"))]
+
+
 def keys_of(folder: Path) -> Iterator[str]:
-    """Keys of all answers of a folder, also while a run adds to it."""
-    for part in sorted(folder.glob("part-*.jsonl")):
-        with open(part, "rb") as file:
-            for line in file:
-                if line.startswith(_HEAD) and line.endswith(b"\n"):
-                    yield line[_KEY].decode("ascii", "replace")
+    """Keys of all answers of a folder, also while a run adds to it.
+
+    Raises:
+        UserError: a part is damaged elsewhere than at its end.
+    """
+    for part in parts_of(folder):
+        for _, key in _keys(part):
+            yield key
 
 
 def lines(folder: Path) -> Iterator[Line]:
     """Every answer of a folder as they came, also while a run adds to it. A line without an end is left out."""
-    for part in sorted(folder.glob("part-*.jsonl")):
-        with open(part, "rb") as file:
+    for part in parts_of(folder):
+        with _opened(part) as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
                     yield LINES.parse(line, f"{part}, line {number}")
 
 
+def _storable(text: str) -> str:
+    """Half of a surrogate pair, which JSON can carry and no file of text, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _opened(part: Path, mode: Literal["rb", "r+b"] = "rb") -> IO[bytes]:
+    """A part, which is a file of this folder's own: what a link leads to would be cut and added to, too.
+
+    Raises:
+        UserError: it is something else, or cannot be opened.
+    """
+    try:
+        flags = os.O_RDONLY if mode == "rb" else os.O_RDWR
+        return os.fdopen(open_regular(part, flags | os.O_NOFOLLOW), mode)
+    except OSError as error:
+        reason = "a link, expected a file" if error.errno == errno.ELOOP else error.strerror
+        raise UserError(f"{part}: {reason}; {LINES.remedy}") from None
+
+
 def _cut_torn_line(part: Path) -> None:
     """Cut off what follows the last line break."""
-    with open(part, "r+b") as file:
+    with _opened(part, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         at = end
         while at:
@@ -236,14 +274,16 @@ def _cut_torn_line(part: Path) -> None:
 
 
 def _keys(part: Path) -> Iterator[tuple[int, str]]:
-    """Place and key of each line.
+    """Place and key of each line. One without an end, which another process may be writing, is left out.
 
     Raises:
         UserError: a line does not begin as one of ours.
     """
     offset = 0
-    with open(part, "rb") as file:
+    with _opened(part) as file:
         for line in file:
+            if not line.endswith(b"\n"):
+                return
             key = line[_KEY]
             whole = line.startswith(_HEAD) and line.endswith(b"}\n") and len(key) == KEY_DIGITS
             if not whole or not set(key) <= set(b"0123456789abcdef"):

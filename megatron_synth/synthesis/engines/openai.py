@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import EngineConfig
@@ -23,6 +23,7 @@ from megatron_synth.core.log import show
 from megatron_synth.core.records import parse_json
 from megatron_synth.synthesis.answers.parts import REFUSED, Answer
 from megatron_synth.synthesis.engines.base import Capabilities, EngineGone, Sink, StopAsking
+from megatron_synth.synthesis.engines.http import Address, Broken, Connection, NotConnected, Reply, get
 from megatron_synth.synthesis.engines.protocol import (
     BUSY,
     FATAL,
@@ -36,13 +37,11 @@ from megatron_synth.synthesis.engines.protocol import (
 from megatron_synth.synthesis.engines.server import Server
 from megatron_synth.synthesis.requests import Request
 
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
-
 LONGEST_BACKOFF_S = 60.0
-MAX_REPLY_BYTES = 2**26
 PROBE_TIMEOUT_S = 5.0
 METRICS_EVERY_S = 1.0
+SHOWN_NAME = 80
+"""Characters of the name of a model that a server has."""
 
 
 @dataclass(order=True)
@@ -70,7 +69,8 @@ class HttpEngine:
     ):
         """`revive`: starts a server again that has died; called before each probe."""
         self._shape, self._settings, self._key, self._revive = shape, engine, key, revive
-        self._urls = tuple(_with_version(server) for server in servers)
+        self._addresses = tuple(Address(_with_version(server), key) for server in servers)
+        self._answers_as: str | None = None
 
     def check(self) -> Capabilities:
         """All servers are there and have the model.
@@ -78,23 +78,30 @@ class HttpEngine:
         Raises:
             UserError: one is not, or has not.
         """
+        try:
+            import httptools  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"engine.name: httptools is not installed ({error}); pip install 'megatron-synth[synthesis]'"
+            ) from None
         contexts = asyncio.run(self._check_all())
         known = [context for context in contexts if context is not None]
         return Capabilities(min(known) if known else None, None)
 
     async def _check_all(self) -> list[int | None]:
-        async with self._session() as session:
-            return [await self._check(session, url) for url in self._urls]
+        return [await self._check(address) for address in self._addresses]
 
-    async def _check(self, session: ClientSession, url: str) -> int | None:
+    async def _check(self, address: Address) -> int | None:
         """The context of the model at a server, where it tells."""
-        status, body, error = await self._get(session, f"{url}/models")
-        if error is not None:
+        url = address.url
+        reply, error = await self._get(address, "/models")
+        if reply is None:
             raise UserError(f"engine.servers: {url}: no answer ({error}); start the server, or correct the address")
+        status = reply.status
         if status in FATAL and status != 404:
-            raise UserError(self._refused(url, status, body))
+            raise UserError(self._refused(url, status, reply.body))
         try:
-            found = {one["id"]: one.get("max_model_len") for one in parse_json(body)["data"]} if status == 200 else None
+            found = {one["id"]: _context(one) for one in parse_json(reply.body)["data"]} if status == 200 else None
         except (ValueError, LookupError, TypeError, AttributeError):
             found = None
         if found is None:
@@ -102,12 +109,11 @@ class HttpEngine:
                 f"engine.servers: {url}/models answers with status {status}, which is no OpenAI API; correct the address"
             )
         if self._shape.model not in found:
-            names = ", ".join(map(str, list(found)[:5]))
+            names = ", ".join(f"{name!s:.{SHOWN_NAME}}" for name in list(found)[:5])
             raise UserError(
                 f"generator.model: {url} has no model {self._shape.model!r}, it has {names or 'none'}; name one of these"
             )
-        context = found[self._shape.model]
-        return context if isinstance(context, int) and context > 0 else None
+        return found[self._shape.model]
 
     def _refused(self, url: str, status: int, body: bytes) -> str:
         variable = self._settings.key_variable
@@ -119,33 +125,21 @@ class HttpEngine:
     def _plain(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
-    def _session(self) -> ClientSession:
-        try:
-            import aiohttp
-        except ImportError as error:
-            raise UserError(
-                f"engine.name: aiohttp is not installed ({error}); pip install 'megatron-synth[synthesis]'"
-            ) from None
-        headers = {"content-type": "application/json"}
-        if self._key is not None:
-            headers["authorization"] = f"Bearer {self._key}"
-        connector = aiohttp.TCPConnector(limit=0, enable_cleanup_closed=False)
-        timeout = aiohttp.ClientTimeout(total=self._settings.timeout_s)
-        # no proxies and passwords of the environment; a redirect would carry the key elsewhere
-        return aiohttp.ClientSession(
-            connector=connector, headers=headers, timeout=timeout, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
-        )
+    def is_of_model(self, named: str | None) -> bool:
+        """Whether a reply comes from the model that was asked, given what it calls it: servers may have a name of their own."""
+        if named is None or named in (self._shape.model, self._answers_as):
+            return True
+        if self._answers_as is None:
+            self._answers_as = named
+            return True
+        return False
 
-    async def _get(self, session: ClientSession, url: str) -> tuple[int, bytes, str | None]:
-        """Status, body and, where there is none, what went wrong."""
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+    async def _get(self, address: Address, path: str) -> tuple[Reply | None, str]:
+        """The reply; without one, what went wrong."""
         try:
-            async with session.get(url, timeout=timeout, allow_redirects=False) as reply:
-                return reply.status, await reply.content.read(MAX_REPLY_BYTES), None
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            return 0, b"", self._plain(str(error) or type(error).__name__)
+            return await get(address, path, PROBE_TIMEOUT_S), ""
+        except (NotConnected, Broken) as error:
+            return None, self._plain(str(error))
 
     def run(self, requests: Iterator[Request], sink: Sink, max_tokens: int) -> None:
         """Answer requests; several at a time, in whatever order answers come."""
@@ -157,8 +151,9 @@ class HttpEngine:
             uvloop.run(_Run(self, requests, sink, max_tokens).go())
 
     def facts(self) -> dict[str, Any]:
-        """Which API; addresses of servers say nothing about the text."""
-        return {"engine": self._settings.name, "api": self._shape.api}
+        """Which API, and what servers call the model; their addresses say nothing about the text."""
+        found = {"engine": self._settings.name, "api": self._shape.api}
+        return found if self._answers_as is None else {**found, "answers_as": self._answers_as}
 
     def close(self) -> None:
         """Nothing was started."""
@@ -184,18 +179,18 @@ class _Run:
             EngineGone, UserError: as `Engine.run` says.
         """
         settings = self._settings
-        self._servers = [Server(url, settings.concurrency, settings.breaker, settings.queue) for url in self._engine._urls]
-        async with self._engine._session() as session:
-            self._session = session
-            workers = [self._worker(server, number) for server in self._servers for number in range(settings.concurrency)]
-            watchers = [self._watch(server) for server in self._servers]
-            tasks = [asyncio.ensure_future(one) for one in (*workers, *watchers, self._patience())]
-            try:
-                await self._done.wait()
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        self._servers = [
+            Server(address, settings.concurrency, settings.breaker, settings.queue) for address in self._engine._addresses
+        ]
+        workers = [self._worker(server, number) for server in self._servers for number in range(settings.concurrency)]
+        watchers = [self._watch(server) for server in self._servers]
+        tasks = [asyncio.ensure_future(one) for one in (*workers, *watchers, self._patience())]
+        try:
+            await self._done.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._flush()
         if self._failure is not None:
             raise self._failure
@@ -220,6 +215,8 @@ class _Run:
         return None
 
     async def _worker(self, server: Server, number: int) -> None:
+        connection = Connection(server.address)
+        head = server.address.head("POST", self._engine._shape.path)
         try:
             while not self._done.is_set():
                 if not server.may_send(number):
@@ -235,7 +232,7 @@ class _Run:
                 server.in_flight += 1
                 self._in_flight += 1
                 try:
-                    await self._send(server, waiting)
+                    await self._send(server, connection, head, waiting)
                 finally:
                     server.in_flight -= 1
                     self._in_flight -= 1
@@ -243,36 +240,36 @@ class _Run:
             raise
         except BaseException as error:  # a fault of the sink, such as a full disk, or of the requests: told by the run
             self._end(error)
+        finally:
+            connection.close()
 
     async def _rest(self) -> None:
         """Until the next request may be sent again, or others are done."""
         due = self._again[0].at - time.monotonic() if self._again else 0.05
         await asyncio.sleep(min(max(due, 0.005), 0.25))
 
-    async def _send(self, server: Server, waiting: Waiting) -> None:
-        import aiohttp
-
+    async def _send(self, server: Server, connection: Connection, head: bytes, waiting: Waiting) -> None:
         engine, request = self._engine, waiting.request
         start = time.perf_counter()
+        body = engine._shape.body(request, self._max_tokens)
         try:
-            async with self._session.post(
-                server.url + engine._shape.path, data=engine._shape.body(request, self._max_tokens), allow_redirects=False
-            ) as reply:
-                body = await _body(reply)
-                status, after = reply.status, reply.headers.get("retry-after")
-        except aiohttp.ClientConnectorError as error:
+            reply = await connection.ask(b"%b%d\r\n\r\n%b" % (head, len(body), body), self._settings.timeout_s)
+        except NotConnected as error:
             server.failed(f"no connection: {error}")
             self._later(waiting, counts=False)  # it never saw the request
             return
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            server.failed(str(error) or type(error).__name__)
+        except Broken as error:
+            server.failed(str(error))
             self._later(waiting)
             return
+        status, body, after = reply.status, reply.body, reply.after
         if status == 200:
             try:
-                answer = parse_answer(body, engine._shape.api, time.perf_counter() - start)
+                answer, model = parse_answer(body, engine._shape.api, time.perf_counter() - start)
+                if not engine.is_of_model(model):
+                    raise BadAnswer(f"of the model {model!r:.80}")
             except BadAnswer as error:
-                server.failed(f"an answer that is none: {error}")
+                server.failed(f"an answer that is none: {engine._plain(str(error))}")
                 self._later(waiting)
                 return
             server.succeeded()
@@ -328,15 +325,16 @@ class _Run:
                     except (UserError, EngineGone) as failure:
                         self._end(failure)
                         return
-                status, _, error = await self._engine._get(self._session, f"{server.url}/models")
-                if error is None and status == 200:
+                reply, _ = await self._engine._get(server.address, "/models")
+                if reply is not None and reply.status == 200:
                     server.up()
                 continue
             await asyncio.sleep(METRICS_EVERY_S)
             if tells:
-                status, body, error = await self._engine._get(self._session, f"{server.root}/metrics")
-                queue = queue_of(body.decode("utf-8", "replace")) if status == 200 else None
-                tells = error is not None or queue is not None
+                reply, _ = await self._engine._get(server.root, "/metrics")
+                told = reply is not None and reply.status == 200
+                queue = queue_of(reply.body.decode("utf-8", "replace")) if told and reply is not None else None
+                tells = reply is None or queue is not None
                 if queue is not None:
                     server.told(queue[1])
 
@@ -359,22 +357,13 @@ class _Run:
                 return
 
 
-async def _body(reply: Any) -> bytes:
-    """All of a reply, which may not be gigantic.
-
-    Raises:
-        ValueError: it is.
-    """
-    if reply.content_length is not None and reply.content_length <= MAX_REPLY_BYTES:
-        whole: bytes = await reply.read()
-        return whole
-    found, size = [], 0
-    async for part in reply.content.iter_any():
-        size += len(part)
-        if size > MAX_REPLY_BYTES:
-            raise ValueError(f"a reply of more than {MAX_REPLY_BYTES} bytes")
-        found.append(part)
-    return found[0] if len(found) == 1 else b"".join(found)
+def _context(model: dict[str, Any]) -> int | None:
+    """The context of a model in a list of models, where it is told: by vLLM, or by llama.cpp's server."""
+    meta = model.get("meta")
+    for value in (model.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None):
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _seconds(retry_after: str | None) -> float | None:

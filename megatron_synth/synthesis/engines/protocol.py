@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import msgspec
 
 from megatron_synth.config.synthesis import SamplingConfig
 from megatron_synth.core.records import parse_json
@@ -43,54 +46,79 @@ class Shape:
         """Of the address, below /v1."""
         return PATHS[self.api]
 
-    def body(self, request: Request, max_tokens: int) -> bytes:
-        """What is posted. Documents are values of JSON, and cannot leave them."""
+    @cached_property
+    def _constant(self) -> dict[str, Any]:
         sampling = self.sampling
-        content: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": request.seed,
-        }
+        content: dict[str, Any] = {"model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.top_k:
             content["top_k"] = sampling.top_k  # vLLM's and llama.cpp's; OpenAI's own has none
         if self.stop:
             content["stop"] = list(self.stop)
+        return content
+
+    def body(self, request: Request, max_tokens: int) -> bytes:
+        """What is posted. Documents are values of JSON, and cannot leave them."""
+        content = {**self._constant, "max_tokens": max_tokens, "seed": request.seed}
         if self.api == "chat":
             content["messages"] = [{"role": role, "content": text} for role, text in request.prompt.messages]
         else:
             content["prompt"] = request.prompt.text
-        return json.dumps(content).encode()
+        try:
+            return _encode(content)
+        except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
+            return json.dumps(content).encode()
 
 
-def parse_answer(body: bytes, api: str, seconds: float) -> Answer:
-    """The answer in a reply with status 200.
+class _Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+    text: str | None = None
+    message: _Message | None = None
+
+
+class _Reply(msgspec.Struct):
+    choices: list[_Choice]
+    usage: Any = None
+    model: str | None = None
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Reply).decode
+
+
+def parse_answer(body: bytes, api: str, seconds: float) -> tuple[Answer, str | None]:
+    """The answer in a reply with status 200, and the model that it names, if it does.
 
     Raises:
-        BadAnswer: there is none in it.
+        BadAnswer: there is none in it, or more than the one that was asked for.
     """
     try:
-        reply = json.loads(body.decode("utf-8"))
-        choice = reply["choices"][0]
-        finish = choice.get("finish_reason")
-        if api == "chat":
-            text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-        else:
-            text, refusal = choice["text"], None
-        usage = reply.get("usage") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        tokens_in, tokens_out = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-        cached = _count(details.get("cached_tokens")) or 0
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reply = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadAnswer(f"{type(error).__name__}: {error}"[:SHOWN]) from None
-    if isinstance(refusal, str) and not text:
-        return Answer(refusal, REFUSED, tokens_in, tokens_out, cached, seconds)
-    if not isinstance(text, str) or not isinstance(finish, str):
+    if len(reply.choices) != 1:
+        raise BadAnswer(f"{len(reply.choices)} texts, expected one")
+    (choice,) = reply.choices
+    if api == "chat":
+        text, refusal = (None, None) if choice.message is None else (choice.message.content, choice.message.refusal)
+    else:
+        text, refusal = choice.text, None
+    usage = reply.usage if isinstance(reply.usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    tokens_in, tokens_out = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    cached = (_count(details.get("cached_tokens")) or 0) if isinstance(details, dict) else 0
+    finish = choice.finish_reason
+    if refusal and not text:
+        text, finish = refusal, REFUSED
+    elif finish == FILTERED:
+        text, finish = text or FILTERED, REFUSED
+    if text is None or finish is None:
         raise BadAnswer("no text, or no reason why it ends")
-    if finish == FILTERED:
-        return Answer(text or FILTERED, REFUSED, tokens_in, tokens_out, cached, seconds)
-    return Answer(text, finish[:40], tokens_in, tokens_out, cached, seconds)
+    return Answer(text, finish[:40], tokens_in, tokens_out, cached, seconds), reply.model
 
 
 def _count(value: Any) -> int | None:

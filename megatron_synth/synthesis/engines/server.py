@@ -6,6 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from megatron_synth.synthesis.engines.http import Address
+
 LONGEST_PAUSE_S = 30.0
 FIRST_PAUSE_S = 0.5
 HALVE_EVERY_S = 1.0
@@ -15,11 +17,11 @@ HALVE_EVERY_S = 1.0
 class Server:
     """State of one server.
 
-    url: with /v1 at its end. most: requests in flight at most. breaker: failures in a row after which it gets none. queue:
+    address: with /v1 at its end. most: requests in flight at most. breaker: failures in a row after which it gets none. queue:
     requests that may wait in its own queue.
     """
 
-    url: str
+    address: Address
     most: int
     breaker: int
     queue: int
@@ -40,9 +42,14 @@ class Server:
         self.limit = self.most
 
     @property
-    def root(self) -> str:
+    def url(self) -> str:
+        """The address in letters."""
+        return self.address.url
+
+    @property
+    def root(self) -> Address:
         """The address without /v1: /metrics and /health are there."""
-        return self.url.removesuffix("/v1")
+        return Address(self.address.url.removesuffix("/v1"), self.address.key)
 
     def may_send(self, worker: int) -> bool:
         """Whether the worker of that number has a turn: they take turns by number, so that a limit needs no lock."""

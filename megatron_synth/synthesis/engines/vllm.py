@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -28,19 +29,22 @@ POLL_S = 0.5
 GRACE_S = 20.0
 KEY_VARIABLE = "VLLM_API_KEY"
 SHOWN_LINES = 5
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class VllmServer:
     """The process of a server. The key is in its environment, where other users cannot read it, and in no command line."""
 
-    def __init__(self, model: str, revision: str | None, engine: EngineConfig, log: Path):
+    def __init__(self, model: str, revision: str | None, engine: EngineConfig, log: Path, key: str, number: int):
+        """`number`: of this server among the copies; it says which GPUs are its own, and stands in the name of its log."""
         executable = shutil.which("vllm")
         if executable is None:
             raise UserError(
                 "engine.name: vllm is not installed here (no `vllm` on the path); install it, or use another engine"
             )
-        self.key = secrets.token_hex(16)
-        self._engine, self._log = engine, log
+        self._key, self._engine = key, engine
+        self.log = log if number == 0 else log.with_stem(f"{log.stem}-{number}")
+        self._devices = _devices(engine, number)
         self._port = _free_port()
         parallel = ("--tensor-parallel-size", str(engine.tensor_parallel_size))
         named = ("--revision", revision) if revision else ()
@@ -56,13 +60,11 @@ class VllmServer:
         return f"http://{HOST}:{self._port}/v1"
 
     def start(self) -> None:
-        """Start it and wait until it is healthy.
-
-        Raises:
-            UserError: it ends, or takes longer than `startup_s`.
-        """
-        self._file = open(self._log, "ab")  # noqa: SIM115
-        environment = {**os.environ, KEY_VARIABLE: self.key}
+        """Start it; `wait` then waits until it is healthy."""
+        # others may not read it: nobody knows what a server of some version writes
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._file = os.fdopen(descriptor, "ab")
+        environment = {**os.environ, **self._devices, KEY_VARIABLE: self._key}
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -73,15 +75,23 @@ class VllmServer:
             preexec_fn=_end_with_us,
         )
         self.starts += 1
-        deadline = time.monotonic() + self._engine.startup_s
+        self._deadline = time.monotonic() + self._engine.startup_s
+
+    def wait(self) -> None:
+        """Wait until it is healthy.
+
+        Raises:
+            UserError: it ends, or takes longer than `startup_s`.
+        """
+        assert self._process is not None
         while not self._is_healthy():
             code = self._process.poll()
             if code is not None:
-                raise UserError(f"vllm: ended with {code} while starting; {self._log} says why, it ends with: {self._tail()}")
-            if time.monotonic() > deadline:
+                raise UserError(f"vllm: ended with {code} while starting; {self.log} says why, it ends with: {self._tail()}")
+            if time.monotonic() > self._deadline:
                 self.stop()
                 raise UserError(
-                    f"vllm: not ready after {self._engine.startup_s:.0f} s; see {self._log}, or raise engine.startup_s"
+                    f"vllm: not ready after {self._engine.startup_s:.0f} s; see {self.log}, or raise engine.startup_s"
                 )
             time.sleep(POLL_S)
 
@@ -96,10 +106,11 @@ class VllmServer:
         code = None if self._process is None else self._process.returncode
         self.stop()  # what is left of its workers
         if self.starts > self._engine.restarts:
-            raise EngineGone(f"vllm: died {self.starts} times, the last time with {code}; see {self._log}")
+            raise EngineGone(f"vllm: died {self.starts} times, the last time with {code}; see {self.log}")
         show(f"vllm: died with {code}, starting it again ({self.starts} of {self._engine.restarts})", error=True)
         try:
             self.start()
+            self.wait()
         except UserError as error:
             raise EngineGone(str(error)) from None
 
@@ -128,26 +139,37 @@ class VllmServer:
 
     def _tail(self) -> str:
         with suppress(OSError):
-            lines = self._log.read_bytes()[-4096:].decode("utf-8", "replace").split("\n")
+            lines = self.log.read_bytes()[-4096:].decode("utf-8", "replace").split("\n")
             return " | ".join([line.strip() for line in lines if line.strip()][-SHOWN_LINES:])
         return "nothing"
 
 
 class Vllm:
-    """The server, and the client beside it."""
+    """The servers, and the client beside them."""
 
     group = 1
 
     def __init__(self, model: str, revision: str | None, engine: EngineConfig, shape: Shape, log: Path):
-        self._server = VllmServer(model, revision, engine, log)
-        self._client = HttpEngine(shape, engine, (self._server.url,), self._server.key, self._server.revive)
+        key = secrets.token_hex(16)
+        self._engine = engine
+        self._servers = [VllmServer(model, revision, engine, log, key, number) for number in range(engine.copies)]
+        self._client = HttpEngine(shape, engine, tuple(server.url for server in self._servers), key, self._revive)
         self._started = False
+        self._reviving = threading.Lock()
+
+    def _revive(self) -> None:
+        with self._reviving:  # each server that is down asks, and all of them are looked at
+            for server in self._servers:
+                server.revive()
 
     def check(self) -> Capabilities:
-        """Start the server and ask it for its model."""
+        """Start the servers and ask them for their model."""
         if not self._started:
-            show(f"vllm: starting, its log is {self._server._log}", error=True)
-            self._server.start()
+            show(f"vllm: starting, its log is {self._servers[0].log}", error=True)
+            for server in self._servers:  # they load the model side by side
+                server.start()
+            for server in self._servers:
+                server.wait()
             self._started = True
         return self._client.check()
 
@@ -157,11 +179,26 @@ class Vllm:
 
     def facts(self) -> dict[str, Any]:
         """As the client's, with the degree of tensor parallelism."""
-        return {**self._client.facts(), "tensor_parallel_size": self._server._engine.tensor_parallel_size}
+        return {**self._client.facts(), "tensor_parallel_size": self._engine.tensor_parallel_size}
 
     def close(self) -> None:
-        """Stop the server."""
-        self._server.stop()
+        """Stop the servers."""
+        for server in self._servers:
+            server.stop()
+
+
+def _devices(engine: EngineConfig, number: int) -> dict[str, str]:
+    """The GPUs of a copy, for its environment: the next ones of those that are here. A single copy sees all."""
+    if engine.copies == 1:
+        return {}
+    size = engine.tensor_parallel_size
+    seen = os.environ.get(DEVICES, "").split(",")
+    devices = seen if seen != [""] else [str(device) for device in range(engine.copies * size)]
+    if len(devices) < engine.copies * size:
+        raise UserError(
+            f"engine.copies: {engine.copies} servers of {size} GPUs need {engine.copies * size}, {DEVICES} has {len(devices)}"
+        )
+    return {DEVICES: ",".join(devices[number * size : (number + 1) * size])}
 
 
 def _end_with_us() -> None:

@@ -1,7 +1,7 @@
 """Templates: how a request is worded. A template is a YAML file with a name, a version and a digest; users copy and change it.
 
-A template is text from outside: it is rendered in a sandbox, knows only its slots, and can read no file. The constant part
-stands first, in `system`, so that a server's prefix cache is of use.
+A template is text from outside: it is rendered in a sandbox, knows only its slots, can read no file, and has no construct that
+takes more time than its text. The constant part stands first, in `system`, so that a server's prefix cache is of use.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ if TYPE_CHECKING:
     from jinja2 import Template as Compiled
 
 SHIPPED = Path(__file__).parent / "templates"
-SLOTS: dict[str, frozenset[str]] = {"text": frozenset({"text"}), "keywords": frozenset({"keywords"})}
+SLOTS: dict[str, frozenset[str]] = {
+    "text": frozenset({"text"}),
+    "keywords": frozenset({"keywords"}),
+    "concepts": frozenset({"concepts", "passages"}),
+}
 """What a template is made from -> the slots that it may have; the one of the same name it must have."""
+
+FILTERS = frozenset({"capitalize", "count", "first", "last", "length", "lower", "title", "trim", "upper", "wordcount"})
+LOOP = frozenset({"first", "index", "index0", "last", "length"})
+"""Attributes of `loop` within a `for`."""
+MAX_CHARACTERS = 2**24
+"""Of a prompt."""
 
 Shown = Annotated[str, Field(min_length=1, max_length=100_000)]
 
@@ -44,12 +54,13 @@ class Template(Section):
     """Where the wording comes from."""
     source_kind: Literal["rephrased", "qa", "textbook", "other"]
     """The `kind` that the text has as a source of `prepare`."""
-    made_from: Literal["text", "keywords"] = "text"
-    """text: slot `text`, a chunk of a document. keywords: slot `keywords`, words drawn from a document."""
+    made_from: Literal["text", "keywords", "concepts"] = "text"
+    """text: slot `text`, a chunk of a document. keywords: slot `keywords`, words drawn from a document. concepts: slot
+    `concepts`, those of a walk over several documents in one string, and slot `passages`, a list of one from each."""
     keywords: Annotated[int, Field(ge=1, le=100)] = 6
     """Words drawn for a request."""
     parent_tokens: Annotated[int, Field(ge=8, le=2**20)] = 400
-    """A document is cut at paragraphs into chunks of so many tokens at most."""
+    """A document is cut at paragraphs into chunks of so many tokens at most; from concepts: tokens of a passage."""
     min_parent_tokens: NonNegativeInt = 0
     """A document of fewer tokens is short."""
     short: Literal["skip", "join"] = "skip"
@@ -73,9 +84,9 @@ class Template(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Template:
-        if self.made_from == "keywords" and (self.short == "join" or self.reassemble):
+        if self.made_from != "text" and (self.short == "join" or self.reassemble):
             raise ValueError(
-                "a template made from keywords asks once for a document: set `short: skip` and `reassemble: false`"
+                f"a template made from {self.made_from} asks once for a document: set `short: skip` and `reassemble: false`"
             )
         return self
 
@@ -92,12 +103,19 @@ class Template(Section):
         """The user's message.
 
         Raises:
-            UserError: the template fails, or asks for what the sandbox forbids.
+            UserError: the template fails, asks for what the sandbox forbids, or makes gigantic prompts.
         """
         from jinja2 import TemplateError
 
+        parts: list[str] = []
+        size = 0
         try:
-            return _compiled(self.prompt).render(slots)
+            for part in _compiled(self.prompt).generate(slots):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_CHARACTERS:
+                    raise UserError(f"template {self.name}: prompt: makes more than {MAX_CHARACTERS:,} characters; shorten it")
+            return "".join(parts)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, OverflowError) as error:
             raise UserError(f"template {self.name}: prompt: cannot be rendered: {error}; correct the template") from None
 
@@ -139,7 +157,11 @@ def _check_slots(template: Template, file: Path) -> None:
     from jinja2 import TemplateError, meta
 
     try:
-        found = meta.find_undeclared_variables(_environment().parse(template.prompt))
+        # before it is compiled: constants are worked out then, and 9 ** 9 ** 9 takes for ever
+        tree = _environment().parse(template.prompt)
+        if (problem := _forbidden(tree)) is not None:
+            raise ConfigError(str(file), [problem])
+        found = meta.find_undeclared_variables(tree)
         _environment().from_string(template.prompt)
     except TemplateError as error:
         line = getattr(error, "lineno", None)
@@ -156,6 +178,41 @@ def _check_slots(template: Template, file: Path) -> None:
         problems.append(Problem("system", "is the constant part and has no slots; put them into prompt"))
     if problems:
         raise ConfigError(str(file), problems)
+
+
+def _forbidden(tree: Any) -> Problem | None:
+    """The first thing in a prompt that is none of slots, text, `if`, filters and one loop over keywords; None: there is none.
+
+    All else, such as loops in loops and arithmetic, can take any time and memory.
+    """
+    from jinja2 import TemplateSyntaxError, nodes
+
+    plain = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.If, nodes.CondExpr)
+    logic = (nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not)
+    loops = 0
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        waiting += node.iter_child_nodes()
+        if isinstance(node, nodes.For):
+            loops += 1
+            fits = loops == 1 and isinstance(node.iter, nodes.Name) and node.iter.name == "keywords" and not node.recursive
+        elif isinstance(node, nodes.Filter):
+            over_keywords = isinstance(node.node, nodes.Name) and node.node.name == "keywords"
+            fits = node.name in FILTERS or (node.name == "join" and over_keywords)
+            if not fits and node.name not in _environment().filters:
+                raise TemplateSyntaxError(f"no filter named {node.name!r}", node.lineno)
+        elif isinstance(node, nodes.Getitem):
+            fits = isinstance(node.node, nodes.Name) and isinstance(node.arg, nodes.Const)
+        elif isinstance(node, nodes.Getattr):
+            fits = isinstance(node.node, nodes.Name) and node.node.name == "loop" and node.attr in LOOP
+        else:
+            fits = isinstance(node, (*plain, *logic))
+        if not fits:
+            what = f"the filter {node.name}" if isinstance(node, nodes.Filter) else type(node).__name__
+            expected = f"`if`, one `for` over keywords, their `join`, and the filters {', '.join(sorted(FILTERS))}"
+            return Problem("prompt", f"line {node.lineno}: {what} is not allowed; a prompt has text, slots, {expected}")
+    return None
 
 
 @cache

@@ -19,6 +19,7 @@ from megatron_synth.core.files import write_json
 FILE = "huggingface.json"
 _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE = "chat_template.jinja"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CODE = ("auto_map",)
 """Settings that name Python files of the model's author, which are not taken along."""
 
@@ -29,6 +30,8 @@ class Companions(Section):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    max_position_embeddings: int | None = None
+    """Longest text that the model was said to read, in tokens."""
     settings: dict[str, dict[str, Any]] = {}
     """Contents of the JSON files, by name."""
     chat_template: str | None = None
@@ -69,7 +72,7 @@ def collect(folder: Path, config: dict[str, Any]) -> Companions:
         text = template.read_text(encoding="utf-8") if template.is_file() else None
     except (OSError, ValueError) as error:
         raise UserError(f"{template}: cannot be read ({error}); download or copy it again") from None
-    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: config.get(name) for name in (*IDS, "max_position_embeddings")}
     return _checked(folder / "config.json", {**ids, "settings": settings, "chat_template": text})
 
 

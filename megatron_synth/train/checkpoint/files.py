@@ -27,10 +27,11 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import NOT_BEGUN, Progress
-from megatron_synth.core.files import write_atomic
+from megatron_synth.core.files import read_regular, write_atomic
 from megatron_synth.core.names import plain_name
 from megatron_synth.core.records import OPEN, Count, Reader
 
+FOLDER = "checkpoints"
 TRAINER = "trainer.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -130,7 +131,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileInfo] | None:
     """
     file = checkpoint / MANIFEST
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file).decode("utf-8")
     except FileNotFoundError:
         if _format(checkpoint) < FORMAT:
             return None
@@ -151,7 +152,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileInfo] | None:
 
 def _format(checkpoint: Path) -> int:
     try:
-        return int(json.loads((checkpoint / TRAINER).read_text(encoding="utf-8")).get("format", 1))
+        return int(json.loads(read_regular(checkpoint / TRAINER).decode("utf-8")).get("format", 1))
     except FileNotFoundError:
         raise ValueError(f"{TRAINER} is missing") from None
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -230,7 +231,7 @@ def progress_of(run: Path) -> Progress:
 
 def root_of(path: Path) -> Path:
     """The checkpoints folder of a run directory, or `path` itself."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
 def all_of(root: Path) -> list[Path]:
@@ -249,7 +250,7 @@ def candidates(path: Path) -> list[Path]:
     root = root_of(path)
     found = all_of(root)[::-1]
     try:
-        latest = root / (root / LATEST).read_text(encoding="utf-8").strip()
+        latest = root / read_regular(root / LATEST).decode("utf-8").strip()
         newest = step_of(latest)
     except (OSError, ValueError):
         return found

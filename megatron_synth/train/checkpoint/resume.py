@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, Progress
+from megatron_synth.core.files import read_regular
 from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
@@ -149,7 +150,7 @@ def read_trainer(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / files.TRAINER
     try:
-        saved: TrainerState = TypeAdapter(TrainerState).validate_json(path.read_bytes(), strict=True)
+        saved: TrainerState = TypeAdapter(TrainerState).validate_json(read_regular(path), strict=True)
         if saved.tokenizer is not None and Path(saved.tokenizer).name == saved.tokenizer:
             plain_name(saved.tokenizer, "tokenizer")
     except ValidationError as error:

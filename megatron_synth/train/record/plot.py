@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
-from megatron_synth.core.log import compact, human
+from megatron_synth.core.log import compact, human, one_line
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.metrics import Record, parts, read_metrics
 from megatron_synth.train.record.run_dir import RunDir
@@ -114,7 +114,7 @@ class _Report:
             commit = f"commit {git['commit'][:9]}{' + changes' if git['dirty'] else ''}"
         starts = len(info["starts"])
         started = f"{starts} starts" if starts > 1 else ""
-        figure.text(0.045, 0.955, self.run.name, fontsize=22, fontweight="bold", va="center")
+        figure.text(0.045, 0.955, one_line(self.run.name), fontsize=22, fontweight="bold", va="center")
         first = [model["name"], shape, tokens, steps]
         second = [where, seed, f"run {self.run.id}, config {info['digest']}", commit, started, info["created"][:10]]
         for y, line, color in ((0.921, first, INK), (0.897, second, GREY)):

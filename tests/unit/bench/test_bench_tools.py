@@ -105,6 +105,14 @@ def test_tables_as_markdown_csv_and_picture(tmp_path: Path, capsys: pytest.Captu
             bench_report.main([str(write(tmp_path / "bad.json", content))])
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"levers": 1}', '{"levers": [], "config": []}', "\xff", '{"points": [[1]]}'])
+def test_a_file_that_was_not_measured_is_one_message(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"bad\.json"):
+        bench_report.main([str(file)])
+
+
 def test_points_are_pruned_by_rules_and_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"parallel.tensor_model_parallel_size": ["1", "2", "3"], "train.micro_batch_size": ["1", "4"]}
     legal, refused = sweep.points("bench/tiny-7m.yaml", [], 2, axes, "cpu")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,19 @@ import pytest
 from megatron_synth.cli import main as cli
 from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.load import load_file
+from megatron_synth.config.schema import Config
+from megatron_synth.core.files import write_json
+from megatron_synth.core.log import visible
 from megatron_synth.core.records import Count, Reader, parse_json
+from megatron_synth.data.shards.source import open_source
 from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.report.collect import read_runs_csv
+from megatron_synth.study.report.fit_figure import three_panels
+from megatron_synth.train.checkpoint.files import LATEST, MANIFEST, candidates, faults
 from tests.faults.record_mutations import World, campaign, make_world
+from tests.support import STEPS
+from tests.unit.train.test_checkpoint_files import make as make_checkpoint
 
 DEEP = "[" * 100_000
 DAMAGE = {
@@ -58,6 +70,67 @@ def test_every_verb_names_the_damaged_file(world: World, name: str, number: int,
             assert damaged.startswith("a ") and " damaged " in damaged and name in damaged
     finally:
         file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, "events.log", f"checkpoints/step_{STEPS:08d}/trainer.json"])
+def test_a_pipe_in_place_of_a_record_is_not_waited_for(
+    world: World, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = world.run / name
+    whole = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    began = time.monotonic()
+    try:
+        assert cli.main(["status", str(world.folder / "runs")]) == 0
+        _, damaged, sound = capsys.readouterr().out.splitlines()
+        assert sound.startswith("b ") and "done" in sound
+        assert name not in ("metrics.jsonl", "events.log") or f"{name}: cannot be read" in damaged
+        assert cli.main(["mix", "audit", str(world.run)]) == (0 if name == "events.log" else 2)
+        assert name == "events.log" or name in capsys.readouterr().err
+        assert cli.main(["checkpoint", "ls", str(world.run)]) == 0
+    finally:
+        file.unlink()
+        file.write_bytes(whole)
+    assert time.monotonic() - began < 60
+
+
+def test_pipes_among_checkpoints_and_data(world: World, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10)
+    for file in (tmp_path / "step_00000010" / MANIFEST, tmp_path / LATEST):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert [one.name for one in candidates(tmp_path)] == ["step_00000010"]
+        damage = faults(tmp_path / "step_00000010", checksums=True)
+        assert damage == [] if file.name == LATEST else ["not a regular file" in fault for fault in damage] == [True]
+        file.unlink()
+        file.write_bytes(whole)
+    shutil.copytree(world.folder / "corpus", tmp_path / "corpus")
+    source = tmp_path / "corpus" / "web"
+    for file in (source / "manifest.json", source / "shard-00000.idx", source / "shard-00000.bin"):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(UserError, match=f"{file.name}: (not a regular file|manifest.json announces)"):
+            open_source(source, "s")
+        file.unlink()
+        file.write_bytes(whole)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "run.yaml").write_text("base: pipe.yaml\n")
+    with pytest.raises(UserError, match=r"pipe\.yaml"):
+        load_file(Config, tmp_path / "run.yaml")
+
+
+def test_names_that_are_not_utf_8_are_drawn_and_written(world: World, tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff")
+    run = tmp_path / name
+    shutil.copytree(world.run, run)
+    assert cli.main(["report", str(run)]) == 0 and (run / "report.png").stat().st_size > 10_000
+    with three_panels(tmp_path / "fit.png", name, "law", widths=(1, 1, 1), left=0.1, gap=0.3):
+        pass
+    write_json(tmp_path / "a.json", {"path": name})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"path": name} and visible(name) == "a\\udcff"
 
 
 def test_a_damaged_line_is_named_by_its_number(world: World, capsys: pytest.CaptureFixture[str]) -> None:

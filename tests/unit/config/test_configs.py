@@ -44,11 +44,12 @@ def test_model_files_hold_one_sound_model_section(path: str) -> None:
     assert set(content) == {"model"}
     model = validate(ModelConfig, content["model"], path)
     assert model.name == Path(path).stem
-    assert model.rotary_base == 500_000
-    # the file's first line says the size: 1.69 B, 99 M
-    number, unit = (CONFIGS / path).read_text().removeprefix("# ").split()[:2]
-    stated = float(number) * {"M": 1e6, "B": 1e9}[unit]
-    assert count_parameters(model, 50_000).non_embedding == pytest.approx(stated, rel=0.006)
+    if model.hf_family is None:  # published ones: tests/unit/interop/test_families.py
+        assert model.rotary_base == 500_000
+        # the file's first line says the size: 1.69 B, 99 M
+        number, unit = (CONFIGS / path).read_text().removeprefix("# ").split()[:2]
+        stated = float(number) * {"M": 1e6, "B": 1e9}[unit]
+        assert count_parameters(model, 50_000).non_embedding == pytest.approx(stated, rel=0.006)
     quickstart = load_yaml("train/quickstart.yaml")
     validate(Config, {**quickstart, "model": content["model"]}, path)
 

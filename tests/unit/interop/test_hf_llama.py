@@ -13,14 +13,9 @@ from torch import Tensor
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ModelConfig
-from megatron_synth.interop.hf_llama import (
-    from_hf_state,
-    hf_config,
-    model_config_from_hf,
-    read_hf,
-    to_hf_state,
-    write_hf,
-)
+from megatron_synth.interop.hf_folder import read_hf, write_hf
+from megatron_synth.interop.hf_settings import hf_config, model_config_from_hf
+from megatron_synth.interop.hf_weights import from_hf_state, to_hf_state
 from megatron_synth.model.architecture import weights
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -160,7 +155,7 @@ def test_a_model_saved_by_transformers_is_read(tmp_path: Path) -> None:
 def test_settings_survive_the_round_trip() -> None:
     model = model_config(tied=True, vocab_size=VOCAB)
     back = model_config_from_hf(hf_config(model, VOCAB, 64, "bf16"))
-    assert back == model.model_copy(update={"make_vocab_size_divisible_by": 128})
+    assert back == model.model_copy(update={"make_vocab_size_divisible_by": 128, "hf_family": "llama"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -271,13 +266,13 @@ def test_wrong_weights_are_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type: expected 'llama', found 'qwen3'"),
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, .*, found 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "rope_parameters.*llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
-        ({"head_dim": 64}, "head_dim: expected .* = 4, found 64"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "rope_parameters: expected .*found 'longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
+        ({"head_dim": "64"}, "head_dim: expected a positive whole number, found '64'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
         ({"rms_norm_eps": None}, "rms_norm_eps: missing"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

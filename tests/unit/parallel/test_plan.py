@@ -30,6 +30,41 @@ def config(tensor: int = 1, pipeline: int = 1, virtual: int | None = None, batch
     )
 
 
+def with_context(context: int, tensor: int = 1, pipeline: int = 1, sequence_length: int = 128) -> Config:
+    base = config(tensor, pipeline)
+    parallel = base.parallel.model_copy(update={"context_parallel_size": context})
+    return base.model_copy(
+        update={"parallel": parallel, "train": base.train.model_copy(update={"sequence_length": sequence_length})}
+    )
+
+
+def test_ranks_that_share_a_sequence_are_part_of_a_copy() -> None:
+    layout = plan(with_context(2, tensor=2, pipeline=2), 16)
+    assert layout.describe() == "TP2 x CP2 x PP2 x DP2 (SP), 16 ranks, 4 micro-batches"
+    assert (layout.data, layout.context, layout.replicas, layout.world_size) == (2, 2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "world", "message"),
+    [
+        (with_context(4), 6, "6 ranks are not a multiple of TP1 x CP4 x PP1 = 4 ranks per copy"),
+        (
+            with_context(2, sequence_length=130),
+            2,
+            "130 is not divisible by 2 x 2 context-parallel ranks = 4; nearest: 128 or",
+        ),
+        (
+            with_context(2, tensor=4, sequence_length=136),
+            8,
+            "136 is not divisible by 2 x 2 context-parallel ranks x 4 of sequence parallelism = 16; nearest: 128 or 144",
+        ),
+    ],
+)
+def test_a_sequence_that_ranks_cannot_share_is_refused(wanted: Config, world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(wanted, world)
+
+
 @pytest.mark.parametrize(
     ("sizes", "world_size", "text"),
     [

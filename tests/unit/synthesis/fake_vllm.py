@@ -19,11 +19,13 @@ def main(argv: list[str]) -> None:
     assert key not in argv
     if os.environ.get("FAKE_BROKEN"):
         sys.exit("out of memory, as they say")
-    mark = Path(os.environ["FAKE_MARK"])
+    mark = Path(os.environ["FAKE_MARK"] + os.environ.get("SLURMD_NODENAME", ""))
     starts = int(mark.read_text()) if mark.exists() else 0
     mark.write_text(str(starts + 1))
+    hold = Path(os.environ.get("FAKE_HOLD", ""))
     with RunningStub(int(options["--port"]), model=options["--served-model-name"], key=key) as stub:
         while starts >= int(os.environ.get("FAKE_DEATHS", "0")) or stub.seen.requests < 20:
+            stub.behavior.status = 429 if stub.seen.requests > 15 and hold.is_file() else None  # it works no more until then
             time.sleep(0.005)
         os._exit(3)
 

@@ -33,7 +33,7 @@ def filled(folder, count: int = 10) -> Answers:
 
 
 def test_keys_are_found_again_across_merges(monkeypatch):
-    monkeypatch.setattr(index, "MERGE_AT", 7)
+    monkeypatch.setattr(index, "NEW_KEYS", 7)
     found = KeyIndex()
     for number in range(100):
         found.add(key(number), (number % 3, number))
@@ -121,7 +121,7 @@ def test_damage_is_told_with_its_place(tmp_path):
     part.write_bytes(whole + whole[:first])
     with pytest.raises(UserError, match="is there twice"):
         Answers(tmp_path)
-    part.write_bytes(whole.replace(b'"tokens_in": 10', b'"tokens_in": -1', 1))
+    part.write_bytes(whole.replace(b'"tokens_in":10', b'"tokens_in":-1', 1))
     answers = Answers(tmp_path)
     with pytest.raises(UserError, match=r"byte 0: damaged: tokens_in"):
         answers.read(key(0))

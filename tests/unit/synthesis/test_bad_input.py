@@ -14,6 +14,7 @@ from benchmarks.synthesis.stub import RunningStub
 from megatron_synth.cli.main import main
 from megatron_synth.config.load import to_yaml
 from megatron_synth.synthesis.run import run
+from tests.unit.synthesis.test_run import product
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,9 @@ def told(config, capsys, *overrides: str, verb: str = "run") -> str:
         ("engine.key_variable='sk-123 456'", "expected the name of an environment variable"),
         ("engine.servers=[http://user:secret@host/v1]", "without a user or key"),
         ("engine.servers=[]", "servers: name at least one"),
+        ("engine.servers=[http://host:eighty/v1]", "servers: expected http://HOST:PORT"),
+        ("engine.servers=['http://:80/v1']", "servers: expected http://HOST:PORT"),
+        ("engine.arguments=[--api-key=sk-1]", "arguments: --api-key is set here"),
         ("parents.web.input=none.jsonl", "parents.web.input: none.jsonl: no such file"),
         ("parents.web.input=null", "give exactly one of input, hf, builtin"),
         ("per_parent=0", "per_parent: must be at least 1"),
@@ -127,24 +131,34 @@ def test_a_plan_needs_no_server(synthesis, capsys):
     assert not config.folder.exists()
 
 
-def test_a_full_disk_ends_with_one_message_and_loses_nothing(synthesis, stub, tmp_path):
-    """A limit on the size of files, in a process of its own: what fits is kept, and is not asked again."""
-    config = synthesis(stub.url)
-    file = config.folder.with_suffix(".yaml")
-    file.write_text(to_yaml(config))
+def limited(file: Path, size: int) -> str:
+    """The one error of a run, in a process of its own, in which no file may grow beyond a size."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
         "from megatron_synth.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "synthesize", "run", str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[3])
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 2, ended.stderr
     assert len(errors) == 1
-    assert "answers are kept; make room" in errors[0]
-    kept = int(errors[0].split("; ")[1].split()[0])
+    return errors[0]
+
+
+def test_a_full_disk_ends_with_one_message_and_loses_nothing(synthesis, stub):
+    """What fits is kept, and is not asked again; a corpus that does not fit costs no answer."""
+    config = synthesis(stub.url)
+    file = config.folder.with_suffix(".yaml")
+    file.write_text(to_yaml(config))
+    told = limited(file, 60_000)
+    assert "answers are kept; make room" in told
+    kept = int(told.split("; ")[1].split()[0])
     assert kept > 5
     found = run(config)
     assert found.account is not None
     assert found.made == found.account.asked - kept
+    before = product(config.folder)
+    assert f"all {found.account.asked} answers are kept; make room" in limited(file, 30_000)
+    assert product(config.folder) == before  # that of the run before stays
+    assert run(config).made == 0

@@ -208,3 +208,16 @@ def test_models_and_numbers_that_do_not_fit_are_refused(good: CausalModel, bad: 
         with pytest.raises(UserError, match=message):
             continue_texts(good, model, PREFIXES, **{"max_tokens": 4, **arguments})  # type: ignore[arg-type]
     assert len(continue_texts(good, other, PREFIXES, max_tokens=2, strength=0.0)) == 4  # it is not asked
+
+
+def losses_by_hand(folder, texts):
+    """Mean nats of each text's tokens but the first, one text at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), {}
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.inference_mode():
+            found[text] = float(reference(input_ids=ids, labels=ids).loss)
+    return found

@@ -15,6 +15,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.synthesized import read_record
 from megatron_synth.synthesis import run as run_module
 from megatron_synth.synthesis.answers.parts import keys_of, lines
+from megatron_synth.synthesis.engines.http import Address
 from megatron_synth.synthesis.engines.protocol import queue_of
 from megatron_synth.synthesis.engines.server import Server
 from megatron_synth.synthesis.report import write_report
@@ -23,6 +24,7 @@ from megatron_synth.synthesis.setup import ANSWERS
 from megatron_synth.synthesis.status import status_text
 
 FAULTS = {"429": 0.06, "500": 0.06, "slow": 0.04, "drop": 0.06, "json": 0.06, "truncated": 0.06, "empty": 0.06}
+FAULTS |= {"two": 0.05, "model": 0.05}
 
 
 def product(folder: Path) -> dict[str, bytes]:
@@ -239,7 +241,7 @@ def test_the_record_of_a_corpus_is_checked(synthesis):
 
 
 def test_concurrency_follows_what_the_server_tells():
-    server = Server("http://x/v1", most=100, breaker=3, queue=4)
+    server = Server(Address("http://x/v1"), most=100, breaker=3, queue=4)
     server.limit = server.in_flight = 50
     server.told(waiting=24)
     assert server.limit == 30

@@ -12,10 +12,16 @@ from megatron_synth.synthesis.synthesis_file import load_synthesis
 FOLDER = shipped("configs") / "synthesis"
 
 
-@pytest.mark.parametrize("name", ["rephrase", "tiny-qa", "tiny-rephrase"])
+@pytest.mark.parametrize("name", ["rephrase", "tiny-hardest", "tiny-qa", "tiny-rephrase"])
 def test_synthesis_files_are_sound(name):
     config = load_synthesis(f"synthesis/{name}.yaml")
     assert template_of(config.kind, config.template).made_from == "text"
+
+
+def test_the_file_of_concepts_is_sound():
+    config = load_synthesis("synthesis/recombined.yaml")
+    assert template_of(config.kind, config.template).made_from == "concepts"
+    assert config.walks is not None
 
 
 @pytest.mark.parametrize("name", ["tiny-qa", "tiny-rephrase"])

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import SamplingConfig
+from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.chunks import Skipped, chunks, cut
 from megatron_synth.synthesis.counting import ByteCounter
 from megatron_synth.synthesis.escape import USUAL, Escape
+from megatron_synth.synthesis.generator import _license
 from megatron_synth.synthesis.kinds.keywords import Keywords, words
 from megatron_synth.synthesis.kinds.template import SHIPPED, Kinds, Template, load_template
 from megatron_synth.synthesis.parents import Parent, digest
 from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
 
-KINDS = ("hq-rephrase", "qa-rephrase", "textbook")
+KINDS = ("hq-rephrase", "qa-rephrase", "textbook", "concepts", "recombined")
 
 
 def parent(text: str, order: int = 0) -> Parent:
@@ -94,13 +96,15 @@ def test_a_document_cannot_leave_its_place():
 def test_kinds_come_with_the_program_and_say_whose_wording_it_is(name):
     found = Kinds().load(name)
     assert found.name == name
-    assert found.origin == "ours, not the paper's"
+    assert found.origin.startswith("ours, ")
     assert "ours, not the paper's" in (SHIPPED / f"{name}.yaml").read_text()
-    material = ("some text",) if found.made_from == "text" else ("river", "mill")
+    material = {"text": ("some text",), "keywords": ("river", "mill"), "concepts": ("river, mill", "a passage", "another")}[
+        found.made_from
+    ]
     keywords = Keywords(["some text"]) if found.made_from == "keywords" else None
     for api in ("chat", "completions"):
         prompt = Wording(found, api, (), keywords).prompt(material)
-        assert material[0] in prompt.characters()
+        assert all(one in prompt.characters() for one in material)
         # what is constant comes first, for prefix caches
         assert prompt.characters().startswith(found.system)
 
@@ -209,3 +213,19 @@ def test_each_request_has_a_seed_of_its_own_and_equal_ones_are_asked_once():
 
 def test_more_documents_leave_the_keys_of_others_as_they_are():
     assert {request.key for request in asked()} < {request.key for request in asked(texts=("new", "one text", "another text"))}
+
+
+@pytest.mark.parametrize(
+    ("head", "license", "told"),
+    [
+        ("license: llama3.1", "llama3.1", "must have `Llama` first in its name"),
+        ("license: other\nlicense_name: qwen", "qwen", "must show `Built with Qwen`"),
+        ("license: other", "other", "not known here; read them before you train"),
+        ("license: apache-2.0\nlicense_name: mine", "apache-2.0", "no condition"),
+        ("tags: [x]", None, "the generator's license is not known"),
+    ],
+)
+def test_the_license_of_a_model_is_read_from_its_folder_and_its_terms_are_told(tmp_path, head, license, told):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\nlicense: mit\n")
+    assert _license(tmp_path) == license
+    assert told in licenses.warning(license)

@@ -71,3 +71,37 @@ def test_without_vllm_it_says_so(synthesis, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="vllm is not installed here"):
         run(config(synthesis))
+
+
+def test_a_server_has_a_key_that_others_do_not_see(synthesis, fake, monkeypatch):
+    keys: list[str] = []
+
+    def made(size: int) -> str:
+        keys.append("f00d" * (size // 2))
+        return keys[-1]
+
+    monkeypatch.setattr(vllm.secrets, "token_hex", made)
+    settings = config(synthesis)
+    seen: list[str] = []
+    assert run(settings, lambda: bool(seen.extend(running(settings.folder)))).record is not None
+    assert seen and not any(keys[-1] in line for line in seen)  # fake_vllm itself refuses another address than the loopback
+    files = [file for file in settings.folder.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert not any(keys[-1].encode() in file.read_bytes() for file in files)
+    assert (settings.folder / "vllm.log").stat().st_mode & 0o077 == 0
+
+
+def test_copies_have_gpus_of_their_own(synthesis, fake, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    engine = config(synthesis, copies=2, tensor_parallel_size=2).engine
+    assert [vllm._devices(engine, number) for number in range(2)] == [
+        {"CUDA_VISIBLE_DEVICES": "4,5"},
+        {"CUDA_VISIBLE_DEVICES": "6,7"},
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(UserError, match="2 servers of 2 GPUs need 4, CUDA_VISIBLE_DEVICES has 3"):
+        vllm._devices(engine, 0)
+    found = run(config(synthesis, copies=2))
+    assert found.record is not None
+    assert fake.read_text() in ("1", "2")  # they start side by side
+    assert not running(Path())

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.lock import Lock
 from megatron_synth.train.checkpoint import files
+from megatron_synth.train.record.run_lock import LOCK
 
 
 def make(root: Path, step: int, *, content: bytes = b"weights") -> Path:
@@ -172,6 +174,18 @@ def test_prune_reads_what_it_keeps(run: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
     assert _steps(files.all_of(root)) == [20, 30, 40]
     assert "no checkpoint there is sound: nothing was removed" in capsys.readouterr().err
+
+
+def test_prune_leaves_a_run_alone_that_is_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prune = ["checkpoint", "prune", "--keep", "1"]
+    with Lock(run / LOCK, "train"):
+        for path in (run, run / "checkpoints"):
+            assert cli.main([*prune, str(path)]) == 2
+            assert f"{run}: in use by `megatron-synth train` of" in capsys.readouterr().err
+        assert cli.main([*prune, str(run), "--dry-run"]) == 0
+        assert _steps(files.all_of(run / "checkpoints")) == [10, 20, 30, 40]
+    assert cli.main([*prune, str(run / "checkpoints")]) == 0
+    assert _steps(files.all_of(run / "checkpoints")) == [40] and not (run / LOCK).exists()
 
 
 def test_prune_of_a_link_and_of_a_name_that_is_not_padded(

@@ -19,6 +19,7 @@ RECORD = "synthesis.json"
 CORPUS = "corpus"
 
 Short = Annotated[str, Field(max_length=1000)]
+Name = Annotated[str, Field(max_length=8192)]
 
 
 class Account(Section):
@@ -52,6 +53,15 @@ class Cost(Section):
     """2 x parameters x (tokens_in - tokens_cached + tokens_out); null where the parameters are not known."""
 
 
+class TemplateInfo(Section):
+    """How requests were worded."""
+
+    name: Short
+    version: Count
+    origin: str
+    digest: Short
+
+
 class SynthesisRecord(Section):
     """How a corpus was made. Nothing here differs between two runs that do the same."""
 
@@ -59,11 +69,10 @@ class SynthesisRecord(Section):
     program: Short
     kind: Kind
     """What the text is, as a source."""
-    template: dict[str, Any]
-    """Name, version, origin and digest of the template."""
+    template: TemplateInfo
     generator: dict[str, Any]
     """Name, revision, digest of the weights, parameters, and engine."""
-    generator_name: Short
+    generator_name: Name
     sampling: dict[str, Any]
     seed: Count
     filters: dict[str, Any]
@@ -72,6 +81,8 @@ class SynthesisRecord(Section):
     """What the parents are read from."""
     documents: Count
     """Of the corpus."""
+    tokens: dict[Literal["generator", "study"], Count] = {}
+    """Of the corpus, by the generator's tokenizer and by that of the study, where they are known."""
     parent_documents: Count
     """Documents of the parents that were read."""
     skipped: dict[str, Count]

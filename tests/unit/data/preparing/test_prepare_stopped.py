@@ -10,9 +10,11 @@ import time
 import psutil
 import pytest
 
+from megatron_synth.cli.main import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing import assembly, pipeline, splits
 from megatron_synth.data.preparing import prepare as preparing
+from megatron_synth.data.preparing.output import lock_of
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
@@ -217,3 +219,17 @@ def test_a_full_disk_is_refused_before_and_cleaned_after(tmp_path, make, monkeyp
         prepare(make(), force=True)
     assert Manifest.load(tmp_path / "out" / "web").counts.documents < len(TEXTS), "the old output is untouched"
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_output_that_another_program_makes_is_refused_by_its_name(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a text")
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        f"output: {tmp_path}/out\ntokenizer: {{train: {{vocab_size: 300}}}}\n"
+        f"sources: {{web: {{kind: natural, input: {tmp_path}/text.txt}}}}\n"
+    )
+    with lock_of(tmp_path / "out"):
+        assert main(["prepare", str(file), "--workers", "1"]) == 2
+        assert "in use by `megatron-synth prepare` of" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert main(["prepare", str(file), "--workers", "1"]) == 0
