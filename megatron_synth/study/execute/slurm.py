@@ -84,7 +84,7 @@ def submit_array(study: Study, jobs: Sequence[Job], folder: Folder, options: Arr
 
 
 def _stages(jobs: Sequence[Job], folder: Folder) -> list[list[Job]]:
-    """Jobs that need nothing of each other, in stages: runs, their branches, corpora that models write, what reads these.""""""
+    """Jobs that need nothing of each other, in stages: runs, their branches, corpora that models write, what reads these."""
     stages: dict[tuple[int, bool, bool], list[Job]] = {}
     for job in jobs:
         # a corpus of the models of stage k is read by the runs of stage k + 1
