@@ -6,6 +6,7 @@
     state/<id>.json       its last failure, and how often it was tried
     state/<id>.lock       who trains it (core/lock.py)
     slurm/  report/       what `submit --slurm` and `report` write
+    forecasts.jsonl       what `forecast` predicted, and when
 
 A run is finished when result.json is there, which is written last, as a whole. A process that is killed leaves its lock,
 which the next one takes over, and its checkpoints: the next submit goes on from there.
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.lock import Held, Lock, holder
+from megatron_synth.core.records import parse_json, read_bytes
 from megatron_synth.study.execute import shapes
 from megatron_synth.study.execute.shapes import Failure, Result
 from megatron_synth.study.plan.runs import Run
@@ -33,6 +35,8 @@ from megatron_synth.train.record import metrics
 from megatron_synth.train.record.shapes import LEDGER, RUN
 
 RESULT = "result.json"
+NO_FORECAST = "0" * 16
+"""The digest before the first forecast."""
 FORMAT_VERSION = 1
 State = Literal["done", "running", "failed", "stopped", "to do"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
@@ -58,6 +62,25 @@ class Folder:
     def slurm(self) -> Path:
         """Folder of what was submitted to SLURM."""
         return self.path / "slurm"
+
+    @property
+    def forecasts(self) -> Path:
+        """What was forecast."""
+        return self.path / "forecasts.jsonl"
+
+    def last_forecast(self) -> str | None:
+        """Digest of the last forecast that was written down, zeros where there is none; None if its line is damaged.
+
+        Results of runs hold it, so that forecasts cannot be made, changed or taken out later without being seen.
+        """
+        try:
+            line = read_bytes(self.forecasts).removesuffix(b"\n").rsplit(b"\n", 1)[-1]
+            digest = parse_json(line)["digest"]
+        except FileNotFoundError:
+            return NO_FORECAST
+        except (UserError, ValueError, TypeError, KeyError):
+            return None if self.forecasts.exists() else NO_FORECAST
+        return digest if isinstance(digest, str) else None
 
     def prepare(self) -> None:
         """Make the folders.
@@ -202,6 +225,7 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
         "versions": info["versions"],
         "data_digest": data_digest,
         "finished": _now(),
+        "last_forecast": folder.last_forecast(),
     }
     write_json(path / RESULT, content)
     folder.clear_failure(run)

@@ -38,6 +38,8 @@ class Result(TypedDict):
     versions: dict[str, str]
     data_digest: str
     finished: str
+    last_forecast: NotRequired[str | None]
+    """Digest of the last forecast that the study's folder held when the run ended."""
 
 
 @with_config(OPEN)

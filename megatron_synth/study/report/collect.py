@@ -157,6 +157,12 @@ def _aggregate(study: Study, domains: Mapping[str, float], others: Mapping[str, 
     return float(aggregate(columns, how, tokens=counts)[0])
 
 
+def aggregate_name(study: Study) -> str:
+    """The loss that a study is about, as forecasts name it."""
+    how = study.report.aggregate
+    return f"{how} of {', '.join(study.validation)}" if isinstance(how, str) else f"macro of {', '.join(how)}"
+
+
 # ---- CSV
 
 
