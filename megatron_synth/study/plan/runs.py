@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_synth.config.validation import examine
 from megatron_synth.core.log import compact
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.parallel.plan import plan
+from megatron_synth.study.plan.rates import variants
 from megatron_synth.study.plan.study_file import Study
 
 _ANY_VOCABULARY = 1  # non-embedding parameters do not depend on it
@@ -49,6 +50,8 @@ class Run:
     seed: int
     ranks: int
     config: Config
+    sweep: bool = False
+    """A run of `rates.sweep`, which takes no part in the laws."""
 
     @cached_property
     def id(self) -> str:
@@ -63,7 +66,8 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder: what it is, for people, and the id."""
-        return f"{self.arm}-{self.size}-{compact(self.budget)}-s{self.seed}-{self.id}"
+        rates = f"-lr{self.config.optim.lr:g}-b{self.config.train.global_batch_size}" if self.sweep else ""
+        return f"{self.arm}-{self.size}-{compact(self.budget)}{rates}-s{self.seed}-{self.id}"
 
     @property
     def tokens(self) -> int:
@@ -97,16 +101,6 @@ def _without(section: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in names}
 
 
-def learning_rate_of(study: Study, size: str, parameters: int) -> float:
-    """Peak learning rate of a size: its own, or that of the rule, rounded to three digits."""
-    own, rates = study.sizes[size].lr, study.rates
-    if own is not None:
-        return own
-    if rates.at is None:
-        return rates.lr
-    return float(f"{rates.lr * (parameters / rates.at) ** rates.exponent:.3g}")
-
-
 def expand(study: Study) -> list[Run]:
     """The runs of a study: by seed, then the largest first, so that an early report covers every cell.
 
@@ -122,10 +116,27 @@ def expand(study: Study) -> list[Run]:
         problems.update(dict.fromkeys(found))
         if config is not None and not found:
             runs[arm, size, budget, seed] = Run(arm, size, budget, seed, study.sizes[size].ranks, config)
+    found = [*runs.values(), *_sweep(study, list(runs.values()), problems)]
     if problems:
         raise ConfigError(f"study {study.name}", list(problems))
     seeds, arms = list(study.seeds), list(study.arms)
-    return sorted(runs.values(), key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+    return sorted(found, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+
+
+def _sweep(study: Study, runs: Sequence[Run], problems: dict[Problem, None]) -> list[Run]:
+    """The runs at other rates and batches than the rule's."""
+    own = [(run.arm, run.size, run.budget, run.seed, run.parameters, study.sizes[run.size].lr, run.config) for run in runs]
+    found = []
+    for one in variants(study.rates, own, study.baseline_arm, study.seeds[0], problems):
+        run = replace(runs[one.of], config=one.config, sweep=True)
+        try:
+            plan(run.config, run.ranks)
+        except ConfigError as error:
+            batch = run.config.train.global_batch_size
+            told = [Problem("rates.sweep.batches", f"batch {batch} at {run.size}: {part.message}") for part in error.problems]
+            problems.update(dict.fromkeys(told))
+        found.append(run)
+    return found
 
 
 def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple[str, str, int, int]]:
@@ -168,11 +179,12 @@ def _config(study: Study, arm: str, size: str, budget: int, seed: int) -> tuple[
     found, model = examine(ModelConfig, sections["model"])
     if model is None or found:
         return [Problem(f"sizes.{size}.model.{one.path}", one.message) for one in found], None
-    lr = learning_rate_of(study, size, count_parameters(model, _ANY_VOCABULARY).non_embedding)
+    parameters = count_parameters(model, _ANY_VOCABULARY).non_embedding
+    lr = study.rates.peak(entry.lr, parameters, budget, step)
     decided = {
         "data": {"sources": _sources(study, arm), "validation": _dump(study.validation)},
         "train": {"steps": steps, "seed": seed},
-        "optim": _rates(study, lr, steps),
+        "optim": study.rates.schedule(lr, steps),
     }
     content = merge(_quiet(), merge(sections, decided))
     problems, config = examine(Config, content)
@@ -211,18 +223,6 @@ def _sources(study: Study, arm: str) -> dict[str, Any]:
 
 def _dump(sections: Mapping[str, Any]) -> dict[str, Any]:
     return {name: section.model_dump(mode="json") for name, section in sections.items()}
-
-
-def _rates(study: Study, lr: float, steps: int) -> dict[str, Any]:
-    """Rates and lengths of the schedule in a run of `steps` steps."""
-    rates = study.rates
-    warmup = round(rates.warmup_fraction * steps)
-    if rates.max_warmup_steps is not None:
-        warmup = min(warmup, rates.max_warmup_steps)
-    section: dict[str, Any] = {"lr": lr, "min_lr": lr * rates.min_lr_fraction, "warmup_steps": warmup}
-    if rates.decay_fraction is not None:
-        section["decay_steps"] = max(1, round(rates.decay_fraction * steps))
-    return section
 
 
 def _in_study(study: Study, size: str, problem: Problem) -> Problem:

@@ -22,6 +22,7 @@ from megatron_synth.config.schema import ValidationConfig
 from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, Seed
 from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
+from megatron_synth.study.plan.rates import Rates, check_rates
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWNED = {
@@ -107,25 +108,6 @@ class Cells(Section):
     """Default: all."""
     seeds: tuple[Seed, ...] | None = None
     """Default: all."""
-
-
-class Rates(Section):
-    """The learning rate by size, and its schedule by the length of the run."""
-
-    lr: Annotated[float, Field(gt=0)]
-    """Peak at the size `at`."""
-    at: Annotated[float, Field(gt=0)] | None = None
-    """Non-embedding parameters that `lr` holds for. Default: all alike."""
-    exponent: float = 0.0
-    """lr x (N / at) ** exponent, rounded to three digits."""
-    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Rate at the end, as a part of the peak."""
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Steps of linear warm-up, as a part of the run."""
-    max_warmup_steps: PositiveInt | None = None
-    """Warm-up is never longer than this."""
-    decay_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Schedule wsd: steps of the final decay, as a part of the run. Default: a tenth."""
 
 
 class Costs(Section):
@@ -289,6 +271,9 @@ def _check(study: Study) -> Iterator[Problem]:
     yield from _arms(study)
     yield from _grid(study)
     yield from _report(study)
+    budgets = {budget for cells in study.grid for budget in cells.tokens}
+    named = () if any(cells.tokens_per_parameter for cells in study.grid) else sorted(budgets)
+    yield from check_rates(study.rates, arms=study.arms, sizes=study.sizes, seeds=study.seeds, tokens=named)
     for key, instead in _OWNED.items():
         value: Any = study.protocol
         for part in key.split("."):
