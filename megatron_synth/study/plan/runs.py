@@ -116,11 +116,11 @@ def expand(study: Study) -> list[Run]:
         problems.update(dict.fromkeys(found))
         if config is not None and not found:
             runs[arm, size, budget, seed] = Run(arm, size, budget, seed, study.sizes[size].ranks, config)
-    found = [*runs.values(), *_sweep(study, list(runs.values()), problems)]
+    every = [*runs.values(), *_sweep(study, list(runs.values()), problems)]
     if problems:
         raise ConfigError(f"study {study.name}", list(problems))
     seeds, arms = list(study.seeds), list(study.arms)
-    return sorted(found, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
+    return sorted(every, key=lambda run: (seeds.index(run.seed), -run.flops(_ANY_VOCABULARY), arms.index(run.arm)))
 
 
 def _sweep(study: Study, runs: Sequence[Run], problems: dict[Problem, None]) -> list[Run]:

@@ -23,6 +23,7 @@ from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, S
 from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
 from megatron_synth.study.plan.rates import Rates, check_rates
+from megatron_synth.study.plan.references import references
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWNED = {
@@ -54,6 +55,9 @@ class StudySource(Section):
     """As in a training configuration."""
     tokens: Amount | None = None
     """How many it will have, for planning while it is not prepared."""
+    reference: str | None = None
+    """The kind of text in published studies that it is like: `hq`, `qa`, `textbook`, `table`, `math`, `faq` or `tutorial`. The
+    report shows what these found beside its own answer."""
 
 
 class Share(Section):
@@ -268,6 +272,10 @@ def _check(study: Study) -> Iterator[Problem]:
             if name.lower() in lower:
                 yield Problem(f"{section}.{name}", f"differs from '{lower[name.lower()]}' only in its capitals; rename one")
             lower.setdefault(name.lower(), name)
+    for name, source in study.sources.items():
+        if source.reference is not None and source.reference not in references():
+            hint = suggest(source.reference, list(references())) or f"; known: {', '.join(references())}"
+            yield Problem(f"sources.{name}.reference", f"no published answers about '{source.reference}'{hint}")
     yield from _arms(study)
     yield from _grid(study)
     yield from _report(study)

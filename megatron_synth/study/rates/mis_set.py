@@ -112,7 +112,7 @@ def off_rates(points: Sequence[Point], used: Mapping[tuple[float, float, float],
         cost = float(curve * best**2) if curve > 0 else math.nan
         one = where[number]
         found.append((one, rate, factor, cost, p))
-    corrected = holm([p for *_, p in found]) if found else []
+    corrected = holm([p for *_, p in found])
     return [
         Off(one.n_params, one.tokens, one.batch, rate, (factor[0], factor[1], factor[2]), cost, float(p))
         for (one, rate, factor, cost, _), p in zip(found, corrected, strict=True)
@@ -148,7 +148,7 @@ def bends(fits: Mapping[tuple[str, str], Fit], noises: Mapping[str, Noise | None
         p = max(_pooled(chosen, scatter, freedom)[2] for chosen in (lifts, *without))
         value, error, _ = _pooled(lifts, scatter, freedom)
         found.append((size, longest, list(lifts), value, error, freedom, p))
-    corrected = holm([one[-1] for one in found]) if found else []
+    corrected = holm([one[-1] for one in found])
     result = []
     for (size, longest, arms, value, error, freedom, _), p in zip(found, corrected, strict=True):
         half = float(student.ppf(0.95, freedom)) * error

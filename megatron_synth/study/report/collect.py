@@ -2,7 +2,8 @@
 
 runs.csv has one row per finished run. Columns: `run`, `id`, `arm`, `family`, `share` (exact), `ratio` (the same as a
 number), `size`, `n_params` (non-embedding), `budget`, `tokens`, `seed`, `steps`, `flops`, `loss` (the study's aggregate),
-`train_loss`, `train_seconds`, `device`, `lr` (peak), `sweep` (1: a run of `rates.sweep`), then `loss/<domain>`,
+`train_loss`, `train_seconds`, `device`, `lr` (peak), `sweep` (1: a run of `rates.sweep`), `trunk` (what
+branches of one run share), then `loss/<domain>`,
 `bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and `epochs/<source>`.
 """
 
@@ -66,6 +67,8 @@ class Row:
     """Loss by validation domain."""
     others: dict[str, float] = field(default_factory=dict)
     """The remaining columns, by their names."""
+    trunk: str = ""
+    """What runs share that are branches of one run; empty where a run starts from its seed."""
 
     @property
     def epochs(self) -> float:
@@ -157,6 +160,7 @@ def _row(study: Study, run: Run, result: Result) -> Row:
         device=result["device"],
         domains=domains,
         others=others,
+        trunk=str(result.get("trunk") or ""),
     )
 
 
@@ -186,7 +190,7 @@ def runs_csv(rows: Sequence[Row]) -> str:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    fixed = {name: getattr(row, name) for name in _ORDER}
+    fixed = {name: getattr(row, name) for name in _ORDER} | ({"trunk": row.trunk} if row.trunk else {})
     return {**fixed, **{f"loss/{name}": loss for name, loss in row.domains.items()}, **row.others}
 
 
@@ -214,7 +218,9 @@ def read_runs_csv(path: Path) -> list[Row]:
         values |= {name: _finite(cells[name], name, where) for name in _NUMBERS if name != "train_loss"}
         values["train_loss"] = _finite(cells["train_loss"], "train_loss", where) if cells["train_loss"] else None
         _check(values, where)
-        rest = {name: _finite(text, name, where) for name, text in cells.items() if name not in _ORDER and text}
+        values["trunk"] = cells.get("trunk", "")
+        numbers = {name: text for name, text in cells.items() if name not in _ORDER and name != "trunk" and text}
+        rest = {name: _finite(text, name, where) for name, text in numbers.items()}
         domains = {name.removeprefix("loss/"): value for name, value in rest.items() if name.startswith("loss/")}
         others = {name: value for name, value in rest.items() if not name.startswith("loss/")}
         rows.append(Row(**values, domains=domains, others=others))

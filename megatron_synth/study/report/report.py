@@ -3,7 +3,7 @@
 report/index.html            the page; everything is inside it
 report/runs.csv              one row per run; ratios.csv and metrics.csv in olmix's shape
 report/laws/<law>.json       every fit, with the runs it comes from
-report/figures/<name>.png    the figures
+report/figures/<name>.*      the figures, as .png, .svg and the numbers as .csv
 report/findings.txt          the answers in sentences
 """
 
@@ -37,9 +37,12 @@ def write_report(
         UserError: no run is finished, a result is damaged, or the folder cannot be written.
     """
     from megatron_synth.study.report.analysis import analyze
+    from megatron_synth.study.report.checks import check_study, sentences
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
+    from megatron_synth.study.report.drawing import looks
+    from megatron_synth.study.report.figure_checks import draw_checks
     from megatron_synth.study.report.figure_maps import draw_maps
-    from megatron_synth.study.report.figures import draw_all, looks
+    from megatron_synth.study.report.figures import draw_all
     from megatron_synth.study.report.findings import findings
     from megatron_synth.study.report.page import render
     from megatron_synth.train.record.run_dir import git_state
@@ -60,17 +63,22 @@ def write_report(
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
-    analysis = analyze(study, collected.rows, say)
+    analysis = analyze(study, [row for row in collected.rows if not row.swept], say)
+    say("decisions, forecasts, rates")
+    swept = [row for row in collected.rows if row.swept]
+    checks = check_study(study, analysis, swept, folder, from_table=table is not None)
     say("figures")
-    figures = [*draw_all(analysis), *draw_maps(analysis, looks(analysis))]
+    style = looks(analysis)
+    figures = [*draw_all(analysis), *draw_maps(analysis, style), *draw_checks(checks, style)]
     write_tables(study, collected.rows, out)
     for fitted in [*analysis.fits, *analysis.domains]:
         write_json(out / "laws" / f"{fitted.name}.json", fitted.to_json())
     for figure in figures:
-        write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
-    write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in findings(analysis)))
+        for ending, content in (("png", figure.png), ("svg", figure.file), ("csv", figure.data)):
+            write_atomic(out / "figures" / f"{figure.name}.{ending}", content)
+    write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in [*findings(analysis), *sentences(checks)]))
     git = git_state(Path(__file__).parent)
     commit = f", commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else ""
     page = out / "index.html"
-    write_atomic(page, render(analysis, collected, figures, looks(analysis), f"megatron-synth {__version__}{commit}"))
+    write_atomic(page, render(analysis, collected, figures, style, f"megatron-synth {__version__}{commit}", checks))
     return page
