@@ -23,7 +23,7 @@ LEVEL = 90.0
 SMALL = 15e6
 """Parameters below which mixtures are ranked badly: in olmix (arXiv 2602.12237) rank correlations with 1B are above 0.89 from
 15M on, and 0.73 at 1M."""
-_STARTS = 120
+_STARTS = 24
 _DRAWS = 2000
 _CORRELATIONS = np.sin(np.pi * (np.linspace(0.01, 0.99, 99) - 0.5))
 

@@ -94,7 +94,14 @@ def _forecasts(checks: Checks, style: dict[str, Look]) -> Drawn | None:
             ax.plot([low, high], [place, place], color=look.color, linewidth=2.2)
             filled = look.color if one.before else "none"
             ax.plot(
-                [mid], [place], look.marker, color=look.color, markerfacecolor=filled, markersize=8, markeredgecolor=look.color
+                [mid],
+                [place],
+                marker=look.marker,
+                linestyle="none",
+                color=look.color,
+                markerfacecolor=filled,
+                markersize=8,
+                markeredgecolor=look.color,
             )
         ax.axvline(0, color=GREY, linewidth=0.9)
         ax.set_yticks(range(len(scores)), [one.name for one in scores])

@@ -156,7 +156,15 @@ def _residuals(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
                     own = [place for place, row in enumerate(kept) if row.arm == arm]
                     look = style[arm]
                     values = 100 * np.expm1(fitted.fit.residuals[own])
-                    ax.plot([x[place] for place in own], values, look.marker, color=look.color, markersize=4, alpha=0.75)
+                    ax.plot(
+                        [x[place] for place in own],
+                        values,
+                        marker=look.marker,
+                        linestyle="none",
+                        color=look.color,
+                        markersize=4,
+                        alpha=0.75,
+                    )
             ax.set_xscale("log")
             ax.set_xlabel("non-embedding parameters" if kind == "model" else "training tokens", color=GREY)
             ax.set_ylabel("measured / law - 1, %", color=GREY, fontsize=9)

@@ -161,7 +161,17 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     column = "tokens" if law == "data" else "n_params"
     x = np.array([getattr(row, column) for row in fitted.rows], dtype=np.float64)
     y = np.array([row.loss for row in fitted.rows])
-    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
+    ax.plot(
+        x,
+        y,
+        marker=look.marker,
+        linestyle="none",
+        color=look.color,
+        markersize=5,
+        markeredgecolor=PAPER,
+        markeredgewidth=0.6,
+        zorder=3,
+    )
     if fitted.fit is None:
         return float(y[np.argmax(x)]), marked(arm, fitted), look.color
     inside = np.geomspace(x.min(), x.max(), 60)
@@ -334,7 +344,7 @@ def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
         ax.fill_between(curve.loss, low, high, where=list(band), color=look.color, alpha=0.13, linewidth=0)
     places = np.flatnonzero(np.isfinite(curve.measured))[::4]
     x, y = curve.loss[places], curve.measured[places]
-    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, label=arm)
+    ax.plot(x, y, marker=look.marker, linestyle="none", color=look.color, markersize=5, markeredgecolor=PAPER, label=arm)
 
 
 def _factor_ticks(ax: Axes) -> None:

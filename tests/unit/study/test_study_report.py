@@ -161,7 +161,10 @@ def test_figures_answer_and_can_be_taken_along(reported: tuple[Study, list[Row],
 
 
 def test_arms_are_told_apart_without_color(tmp_path: Path) -> None:
-    arms = {"natural": {"web": 1}, **{f"qa-{share}": {"web": 1 - share / 10, "qa": share / 10} for share in range(1, 10)}}
+    arms = {
+        "natural": {"web": 1},
+        **{f"qa-{share}": {"web": f"{10 - share}/10", "qa": f"{share}/10"} for share in range(1, 10)},
+    }
     study = load_study(write_study(tmp_path, arms=arms))
     style = looks(Analysis(study, [], None))
     assert len({look.marker for look in style.values()}) == len({look.sign for look in style.values()}) == len(arms)
