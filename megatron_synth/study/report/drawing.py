@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import escape
 
+from megatron_synth.core.log import compact
 from megatron_synth.study.report.analysis import Analysis, Fitted
 from megatron_synth.train.record.plot import FAINT, GREY, INK, STYLE
 
@@ -161,7 +162,8 @@ def _compact(svg: str, name: str) -> str:
 
     def shorter(match: re.Match[str]) -> str:
         values = _LONG.sub(lambda number: f"{round(float(number[0]), 1):g}", match[2])
-        return f'{match[1]}="{re.sub(r"\s+", " ", values).strip()}"'
+        values = " ".join(values.split())
+        return f'{match[1]}="{values}"'
 
     svg = _GEOMETRY.sub(shorter, svg)
     wanted = list(dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg)))
@@ -178,7 +180,8 @@ def _compact(svg: str, name: str) -> str:
 
 
 def _without_bare_groups(svg: str) -> str:
-    kept, parts = [], []
+    kept: list[bool] = []
+    parts: list[str] = []
     for part in re.split(r"(<g\b[^>]*>|</g>)", svg):
         if part == "</g>":
             if kept.pop():
@@ -231,3 +234,15 @@ def figure_size(count: int, columns: int = _COLUMNS, height: float = 3.6) -> tup
 def panel_title(ax: Axes, text: str) -> None:
     """Write the title of a panel."""
     ax.set_title(text, loc="left", fontweight="bold", fontsize=11)
+
+
+def log_ticks(ax: Axes, form: Callable[[float], str] = compact) -> None:
+    """Name the steps of a logarithmic axis of x; matplotlib's own names are formulas."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = ax.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(lambda value, _: form(value))
+    ax.set_xlim(low, high)

@@ -16,6 +16,7 @@ from megatron_synth.study.report.drawing import (
     Drawn,
     Look,
     figure_size,
+    log_ticks,
     panel_title,
     panels_of,
     render_figure,
@@ -56,6 +57,7 @@ def _decisions(checks: Checks) -> Drawn | None:
                 ax.plot(*zip(*laws, strict=True), shape, color=color, markerfacecolor="none", markersize=9)
         ax.axhline(50, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
         ax.set_xscale("log")
+        log_ticks(ax, lambda value: f"{value:.0e}".replace("e+", "e"))
         ax.set_ylim(0, 104)
         ax.set_xlabel("FLOPs of a run (6ND)", color=GREY)
         ax.set_ylabel("pairs in the same order, %", color=GREY, fontsize=9)
@@ -144,6 +146,7 @@ def _rates(checks: Checks) -> Drawn | None:
                 markeredgecolor=PAPER,
             )
             ax.set_xscale("log")
+            log_ticks(ax, lambda value: f"{value:g}")
             if cell.best.bounded:
                 ax.axvspan(cell.best.low, cell.best.high, color=HUES[2], alpha=0.15, linewidth=0)
             ax.axvline(cell.best.value, color=HUES[2], linewidth=1.4)

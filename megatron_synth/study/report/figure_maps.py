@@ -15,6 +15,7 @@ from megatron_synth.study.report.drawing import (
     Drawn,
     Look,
     figure_size,
+    log_ticks,
     panel_title,
     panels_of,
     render_figure,
@@ -164,6 +165,7 @@ def _residuals(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
                         alpha=0.75,
                     )
             ax.set_xscale("log")
+            log_ticks(ax)
             ax.set_xlabel("non-embedding parameters" if kind == "model" else "training tokens", color=GREY)
             ax.set_ylabel("measured / law - 1, %", color=GREY, fontsize=9)
 

@@ -24,6 +24,7 @@ from megatron_synth.study.report.drawing import (
     Drawn,
     Look,
     figure_size,
+    log_ticks,
     looks,
     marked,
     panel_title,
@@ -92,7 +93,7 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, caption: str) ->
             labels = [_arm_curve(ax, fits[arm, at], law, style[arm], arm) for arm in arms]
             _keep_to(ax, [row.loss for arm in arms for row in fits[arm, at].rows])
             ax.set_xlabel("training tokens" if law == "data" else "non-embedding parameters", color=GREY)
-            _log_ticks(ax)
+            log_ticks(ax)
             label_ends(ax, labels)
 
     caption = (
@@ -167,7 +168,7 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
         marker=look.marker,
         linestyle="none",
         color=look.color,
-        markersize=5,
+        markersize=6.5,
         markeredgecolor=PAPER,
         markeredgewidth=0.6,
         zorder=3,
@@ -194,17 +195,6 @@ def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
     low, high = ax.get_ylim()
     span = max(losses) - min(losses)
     ax.set_ylim(max(low, min(losses) - span), min(high, max(losses) + span))
-
-
-def _log_ticks(ax: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    low, high = ax.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda value, _: compact(value))
-    ax.set_xlim(low, high)
 
 
 # ---- best ratios
@@ -344,7 +334,7 @@ def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
         ax.fill_between(curve.loss, low, high, where=list(band), color=look.color, alpha=0.13, linewidth=0)
     places = np.flatnonzero(np.isfinite(curve.measured))[::4]
     x, y = curve.loss[places], curve.measured[places]
-    ax.plot(x, y, marker=look.marker, linestyle="none", color=look.color, markersize=5, markeredgecolor=PAPER, label=arm)
+    ax.plot(x, y, marker=look.marker, linestyle="none", color=look.color, markersize=6.5, markeredgecolor=PAPER, label=arm)
 
 
 def _factor_ticks(ax: Axes) -> None:

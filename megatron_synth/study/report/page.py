@@ -73,6 +73,10 @@ def render(
     return document(title, parts, script=TOOLS)
 
 
+_MOST = 10.0
+"""A relative change that is above this, or an end of its interval, is no number that the runs know."""
+
+
 class _Page:
     def __init__(self, analysis: Analysis, collected: Collected, style: dict[str, Look], checks: Checks):
         self.checks = checks
@@ -90,7 +94,7 @@ class _Page:
             (f"{len(rows)} of {total}", "runs finished"),
             (human(sum(row.tokens for row in rows)), "tokens trained"),
             (scientific(sum(row.flops for row in rows)), "FLOPs"),
-            (duration(seconds), f"in steps, on {', '.join(devices)}"),
+            (duration(seconds) if seconds < 360_000 else f"{seconds / 3600:,.0f} h", f"in steps, on {', '.join(devices)}"),
             ("n/a" if noise is None else percent(noise.relative), "scatter of the loss between seeds"),
         ]
         if held:
@@ -436,7 +440,14 @@ def _comparison(one: Any) -> tuple[str, str, str]:
 
 
 def _in_percent(one: Estimate) -> str:
-    return f"{100 * one.value:+.2f} % {_bounds(tuple(100 * bound for bound in one.interval), '+.2f')}"
+    if abs(one.value) > _MOST:  # a floor that the runs do not know
+        return "not known"
+    low, high = (_percent(bound) for bound in one.interval)
+    return f"{100 * one.value:+.2f} % [{low}, {high}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.2f}" if abs(value) <= _MOST else "∞" if value > 0 else "-∞"
 
 
 def _parts(row: Row, prefix: str) -> list[tuple[str, float]]:
