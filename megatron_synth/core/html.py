@@ -28,7 +28,8 @@ nav { font-size:14px; margin:14px 0 0; display:flex; flex-wrap:wrap; gap:4px 16p
 a { color:var(--accent); text-decoration:none; } a:hover { text-decoration:underline; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:24px 0 8px; }
 .tile { background:var(--panel); border-radius:8px; padding:12px 14px; }
-.tile { min-width:0; } .tile b { display:block; overflow-wrap:anywhere; font-size:24px; line-height:1.25; font-variant-numeric:tabular-nums; }
+.tile { min-width:0; } .tile b { display:block; overflow-wrap:anywhere; font-size:24px; line-height:1.25;
+  font-variant-numeric:tabular-nums; }
 .tile span { color:var(--gray); font-size:13px; }
 .findings { padding-left:20px; max-width:82ch; } .findings li { margin:7px 0; }
 figure { margin:18px 0 8px; } figure svg { display:block; width:100%; height:auto; }

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _BEYOND = 4.0
 """How far a law is drawn beyond the last budget or size."""
 _DOMAIN_COLUMNS = 4
-_CSV_POINTS = 16
+_CSV_POINTS = 10
 """Of a law's curve in a figure's data."""
 
 
@@ -175,8 +175,8 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     )
     if fitted.fit is None:
         return float(y[np.argmax(x)]), marked(arm, fitted), look.color
-    inside = np.geomspace(x.min(), x.max(), 60)
-    outside = np.geomspace(x.max(), x.max() * _BEYOND, 40)
+    inside = np.geomspace(x.min(), x.max(), 40)
+    outside = np.geomspace(x.max(), x.max() * _BEYOND, 20)
     ax.plot(inside, fitted.fit.predict({column: inside}), color=look.color, linewidth=1.6)
     beyond = fitted.fit.predict({column: outside})
     if beyond[-1] <= beyond[0]:

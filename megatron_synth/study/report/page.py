@@ -73,6 +73,9 @@ def render(
     return document(title, parts, script=TOOLS)
 
 
+_SPEED_STEP = 10
+"""Of the losses of a speed-up every so many stand in the table; the figure's data have more."""
+_MOST_DOMAIN_LAWS = 300
 _MOST = 10.0
 """A relative change that is above this, or an end of its interval, is no number that the runs know."""
 
@@ -198,7 +201,7 @@ class _Page:
         for (arm, size), curve in self.analysis.speed.items():
             number = self._number(self.analysis.data[arm, size])
             law_link = html('<a href="#law-{}">its law</a>', number)
-            for position in range(0, len(curve.loss), 6):
+            for position in range(0, len(curve.loss), _SPEED_STEP):
                 if not math.isfinite(curve.fitted[position]):
                     continue
                 measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
@@ -277,10 +280,14 @@ class _Page:
         anchors = [f"law-{self._number(fitted)}" for fitted in self.analysis.fits]
         parts.append(table(heads, rows, anchors) if rows else none)
         if self.analysis.domains:
-            laws = table(heads, [self._domain_row(fitted) for fitted in self.analysis.domains])
+            shown = sorted(self.analysis.domains, key=lambda one: -max(row.flops for row in one.rows))[:_MOST_DOMAIN_LAWS]
+            laws = table(heads, [self._domain_row(fitted) for fitted in shown])
             parts.append(
                 html(
-                    "<details><summary>Laws of single validation domains ({})</summary>{}</details>",
+                    "<details><summary>Laws of single validation domains ({} of {}, those with most compute; laws/ has "
+                    "all)</summary>{}"
+                    "</details>",
+                    len(shown),
                     len(self.analysis.domains),
                     laws,
                 )
