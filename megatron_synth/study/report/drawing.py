@@ -152,6 +152,12 @@ _MANY, _WORDY = 3, 16
 """Styles that stand so often, and are so long, become classes."""
 
 
+def _short(number: re.Match[str]) -> str:
+    """A tenth of a point; what is smaller, as a scale may be, keeps three digits."""
+    value = float(number[0])
+    return f"{value:.3g}" if abs(value) < 0.1 else f"{round(value, 1):g}"
+
+
 def _compact(svg: str, name: str) -> str:
     """The same drawing in a third of the bytes.
 
@@ -161,7 +167,7 @@ def _compact(svg: str, name: str) -> str:
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
     def shorter(match: re.Match[str]) -> str:
-        values = _LONG.sub(lambda number: f"{round(float(number[0]), 1):g}", match[2])
+        values = _LONG.sub(_short, match[2])
         values = " ".join(values.split())
         return f'{match[1]}="{values}"'
 
