@@ -75,7 +75,7 @@ def render(
 
 _SPEED_STEP = 10
 """Of the losses of a speed-up every so many stand in the table; the figure's data have more."""
-_MOST_DOMAIN_LAWS = 300
+_MOST_DOMAIN_LAWS = 120
 _MOST = 10.0
 """A relative change that is above this, or an end of its interval, is no number that the runs know."""
 
