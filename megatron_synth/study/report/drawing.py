@@ -27,7 +27,7 @@ _VARIABLES = {INK: "--ink", GREY: "--gray", FAINT: "--faint", PAPER: "--paper"}
 HUES = ("#3d7cc9", "#d9822b", "#2f9e6e", "#a35bb5", "#c2503f", "#3fa3b5")
 _MARKERS: dict[str, str] = {
     **{"s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶", "p": "⬟", "*": "★", "h": "⬢"},
-    **{"d": "⬧", "8": "⯃", "H": "⬣", "$I$": "▮", "$=$": "▬"},
+    **{"d": "⬧", "8": "⯃", "H": "⬣"},
 }
 """Of arms, with the character that stands for each in the text; the baseline has the circle."""
 BASELINE_MARKER = "o"
