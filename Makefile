@@ -107,12 +107,15 @@ quickstart: $(READY)
 	@echo "== 3 of 3: the report, 5 seconds"
 	@$(BIN)/megatron-synth report $(RUN)
 
-# the study in small: prepares, plans, trains 72 runs (again to go on after a stop), fits, and writes one page
+# the study in small: prepares, plans, trains 60 runs, forecasts the 12 largest (once), trains these, fits, and writes one page
 STUDY := configs/study/twin.yaml
+FORECASTS := runs/study/twin/forecasts.jsonl
 
 study: $(READY)
 	$(BIN)/megatron-synth study prepare $(STUDY)
 	$(BIN)/megatron-synth study plan $(STUDY)
+	test -e $(FORECASTS) || { $(BIN)/megatron-synth study submit $(STUDY) --local --jobs $$(nproc) --max-tokens 100k && \
+	  { $(BIN)/megatron-synth study forecast $(STUDY) || echo "no forecast: the runs that it would be of have begun"; }; }
 	$(BIN)/megatron-synth study submit $(STUDY) --local --jobs $$(nproc)
 	$(BIN)/megatron-synth study report $(STUDY)
 

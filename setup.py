@@ -22,6 +22,7 @@ setup(
     package_data={
         "megatron_synth": ["py.typed"],
         "megatron_synth.data.preparing": ["builtin/*"],
+        "megatron_synth.study.plan": ["reference.yaml"],
         "megatron_synth.synthesis.kinds": ["templates/*.yaml"],
         "megatron_synth.configs": ["**/*.yaml"],
         "megatron_synth.launch": ["*"],

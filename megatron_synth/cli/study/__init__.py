@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.study.forecast import add_options as add_forecast_options
+from megatron_synth.cli.study.forecast import run as forecast
 from megatron_synth.cli.study.propose import add_options as add_propose_options
 from megatron_synth.cli.study.propose import run as propose
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -19,6 +21,7 @@ from megatron_synth.config.load import to_yaml
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
 from megatron_synth.study.execute.folder import Folder, Job
+from megatron_synth.study.fit.table.row_filter import number
 from megatron_synth.study.plan.costs import Sources, check_sources, open_sources, require_prepared
 from megatron_synth.study.plan.runs import Run, expand, jobs_of
 from megatron_synth.study.plan.study_file import Study, load_study
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--local", action="store_true", help="on this machine, one process per run")
     where.add_argument("--slurm", action="store_true", help="as job arrays")
     submit.add_argument("--jobs", type=count, help="runs at a time. Default: one per GPU, or one on a CPU; SLURM: per node")
+    submit.add_argument("--max-tokens", metavar="TOKENS", help="only the runs of budgets up to this, as before a forecast")
     submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs and corpora whose names or ids stand in FILE")
     _slurm_options(submit)
     status = verbs.add_parser("status", help="done, running, failed, to do, and the time left")
@@ -61,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs.add_parser("prepare", help="prepare the text that the study names")
     add_propose_options(verbs.add_parser("propose", help="the mixtures to run next, written as arms into a study file"))
+    add_forecast_options(verbs.add_parser("forecast", help="the loss of runs to come, written down, and scored later"))
     for verb in verbs.choices.values():
         verb.add_argument("file", metavar="FILE", help="the study file")
         verb.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")
@@ -145,7 +150,7 @@ def _submit_all(arguments: argparse.Namespace) -> int:
     opened = _open(arguments)
     study, runs, folder = opened
     sources = _checked(opened)
-    jobs = jobs_of(runs)
+    jobs = jobs_of(_up_to(runs, arguments.max_tokens))
     chosen = _only(jobs, arguments.only) if arguments.only else jobs
     folder.prepare()
     write_atomic(folder.study, to_yaml(study))
@@ -158,6 +163,17 @@ def _submit_all(arguments: argparse.Namespace) -> int:
 
     slots = Slots.of_machine(arguments.jobs)
     return Execution(study, folder, chosen, slots, sources.required_vocab_size).go()
+
+
+def _up_to(runs: list[Run], text: str | None) -> list[Run]:
+    if text is None:
+        return runs
+    limit = number(text)
+    chosen = [run for run in runs if limit is not None and run.tokens <= limit]
+    if not chosen:
+        smallest = min((run.tokens for run in runs), default=0)
+        raise UserError(f"--max-tokens {text}: no run is that small; the smallest budget is {smallest:,} tokens")
+    return chosen
 
 
 def _only(jobs: Sequence[Job], file: Path) -> list[Job]:
@@ -201,4 +217,4 @@ def _report(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-_VERBS = {"plan": _plan, "prepare": _prepare, "submit": _submit, "status": _status, "report": _report}
+_VERBS = {"plan": _plan, "prepare": _prepare, "submit": _submit, "status": _status, "report": _report, "forecast": forecast}

@@ -7,6 +7,7 @@
     state/<id>.json       its last failure, and how often it was tried
     state/<id>.lock       who trains it (core/lock.py)
     slurm/  report/       what `submit --slurm` and `report` write
+    forecasts.jsonl       what `forecast` predicted, and when
 
 A run is finished when result.json is there, a corpus when corpus.json is, which is written last, as a whole. A process that is
 killed leaves its lock, which the next one takes over, and its checkpoints or answers: the next submit goes on from there.
@@ -29,6 +30,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.core.files import open_regular, write_json
 from megatron_synth.core.lock import Held, Lock, holder
+from megatron_synth.core.records import parse_json, read_bytes
 from megatron_synth.study.execute import shapes
 from megatron_synth.study.execute.shapes import CorpusResult, Failure, Result
 from megatron_synth.study.plan.corpora import Corpus
@@ -41,6 +43,8 @@ RESULT = "result.json"
 CORPUS = "corpus.json"
 Job = Run | Corpus
 """What is executed: a run is trained, a corpus is made."""
+NO_FORECAST = "0" * 16
+"""The digest before the first forecast."""
 FORMAT_VERSION = 1
 State = Literal["done", "running", "failed", "stopped", "to do"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "stopped", "to do")
@@ -66,6 +70,25 @@ class Folder:
     def slurm(self) -> Path:
         """Folder of what was submitted to SLURM."""
         return self.path / "slurm"
+
+    @property
+    def forecasts(self) -> Path:
+        """What was forecast."""
+        return self.path / "forecasts.jsonl"
+
+    def last_forecast(self) -> str | None:
+        """Digest of the last forecast that was written down, zeros where there is none; None if its line is damaged.
+
+        Results of runs hold it, so that forecasts cannot be made, changed or taken out later without being seen.
+        """
+        try:
+            line = read_bytes(self.forecasts).removesuffix(b"\n").rsplit(b"\n", 1)[-1]
+            digest = parse_json(line)["digest"]
+        except FileNotFoundError:
+            return NO_FORECAST
+        except (UserError, ValueError, TypeError, KeyError):
+            return None if self.forecasts.exists() else NO_FORECAST
+        return digest if isinstance(digest, str) else None
 
     def prepare(self) -> None:
         """Make the folders.
@@ -264,6 +287,7 @@ def write_result(folder: Folder, run: Run, vocab_size: int, data_digest: str) ->
         "data_digest": data_digest,
         **({"trunk": run.trunk} if run.trunk else {}),
         "finished": _now(),
+        "last_forecast": folder.last_forecast(),
     }
     write_json(path / RESULT, content)
     folder.clear_failure(run)

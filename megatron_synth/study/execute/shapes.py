@@ -40,6 +40,8 @@ class Result(TypedDict):
     trunk: NotRequired[str]
     """Id of the run that it is a branch of, or of itself if others are; results of one trunk are not independent."""
     finished: str
+    last_forecast: NotRequired[str | None]
+    """Digest of the last forecast that the study's folder held when the run ended."""
 
 
 @with_config(OPEN)

@@ -77,13 +77,16 @@ def _sizes(runs: Sequence[Run], vocab_size: int) -> list[str]:
     from megatron_synth.estimate.flops import count_parameters
 
     rows: list[tuple[str, ...]] = [("size", "non-embedding", "all", "layers", "hidden", "lr", "batch", "ranks")]
-    by_size = {run.size: run for run in sorted(runs, key=lambda run: run.parameters)}
+    grid = [run for run in runs if not run.sweep]
+    by_size = {run.size: run for run in sorted(grid, key=lambda run: run.parameters)}
     for size, run in by_size.items():
+        rates = sorted({one.config.optim.lr for one in grid if one.size == size})
+        shown = f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         model, train = run.config.model, run.config.train
         counted = count_parameters(model, vocab_size)
         batch = f"{train.global_batch_size} x {train.sequence_length}"
         numbers = (human(counted.non_embedding), human(counted.total), str(model.num_layers), str(model.hidden_size))
-        rows.append((size, *numbers, f"{run.config.optim.lr:.3g}", batch, str(run.ranks)))
+        rows.append((size, *numbers, shown, batch, str(run.ranks)))
     return [f"sizes, vocabulary {vocab_size:,}", table(rows)]
 
 
@@ -92,8 +95,20 @@ def _runs(
 ) -> str:
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault((*run.cell, run.seed) if each else run.cell, []).append(run)
-    heads = ["arm", "size", "N", "D", "seed" if each else "seeds", "steps", "epochs", "FLOPs"]
+        own = (run.sweep, run.config.optim.lr, run.config.train.global_batch_size)
+        groups.setdefault((*run.cell, *own, run.seed) if each else (*run.cell, *own), []).append(run)
+    rated = len({(run.size, run.config.optim.lr) for run in runs}) > len({run.size for run in runs})
+    heads = [
+        "arm",
+        "size",
+        "N",
+        "D",
+        "seed" if each else "seeds",
+        *(["lr", "batch"] if rated else []),
+        "steps",
+        "epochs",
+        "FLOPs",
+    ]
     priced = study.costs is not None
     if priced:
         heads.append("hours")
@@ -105,7 +120,10 @@ def _runs(
         run = members[0]
         cost = total([costs[member.id] for member in members])
         row = [run.arm, run.size, human(run.parameters), compact(run.tokens)]
-        row += [str(run.seed) if each else str(len(members)), f"{run.config.train.steps:,}"]
+        row += [str(run.seed) if each else str(len(members))]
+        if rated:
+            row += [f"{run.config.optim.lr:.3g}", f"{run.config.train.global_batch_size}{' (sweep)' if run.sweep else ''}"]
+        row += [f"{run.config.train.steps:,}"]
         row += [mapping_of_epochs(uses[use_key(run)]), scientific(cost.flops)]
         row += [] if cost.hours is None else [_hours(cost.hours)]
         row += [] if cost.money is None else [f"{cost.money:,.2f}"]

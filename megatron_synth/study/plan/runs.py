@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.parallel.plan import plan
 from megatron_synth.study.plan.corpora import Corpus, corpus_of
 from megatron_synth.study.plan.generated import Generated, RunOf
+from megatron_synth.study.plan.rates import variants
 from megatron_synth.study.plan.study_file import Study, StudySource
 
 _ANY_VOCABULARY = 1  # non-embedding parameters do not depend on it
@@ -53,6 +54,8 @@ class Run:
     config: Config
     corpora: Mapping[str, Corpus] = field(default_factory=dict)
     """The sources that the study makes, by their names."""
+    sweep: bool = False
+    """A run of `rates.sweep`, which takes no part in the laws."""
     branch_step: int = 0
     """Of a branch: the step of its trunk that it goes on from."""
     family: tuple[str, ...] = ()
@@ -76,7 +79,8 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder: what it is, for people, and the id."""
-        return f"{self.arm}-{self.size}-{compact(self.budget)}-s{self.seed}-{self.id}"
+        rates = f"-lr{self.config.optim.lr:g}-b{self.config.train.global_batch_size}" if self.sweep else ""
+        return f"{self.arm}-{self.size}-{compact(self.budget)}{rates}-s{self.seed}-{self.id}"
 
     @property
     def tokens(self) -> int:
@@ -136,16 +140,6 @@ def jobs_of(runs: Sequence[Run]) -> list[Run | Corpus]:
     return list(found.values())
 
 
-def learning_rate_of(study: Study, size: str, parameters: int) -> float:
-    """Peak learning rate of a size: its own, or that of the rule, rounded to three digits."""
-    own, rates = study.sizes[size].lr, study.rates
-    if own is not None:
-        return own
-    if rates.at is None:
-        return rates.lr
-    return float(f"{rates.lr * (parameters / rates.at) ** rates.exponent:.3g}")
-
-
 def expand(study: Study) -> list[Run]:
     """The runs of a study: by seed, then the largest first, so that an early report covers every cell.
 
@@ -155,10 +149,11 @@ def expand(study: Study) -> list[Run]:
     expansion = _Expansion(study)
     runs = [expansion.run(*cell) for cell in expansion.cells]
     found = [run for run in runs if run is not None]
+    swept = _sweep(study, found, expansion.problems)
     if not expansion.problems:
         from megatron_synth.study.plan.trunks import arranged
 
-        found = arranged(study, found, expansion.problems)
+        found = [*arranged(study, found, expansion.problems), *swept]
     if expansion.problems:
         raise ConfigError(f"study {study.name}", list(expansion.problems))
     seeds, arms = list(study.seeds), list(study.arms)
@@ -234,6 +229,22 @@ class _Expansion:
         return self.run(*cell)
 
 
+def _sweep(study: Study, runs: Sequence[Run], problems: dict[Problem, None]) -> list[Run]:
+    """The runs at other rates and batches than the rule's."""
+    own = [(run.arm, run.size, run.budget, run.seed, run.parameters, study.sizes[run.size].lr, run.config) for run in runs]
+    found = []
+    for one in variants(study.rates, own, study.baseline_arm, study.seeds[0], problems):
+        run = replace(runs[one.of], config=one.config, sweep=True)
+        try:
+            plan(run.config, run.ranks)
+        except ConfigError as error:
+            batch = run.config.train.global_batch_size
+            told = [Problem("rates.sweep.batches", f"batch {batch} at {run.size}: {part.message}") for part in error.problems]
+            problems.update(dict.fromkeys(told))
+        found.append(run)
+    return found
+
+
 def _combinations(study: Study, problems: dict[Problem, None]) -> Iterator[tuple[str, str, int, int]]:
     for number, cells in enumerate(study.grid):
         for size in cells.sizes or tuple(study.sizes):
@@ -276,7 +287,8 @@ def _config(
     found, model = examine(ModelConfig, sections["model"])
     if model is None or found:
         return [Problem(f"sizes.{size}.model.{one.path}", one.message) for one in found], None
-    lr = learning_rate_of(study, size, count_parameters(model, _ANY_VOCABULARY).non_embedding)
+    parameters = count_parameters(model, _ANY_VOCABULARY).non_embedding
+    lr = study.rates.peak(entry.lr, parameters, budget, step)
     decided = {
         "data": {
             "sources": _sources(study, arm, corpora),
@@ -284,7 +296,7 @@ def _config(
             **_in_order(study, arm, steps * step),
         },
         "train": {"steps": steps, "seed": seed},
-        "optim": _rates(study, lr, steps),
+        "optim": study.rates.schedule(lr, steps),
     }
     content = merge(_quiet(), merge(sections, decided))
     problems, config = examine(Config, content)
@@ -337,18 +349,6 @@ def _in_order(study: Study, arm: str, tokens: int) -> dict[str, Any]:
 
 def _dump(sections: Mapping[str, Any]) -> dict[str, Any]:
     return {name: section.model_dump(mode="json") for name, section in sections.items()}
-
-
-def _rates(study: Study, lr: float, steps: int) -> dict[str, Any]:
-    """Rates and lengths of the schedule in a run of `steps` steps."""
-    rates = study.rates
-    warmup = round(rates.warmup_fraction * steps)
-    if rates.max_warmup_steps is not None:
-        warmup = min(warmup, rates.max_warmup_steps)
-    section: dict[str, Any] = {"lr": lr, "min_lr": lr * rates.min_lr_fraction, "warmup_steps": warmup}
-    if rates.decay_fraction is not None:
-        section["decay_steps"] = max(1, round(rates.decay_fraction * steps))
-    return section
 
 
 def _in_study(study: Study, size: str, problem: Problem) -> Problem:

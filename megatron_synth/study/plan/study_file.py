@@ -24,6 +24,8 @@ from megatron_synth.config.validation import examine, suggest
 from megatron_synth.estimate.hardware import peak_flops
 from megatron_synth.study.plan.arms import Arm
 from megatron_synth.study.plan.generated import Generated, Rounds, check_generated, unfold
+from megatron_synth.study.plan.rates import Rates, check_rates
+from megatron_synth.study.plan.references import references
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWNED = {
@@ -60,6 +62,9 @@ class StudySource(Section):
     generation_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """FLOPs that each of its tokens took to generate, for `report.count_generation`. Default: as the record of its synthesis in
     its manifest says."""
+    reference: str | None = None
+    """The kind of text in published studies that it is like: `hq`, `qa`, `textbook`, `table`, `math`, `faq` or `tutorial`. The
+    report shows what these found beside its own answer."""
 
 
 def _sizes_by_name(value: Any) -> Any:
@@ -96,25 +101,6 @@ class Cells(Section):
     """Default: all."""
     seeds: tuple[Seed, ...] | None = None
     """Default: all."""
-
-
-class Rates(Section):
-    """The learning rate by size, and its schedule by the length of the run."""
-
-    lr: Annotated[float, Field(gt=0)]
-    """Peak at the size `at`."""
-    at: Annotated[float, Field(gt=0)] | None = None
-    """Non-embedding parameters that `lr` holds for. Default: all alike."""
-    exponent: float = 0.0
-    """lr x (N / at) ** exponent, rounded to three digits."""
-    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Rate at the end, as a part of the peak."""
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Steps of linear warm-up, as a part of the run."""
-    max_warmup_steps: PositiveInt | None = None
-    """Warm-up is never longer than this."""
-    decay_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Schedule wsd: steps of the final decay, as a part of the run. Default: a tenth."""
 
 
 class Costs(Section):
@@ -329,6 +315,10 @@ def _check(study: Study) -> Iterator[Problem]:
             if name.lower() in lower:
                 yield Problem(f"{section}.{name}", f"differs from '{lower[name.lower()]}' only in its capitals; rename one")
             lower.setdefault(name.lower(), name)
+    for name, source in study.sources.items():
+        if source.reference is not None and source.reference not in references():
+            hint = suggest(source.reference, list(references())) or f"; known: {', '.join(references())}"
+            yield Problem(f"sources.{name}.reference", f"no published answers about '{source.reference}'{hint}")
     yield from _arms(study)
     yield from check_generated(study)
     yield from _grid(study)
@@ -338,6 +328,9 @@ def _check(study: Study) -> Iterator[Problem]:
     if OWN_TRUNK in study.arms and trunk == OWN_TRUNK:
         yield Problem(f"arms.{OWN_TRUNK}", "is also what design.trunk calls an arm's own longest run; rename it")
     yield from _report(study)
+    budgets = {budget for cells in study.grid for budget in cells.tokens}
+    named = () if any(cells.tokens_per_parameter for cells in study.grid) else sorted(budgets)
+    yield from check_rates(study.rates, arms=study.arms, sizes=study.sizes, seeds=study.seeds, tokens=named)
     for key, instead in _OWNED.items():
         value: Any = study.protocol
         for part in key.split("."):

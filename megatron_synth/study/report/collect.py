@@ -2,7 +2,8 @@
 
 runs.csv has one row per finished run. Columns: `run`, `id`, `arm`, `family`, `share` (exact), `ratio` (the same as a
 number), `size`, `n_params` (non-embedding), `budget`, `tokens`, `seed`, `steps`, `flops`, `loss` (the study's aggregate),
-`train_loss`, `train_seconds`, `device`, `trunk` (id of the run that it shares its first steps with), then `loss/<domain>`,
+`train_loss`, `train_seconds`, `device`, `lr` (peak), `sweep` (1: a run of `rates.sweep`), `trunk` (id of the run that it
+shares its first steps with), then `loss/<domain>`,
 `bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and `epochs/<source>`.
 """
 
@@ -77,6 +78,16 @@ class Row:
         return max([1.0, *(value for name, value in self.others.items() if name.startswith("epochs/"))])
 
     @property
+    def swept(self) -> bool:
+        """Whether it is a run of `rates.sweep`, which takes no part in the laws."""
+        return bool(self.others.get("sweep"))
+
+    @property
+    def lr(self) -> float | None:
+        """Peak learning rate; None in tables of earlier versions."""
+        return self.others.get("lr")
+
+    @property
     def cell(self) -> tuple[str, str, int]:
         """What runs that differ in the seed alone share."""
         return self.arm, self.size, self.tokens
@@ -122,7 +133,9 @@ def _row(study: Study, run: Run, result: Result) -> Row:
     absent = [name for name in study.validation if name not in losses]  # null: no label of it counted
     if absent:
         raise UserError(f"{result['run']}: result.json has no loss of domain {', '.join(absent)}")
-    others: dict[str, float] = {}
+    others: dict[str, float] = {"lr": run.config.optim.lr}
+    if run.sweep:
+        others["sweep"] = 1
     others |= {f"bpb/{name}": value for name, value in result["bpb"].items() if value is not None}
     others |= {f"eval_tokens/{name}": count for name, count in result["tokens_evaluated"].items()}
     for name, source in result["sources"].items():
@@ -162,6 +175,12 @@ def _aggregate(study: Study, domains: Mapping[str, float], others: Mapping[str, 
     return float(aggregate(columns, how, tokens=counts)[0])
 
 
+def aggregate_name(study: Study) -> str:
+    """The loss that a study is about, as forecasts name it."""
+    how = study.report.aggregate
+    return f"{how} of {', '.join(study.validation)}" if isinstance(how, str) else f"macro of {', '.join(how)}"
+
+
 # ---- CSV
 
 
@@ -179,7 +198,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def _place(name: str) -> tuple[int, str]:
     prefixes = (*_BY_DOMAIN, *_BY_SOURCE)
-    return next(position for position, prefix in enumerate(prefixes) if name.startswith(prefix)), name
+    return next((1 + position for position, prefix in enumerate(prefixes) if name.startswith(prefix)), 0), name
 
 
 def read_runs_csv(path: Path) -> list[Row]:

@@ -11,12 +11,11 @@ from megatron_synth.core.log import compact
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.report.analysis import Analysis, Fitted
 from megatron_synth.study.report.collect import Row
-from megatron_synth.study.report.figures import (
-    DOUBTED,
+from megatron_synth.study.report.drawing import (
     Drawn,
     Look,
     figure_size,
-    marked,
+    log_ticks,
     panel_title,
     panels_of,
     render_figure,
@@ -87,7 +86,16 @@ def _gaps(analysis: Analysis) -> Drawn | None:
     )
     caption = f"Mean loss of each arm against {baseline}, in percent, by size and budget; below 0 is better. Empty: not run."
     extent = figure_size(len(arms), _COLUMNS, 0.9 + 0.42 * len(sizes))
-    return render_figure("map", "Each arm against the baseline, by size and budget", caption, extent, draw, told)
+    known = np.argwhere(~np.isnan(gaps))
+    data: list[tuple[object, ...]] = [("arm", "size", "tokens", "percent above the baseline")]
+    data += [(arms[one], sizes[row], tokens[column], float(gaps[one, row, column])) for one, row, column in known]
+    title = f"No cell has both an arm and {baseline}"
+    if len(known):
+        one, row, column = known[np.argmin([gaps[tuple(place)] for place in known])]
+        title = f"Below {baseline} in {int((gaps < 0).sum())} of {len(known)} cells; most {arms[one]} at {sizes[row]} and "
+        title += f"{compact(tokens[column])} tokens, {gaps[one, row, column]:+.1f} %"
+    question = "Where does each arm help?"
+    return render_figure("map", title, caption, extent, draw, told, question=question, data=data)
 
 
 def _best_ratios(analysis: Analysis) -> Drawn | None:
@@ -114,7 +122,17 @@ def _best_ratios(analysis: Analysis) -> Drawn | None:
     )
     caption = "The share with the lowest mean loss among those that were run; ~ where the noise cannot tell it from others."
     size = figure_size(len(families), _COLUMNS, 0.9 + 0.42 * len(sizes))
-    return render_figure("best-ratio-map", "The best ratio by size and budget", caption, size, draw, told)
+    heads = ("family", "size", "tokens", "best share", "its loss", "not worse")
+    data: list[tuple[object, ...]] = [heads]
+    for best in analysis.best:
+        band = () if best.measured is None else best.measured.band
+        data.append((best.family, best.size, best.tokens, *best.lowest, " ".join(f"{share:.4g}" for share in band)))
+    ranges = []
+    for number, family in enumerate(families):
+        low, high = float(np.nanmin(ratios[number])), float(np.nanmax(ratios[number]))
+        ranges.append(f"{family} {low:.2g} everywhere" if low == high else f"{family} from {low:.2g} to {high:.2g}")
+    question = "Does the best share depend on size and budget?"
+    return render_figure("best-ratio-map", "; ".join(ranges), caption, size, draw, told, question=question, data=data)
 
 
 def _residuals(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
@@ -137,19 +155,42 @@ def _residuals(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
                     own = [place for place, row in enumerate(kept) if row.arm == arm]
                     look = style[arm]
                     values = 100 * np.expm1(fitted.fit.residuals[own])
-                    ax.plot([x[place] for place in own], values, look.marker, color=look.color, markersize=4, alpha=0.75)
+                    ax.plot(
+                        [x[place] for place in own],
+                        values,
+                        marker=look.marker,
+                        linestyle="none",
+                        color=look.color,
+                        markersize=4,
+                        alpha=0.75,
+                    )
             ax.set_xscale("log")
+            log_ticks(ax)
             ax.set_xlabel("non-embedding parameters" if kind == "model" else "training tokens", color=GREY)
             ax.set_ylabel("measured / law - 1, %", color=GREY, fontsize=9)
 
     told = "; ".join(
-        f"{marked(', '.join(fitted.key), fitted)} {100 * fitted.fit.mean_absolute_relative_error:.2f} %"
-        for fits in kinds.values()
-        for fitted in fits
-        if fitted.fit is not None
+        f"{_LAWS.get(kind, kind)}, {len(fits)} laws: {100 * _mean_error(fits):.2f} %" for kind, fits in kinds.items()
     )
     caption = "What the laws leave over of every run, in the arms' colors. A bend that arms share is a wrong law; a funnel is "
     caption += "unequal noise."
     size = figure_size(len(kinds), 2, 3.2)
-    told = f"Mean absolute relative errors: {told}.{DOUBTED}"
-    return render_figure("residuals", "Residuals of the laws", caption, size, draw, told)
+    told = f"Mean absolute relative errors: {told}"
+    data: list[tuple[object, ...]] = [("law", "of", "run", "arm", "measured / law - 1")]
+    errors, doubted = [], 0
+    for fits in kinds.values():
+        for fitted in fits:
+            assert fitted.fit is not None
+            errors.append(fitted.fit.mean_absolute_relative_error)
+            doubted += bool(fitted.doubts)
+            of = " ".join(fitted.key[1:])
+            for place, residual in zip(fitted.fit.points, np.expm1(fitted.fit.residuals), strict=True):
+                row = fitted.rows[place]
+                data.append((fitted.key[0], of, row.id, row.arm, float(residual)))
+    title = f"They miss their runs by {100 * float(np.mean(errors)):.2g} % in the mean; {doubted} of {len(errors)} carry doubts"
+    question = "Do the laws hold?"
+    return render_figure("residuals", title, caption, size, draw, told, question=question, data=data)
+
+
+def _mean_error(fits: Sequence[Fitted]) -> float:
+    return float(np.mean([fitted.fit.mean_absolute_relative_error for fitted in fits if fitted.fit is not None]))

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that takes its colors from the page: it is readable on light and on dark.
+"""The figures of a report.
 
 In the order of the study that they follow: loss against data, loss against model size, best ratios, speed-up, domains. What is
 measured is drawn with points, what a law says inside the measured range with a line, and what it extrapolates with dashes.
@@ -6,77 +6,42 @@ measured is drawn with points, what a law says inside the measured range with a 
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import escape
 
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
 from megatron_synth.study.report.collect import Row
-from megatron_synth.train.record.plot import FAINT, GREY, INK, STYLE, label_ends
+from megatron_synth.study.report.drawing import (
+    DOUBTED,
+    HUES,
+    MOST_PANELS,
+    PAPER,
+    Drawn,
+    Look,
+    figure_size,
+    log_ticks,
+    looks,
+    marked,
+    panel_title,
+    panels_of,
+    render_figure,
+)
+from megatron_synth.train.record.plot import GREY, INK, label_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAPER = "#fffffe"  # stands for the page's background
-_VARIABLES = {INK: "--ink", GREY: "--gray", FAINT: "--faint", PAPER: "--paper"}
-_HUES = ("#3d7cc9", "#d9822b", "#2f9e6e", "#a35bb5", "#c2503f", "#3fa3b5")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 _BEYOND = 4.0
 """How far a law is drawn beyond the last budget or size."""
-_COLUMNS = 3
 _DOMAIN_COLUMNS = 4
-MOST_PANELS = 12
-"""Of best ratios; the map has all."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure of the page."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an arm is drawn, in every figure alike."""
-
-    color: str
-    marker: str
-
-
-def looks(analysis: Analysis) -> dict[str, Look]:
-    """The baseline in the color of the text, a hue per family, lighter for the smaller shares."""
-    study = analysis.study
-    families = list(dict.fromkeys(study.family(arm) for arm in study.arms if study.family(arm)))
-    result: dict[str, Look] = {}
-    for number, family in enumerate(families):
-        arms = sorted((arm for arm in study.arms if study.family(arm) == family), key=study.share)
-        for place, arm in enumerate(arms):
-            tint = 0.0 if len(arms) == 1 else 0.45 - 0.6 * place / (len(arms) - 1)
-            result[arm] = Look(_tinted(_HUES[number % len(_HUES)], tint), _MARKERS[(place + 1) % len(_MARKERS)])
-    for arm in study.arms:
-        result.setdefault(arm, Look(INK, "o"))
-    return result
-
-
-def _tinted(color: str, tint: float) -> str:
-    """Towards white for a positive tint, towards black for a negative one."""
-    target, weight = (255, tint) if tint > 0 else (0, -tint)
-    parts = (int(color[place : place + 2], 16) for place in (1, 3, 5))
-    return "#" + "".join(f"{round(part + (target - part) * weight):02x}" for part in parts)
+_CSV_POINTS = 10
+"""Of a law's curve in a figure's data."""
 
 
 def draw_all(analysis: Analysis) -> list[Drawn]:
@@ -84,20 +49,8 @@ def draw_all(analysis: Analysis) -> list[Drawn]:
     style = looks(analysis)
     loss = _loss_name(analysis)
     found = [
-        _laws(
-            analysis,
-            style,
-            "data",
-            "Loss against data",
-            f"{loss}. Points: runs; lines: L(D) per arm",
-        ),
-        _laws(
-            analysis,
-            style,
-            "model",
-            "Loss against model size",
-            f"{loss}. Points: runs; lines: L(N) per arm",
-        ),
+        _laws(analysis, style, "data", f"{loss}. Points: runs; lines: L(D) per arm"),
+        _laws(analysis, style, "model", f"{loss}. Points: runs; lines: L(N) per arm"),
         _ratios(analysis, f"{loss}. Shaded: ratios whose mean cannot be told from the best, by the noise between seeds"),
         _speed_ups(analysis, style),
         _domain_bars(analysis, style),
@@ -112,64 +65,10 @@ def _loss_name(analysis: Analysis) -> str:
     return "Validation loss, mean over " + ("domains" if how == "macro" else "tokens")
 
 
-def render_figure(
-    name: str, title: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None], told: str
-) -> Drawn:
-    """Draw a figure; `told` says in words what it shows, for those who do not see it."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {**STYLE, "svg.fonttype": "none", "svg.hashsalt": name, "figure.facecolor": "none", "axes.facecolor": "none"}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, dpi=100, layout="constrained")
-        draw(figure)
-        vector, raster = io.BytesIO(), io.BytesIO()
-        figure.savefig(vector, format="svg", metadata={"Date": None})
-        figure.savefig(raster, format="png", facecolor="white", dpi=110)
-    return Drawn(name, title, caption, _inline(vector.getvalue().decode(), name, f"{title}. {told}"), raster.getvalue())
-
-
-def _inline(svg: str, name: str, told: str) -> str:
-    """SVG to stand inside a page: its own ids, the page's colors, scaled to the column."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    head = re.sub(r' (?:width|height)="[^"]*"', "", svg[: svg.index(">")])
-    return f'{head} role="img" aria-label="{escape(told)}"' + svg[svg.index(">") :]
-
-
-def marked(arm: str, *fits: Fitted | None) -> str:
-    """The arm's name, with a dagger where a law that is drawn carries doubts."""
-    return f"{arm} †" if any(fitted is not None and fitted.doubts for fitted in fits) else arm
-
-
-DOUBTED = " † A law with doubts, named in the table of laws."
-
-
-def panels_of(figure: Figure, count: int, columns: int = _COLUMNS) -> list[Axes]:
-    """The first `count` panels of a grid; the others are left empty."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    flat = [ax for row in axes for ax in row]
-    for ax in flat[count:]:
-        ax.set_axis_off()
-    return flat[:count]
-
-
-def figure_size(count: int, columns: int = _COLUMNS, height: float = 3.6) -> tuple[float, float]:
-    """The figure is as wide as the page's column, however few panels it has."""
-    return 11.5, 0.35 + height * -(-count // min(columns, count))
-
-
 # ---- loss against data and against model size
 
 
-def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, caption: str) -> Drawn | None:
+def _laws(analysis: Analysis, style: dict[str, Look], law: str, caption: str) -> Drawn | None:
     fits: dict[tuple[str, Any], Fitted] = dict(analysis.data) if law == "data" else dict(analysis.model)
     baseline, study = analysis.study.baseline_arm, analysis.study
     panels: list[tuple[str, Any, list[str]]] = []
@@ -180,6 +79,11 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, capt
             panels.append((family, at, arms))
     if not panels:
         return None
+    every = len(panels)
+    families_here = len({family for family, *_ in panels})
+    places = sorted({at for _, at, _ in panels}, key=lambda at: max(row.flops for row in _rows_at(fits, at)))
+    shown = places[-max(MOST_PANELS // families_here, 1) :]
+    panels = [panel for panel in panels if panel[1] in shown]
 
     def draw(figure: Figure) -> None:
         for ax, (family, at, arms) in zip(panels_of(figure, len(panels)), panels, strict=True):
@@ -189,15 +93,59 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, title: str, capt
             labels = [_arm_curve(ax, fits[arm, at], law, style[arm], arm) for arm in arms]
             _keep_to(ax, [row.loss for arm in arms for row in fits[arm, at].rows])
             ax.set_xlabel("training tokens" if law == "data" else "non-embedding parameters", color=GREY)
-            _log_ticks(ax)
+            log_ticks(ax)
             label_ends(ax, labels)
 
     caption = (
         f"{caption}, dashed up to {_BEYOND:g} times what was run, unless they rise; cut where they leave what was measured far "
         f"behind. Bands: {LEVEL:.0f} % of the bootstraps."
     )
+    if len(panels) < every:
+        caption += f" {len(panels)} of {every} panels, those with most compute; the map has all cells, the data all laws."
     size = figure_size(len(panels), min(len(panels), 2), 4.0)
-    return render_figure(f"loss-{law}", title, caption + DOUBTED, size, draw, _told_laws(fits))
+    question = "How does the loss fall with data?" if law == "data" else "How does the loss fall with model size?"
+    title = _lowest_at(_rows_at(fits, shown[-1]), baseline)
+    data = _law_data(fits, law)
+    return render_figure(f"loss-{law}", title, caption + DOUBTED, size, draw, _told_laws(fits), question=question, data=data)
+
+
+def _rows_at(fits: dict[tuple[str, Any], Fitted], at: Any) -> list[Row]:
+    return [row for (_, where), fitted in fits.items() if where == at for row in fitted.rows]
+
+
+def _lowest_at(rows: Sequence[Row], baseline: str) -> str:
+    """Which arm has the lowest mean loss in the largest cell of some runs, and how many are below the baseline."""
+    last = max(rows, key=lambda row: row.flops)
+    means: dict[str, float] = {}
+    for arm in dict.fromkeys(row.arm for row in rows):
+        own = [row.loss for row in rows if (row.arm, row.size, row.tokens) == (arm, last.size, last.tokens)]
+        if own:
+            means[arm] = float(np.mean(own))
+    best = min(means, key=lambda arm: means[arm])
+    where = f"At {last.size} and {compact(last.tokens)} tokens {best} is lowest ({means[best]:.3f})"
+    if baseline not in means:
+        return where
+    below = sum(loss < means[baseline] for loss in means.values())
+    return f"{where}; {below} of {len(means) - 1} arms are below {baseline} ({means[baseline]:.3f})"
+
+
+def _law_data(fits: dict[tuple[str, Any], Fitted], law: str) -> list[tuple[object, ...]]:
+    column = "tokens" if law == "data" else "n_params"
+    data: list[tuple[object, ...]] = [("arm", "size" if law == "data" else "tokens", "what", column, "loss", "low", "high")]
+    for (arm, at), fitted in fits.items():
+        for row in fitted.rows:
+            data.append((arm, at, "run", getattr(row, column), row.loss, math.nan, math.nan))
+        if fitted.fit is None:
+            continue
+        x = np.array([getattr(row, column) for row in fitted.rows], dtype=np.float64)
+        curve = np.geomspace(x.min(), x.max() * _BEYOND, _CSV_POINTS)
+        low = high = np.full(len(curve), np.nan)
+        if len(fitted.fit.theta_samples) > 1:
+            low, high = fitted.fit.predict_interval({column: curve}, LEVEL)
+        for values in zip(curve, fitted.fit.predict({column: curve}), low, high, strict=True):
+            kind = "law" if values[0] <= x.max() * 1.0001 else "law, extrapolated"
+            data.append((arm, at, kind, *(float(value) for value in values)))
+    return data
 
 
 def _told_laws(fits: dict[tuple[str, Any], Fitted]) -> str:
@@ -214,11 +162,21 @@ def _arm_curve(ax: Axes, fitted: Fitted, law: str, look: Look, arm: str) -> tupl
     column = "tokens" if law == "data" else "n_params"
     x = np.array([getattr(row, column) for row in fitted.rows], dtype=np.float64)
     y = np.array([row.loss for row in fitted.rows])
-    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3)
+    ax.plot(
+        x,
+        y,
+        marker=look.marker,
+        linestyle="none",
+        color=look.color,
+        markersize=6.5,
+        markeredgecolor=PAPER,
+        markeredgewidth=0.6,
+        zorder=3,
+    )
     if fitted.fit is None:
         return float(y[np.argmax(x)]), marked(arm, fitted), look.color
-    inside = np.geomspace(x.min(), x.max(), 60)
-    outside = np.geomspace(x.max(), x.max() * _BEYOND, 40)
+    inside = np.geomspace(x.min(), x.max(), 40)
+    outside = np.geomspace(x.max(), x.max() * _BEYOND, 20)
     ax.plot(inside, fitted.fit.predict({column: inside}), color=look.color, linewidth=1.6)
     beyond = fitted.fit.predict({column: outside})
     if beyond[-1] <= beyond[0]:
@@ -239,22 +197,6 @@ def _keep_to(ax: Axes, losses: Sequence[float]) -> None:
     ax.set_ylim(max(low, min(losses) - span), min(high, max(losses) + span))
 
 
-def panel_title(ax: Axes, text: str) -> None:
-    """Write the title of a panel."""
-    ax.set_title(text, loc="left", fontweight="bold", fontsize=11)
-
-
-def _log_ticks(ax: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    low, high = ax.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0, 3.0) if high / low < 3000 else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda value, _: compact(value))
-    ax.set_xlim(low, high)
-
-
 # ---- best ratios
 
 
@@ -263,7 +205,7 @@ def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
     if not every:
         return None
     panels = _largest(every)
-    hues = {family: _HUES[number % len(_HUES)] for number, family in enumerate(dict.fromkeys(best.family for best in panels))}
+    hues = {family: HUES[number % len(HUES)] for number, family in enumerate(dict.fromkeys(best.family for best in panels))}
 
     def draw(figure: Figure) -> None:
         for ax, best in zip(panels_of(figure, len(panels), _DOMAIN_COLUMNS), panels, strict=True):
@@ -278,7 +220,18 @@ def _ratios(analysis: Analysis, caption: str) -> Drawn | None:
         for best in panels
     )
     size = figure_size(len(panels), _DOMAIN_COLUMNS, 2.9)
-    return render_figure("best-ratio", "Which ratio is best", text + DOUBTED, size, draw, f"Lowest mean loss: {told}")
+    data: list[tuple[object, ...]] = [("family", "size", "tokens", "share", "what", "loss")]
+    for best in every:
+        data += [(best.family, best.size, best.tokens, row.ratio, "run", row.loss) for row in best.rows]
+        if best.fitted is not None and not best.refused:
+            step = max(len(best.fitted.ratios) // _CSV_POINTS, 1)
+            pairs = zip(best.fitted.ratios[::step], best.fitted.losses[::step], strict=True)
+            data += [(best.family, best.size, best.tokens, float(share), "law", float(loss)) for share, loss in pairs]
+    largest = {best.family: best for best in panels}
+    title = "At most compute: " + ", ".join(f"{family} {best.lowest[0]:.2g}" for family, best in largest.items())
+    question = "Which share is best?"
+    told = f"Lowest mean loss: {told}"
+    return render_figure("best-ratio", title, text + DOUBTED, size, draw, told, question=question, data=data)
 
 
 def _largest(cells: Sequence[BestAt]) -> list[BestAt]:
@@ -317,23 +270,27 @@ def _ratio_panel(ax: Axes, best: BestAt, color: str, mixture: Fitted | None) -> 
 
 
 def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
-    sizes = list(dict.fromkeys(size for _, size in analysis.speed))
-    if not sizes:
+    study, baseline = analysis.study, analysis.study.baseline_arm
+    every = list(dict.fromkeys((size, study.family(arm)) for arm, size in analysis.speed))
+    if not every:
         return None
-    baseline = analysis.study.baseline_arm
+    order = {row.size: row.n_params for row in analysis.rows}
+    count = max(MOST_PANELS // len({family for _, family in every}), 1)
+    sizes = sorted(dict.fromkeys(size for size, _ in every), key=lambda size: order[size])[-count:]
+    panels = [panel for panel in every if panel[0] in sizes]
 
     def draw(figure: Figure) -> None:
-        for ax, size in zip(panels_of(figure, len(sizes), 2), sizes, strict=True):
-            panel_title(ax, f"size {size}")
+        for ax, (size, family) in zip(panels_of(figure, len(panels), min(len(panels), 3)), panels, strict=True):
+            panel_title(ax, f"{family or 'others'} at size {size}")
             ax.axhline(1, color=GREY, linewidth=0.9)
             ax.set_yscale("log")
             for (arm, at), curve in analysis.speed.items():
-                if at == size:
+                if (at, study.family(arm)) == (size, family):
                     fits = analysis.data[arm, size], analysis.data[baseline, size]
                     _speed_curve(ax, curve, style[arm], marked(arm, *fits))
             ax.invert_xaxis()
             ax.set_xlabel("loss to reach (falling to the right)", color=GREY)
-            ax.set_ylabel(f"tokens of {baseline} / tokens of the mixture", color=GREY, fontsize=9)
+            ax.set_ylabel(f"tokens of {baseline} / of the mixture", color=GREY, fontsize=9)
             _factor_ticks(ax)
             ax.legend(frameon=False, fontsize=9, loc="best", labelcolor=INK)
 
@@ -342,13 +299,27 @@ def _speed_ups(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
         "measured losses; lines: from the laws, dashed where at least one arm was not measured there. "
         f"Bands: {LEVEL:.0f} % of the bootstraps."
     )
-    told = "; ".join(
-        f"{arm} at {size}: {curve.measured[place]:.2f} at a loss of {curve.loss[place]:.3f}"
+    last = {
+        (arm, size): (float(curve.measured[place]), float(curve.loss[place]))
         for (arm, size), curve in analysis.speed.items()
         for place in np.flatnonzero(np.isfinite(curve.measured))[-1:]
-    )
-    size = figure_size(len(sizes), 2, 4.2)
-    return render_figure("speed-up", "Speed-up", caption + DOUBTED, size, draw, f"At the lowest loss measured: {told}")
+    }
+    told = "; ".join(f"{arm} at {size}: {value:.2f} at a loss of {loss:.3f}" for (arm, size), (value, loss) in last.items())
+    here = {arm: value for (arm, size), (value, _) in last.items() if size == sizes[-1]}
+    title = f"At {sizes[-1]} no arm shares a loss with {baseline}"
+    if here:
+        best = max(here, key=lambda arm: here[arm])
+        fewer = sum(value > 1 for value in here.values())
+        title = f"At {sizes[-1]} {fewer} of {len(here)} need fewer tokens than {baseline}; {best} saves most, {here[best]:.2f}x"
+    data: list[tuple[object, ...]] = [("arm", "size", "loss", "measured", "by the laws", "low", "high", "what")]
+    for (arm, at), curve in analysis.speed.items():
+        for place in range(0, len(curve.loss), 4):
+            numbers = (float(value[place]) for value in (curve.loss, curve.measured, curve.fitted, curve.low, curve.high))
+            data.append((arm, at, *numbers, "measured" if curve.inside[place] else "extrapolated"))
+    size = figure_size(len(panels), min(len(panels), 3), 3.9)
+    told = f"At the lowest loss measured: {told}"
+    question = "How many fewer tokens does a mixture need?"
+    return render_figure("speed-up", title, caption + DOUBTED, size, draw, told, question=question, data=data)
 
 
 def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
@@ -363,7 +334,7 @@ def _speed_curve(ax: Axes, curve: Any, look: Look, arm: str) -> None:
         ax.fill_between(curve.loss, low, high, where=list(band), color=look.color, alpha=0.13, linewidth=0)
     places = np.flatnonzero(np.isfinite(curve.measured))[::4]
     x, y = curve.loss[places], curve.measured[places]
-    ax.plot(x, y, look.marker, color=look.color, markersize=5, markeredgecolor=PAPER, label=arm)
+    ax.plot(x, y, marker=look.marker, linestyle="none", color=look.color, markersize=6.5, markeredgecolor=PAPER, label=arm)
 
 
 def _factor_ticks(ax: Axes) -> None:
@@ -408,7 +379,10 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
             changes = [_change(rows, arm, baseline, domain) for domain in domains]
             values = [100 * change for change, _ in changes]
             errors = [100 * error for _, error in changes]
-            ax.barh(at, values, height=0.88 * height, color=style[arm].color, label=arm)
+            look = style[arm]
+            ax.barh(
+                at, values, height=0.88 * height, color=look.color, hatch=look.hatch, edgecolor=PAPER, linewidth=0, label=arm
+            )
             ax.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
         ax.axvline(0, color=GREY, linewidth=0.9)
         ax.set_yticks(range(len(domains)), domains)
@@ -423,8 +397,15 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
         "the largest cell that all arms have. Bars: means over seeds; whiskers: one standard error of the difference."
     )
     size = (11.5, 1.2 + (0.24 * len(arms) + 0.25) * len(domains))
-    changes = (f"{arm}, {name}: {100 * _change(rows, arm, baseline, name)[0]:+.1f} %" for arm in arms for name in domains)
-    return render_figure("domains", "Validation domains", caption, size, draw, "; ".join(changes))
+    changes = {(arm, name): _change(rows, arm, baseline, name) for arm in arms for name in domains}
+    told = "; ".join(f"{arm}, {name}: {100 * change:+.1f} %" for (arm, name), (change, _) in changes.items())
+    better = {name: sum(changes[arm, name][0] < 0 for arm in arms) for name in domains}
+    most, least = (pick(better, key=lambda name: better[name]) for pick in (max, min))
+    title = f"Most arms help on {most} ({better[most]} of {len(arms)}), fewest on {least} ({better[least]})"
+    heads = ("arm", "domain", "change", "standard error")
+    data = [heads, *((arm, name, *change) for (arm, name), change in changes.items())]
+    question = "On which domains does it help?"
+    return render_figure("domains", title, caption, size, draw, told, question=question, data=data)
 
 
 def _change(rows: Sequence[Row], arm: str, baseline: str, domain: str) -> tuple[float, float]:

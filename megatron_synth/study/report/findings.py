@@ -12,6 +12,8 @@ from megatron_synth.study.fit.contrast import Estimate
 from megatron_synth.study.fit.worth import OTHER_R_D, SOURCE, worth_of
 from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
 
+MOST_TOLD = 3
+"""Arms of a size whose speed-up is told in words; the table has all."""
 REPEATED = 2.0
 """Epochs from which the page says what a source was worth."""
 
@@ -121,9 +123,10 @@ def _best(analysis: Analysis) -> Iterator[str]:
 
 
 def _speed(analysis: Analysis) -> Iterator[str]:
-    """One sentence for each model size: at the lowest loss that both have measured."""
+    """One sentence for each model size: the arms that save most, at the lowest loss that both have measured."""
     for size in dict.fromkeys(size for _, size in analysis.speed):
-        parts, apart = [], []
+        parts: dict[str, tuple[float, str]] = {}
+        apart = []
         for (arm, at), curve in analysis.speed.items():
             if at != size:
                 continue
@@ -144,10 +147,17 @@ def _speed(analysis: Analysis) -> Iterator[str]:
                     else f" (measured; the laws, which say {said}, are wrong there)"
                 )
             baseline = analysis.data.get((analysis.study.baseline_arm, size))
-            parts.append(text + doubts(analysis.data.get((arm, size)), baseline))
-        if parts:
+            parts[arm] = float(curve.measured[last]), text + doubts(analysis.data.get((arm, size)), baseline)
+        order = sorted(parts, key=lambda arm: -parts[arm][0])
+        if order:
+            told = "; ".join(parts[arm][1] for arm in order[:MOST_TOLD])
+            rest = order[MOST_TOLD:]
+            more = ""
+            if rest:
+                factors = f"{_times(parts[rest[0]][0])} to {_times(parts[rest[-1]][0])}"
+                more = f"; {len(rest)} more arms, from {factors}, are in the table"
             counted = ", with what the text took to generate counted as tokens" if analysis.generation else ""
-            yield f"Against the baseline at {size}{counted}: {'; '.join(parts)}."
+            yield f"Against the baseline at {size}{counted}: {told}{more}."
         if apart:
             yield f"At {size} the losses of {', '.join(apart)} and of the baseline do not overlap, so no speed-up was measured."
 

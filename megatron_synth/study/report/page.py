@@ -1,4 +1,4 @@
-"""The report as one HTML file: no network, no script, light and dark, every number beside the runs that it comes from.
+"""The report as one HTML file: no network, light and dark, every number beside the runs that it comes from.
 
 Names come from tables that others may have written: only `core.html` and the drawn figures make `Markup`.
 """
@@ -13,13 +13,17 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from megatron_synth.core import html as pages
-from megatron_synth.core.html import bullets, document, html
+from megatron_synth.core.html import TOOLS, bullets, document, html
 from megatron_synth.core.log import compact, duration, human, scientific
 from megatron_synth.study.fit.contrast import Estimate
+from megatron_synth.study.forecast.predict import Measured
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
+from megatron_synth.study.report.checks import Checks
 from megatron_synth.study.report.collect import Collected, Row
-from megatron_synth.study.report.figures import Drawn, Look, describe_fit
+from megatron_synth.study.report.drawing import Drawn, Look
+from megatron_synth.study.report.figures import describe_fit
 from megatron_synth.study.report.findings import percent
+from megatron_synth.study.report.sections import sections
 
 
 def render(
@@ -28,6 +32,7 @@ def render(
     figures: Sequence[Drawn],
     style: dict[str, Look],
     git: str,
+    checks: Checks,
     said: Sequence[str],
     generated: Callable[[Callable[[str], Markup], Callable[[Sequence[Row]], Markup]], Markup | str] = lambda *_: "",
 ) -> str:
@@ -39,10 +44,11 @@ def render(
         figures: in the order of the page.
         style: color of each arm.
         git: the commit that made the page, for its foot.
+        checks: decisions, forecasts, rates and published answers.
         said: the answers in sentences.
         generated: makes the part about text that the study has made, given how the page shows an arm and the runs of a number.
     """
-    page = _Page(analysis, collected, style)
+    page = _Page(analysis, collected, style, checks)
     title = f"Study {analysis.study.name}"
     of_generation = generated(page.arm, page.sources)
     parts = [
@@ -53,7 +59,7 @@ def render(
         Markup(
             '<nav><a href="#findings">Findings</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
             + ('<a href="#generated">Generated text</a>' if of_generation else "")
-            + '<a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>'
+            + '<a href="#scale">At scale</a><a href="#laws">Laws</a><a href="#design">Design</a><a href="#runs">Runs</a></nav>'
         ),
         Markup("</header>"),
         page.missing(),
@@ -63,6 +69,7 @@ def render(
         *(_figure(figure) for figure in figures),
         of_generation,
         page.answers(),
+        page.checked(),
         page.laws(),
         page.design(),
         page.runs(),
@@ -70,11 +77,19 @@ def render(
             '<p class="muted">Made {} with {} from {} runs.</p>', datetime.now(UTC).date().isoformat(), git, len(collected.rows)
         ),
     ]
-    return document(title, parts)
+    return document(title, parts, script=TOOLS)
+
+
+_SPEED_STEP = 10
+"""Of the losses of a speed-up every so many stand in the table; the figure's data have more."""
+_MOST_DOMAIN_LAWS = 120
+_MOST = 10.0
+"""A relative change that is above this, or an end of its interval, is no number that the runs know."""
 
 
 class _Page:
-    def __init__(self, analysis: Analysis, collected: Collected, style: dict[str, Look]):
+    def __init__(self, analysis: Analysis, collected: Collected, style: dict[str, Look], checks: Checks):
+        self.checks = checks
         self.analysis, self.study, self.collected, self.style = analysis, analysis.study, collected, style
         self.rows = collected.rows
 
@@ -89,7 +104,7 @@ class _Page:
             (f"{len(rows)} of {total}", "runs finished"),
             (human(sum(row.tokens for row in rows)), "tokens trained"),
             (scientific(sum(row.flops for row in rows)), "FLOPs"),
-            (duration(seconds), f"in steps, on {', '.join(devices)}"),
+            (duration(seconds) if seconds < 360_000 else f"{seconds / 3600:,.0f} h", f"in steps, on {', '.join(devices)}"),
             ("n/a" if noise is None else percent(noise.relative), "scatter of the loss between seeds"),
         ]
         if held:
@@ -109,6 +124,15 @@ class _Page:
             len(missing),
             Markup("").join(html("<li><code>{}</code></li>", run.name) for run in missing),
         )
+
+    def checked(self) -> Markup:
+        """Whether the answers hold at larger scales."""
+        shown = sections(self.checks, self.arm, lambda rows: self.sources(self._rows_of(rows)))
+        return html('<h2 id="scale">At larger scales</h2>{}', shown) if shown.strip() else Markup("")
+
+    def _rows_of(self, rows: Sequence[Measured]) -> list[Row]:
+        wanted = {row.id for row in rows}
+        return [row for row in self.rows if row.id in wanted]
 
     # ---- answers
 
@@ -191,8 +215,9 @@ class _Page:
     def _speed(self) -> Markup:
         rows = []
         for (arm, size), curve in self.analysis.speed.items():
-            sources = self.analysis.data[arm, size].rows
-            for position in range(0, len(curve.loss), 6):
+            number = self._number(self.analysis.data[arm, size])
+            law_link = html('<a href="#law-{}">its law</a>', number)
+            for position in range(0, len(curve.loss), _SPEED_STEP):
                 if not math.isfinite(curve.fitted[position]):
                     continue
                 measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
@@ -200,8 +225,8 @@ class _Page:
                 law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
                 marked = self._mark(self.analysis.data[arm, size], self.analysis.data[self.study.baseline_arm, size])
                 said = html("{}{}", law, marked)
-                rows.append((self.arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, self.sources(sources)))
-        heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs")
+                rows.append((self.arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, law_link))
+        heads = ("arm", "N", "loss", "measured", f"by the laws [{LEVEL:.0f} %]", "", "runs of")
         if not rows:
             return Markup("")
         return html("<h3>Speed-up</h3><details><summary>Table</summary>{}</details>", table(heads, rows))
@@ -271,10 +296,14 @@ class _Page:
         anchors = [f"law-{self._number(fitted)}" for fitted in self.analysis.fits]
         parts.append(table(heads, rows, anchors) if rows else none)
         if self.analysis.domains:
-            laws = table(heads, [self._law_row(fitted) for fitted in self.analysis.domains])
+            shown = sorted(self.analysis.domains, key=lambda one: -max(row.flops for row in one.rows))[:_MOST_DOMAIN_LAWS]
+            laws = table(heads, [self._domain_row(fitted) for fitted in shown])
             parts.append(
                 html(
-                    "<details><summary>Laws of single validation domains ({})</summary>{}</details>",
+                    "<details><summary>Laws of single validation domains ({} of {}, those with most compute; laws/ has "
+                    "all)</summary>{}"
+                    "</details>",
+                    len(shown),
                     len(self.analysis.domains),
                     laws,
                 )
@@ -303,6 +332,18 @@ class _Page:
         error = percent(fitted.fit.mean_absolute_relative_error)
         wide = html('<div class="wide">{}</div>', describe_fit(fitted.fit))
         return law, label, wide, error, held, doubts, self.sources(fitted.rows)
+
+    def _domain_row(self, fitted: Fitted) -> tuple[str, ...]:
+        """A law of one domain: its runs, and what its doubts mean, are those of the law of the aggregate."""
+        law, *of, domain = fitted.key
+        whole = self.analysis.data.get((of[0], of[1])) if law == "data" else self.analysis.model.get((of[0], int(of[1])))
+        runs = "" if whole is None else html('<a href="#law-{}">as here</a>', self._number(whole))
+        label = ", ".join((*(_at(part) for part in of), domain))
+        if fitted.fit is None:
+            return law, label, html('<span class="warn">{}</span>', fitted.problem), "", "", "", runs
+        codes = ", ".join(dict.fromkeys(warning.code for warning in fitted.doubts)) or "none"
+        error = percent(fitted.fit.mean_absolute_relative_error)
+        return law, label, html('<div class="wide">{}</div>', describe_fit(fitted.fit)), error, "n/a", codes, runs
 
     def _number(self, fitted: Fitted) -> int:
         return next(number for number, one in enumerate(self.analysis.fits) if one is fitted)
@@ -344,11 +385,19 @@ class _Page:
         ours = Markup("").join(html("<li><code>{}</code>: {}</li>", key, why) for key, why in study.ours.items())
         marked = html("<h3>Choices of this study's own</h3><ul class='findings'>{}</ul>", ours) if ours else ""
         shown = study.model_dump(mode="json", include={"protocol", "rates", "seeds", "grid", "sources", "validation"})
+        started = "Every run starts from its seed; none continues another."
+        if self.checks.trunks:
+            started = (
+                "Budgets are branches of trunks: those of one trunk share its steps up to where each leaves it, its "
+                "seed and the "
+                "order of its text, so that they are no independent runs."
+            )
         return html(
             '<h2 id="design">Design</h2>{}<p class="muted">Runs that differ in the mixture alone share '
-            "initial weights and the order of each source's text. Every run starts from its seed; none continues another.</p>"
+            "initial weights and the order of each source's text. {}</p>"
             "{}<details><summary>Protocol</summary><pre><code>{}</code></pre></details>",
             table(heads, rows),
+            started,
             marked,
             _yaml(shown),
         )
@@ -356,25 +405,29 @@ class _Page:
     def runs(self) -> Markup:
         """One row per run."""
         domains = list(self.rows[0].domains)
-        heads = ("run", "arm", "N", "D", "seed", "steps", "loss", *domains, "epochs", "seconds")
+        trunks = ("trunk",) if self.checks.trunks else ()
+        rated = ("lr",) if len({(row.size, row.lr) for row in self.rows}) > len({row.size for row in self.rows}) else ()
+        heads = ("run", "arm", "N", "D", "seed", *rated, "steps", "loss", *domains, "epochs", "seconds", *trunks)
         rows = []
         for row in self.rows:
             losses = [f"{row.domains[name]:.4f}" for name in domains]
             epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
-            numbers = (human(row.n_params), compact(row.tokens), str(row.seed), str(row.steps), f"{row.loss:.4f}")
-            rows.append(
-                (html("<code>{}</code>", row.id), self.arm(row.arm), *numbers, *losses, epochs, f"{row.train_seconds:.0f}")
-            )
+            rate = [f"{row.lr:.3g}{' (sweep)' if row.swept else ''}" if row.lr is not None else "n/a"] if rated else []
+            numbers = (human(row.n_params), compact(row.tokens), str(row.seed), *rate, str(row.steps), f"{row.loss:.4f}")
+            last = (epochs, f"{row.train_seconds:.0f}", *([row.trunk or "none"] if trunks else []))
+            rows.append((html("<code>{}</code>", row.id), self.arm(row.arm), *numbers, *losses, *last))
         anchors = [f"run-{row.id}" for row in self.rows]
         listing = table(heads, rows, anchors)
         note = "Also in runs.csv; ratios.csv and metrics.csv beside it join on the run."
         return html('<h2 id="runs">Runs</h2><p class="muted">{}</p>{}', note, listing)
 
     def arm(self, arm: str) -> Markup:
-        """An arm's name with its color."""
-        color = self.style[arm].color
-        shown = "var(--ink)" if arm == self.study.baseline_arm else color
-        return html('<span class="dot" style="background:{}"></span>{}', shown, arm)
+        """An arm's name with its mark."""
+        look = self.style.get(arm)
+        if look is None:  # a forecast of an arm that has no run, or is no longer in the study
+            return html("{}", arm)
+        shown = "var(--ink)" if arm == self.study.baseline_arm else look.color
+        return html('<span class="mark" aria-hidden="true" style="color:{}">{}</span>{}', shown, look.sign, arm)
 
     def sources(self, rows: Sequence[Row]) -> Markup:
         """How many runs a number comes from, and links to them."""
@@ -393,11 +446,13 @@ def _section(title: str, note: Markup, table: Markup) -> Markup:
 
 def _figure(figure: Drawn) -> Markup:
     return html(
-        '<figure id="figure-{}"><h3>{}</h3>{}<figcaption>{}</figcaption></figure>',
+        '<figure id="figure-{}">{}<h3>{}</h3><div class="wide-figure">{}</div><figcaption>{}</figcaption>{}</figure>',
         figure.name,
+        html('<p class="question">{}</p>', figure.question) if figure.question else "",
         figure.title,
         Markup(figure.svg),
         figure.caption,
+        html('<details class="data"><summary>Data</summary><pre>{}</pre></details>', figure.data) if figure.data else "",
     )
 
 
@@ -410,7 +465,14 @@ def _comparison(one: Any) -> tuple[str, str, str]:
 
 
 def _in_percent(one: Estimate) -> str:
-    return f"{100 * one.value:+.2f} % {_bounds(tuple(100 * bound for bound in one.interval), '+.2f')}"
+    if abs(one.value) > _MOST:  # a floor that the runs do not know
+        return "not known"
+    low, high = (_percent(bound) for bound in one.interval)
+    return f"{100 * one.value:+.2f} % [{low}, {high}]"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.2f}" if abs(value) <= _MOST else "∞" if value > 0 else "-∞"
 
 
 def _parts(row: Row, prefix: str) -> list[tuple[str, float]]:

@@ -3,7 +3,7 @@
 report/index.html            the page; everything is inside it
 report/runs.csv              one row per run; ratios.csv and metrics.csv in olmix's shape
 report/laws/<law>.json       every fit, with the runs it comes from
-report/figures/<name>.png    the figures
+report/figures/<name>.*      the figures, as .png, .svg and the numbers as .csv
 report/generation.json       of a study that makes its own text: loops, costs, corpora
 report/findings.txt          the answers in sentences
 """
@@ -39,9 +39,12 @@ def write_report(
         UserError: no run is finished, a result is damaged, or the folder cannot be written.
     """
     from megatron_synth.study.report.analysis import analyze
+    from megatron_synth.study.report.checks import check_study, sentences
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
+    from megatron_synth.study.report.drawing import looks
+    from megatron_synth.study.report.figure_checks import draw_checks
     from megatron_synth.study.report.figure_maps import draw_maps
-    from megatron_synth.study.report.figures import draw_all, looks
+    from megatron_synth.study.report.figures import draw_all
     from megatron_synth.study.report.findings import findings
     from megatron_synth.study.report.generation.analysis import generation_of
     from megatron_synth.study.report.generation.figures import draw_generation
@@ -65,12 +68,15 @@ def write_report(
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written ({error.strerror or error})") from error
-    analysis = analyze(study, collected.rows, say)
+    analysis = analyze(study, [row for row in collected.rows if not row.swept], say)
     generation = generation_of(study, runs, collected.rows, folder, analysis.noise)
+    say("decisions, forecasts, rates")
+    swept = [row for row in collected.rows if row.swept]
+    checks = check_study(study, analysis, swept, folder, from_table=table is not None)
     say("figures")
     style = looks(analysis)
-    figures = [*draw_all(analysis), *draw_maps(analysis, style)]
-    said = findings(analysis)
+    figures = [*draw_all(analysis), *draw_maps(analysis, style), *draw_checks(checks, style)]
+    said = [*findings(analysis), *sentences(checks)]
     if generation is not None:
         figures = [*draw_generation(generation, study.baseline_arm, style), *figures]
         write_json(out / "generation.json", generation.to_json())
@@ -82,7 +88,8 @@ def write_report(
         used = [row.run for row in analysis.mixture[family].rows]
         write_json(out / "laws" / f"ratio-{family}.json", {"law": "ratio", "of": [family], **choice.to_json(), "runs": used})
     for figure in figures:
-        write_atomic(out / "figures" / f"{figure.name}.png", figure.png)
+        for ending, content in (("png", figure.png), ("svg", figure.file), ("csv", figure.data)):
+            write_atomic(out / "figures" / f"{figure.name}.{ending}", content)
     write_atomic(out / "findings.txt", "".join(f"{line}\n" for line in said))
     git = git_state(Path(__file__).parent)
     commit = f", commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else ""
@@ -92,5 +99,5 @@ def write_report(
     def generated(arm: Any, sources: Any) -> Any:
         return "" if generation is None else Section(generation, study.costs, arm, sources).render()
 
-    write_atomic(page, render(analysis, collected, figures, style, made_with, said, generated))
+    write_atomic(page, render(analysis, collected, figures, style, made_with, checks, said, generated))
     return page

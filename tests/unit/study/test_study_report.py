@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,17 +20,23 @@ import numpy as np
 import pytest
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.html import TOOLS
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import Study, load_study
+from megatron_synth.study.report.analysis import Analysis
 from megatron_synth.study.report.collect import Row, read_runs_csv, runs_csv
+from megatron_synth.study.report.drawing import csv_of, looks
 from megatron_synth.study.report.report import write_report
 from tests.support import ROOT
 from tests.unit.study.test_study_file import TINY, write_study
 
 NOISE = 0.003
 BEST = 1 / 3
-FIGURES = ("loss-data", "loss-model", "best-ratio", "speed-up", "domains", "map", "best-ratio-map", "residuals")
+FIGURES = (
+    *("loss-data", "loss-model", "best-ratio", "speed-up", "domains", "map", "best-ratio-map", "residuals"),
+    "decisions",
+)
 
 
 def simulated(study: Study, runs: list[Run], seed: int = 0) -> list[Row]:
@@ -75,7 +85,7 @@ class Page(HTMLParser):
         if tag == "a":
             self.links.append(str(values["href"]))
         self.loaded += [str(values[key]) for key in ("src", "srcset", "data", "poster") if values.get(key)]
-        if tag in ("link", "script", "iframe"):
+        if tag in ("link", "iframe"):
             self.loaded.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -107,6 +117,7 @@ def test_the_page_is_whole_and_alone(reported: tuple[Study, list[Row], Path]) ->
     page = Page(text)
     assert not page.open, "every element is closed"
     assert not page.loaded, "nothing is fetched"
+    assert_one_script(text, page)
     assert not re.search(r"""(?:url\(|@import|href=)["']?(?:https?:)?//""", text)
     assert len(set(page.ids)) == len(page.ids), "ids are unique"
     targets = set(page.ids)
@@ -119,6 +130,49 @@ def test_the_page_is_whole_and_alone(reported: tuple[Study, list[Row], Path]) ->
     for reference in re.findall(r'(?:url\(#|href="#)([^)"]+)', text):
         assert reference in targets, reference
     assert all((out / "figures" / f"{name}.png").stat().st_size > 5_000 for name in FIGURES)
+    assert len(text) < 1_000_000, "small enough to mail"
+
+
+def assert_one_script(text: str, page: Page) -> None:
+    """The page's own script is the only one, and the only one that its policy allows: no word of it comes from outside."""
+    assert page.count["script"] == 1
+    script = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
+    assert policy and script == [TOOLS]
+    assert unescape(policy[1]).split("; ")[-1] == f"script-src 'sha256-{digest}'" and "unsafe-inline" not in digest
+
+
+def test_figures_answer_and_can_be_taken_along(reported: tuple[Study, list[Row], Path]) -> None:
+    """A figure has a question, its answer as the title, its numbers, and files of both."""
+    _, rows, out = reported
+    text = (out / "index.html").read_text()
+    for name in FIGURES:
+        figure = text.split(f'<figure id="figure-{name}">')[1].split("</figure>")[0]
+        assert re.search(r'<p class="question">[^<]+\?</p><h3>[^<]*\d[^<]*</h3>', figure), name
+        drawn = (out / "figures" / f"{name}.svg").read_text()
+        assert drawn.startswith("<?xml") and "var(--" not in drawn and "<metadata" not in drawn
+        content = (out / "figures" / f"{name}.csv").read_text()
+        table = list(csv.DictReader(content.splitlines()))
+        assert len(table) > 3 and unescape(figure.split("<pre>")[1].split("</pre>")[0]) == content
+    data = list(csv.DictReader((out / "figures" / "loss-data.csv").read_text().splitlines()))
+    assert sum(line["what"] == "run" for line in data) == sum(row.size == "50k" for row in rows)
+    assert {line["what"] for line in data} == {"run", "law", "law, extrapolated"}
+
+
+def test_arms_are_told_apart_without_color(tmp_path: Path) -> None:
+    arms = {
+        "natural": {"web": 1},
+        **{f"qa-{share}": {"web": f"{10 - share}/10", "qa": f"{share}/10"} for share in range(1, 10)},
+    }
+    study = load_study(write_study(tmp_path, arms=arms))
+    style = looks(Analysis(study, [], None))
+    assert len({look.marker for look in style.values()}) == len({look.sign for look in style.values()}) == len(arms)
+    assert style["natural"].sign == "●"
+
+
+def test_a_spreadsheet_runs_nothing_of_a_figures_data() -> None:
+    assert csv_of([("=1+1", "+a", "-x", -1.5, math.nan, "a,b")]) == "'=1+1,'+a,'-x,-1.5,,\"a,b\"\n"
 
 
 def test_every_law_names_its_runs(reported: tuple[Study, list[Row], Path]) -> None:
@@ -175,7 +229,7 @@ def test_a_browser_draws_it(reported: tuple[Study, list[Row], Path], tmp_path: P
     heights_of = "[...document.querySelectorAll('figure svg')].map(e=>Math.round(e.getBoundingClientRect().height))"
     copy = tmp_path / "page.html"
     text = (reported[2] / "index.html").read_text()
-    # the page allows no script: the copy does
+    # the page allows no script but its own: the copy does
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     copy.write_text(text.replace("</body>", f"<script>document.title={heights_of}.join(',')</script></body>"))
     command = [browser, *options, "--window-size=1200,1000", "--dump-dom", copy.as_uri()]
@@ -220,7 +274,8 @@ def test_names_from_a_table_are_text(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(runs_csv(rows))
     text = write_report(study, runs, Folder(tmp_path / "x"), table=tmp_path / "runs.csv").read_text()
     page = Page(text)
-    assert not page.open and not page.loaded and not {"script", "img"} & set(page.count)
+    assert not page.open and not page.loaded and "img" not in page.count
+    assert_one_script(text, page)
     assert "default-src 'none'" in text.split("</head>")[0] or "default-src &#39;none&#39;" in text.split("</head>")[0]
     assert "&lt;img src=x onerror=alert(1)&gt;" in text and "{{7*7}}" in text
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.report.analysis import LEVEL
-from megatron_synth.study.report.figures import Drawn, Look, figure_size, panel_title, panels_of, render_figure
+from megatron_synth.study.report.drawing import Drawn, Look, figure_size, panel_title, panels_of, render_figure
 from megatron_synth.study.report.generation.analysis import ArmCost, Generation, Loop, RoundText
 from megatron_synth.train.record.plot import GREY, INK, label_ends
 
@@ -57,7 +57,21 @@ def _rounds(loops: Sequence[Loop], cells: int) -> Drawn:
     )
     told = "; ".join(f"{loop.name}: {' '.join(f'{value:.3f}' for value in _means(loop))}" for loop in loops)
     name = "rounds" if cells == 1 else f"rounds-{first.size}-{compact(first.tokens)}"
-    return render_figure(name, "Round by round", caption, figure_size(3), draw, f"Mean loss by round: {told}")
+    head = ("loop", "round", "mean loss", "lost tail", "lost tail by chance", "KL", "KL by chance")
+    question = "Does the loss rise when models train on what models wrote?"
+    title, told = "Round by round", f"Mean loss by round: {told}"
+    data = [head, *_numbers(loops)]
+    return render_figure(name, title, caption, figure_size(3), draw, told, question=question, data=data)
+
+
+def _numbers(loops: Sequence[Loop]) -> Iterator[tuple[object, ...]]:
+    """The figure's numbers; round 0 has no text of a model's."""
+    for loop in loops:
+        for number, (loss, text) in enumerate(zip(_means(loop), (None, *loop.text), strict=True)):
+            of_text = (
+                ("",) * 4 if text is None else (text.lost, text.lost_by_chance, text.kl_reverse, text.kl_reverse_by_chance)
+            )
+            yield loop.name, number, loss, *of_text
 
 
 def _means(loop: Loop) -> list[float]:
@@ -128,4 +142,18 @@ def _worth(arms: Sequence[ArmCost], baseline: str, style: dict[str, Look]) -> Dr
     )
     size = (11.5, 1.3 + 0.36 * len(ordered))
     name = f"worth-{first.size}-{compact(first.tokens)}"
-    return render_figure(name, "What each arm's text was worth", caption, size, draw, told)
+    head = ("arm", "equal tokens", "low", "high", "equal compute", "generation FLOPs", "training FLOPs")
+    data = [
+        (
+            one.arm,
+            one.equal_tokens.value,
+            *one.equal_tokens.interval,
+            "" if one.equal_compute is None else one.equal_compute.value,
+            "" if one.generation_flops is None else one.generation_flops,
+            one.train_flops,
+        )
+        for one in ordered
+        if one.equal_tokens is not None
+    ]
+    question, title = "What was each kind of text worth, with what it cost?", "What each arm's text was worth"
+    return render_figure(name, title, caption, size, draw, told, question=question, data=[head, *data])
