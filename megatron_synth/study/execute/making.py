@@ -154,7 +154,7 @@ def _result(
         "name": corpus.name,
         "seed": corpus.seed,
         "kind": record.kind,
-        "template": record.template["name"],
+        "template": record.template.name,
         "by": corpus.describe(),
         "documents": record.documents,
         "tokens": source.num_tokens,

@@ -127,7 +127,7 @@ def _submit_stage(
         return None
     job = submit_to_queue(spec, commands, options.nodes, before)
     what = "corpora" if isinstance(members[0], Corpus) else "runs"
-    after = f" after {', '.join(before)}" if before else ""
+    after = f" after job {', '.join(before)}" if before else ""
     tasks = f"{len(packs)} tasks, {options.nodes} at a time"
     say(f"submitted job {job}{after}: {len(members)} {what} in {tasks}; logs in {job_folder}")
     return job

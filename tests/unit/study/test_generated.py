@@ -152,20 +152,14 @@ def test_arrays_of_slurm_wait_for_each_other(tmp_path: Path, monkeypatch: pytest
     study, runs = loaded(tmp_path, **rounds(replace={"count": 2}))
     folder, sent = Folder(study.folder), []
 
-    def submitted(spec: Any, commands: list[str], limit: int) -> str:
+    def submitted(spec: Any, commands: list[str], limit: int, after: list[str]) -> str:
         names = [name for pack in sorted((spec.folder / "packs").iterdir()) for name in pack.read_text().split()]
-        sent.append((spec.cluster.sbatch, names, len(commands)))
+        sent.append((tuple(after), names, len(commands)))
         return str(100 + len(sent))
 
     monkeypatch.setattr(slurm, "submit_to_queue", submitted)
     assert slurm.submit_array(study, jobs_of(runs), folder, slurm.ArrayOptions(2, 0, None, None, False)) == 0
-    assert [options for options, _, _ in sent] == [
-        (),
-        ("--dependency=afterany:101",),
-        ("--dependency=afterany:101:102",),
-        ("--dependency=afterany:101:102:103",),
-        ("--dependency=afterany:101:102:103:104",),
-    ]
+    assert [after for after, _, _ in sent] == [tuple(str(101 + job) for job in range(before)) for before in range(5)]
     begins = [sorted({name.split("-100")[0].rsplit("-s-", 1)[0] for name in names}) for _, names, _ in sent]
     assert begins[0] == ["natural"] and begins[2] == ["replace-1"] and begins[4] == ["replace-2"]
     assert all(name.startswith("tiny-continue-s") for name in [*sent[1][1], *sent[3][1]])

@@ -238,7 +238,7 @@ def test_ctrl_c_lets_runs_save_and_a_second_one_ends_them(
     work: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(worker, "work", work)
-    monkeypatch.setattr(worker, "import_once", lambda: None)
+    monkeypatch.setattr(worker, "import_once", lambda generates: None)
     file = write(corpus, tmp_path / "study")
     before = signal.getsignal(signal.SIGINT)
     assert main(["submit", str(file), "--local"]) == 75
