@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import ModelConfig, RopeScaling
+from megatron_synth.config.model import ModelConfig, RopeScaling
 
 _OFF = (None, False)
 
