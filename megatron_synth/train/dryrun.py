@@ -74,7 +74,7 @@ def _model(config: Config, vocab_size: int | None, progress: Progress) -> list[s
         f"  parameters         {parameters.total:,} ({human(parameters.total)})",
         f"    non-embedding    {parameters.non_embedding:,} ({human(parameters.non_embedding)})",
         f"  tokens/parameter   {tokens / parameters.total:.3g}",
-        f"  FLOPs per token    {scientific(per_token)}  = 6 x (body + head) + 12 x layers x hidden x sequence",
+        f"  FLOPs per token    {scientific(per_token)}  = 6 x (body + head) + 12 x layers x query channels x sequence",
         f"  FLOPs in all       {scientific(per_token * tokens)}",
     ]
 

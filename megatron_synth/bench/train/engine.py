@@ -6,7 +6,7 @@ Conventions, stated again in every table:
   batches are on the device before the clock starts, real ones are loaded inside the step. Checkpoints and logging are not
   part of it.
 - tokens/s per rank = global_batch_size x sequence_length / median step time / world size.
-- FLOPs per token are those of `estimate/flops.py`: 6 x (body + head parameters) + 12 x layers x hidden x sequence.
+- FLOPs per token are those of `estimate/flops.py`: 6 x (body + head parameters) + 12 x layers x query channels x sequence.
 - MFU is against the dense BF16 peak of the named device, and n/a on a device that is not known.
 - On a CPU, processor time is reported beside the time on the wall: with one thread per process it is what the step costs,
   however many others want the same cores. Waiting threads count too, so it says little with more threads or ranks.

@@ -173,7 +173,7 @@ def render(head: dict[str, Any], config: Config, layout: Layout, result: Compari
         f"global_batch_size {train_config.global_batch_size}, micro_batch_size {train_config.micro_batch_size}",
         f"- layout of the engine: {layout.describe()}",
         f"- timing: {turns}; ms/step is the median of all steps",
-        "- FLOPs/token: 6 x (body + head parameters) + 12 x layers x hidden x sequence, full attention; MFU against "
+        "- FLOPs/token: 6 x (body + head parameters) + 12 x layers x query channels x sequence, full attention; MFU against "
         f"the device's dense BF16 peak; {'data loading included' if result.real_data else 'data loading not included'}",
     ]
     if result.shares is not None:

@@ -71,7 +71,7 @@ def test_the_table_says_what_was_measured(benched: dict[str, tuple[dict[str, Any
     assert [row[0] for row in cells] == ["loop", "megatron-synth", "hf", "plain"]
     assert found["command"].startswith("megatron-synth bench train model.num_layers=2 ")
     assert f"`{found['command']}`" in printed and found["device"] in printed and found["date"] in printed
-    assert "6 x (body + head parameters) + 12 x layers x hidden x sequence" in printed
+    assert "6 x (body + head parameters) + 12 x layers x query channels x sequence" in printed
     engine = found["rows"][0]
     for row, shown in zip(found["rows"], cells[1:], strict=True):
         [[first, second]] = row["step_s"]
