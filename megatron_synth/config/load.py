@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from megatron_synth.config import rules, yaml12
 from megatron_synth.config.errors import ConfigError, Problem, UserError
+from megatron_synth.config.model import ModelConfig
 from megatron_synth.config.schema import Config, KernelsConfig
 from megatron_synth.config.validation import examine, validate
 
@@ -216,6 +217,12 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         parallel[key] = parallel[key] or False
     _drop_default(parallel, "ddp_bucket_size", None)
+    _drop_default(parallel, "context_parallel_size", 1)
+    model = content["model"]
+    del model["hf_family"]  # what an export is called
+    for name in ("rope_scaling", "kv_channels", "add_qkv_bias", "qk_norm", "norm_placement", "sliding_window"):
+        _drop_default(model, name, ModelConfig.model_fields[name].default)
+    _drop_default(model, "sliding_window_first_layer", 0)
     if config.kernels == KernelsConfig():
         del content["kernels"]
     else:

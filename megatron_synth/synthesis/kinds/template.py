@@ -34,6 +34,8 @@ SLOTS: dict[str, frozenset[str]] = {
 }
 """What a template is made from -> the slots that it may have; the one of the same name it must have."""
 
+LISTS = frozenset({"keywords", "passages"})
+"""The slots that are lists."""
 FILTERS = frozenset({"capitalize", "count", "first", "last", "length", "lower", "title", "trim", "upper", "wordcount"})
 LOOP = frozenset({"first", "index", "index0", "last", "length"})
 """Attributes of `loop` within a `for`."""
@@ -181,7 +183,7 @@ def _check_slots(template: Template, file: Path) -> None:
 
 
 def _forbidden(tree: Any) -> Problem | None:
-    """The first thing in a prompt that is none of slots, text, `if`, filters and one loop over keywords; None: there is none.
+    """The first thing in a prompt that is none of slots, text, `if`, filters and one loop over a list; None: there is none.
 
     All else, such as loops in loops and arithmetic, can take any time and memory.
     """
@@ -196,10 +198,10 @@ def _forbidden(tree: Any) -> Problem | None:
         waiting += node.iter_child_nodes()
         if isinstance(node, nodes.For):
             loops += 1
-            fits = loops == 1 and isinstance(node.iter, nodes.Name) and node.iter.name == "keywords" and not node.recursive
+            fits = loops == 1 and isinstance(node.iter, nodes.Name) and node.iter.name in LISTS and not node.recursive
         elif isinstance(node, nodes.Filter):
-            over_keywords = isinstance(node.node, nodes.Name) and node.node.name == "keywords"
-            fits = node.name in FILTERS or (node.name == "join" and over_keywords)
+            over_a_list = isinstance(node.node, nodes.Name) and node.node.name in LISTS
+            fits = node.name in FILTERS or (node.name == "join" and over_a_list)
             if not fits and node.name not in _environment().filters:
                 raise TemplateSyntaxError(f"no filter named {node.name!r}", node.lineno)
         elif isinstance(node, nodes.Getitem):
@@ -210,7 +212,7 @@ def _forbidden(tree: Any) -> Problem | None:
             fits = isinstance(node, (*plain, *logic))
         if not fits:
             what = f"the filter {node.name}" if isinstance(node, nodes.Filter) else type(node).__name__
-            expected = f"`if`, one `for` over keywords, their `join`, and the filters {', '.join(sorted(FILTERS))}"
+            expected = f"`if`, one `for` over keywords or passages, their `join`, and the filters {', '.join(sorted(FILTERS))}"
             return Problem("prompt", f"line {node.lineno}: {what} is not allowed; a prompt has text, slots, {expected}")
     return None
 

@@ -157,7 +157,7 @@ def test_a_sweep_survives_what_runs_out_of_memory(tmp_path: Path, capsys: pytest
         (["train", "--trace", "no/such/x.json"], "no/such is not a folder"),
         (["gpu", "--smoke", "--only", "nothing"], "no such part; there are: numerics of kernels"),
         (["memory", "--json", "no/such/x.json"], "no/such is not a folder"),
-        (["report", "no-such.json"], "no-such.json: expected what"),
+        (["report", "no-such.json"], "no-such.json: cannot be read"),
     ],
 )
 def test_mistakes_are_told_at_once(argv: list[str], message: str) -> None:

@@ -237,7 +237,7 @@ def test_what_the_wrapper_and_the_optimizer_are_told_of_weights_in_fp8(
     from megatron_synth.parallel import wrap
 
     told: dict[str, Any] = {}
-    monkeypatch.setattr(wrap.parallel_state, "get_data_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(wrap.parallel_state, "get_data_parallel_world_size", lambda **_: 1)
     monkeypatch.setattr(wrap, "DistributedDataParallel", lambda **given: told.update(given) or SimpleNamespace(**given))
     monkeypatch.setattr(wrap, "get_megatron_optimizer", lambda given, chunks, **_: told.update(optimizer=given))
     config = build(fp8, {"fp8_param_gather": gathers})

@@ -22,7 +22,7 @@ from megatron_synth.config.load import to_yaml
 from megatron_synth.interop import export
 from megatron_synth.synthesis import generator
 from megatron_synth.synthesis.answers.parts import Answer, Answers
-from megatron_synth.synthesis.engines import openai
+from megatron_synth.synthesis.engines import http
 from megatron_synth.synthesis.kinds.template import load_template
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -149,7 +149,7 @@ def test_names_of_models_are_not_shown_in_full(synthesis: MakeFile, capsys: pyte
 def test_a_reply_that_unfolds_to_gigabytes_is_none(
     synthesis: MakeFile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai, "MAX_REPLY_BYTES", 2**20)
+    monkeypatch.setattr(http, "MAX_REPLY_BYTES", 2**20)
     packed = gzip.compress(b'{"choices": [{"text": "' + b"x" * 2**24 + b'", "finish_reason": "length"}]}')
     assert len(packed) < 2**16
     with _server(MODELS, packed=packed) as url:
