@@ -40,6 +40,8 @@ from megatron_synth.synthesis.requests import Request
 LONGEST_BACKOFF_S = 60.0
 PROBE_TIMEOUT_S = 5.0
 METRICS_EVERY_S = 1.0
+SURE = 3
+"""Replies in a row from which a server's own name of the model is taken."""
 SHOWN_NAME = 80
 """Characters of the name of a model that a server has."""
 
@@ -71,6 +73,8 @@ class HttpEngine:
         self._shape, self._settings, self._key, self._revive = shape, engine, key, revive
         self._addresses = tuple(Address(_with_version(server), key) for server in servers)
         self._answers_as: str | None = None
+        self._other_names: list[str] = []
+        """What the first replies called the model, as long as none has the name that was asked for."""
 
     def check(self) -> Capabilities:
         """All servers are there and have the model.
@@ -126,13 +130,19 @@ class HttpEngine:
         return text.replace(self._key, "[key]") if self._key else text
 
     def is_of_model(self, named: str | None) -> bool:
-        """Whether a reply comes from the model that was asked, given what it calls it: servers may have a name of their own."""
-        if named is None or named in (self._shape.model, self._answers_as):
+        """Whether a reply comes from the model that was asked, given what it calls it.
+
+        A server may have a name of its own for it: one that comes in the first replies alone, and in several. Until then such
+        a reply counts as another model's, and its request is asked again.
+        """
+        if named is None or named == self._shape.model:
+            self._other_names = [""] * SURE if named is not None and self._answers_as is None else self._other_names
             return True
-        if self._answers_as is None:
-            self._answers_as = named
-            return True
-        return False
+        if self._answers_as is None and len(self._other_names) < SURE:
+            self._other_names = [*(name for name in self._other_names if name == named), named]
+            if len(self._other_names) == SURE:
+                self._answers_as = named
+        return named == self._answers_as
 
     async def _get(self, address: Address, path: str) -> tuple[Reply | None, str]:
         """The reply; without one, what went wrong."""
