@@ -43,8 +43,8 @@ class StepResult:
     own_s: from the begin of the step to the reduction of its gradients, in which data-parallel ranks wait for each other: a
         slow rank is slow before it. Ranks of one replica wait for each other all along, and have about the same.
     save: some rank's clock asks for a checkpoint; equal on every rank.
-    row_losses: [R] fp64 on the device: sum of the loss over the labels of each window of this rank; None on ranks that do not
-        report the loss.
+    row_losses: [R] fp64 on the device: sum of the loss over the labels of each window of this rank, where ranks share the
+        sequence over those of its part; None on ranks that do not report the loss.
     rows: [R] number of each of these windows in the plan.
     why: the step was skipped, where train.skip says.
     """

@@ -189,8 +189,13 @@ class Recorder:
         """Note a step that is odd, and name the rows of largest loss. Called by all ranks."""
         own: list[tuple[float, int]] = []
         if result.row_losses is not None and result.rows is not None:
-            labels = self._config.window_length
-            ordered = sorted(zip(result.row_losses.tolist(), result.rows.tolist(), strict=True), key=_largest_first)
+            labels, losses = self._config.window_length, result.row_losses
+            if self._config.parallel.context_parallel_size > 1:  # each has the labels of its own part of the row
+                from megatron.core import parallel_state
+
+                losses = losses.clone()
+                torch.distributed.all_reduce(losses, group=parallel_state.get_context_parallel_group())
+            ordered = sorted(zip(losses.tolist(), result.rows.tolist(), strict=True), key=_largest_first)
             own = [(loss / labels, sample) for loss, sample in ordered[:_NAMED]]
         found: list[Any] = [None] * self._ranks.world_size
         torch.distributed.all_gather_object(found, own)
