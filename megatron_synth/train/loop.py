@@ -141,7 +141,7 @@ class Trainer:
         from megatron_synth.train.step import Stepper
 
         config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
-        begun_from = start.weights if start.trunk is None or not start.branches else start.trunk.checkpoint
+        begun_from = start.resumed if start.branches else start.weights
         source = None if begun_from is None else files.run_of(begun_from)
         on_main(ranks, lambda: self.run_dir.keep(self._tokenizer, source))
         for text in [*(data.notes if ranks.rank == 0 else ()), *start.warnings]:  # on rank 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,14 +36,19 @@ def load_average_as_weights(
     Raises:
         UserError: the checkpoint has none, or cannot be read.
     """
+    if not _read_average(checkpoint, chunks, _to_be_weights(chunks)):
+        raise _no_average(checkpoint)
+    if optimizer is not None:
+        optimizer.reload_model_params(None)
+
+
+def _to_be_weights(chunks: list[DistributedDataParallel]) -> Iterator[Range]:
+    """Every parameter, whole, with a copy in fp32 that becomes its value once the next is asked for: one copy at a time."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             values = parameter.detach().float().reshape(-1)
-            if not _read_average(checkpoint, chunks, [(parameter, 0, parameter.numel(), values)]):
-                raise _no_average(checkpoint)
+            yield parameter, 0, parameter.numel(), values
             parameter.data.copy_(values.view(parameter.shape))
-    if optimizer is not None:
-        optimizer.reload_model_params(None)
 
 
 def full_average(checkpoint: Path) -> dict[str, torch.Tensor]:
