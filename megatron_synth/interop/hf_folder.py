@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import read_regular
 from megatron_synth.core.names import plain_name
-from megatron_synth.train.checkpoint.companions import Companions
+from megatron_synth.train.checkpoint.companions import IDS, Companions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def write_hf(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(partial / "model.safetensors.index.json", index)
         _write_json(partial / "config.json", config)
-        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {key: config.get(key) for key in IDS}
         _write_json(partial / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, partial / "tokenizer.json")

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.model import ModelConfig, RopeScaling
+from megatron_synth.core.records import first_fault
+from megatron_synth.train.checkpoint.companions import IDS
 
 _OFF = (None, False)
 
@@ -85,7 +87,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": _OFF,
 }
 _TAKEN = {*_REQUIRED, "num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
-_TAKEN |= {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+_TAKEN |= {"initializer_range", "max_position_embeddings", *IDS}
 _NO_PART = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
 _NO_PART |= {"auto_map", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"}
 _NO_PART |= {"chunk_size_feed_forward", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"}
@@ -223,27 +225,16 @@ def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> Mod
         if field not in known and value not in _OFF
     ]
     problems += _wrong_numbers(config)
-    if not problems:
-        problems += _heads(config, family)
-    scaling = None
-    if not problems:
-        try:
-            scaling = _scaling(config)
-        except ValueError as error:
-            problems.append(str(error))
-    window, first = None, 0
-    if not problems:
-        try:
-            window, first = _window(config, family)
-        except ValueError as error:
-            problems.append(str(error))
+    problems = problems or list(_heads(config, family))
+    refusal = "config.json: not a model that we can represent\n  "
     if problems:
-        raise UserError("config.json: not a model that we can represent\n  " + "\n  ".join(problems))
-    rope = _rope_parameters(config)
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+        raise UserError(refusal + "\n  ".join(problems))
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = _head_dim(config, family)
+    head_dim = _own_head_dim(config, family)
     try:
+        rope = _rope_parameters(config)
+        theta = rope.get("rope_theta", config.get("rope_theta"))
+        window, first = _window(config, family)
         return ModelConfig(
             name=name,
             num_layers=config["num_hidden_layers"],
@@ -254,8 +245,8 @@ def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> Mod
             vocab_size=config["vocab_size"],
             share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
             rotary_base=10_000.0 if theta is None else theta,
-            rope_scaling=scaling,
-            kv_channels=None if head_dim * heads == width else head_dim,
+            rope_scaling=_scaling(config, rope),
+            kv_channels=None if head_dim is None or head_dim * heads == width else head_dim,
             sliding_window=window,
             sliding_window_first_layer=first,
             norm_epsilon=config["rms_norm_eps"],
@@ -263,10 +254,10 @@ def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> Mod
             hf_family=kind,
             **family.fixed,
         )
-    except ValidationError as error:
-        first_one = error.errors()[0]
-        place = ".".join(map(str, first_one["loc"]))
-        raise UserError(f"config.json: not a model that we can represent\n  {place}: {first_one['msg']}") from None
+    except ValidationError as error:  # which is a ValueError, too
+        raise UserError(refusal + first_fault(error)) from None
+    except ValueError as error:
+        raise UserError(refusal + str(error)) from None
 
 
 def _wrong_numbers(config: Mapping[str, Any]) -> Iterator[str]:
@@ -280,15 +271,14 @@ def _groups(config: Mapping[str, Any], family: Family) -> int:
     return config.get("num_key_value_heads") or family.groups or config["num_attention_heads"]
 
 
-def _head_dim(config: Mapping[str, Any], family: Family) -> int:
-    own = config.get("head_dim") or family.keys.get("head_dim") if "head_dim" in family.keys else None
-    return own or config["hidden_size"] // config["num_attention_heads"]  # type: ignore[no-any-return]
+def _own_head_dim(config: Mapping[str, Any], family: Family) -> int | None:
+    """Channels of a head, where the family can say it and does; else they follow from the hidden size."""
+    return (config.get("head_dim") or family.keys["head_dim"]) if "head_dim" in family.keys else None
 
 
 def _heads(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     heads, width, groups = config["num_attention_heads"], config["hidden_size"], _groups(config, family)
-    has_own = "head_dim" in family.keys and (config.get("head_dim") or family.keys["head_dim"])
-    if width % heads and not has_own:
+    if width % heads and _own_head_dim(config, family) is None:
         yield f"num_attention_heads: {heads} does not divide hidden_size {width}"
     if heads % groups:
         yield f"num_key_value_heads: {groups} does not divide {heads} query heads"
@@ -304,9 +294,8 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _scaling(config: Mapping[str, Any]) -> RopeScaling | None:
-    """Scaled frequencies, from either place. ValueError says what cannot be represented."""
-    rope = _rope_parameters(config)
+def _scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeScaling | None:
+    """Scaled frequencies, as `_rope_parameters` found them. ValueError says what cannot be represented."""
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
@@ -332,8 +321,7 @@ def _scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     try:
         return RopeScaling(rope_type=kind, **values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{field}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(f"{field}.{first_fault(error)}") from None
 
 
 def _window(config: Mapping[str, Any], family: Family) -> tuple[int | None, int]:

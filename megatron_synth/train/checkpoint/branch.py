@@ -120,7 +120,7 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
                 f"{_KEY}: {asked}, but {run} is a branch of {begun.name}; set it to that, or use another run directory"
             )
         return begun
-    if run is not None and folder.resolve() in (run.resolve(), (run / "checkpoints").resolve()):
+    if run is not None and folder.resolve() in (run.resolve(), (run / files.FOLDER).resolve()):
         raise UserError(f"{_KEY}: {asked} is the branch's own run directory; choose another with --run-dir")
     if not folder.is_dir():
         raise UserError(f"{_KEY}: {folder}: no such run directory")

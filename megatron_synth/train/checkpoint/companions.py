@@ -20,6 +20,7 @@ FILE = "huggingface.json"
 _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE = "chat_template.jinja"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Special tokens, by their keys in config.json."""
 _CODE = ("auto_map",)
 """Settings that name Python files of the model's author, which are not taken along."""
 

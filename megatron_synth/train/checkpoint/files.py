@@ -237,7 +237,7 @@ def root_of(path: Path) -> Path:
 def run_of(checkpoint: Path) -> Path:
     """The run directory of a checkpoint, or the folder of what was imported; the checkpoint itself if it lies alone."""
     folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else checkpoint
+    return folder.parent if folder.name == FOLDER else checkpoint
 
 
 def all_of(root: Path) -> list[Path]:

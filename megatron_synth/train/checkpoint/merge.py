@@ -118,7 +118,7 @@ def _write(parts: Sequence[Part], shares: Sequence[int], saved: Sequence[resume.
     model = resume.saved_model(parts[0].checkpoint, first)
     table = architecture.by_key(model, first.vocab_size)
     last = max(saved, key=lambda state: state.step)
-    temporary = folder / "checkpoints" / f"merge.{secrets.token_hex(4)}{files.TEMPORARY}"
+    temporary = folder / files.FOLDER / f"merge.{secrets.token_hex(4)}{files.TEMPORARY}"
     temporary.mkdir(parents=True)
     with ExitStack() as stack:
         opened = [stack.enter_context(Stored(part.checkpoint)) for part in parts]
