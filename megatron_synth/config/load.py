@@ -220,9 +220,9 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(parallel, "context_parallel_size", 1)
     model = content["model"]
     del model["hf_family"]  # what an export is called
-    for name in ("rope_scaling", "kv_channels", "add_qkv_bias", "qk_norm", "norm_placement", "sliding_window"):
+    newer = ("rope_scaling", "kv_channels", "add_qkv_bias", "qk_norm", "norm_placement")
+    for name in (*newer, "sliding_window", "sliding_window_first_layer"):
         _drop_default(model, name, ModelConfig.model_fields[name].default)
-    _drop_default(model, "sliding_window_first_layer", 0)
     if config.kernels == KernelsConfig():
         del content["kernels"]
     else:

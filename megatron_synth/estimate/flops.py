@@ -63,16 +63,18 @@ def count_parameters(model: ModelConfig, vocab_size: int | None = None) -> Param
 def flops_per_token(model: ModelConfig, sequence_length: int, vocab_size: int | None = None) -> int:
     """FLOPs to train on one token, by the module's convention."""
     parameters = count_parameters(model, vocab_size)
-    seen = sum(attended(sequence_length, model.window_of(layer)) for layer in range(model.num_layers))
-    attention = 12 * model.num_attention_heads * model.head_dim * seen
+    attention = 12 * model.num_attention_heads * model.head_dim * attended(model, sequence_length)
     return 6 * (parameters.non_embedding + parameters.head_product) + round(attention)
 
 
-def attended(sequence_length: int, window: int | None) -> float:
-    """Tokens that a token is counted to attend to in a row of S: S, or, with a window of W < S, 2 W - W^2 / S.
+def attended(model: ModelConfig, sequence_length: int) -> float:
+    """Tokens that a token is counted to attend to in a row of S, over all layers: S in each, or, with a window of W < S,
+    2 W - W^2 / S.
 
     That is twice what it sees on average under the causal mask, W - W^2 / (2 S), which without a window is S / 2.
     """
-    if window is None or window >= sequence_length:
-        return sequence_length
-    return 2 * window - window**2 / sequence_length
+    windows = (model.window_of(layer) for layer in range(model.num_layers))
+    return sum(
+        sequence_length if window is None or window >= sequence_length else 2 * window - window**2 / sequence_length
+        for window in windows
+    )

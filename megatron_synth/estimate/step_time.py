@@ -195,7 +195,7 @@ def _layer(config: Config, chip: Accelerator, assume: Assumptions, fp8: bool) ->
 
     # causal: half of 4 S D per query; the backward pass has five products where the forward pass has two
     model = config.model
-    seen = sum(attended(train.sequence_length, model.window_of(layer)) for layer in range(model.num_layers)) / model.num_layers
+    seen = attended(model, train.sequence_length) / model.num_layers
     scores = 2 * tokens * seen * queries / tensor
     rate = chip.bf16_flops * assume.sustained
     attention_forward = scores / (rate * assume.attention_forward)
