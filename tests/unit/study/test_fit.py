@@ -14,7 +14,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.bootstrap import draw_weights
 from megatron_synth.study.fit.fit import Fit, fit
 from megatron_synth.study.fit.laws import LAWS, Floats
-from megatron_synth.study.fit.newton import objective_gradient
+from megatron_synth.study.fit.solvers.newton import objective_gradient
 from megatron_synth.study.fit.table.domains import fit_each
 from tests.simulate import BUDGETS, JOINT, SIZES, STUDIES, Study, coverage, grid
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.catalog import law_named
 from megatron_synth.study.fit.laws import LAWS, Floats, Law
-from megatron_synth.study.fit.newton import curvature, huber, objective, objective_gradient, solve
+from megatron_synth.study.fit.solvers.newton import curvature, huber, objective, objective_gradient, solve
 
 PARAMS = {
     "A": 482.0,

@@ -13,8 +13,8 @@ from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.fit import fit
 from megatron_synth.study.fit.laws import LAWS, Floats
-from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
 from megatron_synth.study.fit.repetition import PUBLISHED, RECTIFIED, REPETITION, effective_tokens
+from megatron_synth.study.fit.solvers.nonlinear import NonlinearLaw, with_fixed
 from megatron_synth.study.fit.worth import worth_of, worth_table
 
 COLUMNS = {

@@ -26,7 +26,7 @@ from megatron_synth.study.plan.runs import Run, expand
 from megatron_synth.study.plan.study_file import Study, load_study
 from megatron_synth.study.report.analysis import Analysis
 from megatron_synth.study.report.collect import Row, read_runs_csv, runs_csv
-from megatron_synth.study.report.drawing import csv_of, looks
+from megatron_synth.study.report.figures.drawing import csv_of, looks
 from megatron_synth.study.report.report import write_report
 from tests.support import ROOT
 from tests.unit.study.test_study_file import TINY, write_study

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import EngineConfig, SamplingConfig
 from megatron_synth.synthesis.answers.parts import Answer
-from megatron_synth.synthesis.chunks import Chunk
+from megatron_synth.synthesis.documents.chunks import Chunk
 from megatron_synth.synthesis.engines.drawing import SeededDraw, uniforms
 from megatron_synth.synthesis.engines.embedded import Embedded
 from megatron_synth.synthesis.requests import Prompt, Request

@@ -12,7 +12,7 @@ from benchmarks.synthesis.stub import RunningStub
 from megatron_synth.cli.main import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import to_yaml
-from megatron_synth.synthesis.parents import digest
+from megatron_synth.synthesis.documents.parents import digest
 from megatron_synth.synthesis.recombined import concepts_of, extraction_record, graph_of
 from megatron_synth.synthesis.report import write_report
 from megatron_synth.synthesis.run import run

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from megatron_synth.study.fit.catalog import AnyLaw
 from megatron_synth.study.fit.laws import Floats
-from megatron_synth.study.fit.newton import Solutions, solve
-from megatron_synth.study.fit.nonlinear import NonlinearLaw, solve_each
+from megatron_synth.study.fit.solvers.newton import Solutions, solve
+from megatron_synth.study.fit.solvers.nonlinear import NonlinearLaw, solve_each
 
 
 @dataclass(frozen=True)

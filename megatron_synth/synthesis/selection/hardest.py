@@ -19,8 +19,8 @@ from megatron_synth.config.synthesis import EngineConfig, GeneratorConfig, Harde
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import show
 from megatron_synth.core.records import OPEN, Amount, Count, Reader
+from megatron_synth.synthesis.documents.parents import Chosen, Parent, Parents
 from megatron_synth.synthesis.generator import Generator, generator_of
-from megatron_synth.synthesis.parents import Chosen, Parent, Parents
 from megatron_synth.synthesis.selection.losses import DocumentLoss, highest_losses
 
 FOLDER = "hardest"

@@ -11,7 +11,7 @@ from megatron_synth.core.log import compact
 from megatron_synth.study.fit.laws import Floats
 from megatron_synth.study.report.analysis import Analysis, Fitted
 from megatron_synth.study.report.collect import Row
-from megatron_synth.study.report.drawing import (
+from megatron_synth.study.report.figures.drawing import (
     Drawn,
     Look,
     figure_size,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_synth.synthesis.counting import TokenCounter
+from megatron_synth.synthesis.documents.counting import TokenCounter
+from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.kinds.template import Template
-from megatron_synth.synthesis.parents import Parent
 
 SEPARATORS = ("\n\n", "\n", ". ", " ", "")
 """Where a text may be cut: at the first of these that is fine enough. The last cuts between characters."""

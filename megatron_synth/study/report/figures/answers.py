@@ -16,7 +16,7 @@ from megatron_synth.core.log import compact, human
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.report.analysis import LEVEL, Analysis, BestAt, Fitted
 from megatron_synth.study.report.collect import Row
-from megatron_synth.study.report.drawing import (
+from megatron_synth.study.report.figures.drawing import (
     DOUBTED,
     HUES,
     MOST_PANELS,

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.laws import Columns, Floats, Law, checked_columns, named_parameters, theta_of
-from megatron_synth.study.fit.newton import Solutions
+from megatron_synth.study.fit.solvers.newton import Solutions
 
 ValueAndSlopes = Callable[[Floats, Mapping[str, Floats]], tuple[Floats, Floats]]
 _STEPS = 400

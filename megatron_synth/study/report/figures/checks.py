@@ -9,7 +9,7 @@ import numpy as np
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.forecast.score import summary
 from megatron_synth.study.report.checks import Checks
-from megatron_synth.study.report.drawing import (
+from megatron_synth.study.report.figures.drawing import (
     HUES,
     MOST_PANELS,
     PAPER,
