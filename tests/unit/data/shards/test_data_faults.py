@@ -22,7 +22,7 @@ from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
-from tests.unit.data.test_checksums import BLOCK, VOCABULARY, flip, make
+from tests.unit.data.shards.test_checksums import BLOCK, VOCABULARY, flip, make
 
 S = 50
 BAD = 3

@@ -22,7 +22,7 @@ from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.shards.staging import stage
 from tests.support import snapshot, write_config, write_corpus
-from tests.unit.data.test_source import make
+from tests.unit.data.shards.test_source import make
 
 
 def test_a_copy_reads_like_its_source_and_is_made_once(tmp_path) -> None:

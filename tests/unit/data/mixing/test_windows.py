@@ -26,7 +26,7 @@ from megatron_synth.data.mixing.schedule import Phase
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.train.batch import LABELS, LOSS, SAMPLES, sums_per_source, to_device
 from tests.support import SEQUENCE_LENGTH, write_config, write_corpus
-from tests.unit.data.test_loader import MemorySource
+from tests.unit.data.loading.test_loader import MemorySource
 
 SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 6))
 LENGTH = 8

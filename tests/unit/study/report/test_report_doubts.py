@@ -19,8 +19,8 @@ from megatron_synth.study.report.collect import Row, runs_csv
 from megatron_synth.study.report.findings import findings
 from megatron_synth.study.report.ratio import bracket
 from megatron_synth.study.report.report import write_report
+from tests.unit.study.report.test_study_report import simulated
 from tests.unit.study.test_study_file import TINY, write_study
-from tests.unit.study.test_study_report import simulated
 
 BUDGETS = [512 * 2**power for power in range(7)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.dist.pool import RankPool
-from tests.dist.test_fp8_ranks import LOSS_APART
+from tests.dist.fp8.test_fp8_ranks import LOSS_APART
 from tests.support import read_metrics, rewound
 
 SETTINGS = (
@@ -29,7 +29,7 @@ def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, co
     def train(name: str, size: int, in_fp8: bool, *settings: str) -> list[dict[str, Any]]:
         gather = f"precision.fp8_param_gather={str(in_fp8).lower()}"
         arguments = ["train", str(config), *SETTINGS, *settings, gather, "--run-dir", str(tmp_path / name)]
-        for result in ranks.run(size, "tests.dist.fp8_param_jobs.train", arguments):
+        for result in ranks.run(size, "tests.dist.fp8.fp8_param_jobs.train", arguments):
             assert result.value == 0, result.stderr
         return read_metrics(tmp_path / name)
 
@@ -47,8 +47,8 @@ def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, co
         assert on[1][name] == off[1][name], name
 
     # what is saved: the same names, weights of bf16 that are the optimizer's, nothing on the grid of FP8
-    (weights,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "on"))
-    (expected,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "off"))
+    (weights,) = ranks.run(1, "tests.dist.fp8.fp8_param_jobs.weights", str(tmp_path / "on"))
+    (expected,) = ranks.run(1, "tests.dist.fp8.fp8_param_jobs.weights", str(tmp_path / "off"))
     assert weights.value.keys() == expected.value.keys() and len(weights.value) > 20
     for name, value in weights.value.items():
         np.testing.assert_array_equal(value, expected.value[name], err_msg=name)
@@ -69,6 +69,6 @@ def test_weights_in_fp8_train_and_are_saved_as_bf16_ones_are(ranks: RankPool, co
     # weights alone: the optimizer begins from them as they were saved; a step of Adam moves none by more than a few lr
     again = train("again", 2, True, f"checkpoint.init_from={tmp_path / 'on'}", *TINY_STEP)
     assert len(again) == 1
-    (kept,) = ranks.run(1, "tests.dist.fp8_param_jobs.weights", str(tmp_path / "again"))
+    (kept,) = ranks.run(1, "tests.dist.fp8.fp8_param_jobs.weights", str(tmp_path / "again"))
     for name, value in kept.value.items():
         np.testing.assert_allclose(value, weights.value[name], rtol=0, atol=1e-8, err_msg=name)

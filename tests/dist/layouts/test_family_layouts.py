@@ -13,7 +13,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.config.yaml12 import dump
 from megatron_synth.train.record import metrics
 from tests.dist.pool import RankPool
-from tests.dist.test_huggingface import STEPS, convert, train_llama
+from tests.dist.layouts.test_huggingface import STEPS, convert, train_llama
 from tests.hf_models import MODELS, model_of
 from tests.support import LAYOUTS, VOCAB_SIZE, read_metrics
 

@@ -37,7 +37,7 @@ def whole(ranks: RankPool) -> Callable[..., dict[str, np.ndarray]]:
 
     @cache
     def call(kind: str, recipe: str, number_format: str) -> dict[str, np.ndarray]:
-        (result,) = ranks.run(1, "tests.dist.fp8_jobs.layer", kind, recipe, number_format, False)
+        (result,) = ranks.run(1, "tests.dist.fp8.fp8_jobs.layer", kind, recipe, number_format, False)
         return dict(result.value)
 
     return call
@@ -50,7 +50,7 @@ def test_a_shared_layer_is_the_layer(
     recipe: str, kind: str, sequence_parallel: bool, whole: Callable[..., dict[str, np.ndarray]], ranks: RankPool
 ) -> None:
     expected = whole(kind, recipe, "hybrid")
-    results = ranks.run(2, "tests.dist.fp8_jobs.layer", kind, recipe, "hybrid", sequence_parallel)
+    results = ranks.run(2, "tests.dist.fp8.fp8_jobs.layer", kind, recipe, "hybrid", sequence_parallel)
     sequence = 0 if sequence_parallel else None
     axes = {"y": 2, "dx": sequence, "dw": 0} if kind == "column" else {"y": sequence, "dx": 2, "dw": 1}
     for name, axis in axes.items():
@@ -63,7 +63,7 @@ def test_a_shared_layer_is_the_layer(
 
 
 def test_a_layer_keeps_its_promises_to_the_engine(ranks: RankPool) -> None:
-    ranks.run(1, "tests.dist.fp8_jobs.contract")
+    ranks.run(1, "tests.dist.fp8.fp8_jobs.contract")
 
 
 # ---- whole runs
@@ -177,7 +177,7 @@ def test_layers_are_watched_in_every_layout(trained: Callable[..., Run]) -> None
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(ranks: RankPool, config: Path, tmp_path: Path) -> None:
     arguments = ["train", str(config), *BLOCKWISE, "precision.fp8=current", "--run-dir", str(tmp_path / "run")]
-    (result,) = ranks.run(1, "tests.dist.fp8_jobs.train_without_products", arguments)
+    (result,) = ranks.run(1, "tests.dist.fp8.fp8_jobs.train_without_products", arguments)
     assert result.value == 2 and not (tmp_path / "run").exists()
     for text in ("precision.fp8: current (hybrid)", "linear_qkv", "only supported on devices", "what works here: blockwise (hybrid), blockwise (e4m3)"):
         assert text in result.stderr

@@ -49,7 +49,7 @@ def test_logits_of_a_trained_checkpoint(
     run = trained(layout, *VARIANTS[variant])
     convert(ranks, "to-hf", str(run.path), str(tmp_path / "hf"))
     tokens = torch.randint(0, VOCAB_SIZE, (3, 32), generator=torch.Generator().manual_seed(5))
-    (ours,) = ranks.run(1, "tests.dist.hf_jobs.logits", str(run.path), tokens.numpy())
+    (ours,) = ranks.run(1, "tests.dist.layouts.hf_jobs.logits", str(run.path), tokens.numpy())
     with torch.no_grad():
         theirs = load_llama(tmp_path / "hf")(tokens).logits
     assert theirs.std() > 0.1, "an untrained model would agree too easily"
@@ -100,7 +100,7 @@ def train_llama(model: Any, config: Config, changed: Config | None = None) -> li
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ten_steps_of_adamw(ranks: RankPool, trained: Callable[..., Run], config: Path, tmp_path: Path, variant: str) -> None:
     settings = VARIANTS[variant]
-    ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), list(settings), str(tmp_path / "hf"))
+    ranks.run(1, "tests.dist.layouts.hf_jobs.export_initial", str(config), list(settings), str(tmp_path / "hf"))
     layout = {"grouped-query": "tp2pp2", "multi-head": "single", "tied": "tp2pp2", "multi-head-tied": "pp2vp2"}[variant]
     records = trained(layout, *settings).records[:STEPS]
     norms = [record[metrics.GRAD_NORM] for record in records]
@@ -114,7 +114,7 @@ def test_an_optimizer_changed_at_a_resume(ranks: RankPool, train: Train, config:
     """betas, eps and clipping are those of the configuration from the first step on, not those of the checkpoint."""
     constant = ("optim.schedule=constant", "optim.warmup_steps=0")
     new = ("optim.beta1=0.3", "optim.beta2=0.6", "optim.eps=1e-3", "optim.lr=2e-3", "optim.clip_grad=1.0")
-    ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), list(constant), str(tmp_path / "hf"))
+    ranks.run(1, "tests.dist.layouts.hf_jobs.export_initial", str(config), list(constant), str(tmp_path / "hf"))
     train(tmp_path / "run", "dp2", *constant, f"train.steps={STEPS // 2}")
     results = train(tmp_path / "run", "dp2", *constant, *new, f"train.steps={STEPS}")
     found = [record[metrics.LOSS] for record in read_metrics(tmp_path / "run")]

@@ -13,7 +13,7 @@ from tests.dist.conftest import Train
 from tests.dist.pool import RankPool, RanksFailed
 from tests.support import GLOBAL_BATCH_SIZE, LAYOUTS, assert_same_losses, read_ledger, read_metrics
 
-JOB, MAIN = "tests.dist.skip_jobs.train_with_fault", "megatron_synth.cli.main.main"
+JOB, MAIN = "tests.dist.faults.skip_jobs.train_with_fault", "megatron_synth.cli.main.main"
 STEPS, FAULT = 48, 36
 COMMON = (
     f"train.steps={STEPS}",

@@ -18,8 +18,8 @@ from megatron_synth.data.loading.prefetch import STEPS_AHEAD, Prefetcher
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.mixing.schedule import Phase
 from megatron_synth.data.shards.source import Source, open_source
-from tests.unit.data.test_loader import MemorySource, loader_of, two_sources
-from tests.unit.data.test_source import make
+from tests.unit.data.loading.test_loader import MemorySource, loader_of, two_sources
+from tests.unit.data.shards.test_source import make
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
 

@@ -17,7 +17,7 @@ from megatron_synth.synthesis.answers.parts import lines
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.setup import ANSWERS
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PYTHON = ROOT / "build" / "real-server" / "bin" / "python"
 MODEL = "smollm2"
 

@@ -16,7 +16,7 @@ from megatron_synth.study.fit.laws import LAWS
 from megatron_synth.study.fit.table.row_filter import matching, number
 from megatron_synth.study.fit.table.runs_table import read_table
 
-CHINCHILLA = Path(__file__).parents[2] / "fixtures" / "chinchilla_figure4.csv"
+CHINCHILLA = Path(__file__).parents[3] / "fixtures" / "chinchilla_figure4.csv"
 FAST = ["--bootstraps", "50", "--starts", "60"]
 
 

@@ -19,7 +19,7 @@ from megatron_synth.study.fit.table.domains import fit_each
 from tests.simulate import BUDGETS, JOINT, SIZES, STUDIES, Study, coverage, grid
 
 ADDITIVE = {**JOINT, "E": 1.6, "J": 0.1, "K": 0.1, "s": 2.0, "t": 3.0}
-CHINCHILLA = Path(__file__).parents[2] / "fixtures" / "chinchilla_figure4.csv"
+CHINCHILLA = Path(__file__).parents[3] / "fixtures" / "chinchilla_figure4.csv"
 
 
 def chinchilla() -> tuple[dict[str, Floats], Floats]:

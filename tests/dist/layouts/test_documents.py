@@ -18,7 +18,7 @@ from megatron_synth.data.loading.loader import Loader, validation_batches
 from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
-from tests.dist.test_huggingface import load_llama
+from tests.dist.layouts.test_huggingface import load_llama
 from tests.support import (
     LAYOUTS,
     SEQUENCE_LENGTH,
@@ -42,7 +42,7 @@ def gathered(ranks: RankPool, config: Path, layout: str, batches: list, *setting
     """Logits [B, S, V] of each micro-batch, put together from the tensor- or context-parallel ranks of the last stage."""
     world_size, layout_settings = LAYOUTS[layout]
     results = ranks.run(
-        world_size, "tests.dist.document_jobs.logits", str(config), [*layout_settings, *MASKS, *settings], batches
+        world_size, "tests.dist.layouts.document_jobs.logits", str(config), [*layout_settings, *MASKS, *settings], batches
     )
     join = partial(np.sum, axis=0) if "cp" in layout else partial(np.concatenate, axis=-1)
     return [join(parts) for parts in zip(*(r.value for r in results if r.value), strict=True)]
@@ -128,7 +128,7 @@ def test_the_run_is_that_of_a_model_shown_one_document_at_a_time(
     layout: str, ranks: RankPool, trained: Callable[..., Run], config: Path, tmp_path: Path
 ) -> None:
     """transformers' Llama and torch's AdamW, gradients of the mean over labels of the global batch; losses by source."""
-    ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), [], str(tmp_path / "hf"))
+    ranks.run(1, "tests.dist.layouts.hf_jobs.export_initial", str(config), [], str(tmp_path / "hf"))
     model, run = load_llama(tmp_path / "hf"), load_file(Config, config, [*MASKS, f"train.steps={STEPS}"])
     data, size = open_data(run), run.train.global_batch_size
     optimizer = torch.optim.AdamW(

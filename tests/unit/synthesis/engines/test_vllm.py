@@ -13,7 +13,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.synthesis.engines import vllm
 from megatron_synth.synthesis.run import run
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "vllm"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.unit.synthesis.fake_vllm "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.unit.synthesis.engines.fake_vllm "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
