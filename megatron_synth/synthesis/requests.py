@@ -32,6 +32,8 @@ class Prompt:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, content)."""
     text: str = ""
+    tokens: tuple[int, ...] = ()
+    """Of `text`, where they are known: they are sent in its place."""
 
     def characters(self) -> str:
         """All of it in one string, to count by."""
