@@ -17,8 +17,8 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import EngineConfig, SamplingConfig
 from megatron_synth.synthesis.answers.parts import REFUSED, Answer
 from megatron_synth.synthesis.documents.chunks import Chunk
-from megatron_synth.synthesis.engines.base import Capabilities, Engine, EngineGone
 from megatron_synth.synthesis.documents.escape import Escape
+from megatron_synth.synthesis.engines.base import Capabilities, Engine, EngineGone
 from megatron_synth.synthesis.requests import SEED_BITS, Prompt, Request, digest
 
 USUAL_TOKENS = 128
