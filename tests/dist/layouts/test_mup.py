@@ -10,7 +10,7 @@ import torch
 
 from tests.dist.conftest import Run
 from tests.dist.pool import RankPool
-from tests.dist.test_huggingface import convert, load_llama
+from tests.dist.layouts.test_huggingface import convert, load_llama
 from tests.support import VOCAB_SIZE, assert_same_losses
 
 BASE = 16
@@ -24,7 +24,7 @@ def test_layouts_and_export(ranks: RankPool, trained: Callable[..., Run], tmp_pa
     assert reference.records[-1]["train/loss"] < reference.records[0]["train/loss"] - 0.1
     convert(ranks, "to-hf", str(run.path), str(tmp_path / "hf"))
     tokens = torch.randint(0, VOCAB_SIZE, (3, 32), generator=torch.Generator().manual_seed(5))
-    (ours,) = ranks.run(1, "tests.dist.hf_jobs.logits", str(run.path), tokens.numpy())
+    (ours,) = ranks.run(1, "tests.dist.layouts.hf_jobs.logits", str(run.path), tokens.numpy())
     with torch.no_grad():
         theirs = load_llama(tmp_path / "hf")(tokens).logits
     assert theirs.std() > 0.03
@@ -32,8 +32,8 @@ def test_layouts_and_export(ranks: RankPool, trained: Callable[..., Run], tmp_pa
 
 
 def test_a_width_begins_and_moves_as_its_base_would(ranks: RankPool, config: Path) -> None:
-    (plain,) = ranks.run(1, "tests.dist.mup_jobs.weights_and_groups", str(config), [])
-    (scaled,) = ranks.run(1, "tests.dist.mup_jobs.weights_and_groups", str(config), [MUP])
+    (plain,) = ranks.run(1, "tests.dist.layouts.mup_jobs.weights_and_groups", str(config), [])
+    (scaled,) = ranks.run(1, "tests.dist.layouts.mup_jobs.weights_and_groups", str(config), [MUP])
     for name, value in scaled.value[0].items():
         factor = math.sqrt(M) if "layers" in name and value.ndim == 2 else 1.0
         torch.testing.assert_close(torch.from_numpy(value) * factor, torch.from_numpy(plain.value[0][name]), rtol=1e-6, atol=0)

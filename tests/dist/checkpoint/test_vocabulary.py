@@ -13,7 +13,7 @@ import torch
 from megatron_synth.data.tokenizer import Tokenizer, growth
 from tests.dist.conftest import Run
 from tests.dist.pool import RankPool
-from tests.dist.test_huggingface import convert
+from tests.dist.layouts.test_huggingface import convert
 from tests.support import EOD, LAYOUTS, VOCAB_SIZE, read_metrics, tokenizer, write_source
 
 MORE = ("<|user|>", "<|model|>", "tool")

@@ -15,9 +15,9 @@ from megatron_synth.config.schema import Config
 from megatron_synth.train.record import metrics
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool
-from tests.dist.test_huggingface import STEPS as HF_STEPS
-from tests.dist.test_huggingface import load_llama, train_llama
-from tests.dist.test_resume import _assert_bit_equal_weights
+from tests.dist.layouts.test_huggingface import STEPS as HF_STEPS
+from tests.dist.layouts.test_huggingface import load_llama, train_llama
+from tests.dist.checkpoint.test_resume import _assert_bit_equal_weights
 from tests.support import STEPS, assert_same_losses, read_metrics, rewound
 
 MUON = "optim.name=muon"
@@ -63,7 +63,7 @@ class TorchMuon(torch.optim.Optimizer):
 def test_ten_steps_as_torch_does(
     ranks: RankPool, trained: Callable[..., Run], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks.run(1, "tests.dist.hf_jobs.export_initial", str(config), [], str(tmp_path / "hf"))
+    ranks.run(1, "tests.dist.layouts.hf_jobs.export_initial", str(config), [], str(tmp_path / "hf"))
     model = load_llama(tmp_path / "hf")
     monkeypatch.setattr(TorchMuon, "matrices", tuple(p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2))
     assert len(TorchMuon.matrices) == 4 * 7
