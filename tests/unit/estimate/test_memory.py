@@ -64,6 +64,15 @@ def test_memory_of_states_per_parameter() -> None:
     assert fp32.weights + fp32.gradients + fp32.optimizer == 16 * total
 
 
+def test_muon_has_no_second_moments_of_the_matrices_of_layers() -> None:
+    adamw = run()
+    muon = adamw.model_copy(update={"optim": adamw.optim.model_copy(update={"name": "muon"})})
+    parameters = count_parameters(LLAMA3_8B)
+    for data in (1, 4):
+        [before], [after] = memory_per_rank(adamw, data), memory_per_rank(muon, data)
+        assert before.optimizer - after.optimizer == 4 * (parameters.attention + parameters.mlp) // data
+
+
 def test_fp8_keeps_quantized_copies_of_the_matrices_of_layers() -> None:
     [plain], [quantized] = memory_per_rank(run(), 1), memory_per_rank(run(), 1, fp8=True)
     parameters = count_parameters(LLAMA3_8B)
