@@ -45,8 +45,8 @@ def _hosts(cluster: Lab, job: str) -> list[str]:
 
 
 def _active(cluster: Lab, job: str) -> bool:
-    states = cluster.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T", check=False).split()
-    return any(state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "CONFIGURING") for state in states)
+    states = cluster.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").split()
+    return any(state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") for state in states)  # NODE_FAIL is passed through
 
 
 def _lose(cluster: Lab, job: str, draw: random.Random, within_s: float) -> str | None:
