@@ -56,8 +56,8 @@ def _lose(cluster: Lab, job: str, draw: random.Random, within_s: float) -> str |
     while time.monotonic() < deadline and _active(cluster, job):
         time.sleep(0.2)
     hosts = _hosts(cluster, job)
-    if not hosts:
-        return None
+    if not hosts:  # at its end, or back in the queue
+        return _lose(cluster, job, draw, 0) if _active(cluster, job) else None
     place, quick = draw.randrange(len(hosts)), draw.random() < 0.5
     cluster.kill_node(hosts[place])
     is_down = "down"
