@@ -6,6 +6,8 @@ import argparse
 
 _DIGITS = 19
 """More than a whole number of 64 bits surely holds."""
+_NGRAM = 10**6
+_DAY_S = 86_400
 
 
 def count(text: str) -> int:
@@ -16,6 +18,25 @@ def count(text: str) -> int:
 def count_or_zero(text: str) -> int:
     """A whole number of 0 or more, for argparse."""
     return _whole(text, 0)
+
+
+def tokens(text: str) -> int:
+    """Tokens of an n-gram, for argparse: more than fit in a window of any model are none."""
+    found = _whole(text, 1)
+    if found > _NGRAM:
+        raise argparse.ArgumentTypeError(f"expected at most {_NGRAM} tokens, found '{text}'")
+    return found
+
+
+def seconds(text: str) -> float:
+    """Seconds above 0 and up to a day, for argparse."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= _DAY_S:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most {_DAY_S}, found '{text}'")
+    return found
 
 
 def _whole(text: str, least: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -21,6 +22,8 @@ EXIT_DAMAGED = 1
 _READERS = 4
 _LONGEST = 1000
 """Characters of an option."""
+_MOST = 10**12
+"""Of a step, and of the weights together as whole numbers: their products with values of weights are exact in fp64."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,18 +75,23 @@ def main(argv: list[str]) -> int:
 
 def _steps(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isascii() and part.isdecimal() and int(part[:12]) == int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected steps such as 800,900,1000, found '{text}'")
+    if not all(part.isascii() and part.isdecimal() and len(part) < len(str(_MOST)) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected steps such as 800,900,1000, found '{text[:_LONGEST]}'")
     return [int(part) for part in parts]
 
 
 def _weights(text: str) -> list[Fraction]:
+    shown = text[:_LONGEST]
     try:
+        if len(text) > _LONGEST or "e" in text.lower():  # an exponent can make a number of any length
+            raise ValueError
         found = [Fraction(part) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,1,2 or 1/3,2/3, found '{text}'") from None
-    if len(text) > _LONGEST or min(found) < 0 or not any(found):
-        raise argparse.ArgumentTypeError(f"expected numbers from 0, at least one of them above it, found '{text[:_LONGEST]}'")
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,1,2 or 1/3,2/3 or 0.25,0.75, found '{shown}'") from None
+    if min(found) < 0 or not any(found):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0, at least one of them above it, found '{shown}'")
+    if sum(found) * math.lcm(*(weight.denominator for weight in found)) > _MOST:
+        raise argparse.ArgumentTypeError(f"in whole numbers they are together more than {_MOST}: round '{shown}'")
     return found
 
 
@@ -96,7 +104,7 @@ def _chosen(runs: list[str], steps: list[int] | None) -> list[Path]:
     found = []
     for text in runs:
         if steps is None and "@" in text and not Path(text).exists():
-            path, step = branch.split(text)
+            path, step = branch.split(text, "RUN")
             asked: list[int] | None = [step]
         else:
             path, asked = Path(text), steps

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import seconds
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import jobs_of
 from megatron_synth.cluster.status import RunStatus, find_runs, rows, status
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         prog="megatron-synth status", description="Where runs stand, from their directories and SLURM's queue."
     )
     parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help="default: all in runs/")
-    parser.add_argument("--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="again and again; default 5")
+    parser.add_argument("--watch", nargs="?", type=seconds, const=5.0, metavar="SECONDS", help="again and again; default 5")
     parser.add_argument("--json", action="store_true", help="one JSON object per run, for programs")
     return parser
 
@@ -72,13 +73,3 @@ def _table(found: Sequence[RunStatus]) -> str:
         padded = (c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 86_400:
-        raise argparse.ArgumentTypeError(f"expected seconds, found '{text}'")
-    return value

@@ -10,6 +10,7 @@ alone; so do gloo and NCCL, and the ranks share a secret (train/checkpoint/mailb
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -36,6 +37,9 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    if "LOGLEVEL" not in os.environ:  # which is torch's own: a line for each rank that a signal is passed on to
+        for name in ("agent.server.api", "multiprocessing.api"):
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     if argv[:1] == [LOCAL]:
         argv = [*_on_this_machine(), *argv[1:]]
     try:

@@ -60,6 +60,8 @@ def resolve(path: str | Path, beside: Path | None = None) -> Path:
                 return candidate
     known = [str(file.relative_to(shipped_folder)) for file in sorted(shipped_folder.rglob("*.yaml"))]
     close = difflib.get_close_matches(str(inside)[:255], known, n=1, cutoff=0.6)
+    with contextlib.suppress(OSError, ValueError):
+        close = [str(file) for file in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if file.is_file()] or close
     hint = f"; did you mean '{close[0]}'?" if close else ""
     text = f"no configuration file {path}, neither as {candidates[0]} nor in {shipped_folder}{hint}"
     raise UserError(text if len(text) < 2000 else f"no configuration file {str(path)[:200]}...")

@@ -54,6 +54,13 @@ _ABSENT = {
     "window_size": "model.sliding_window: tokens that a token sees, itself included; (W, 0) there is W + 1 here",
 }
 """Settings of Megatron-LM that have no counterpart of their own -> what to do instead."""
+_FILES = {
+    ("tokenizer", "sources"): "megatron-synth prepare",
+    ("arms", "grid"): "megatron-synth study",
+    ("generator", "parents"): "megatron-synth synthesize",
+    ("train", "data"): "megatron-synth train",
+}
+"""Keys that only the files of one verb have at their top -> that verb."""
 
 
 def validate(model_class: type[Model], data: Any, source: str) -> Model:
@@ -78,6 +85,9 @@ def examine(model_class: type[Model], data: Any) -> tuple[list[Problem], Model |
         data = {}
     if not isinstance(data, dict):
         return [Problem("", f"expected sections (key: value lines), got {_show(data)}")], None
+    other = _verb_of(model_class, data)
+    if other is not None:
+        return [Problem("", f"this is a file of `{other}`, by its keys: {', '.join(list(data)[:8])}")], None
     try:
         model = model_class.model_validate(data)
     except ValidationError as error:
@@ -89,6 +99,13 @@ def examine(model_class: type[Model], data: Any) -> tuple[list[Problem], Model |
         ]
         return problems, _salvage(model_class, data, errors)
     return [], model
+
+
+def _verb_of(model_class: type[BaseModel], data: Mapping[str, Any]) -> str | None:
+    """The verb whose file `data` is, where it is a whole file of another one."""
+    known = {field.alias or name for name, field in model_class.model_fields.items()}
+    ours = len(known & data.keys())
+    return next((verb for keys, verb in _FILES.items() if data.keys() >= set(keys) and ours < len(keys)), None)
 
 
 _HINTS = 50

@@ -98,6 +98,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 rank`, `2 ranks`, `3 micro-batches`."""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def gib(size: float) -> str:
     """Bytes as GiB with one decimal, two below 10: `62.1`, `0.43`."""
     value = size / 2**30

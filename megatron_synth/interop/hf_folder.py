@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -37,8 +38,6 @@ def write_hf(
     companions: what an imported model came with, which takes the place of what would be made up here.
     Weights beyond `max_shard_bytes` go to several files with an index. UserError if the folder holds anything.
     """
-    from safetensors.torch import save_file
-
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; choose another folder, or remove this one")
@@ -52,7 +51,7 @@ def write_hf(
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: hf_state[name] for name in names}, partial / file, metadata={"format": "pt"})
+            _save({name: hf_state[name] for name in names}, partial / file)
             os.chmod(partial / file, stat.S_IMODE(partial.stat().st_mode) & 0o666)  # safetensors makes files private
             weight_map.update(dict.fromkeys(names, file))
         if len(shards) > 1:
@@ -74,6 +73,20 @@ def write_hf(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file of tensors. OSError where the system refuses, as a full disk does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(state), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -87,6 +87,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": _OFF,
 }
 _TAKEN = {*_REQUIRED, "num_key_value_heads", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
+_LARGEST = 1e12
+"""Of a number of a scaling that arithmetic is done with."""
 _TAKEN |= {"initializer_range", "max_position_embeddings", *IDS}
 _NO_PART = {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
 _NO_PART |= {"auto_map", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"}
@@ -261,6 +263,9 @@ def model_config_from_hf(config: Mapping[str, Any], name: str = "custom") -> Mod
 
 
 def _wrong_numbers(config: Mapping[str, Any]) -> Iterator[str]:
+    for field in ("tie_word_embeddings", "use_sliding_window"):
+        if config.get(field) not in (None, True, False):
+            yield f"{field}: expected true or false, found {config[field]!r:.80}"
     for field in (*_REQUIRED[:-1], "num_key_value_heads", "head_dim"):
         value = config.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -309,9 +314,10 @@ def _scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeScaling 
     if kind == "yarn":
         values.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
         mscale, of_all = values.pop("mscale", None), values.pop("mscale_all_dim", None)
-        if mscale and of_all and "attention_factor" not in values and isinstance(values.get("factor"), (int, float)):
-            grown = math.log(max(values["factor"], 1.0))
-            values["attention_factor"] = (0.1 * mscale * grown + 1) / (0.1 * of_all * grown + 1)
+        if mscale and of_all and "attention_factor" not in values:
+            grown = math.log(max(_number(field, "factor", values.get("factor")), 1.0))
+            of_one, of_all = _number(field, "mscale", mscale), _number(field, "mscale_all_dim", of_all)
+            values["attention_factor"] = (0.1 * of_one * grown + 1) / (0.1 * of_all * grown + 1)
     unknown = sorted(set(values) - _ROPE_KEYS[kind])
     if unknown:
         raise ValueError(f"{field}.{unknown[0]}: not known of {kind}")
@@ -324,6 +330,13 @@ def _scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeScaling 
         raise ValueError(f"{field}.{first_fault(error)}") from None
 
 
+def _number(field: str, name: str, value: Any) -> float:
+    """A number that arithmetic is done with. ValueError where it is none, or of a size that no model has."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise ValueError(f"{field}.{name}: expected a number above 0, found {value!r:.80}")
+    return float(value)
+
+
 def _window(config: Mapping[str, Any], family: Family) -> tuple[int | None, int]:
     """The sliding window and the first layer that has it. ValueError says what cannot be represented."""
     if family.window == "none":
@@ -334,9 +347,12 @@ def _window(config: Mapping[str, Any], family: Family) -> tuple[int | None, int]
     if family.window == "whole":
         return window, 0
     layers, first = config["num_hidden_layers"], config.get("max_window_layers", family.keys["max_window_layers"])
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"max_window_layers: expected a whole number of 0 or more, found {first!r:.80}")
     if not config.get("use_sliding_window", False) or window is None or first >= layers:
         window, first = None, layers
     types = config.get("layer_types")
-    if types is not None and types != _layer_types(layers, first):
+    # the length first: a number of layers that none has makes a list that no memory holds
+    if types is not None and not (isinstance(types, list) and len(types) == layers and types == _layer_types(layers, first)):
         raise ValueError(f"layer_types: expected full attention up to layer {first} and windows after it, found another order")
     return (None, 0) if window is None else (window, first)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_synth.config.errors import ConfigError, Problem
 from megatron_synth.config.rules import batch_sizes, check, nearest_multiples
 from megatron_synth.config.schema import Config
+from megatron_synth.core.log import counted
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Layout:
         if self.context > 1:
             sizes.insert(1, f"CP{self.context}")
         text = " x ".join(sizes) + (" (SP)" if self.sequence_parallel else "")
-        return f"{text}, {_count(self.world_size, 'rank')}, {_count(self.num_microbatches, 'micro-batch')}"
+        return f"{text}, {counted(self.world_size, 'rank')}, {counted(self.num_microbatches, 'micro-batch')}"
 
 
 def plan(config: Config, world_size: int) -> Layout:
@@ -82,9 +83,10 @@ def plan(config: Config, world_size: int) -> Layout:
     if rest:
         shared = f" x CP{context}" if context > 1 else ""
         size = f"TP{tensor}{shared} x PP{pipeline} = {copy} ranks per copy of the model"
-        message = f"{world_size} ranks are not a multiple of {size}"
-        problems.append(Problem("parallel", f"{message}; nearest: {nearest_multiples(world_size, copy)} ranks"))
-        raise ConfigError(f"{_count(world_size, 'rank')}", problems)
+        message = f"{counted(world_size, 'rank')} {'is' if world_size == 1 else 'are'} not a multiple of {size}"
+        start = f"; start them by `launch/local.sh {copy} CONFIG` or torchrun" if world_size == 1 else ""
+        problems.append(Problem("parallel", f"{message}; nearest: {nearest_multiples(world_size, copy)} ranks{start}"))
+        raise ConfigError(f"{counted(world_size, 'rank')}", problems)
 
     micro = train.micro_batch_size
     per_round = micro * data
@@ -96,12 +98,12 @@ def plan(config: Config, world_size: int) -> Layout:
                 problems.append(Problem(key, f"{message}; nearest: {nearest_multiples(batch, per_round)}"))
         elif chunks > 1 and (batch // per_round) % pipeline:
             message = (
-                f"{batch} gives {_count(batch // per_round, 'micro-batch')} per step, but the interleaved schedule needs "
+                f"{batch} gives {counted(batch // per_round, 'micro-batch')} per step, but the interleaved schedule needs "
                 f"a multiple of the {pipeline} pipeline stages"
             )
             problems.append(Problem(key, f"{message}; nearest: {nearest_multiples(batch, per_round * pipeline)}"))
     if problems:
-        raise ConfigError(f"{_count(world_size, 'rank')}", problems)
+        raise ConfigError(f"{counted(world_size, 'rank')}", problems)
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
@@ -112,8 +114,3 @@ def plan(config: Config, world_size: int) -> Layout:
         sequence_parallel=parallel.uses_sequence_parallel,
         context=context,
     )
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number} {noun if number == 1 else plural}"

@@ -14,7 +14,7 @@ import xxhash
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import GeneratorConfig
 from megatron_synth.core.files import sync_folder
-from megatron_synth.core.records import read_text
+from megatron_synth.core.records import Reader, read_text
 from megatron_synth.synthesis.documents.counting import ByteCounter, TokenCounter, TokenizerCounter
 
 TOKENIZER = "tokenizer.json"
@@ -22,6 +22,7 @@ BLOCK_BYTES = 2**24
 MARK = "generator"
 EXPORTED = "exported-from.txt"
 PARTIAL = ".partial"
+_SETTINGS: Reader[dict[str, Any]] = Reader(dict[str, Any], "restore it from a copy of the model")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Generator:
     """What writes the text.
 
     name: how tables and manifests call it. model: what an engine loads or asks a server for. weights: XXH3 of the folder's
-    files; None where it is no folder here. parameters: None where nobody knows. license: None where nobody says.
+    files; None where it is no folder here. parameters: None where nobody knows. license: None where nobody says. context:
+    tokens that it reads at most, where that is known without loading it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Generator:
     tokenizer: Path | None
     parameters: int | None
     license: str | None
+    context: int | None = None
 
     def identity(self) -> dict[str, Any]:
         """What a request's key holds of it."""
@@ -63,9 +66,11 @@ def generator_of(settings: GeneratorConfig, output: Path, *, export: bool) -> Ge
             export_run(Path(settings.run), folder)
         name = f"run {Path(settings.run).name}"
         if not folder.is_dir():
-            if not Path(settings.run).is_dir():
+            run = Path(settings.run)
+            if not run.is_dir():
                 raise UserError(f"generator.run: {settings.run}: no such run directory")
-            return Generator(name, str(folder), None, None, _tokenizer(settings, None), settings.parameters, settings.license)
+            tokenizer, context = _tokenizer(settings, run), _context_of_run(run)
+            return Generator(name, str(folder), None, None, tokenizer, settings.parameters, settings.license, context)
         return _in_folder(settings, name, folder, str(folder))
     assert settings.model is not None
     folder = Path(settings.model)
@@ -82,7 +87,23 @@ def _in_folder(settings: GeneratorConfig, name: str, folder: Path, model: str) -
         raise UserError(f"generator.model: {folder} has no config.json; expected a model in Hugging Face's format")
     license = settings.license or _license(folder)
     parameters = settings.parameters or _parameters(folder)
-    return Generator(name, model, settings.revision, digest_of(folder), _tokenizer(settings, folder), parameters, license)
+    tokenizer = _tokenizer(settings, folder)
+    return Generator(name, model, settings.revision, digest_of(folder), tokenizer, parameters, license, _context(folder))
+
+
+def _context_of_run(run: Path) -> int | None:
+    """Tokens of its windows. None for a lone checkpoint, and for an imported model, which may read more than that."""
+    from megatron_synth.train.record.run_dir import read_config
+
+    if not (run / "config.yaml").is_file() or (run / "huggingface.json").exists():
+        return None
+    return read_config(run / "config.yaml")["train"]["sequence_length"]
+
+
+def _context(folder: Path) -> int | None:
+    settings: dict[str, Any] = _SETTINGS.read(folder / "config.json")
+    found = settings.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _tokenizer(settings: GeneratorConfig, folder: Path | None) -> Path | None:

@@ -37,8 +37,11 @@ class Planned:
     """What a synthesis would ask. Tokens are counted for prompts and estimated for answers."""
 
     documents: int
-    skipped: int
+    short: int
+    """Documents that become no chunk."""
     chunks: int
+    unasked: int
+    """Chunks that become no request: equal to one before, or without keywords."""
     requests: int
     answered: int
     tokens_in: int
@@ -65,13 +68,13 @@ def count(setup: Setup) -> Planned:
         if setup.study_counter is not None:
             text_tokens += request.chunk.tokens
             study_tokens += setup.study_counter.count([request.chunk.text])[0]
-    skipped = counted.skipped.short + counted.asking.repeated + counted.asking.without_keywords
     study = None if setup.study_counter is None else round(tokens_out * study_tokens / max(text_tokens, 1))
     cached = max(requests - 1, 0) * setup.constant_tokens()
     return Planned(
         documents=counted.documents,
-        skipped=skipped,
+        short=counted.skipped.short,
         chunks=counted.asking.chunks,
+        unasked=counted.asking.repeated + counted.asking.without_keywords,
         requests=requests,
         answered=answered,
         tokens_in=tokens_in,
@@ -104,8 +107,8 @@ def plan_text(setup: Setup, planned: Planned, gpus: int, price: float | None) ->
         ("", ""),
         ("template", f"{template.name} {template.version} ({template.digest[:12]}), {template.origin}"),
         ("generator", f"{generator.name}, {_parameters(generator.parameters)}, engine {config.engine.name}"),
-        ("parents", f"{planned.documents:,} documents, {planned.skipped:,} skipped (short, repeated or without keywords)"),
-        ("chunks", f"{planned.chunks:,}"),
+        ("parents", f"{planned.documents:,} documents, of which {planned.short:,} are skipped: too short"),
+        ("chunks", f"{planned.chunks:,}, of which {planned.unasked:,} are skipped: equal to another one, or without keywords"),
         ("requests", f"{planned.requests:,}, of which {planned.answered:,} are answered already"),
         ("prompt tokens", f"{about}{planned.tokens_in:,}, of which a prefix cache saves {about}{planned.tokens_cached:,}"),
         ("answer tokens", f"about {planned.tokens_out:,}, at most {planned.most_tokens_out:,}"),

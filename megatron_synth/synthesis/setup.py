@@ -75,6 +75,9 @@ class Setup:
         parents.check()
         if config.hardest is not None:
             parents = hardest(config.hardest, config.engine, parents, config.folder, evaluate=export)
+        if export and config.generator.run is not None:  # refused before the weights are written
+            known = generator_of(config.generator, config.folder, export=False)
+            cls(config, template, known, parents, known.counter()).check_known_context()
         generator = generator_of(config.generator, config.folder, export=export)
         against = None
         if config.decoding is not None and config.decoding.against is not None:
@@ -166,8 +169,18 @@ class Setup:
             about = "" if self.counter.exact else "about "
             raise UserError(
                 f"generator: its context has {context} tokens, prompts have up to {about}{longest} and answers up to {answer}; "
-                f"lower parent_tokens of the template or sampling.max_tokens, or take another model"
+                f"lower parent_tokens of the template (copy its file, and name the copy as `template:`) or "
+                f"sampling.max_tokens, or take a model of a longer context"
             )
+
+    def check_known_context(self) -> None:
+        """The same for a model in this process, by what is known without loading it.
+
+        Raises:
+            UserError: its context is too short.
+        """
+        if self.config.engine.name == "transformers" and self.config.decoding is None:
+            self.check_context(self.generator.context)
 
     def check_key(self) -> None:
         """Look for the key of the servers, where one is needed.

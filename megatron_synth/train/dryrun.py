@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_synth.config.load import digest
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import gib, human, scientific, table
+from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.run_data import plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
@@ -41,6 +42,10 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
     sections.append(["training sources", *_mixture(config, sources, progress)])
     if validation:
         sections.append(["validation domains", *_validation(validation)])
+    opened = [source for source in sources.values() if source is not None]
+    domains = {name: domain for name, domain in validation.items() if domain is not None}
+    if notes := shared_content.notes(opened, domains):
+        sections.append([f"note: {text}" for text in notes])
     return "\n\n".join("\n".join(section) for section in sections)
 
 
@@ -93,6 +98,9 @@ def _mixture(config: Config, sources: dict[str, Source | None], progress: Progre
     prepared = [name for name, source in sources.items() if source is not None]
     order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
     order.check(config.samples_at_end(progress), config.window_length, progress.samples)
+    if len(prepared) == len(sources):
+        opened = [source for source in sources.values() if source is not None]
+        shared_content.check_epochs(order, opened, config.samples_at_end(progress))
     tables = [source_table(config, order, prepared, progress)]
     return [*tables, "", phase_tables(config, order, prepared, progress)] if order.phased else tables
 

@@ -441,3 +441,17 @@ def read_what_megatron_writes(folder: str) -> list[str]:
         loaded = reading.load(wanted, Path(folder), "read", whole=False)
         assert loaded["iteration"] == 3 and set(wanted) == set(values)
         return [name for name, value in values.items() if not torch.equal(loaded[name], value)]
+
+
+def with_small_files(words: list[str], size: int) -> int:
+    """A verb while no file may grow beyond `size` bytes, which is what a full disk does, by another number."""
+    import resource
+
+    from megatron_synth.cli.main import main
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        return main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

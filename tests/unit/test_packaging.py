@@ -62,7 +62,7 @@ def test_the_tutorial_is_followed_with_the_wheel_in_an_empty_folder(distribution
     subprocess.run([*install, str(distributions[1])], check=True)
     write_text(folder / "text")
     # its last part only trains and evaluates again, with another mixture
-    tutorial, _, rest = (ROOT / "docs" / "tutorial.md").read_text().partition("## 6. Compare two mixtures")
+    tutorial, _, rest = (ROOT / "docs" / "tutorial.md").read_text().partition("## 7. Compare two mixtures")
     assert rest
     files = re.findall(r"```yaml\n# file: (\S+)\n(.*?)```", tutorial, re.DOTALL)
     assert [name for name, _ in files] == ["data.yaml", "run.yaml"]
@@ -79,6 +79,7 @@ def test_the_tutorial_is_followed_with_the_wheel_in_an_empty_folder(distribution
     assert done.stdout.startswith(str(site / "megatron_synth"))
     assert "resumed at step 40" in done.stdout
     assert (folder / "runs" / "first" / "report.png").is_file()
+    assert (folder / "exported" / "model.safetensors").is_file() and (folder / "exported" / "tokenizer.json").is_file()
 
 
 def test_every_imported_distribution_is_declared() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.fit.jobs import (
     AUTO,
     FIGURE_FILE,
@@ -33,6 +34,7 @@ from megatron_synth.study.fit.table.runs_table import Table
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
 CLI_AGGREGATES = ("macro", "worst")
+MOST_BOOTSTRAPS = 10**6
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--holdout", metavar="RULE", help="predict these rows, do not fit them: 'tokens>100e9', 'n_params>2B and arm!=web'")
     add(
         "--drop-highest-loss",
-        type=int,
+        type=count_or_zero,
         default=0,
         metavar="K",
         help="leave out the K rows of highest loss; default %(default)s",
@@ -87,9 +89,11 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (("share", "have one value for all groups"), ("pool", "are partially pooled over the groups")):
         add(f"--{name}", metavar="NAMES", help=f"parameters that {what}, such as E,beta; with --group")
     add("--delta", type=float, default=DELTA, help="of Huber's loss on log residuals; default %(default)s")
-    add("--starts", type=int, metavar="N", help="only N of the law's grid of starts")
-    add("--bootstraps", type=int, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s")
-    add("--seed", type=int, default=0, help="of the bootstraps; default %(default)s")
+    add("--starts", type=count, metavar="N", help="only N of the law's grid of starts")
+    add(
+        "--bootstraps", type=count_or_zero, default=1000, metavar="N", help="for the intervals; 0 for none; default %(default)s"
+    )
+    add("--seed", type=count_or_zero, default=0, help="of the bootstraps; default %(default)s")
     shares = result.add_argument_group(f"with --law {SHARES}")
     shares.add_argument(
         "--sources",
@@ -132,6 +136,10 @@ def main(argv: list[str]) -> int:
 
 
 def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> int:
+    if not 0 < options.delta < float("inf"):
+        raise UserError(f"--delta: expected a number above 0, got {options.delta}")
+    if options.bootstraps == 1 or options.bootstraps > MOST_BOOTSTRAPS:
+        raise UserError(f"--bootstraps: expected 0, or a number from 2 to {MOST_BOOTSTRAPS}, got {options.bootstraps}")
     if options.law == SHARES:
         from megatron_synth.cli.fit.shares import run
 
@@ -145,8 +153,6 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
 
         return fit_isoflop(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{ISOFLOP}")
     law = law_named(options.law)
-    if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
-        raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
     jobs = open_jobs(options, law)
     out = options.out or Path("fits") / f"{options.runs.stem}-{law.name}"
     fitted = []

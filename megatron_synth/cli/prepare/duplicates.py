@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_synth.cli.argparse_types import tokens
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -22,9 +23,9 @@ def parser() -> argparse.ArgumentParser:
         description="Count equal and nearly equal documents of prepared sources, and validation text seen in training.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a prepared source, or a folder of them")
-    parser.add_argument("--shingle", type=int, default=8, help="tokens of the n-grams of near duplicates (%(default)s)")
+    parser.add_argument("--shingle", type=tokens, default=8, help="tokens of the n-grams of near duplicates (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.8, help="least Jaccard similarity of these (%(default)s)")
-    parser.add_argument("--ngram", type=int, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
+    parser.add_argument("--ngram", type=tokens, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     return parser
 
@@ -32,9 +33,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`megatron-synth prepare duplicates FOLDER... [--shingle N] [--threshold X] [--ngram N] [--json FILE]`."""
     options = parser().parse_args(argv)
-    for name in ("shingle", "ngram"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if not 0 < options.threshold <= 1:
         raise UserError(f"--threshold: expected a number above 0 and at most 1, got {options.threshold}")
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
-from megatron_synth.core.log import show
+from megatron_synth.core.log import counted, show
 from megatron_synth.data.preparing.prepare import RECORD, prepared_names
 from megatron_synth.data.preparing.workers import core_count
 from megatron_synth.data.shards.checksums import verify
@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
         show(f"{result.unblocked} of {result.shards} shards have a checksum of the whole file only (manifest of version 1)")
     verdict = f"{len(result.faults)} faults in {len(shown)} files" if result.faults else "all as written"
     show(
-        f"{result.sources} sources, {result.shards} shards, {result.read_bytes / 1e9:.3f} GB in {result.seconds:.2f} s "
+        f"{counted(result.sources, 'source')}, {counted(result.shards, 'shard')}, "
+        f"{result.read_bytes / 1e9:.3f} GB in {result.seconds:.2f} s "
         f"({result.read_bytes / 1e9 / max(result.seconds, 1e-9):.2f} GB/s): {verdict}"
     )
     return EXIT_USER_ERROR if result.faults else EXIT_OK

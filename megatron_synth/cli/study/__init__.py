@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
+from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb, seconds
 from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.cli.study.forecast import add_options as add_forecast_options
 from megatron_synth.cli.study.forecast import run as forecast
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--only", metavar="FILE", type=Path, help="only the runs and corpora whose names or ids stand in FILE")
     _slurm_options(submit)
     status = verbs.add_parser("status", help="done, running, failed, to do, and the time left")
-    status.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="again every so many seconds")
+    status.add_argument("--watch", nargs="?", type=seconds, const=5.0, metavar="SECONDS", help="again every so many seconds")
     status.add_argument("--runs", action="store_true", help="also name the runs that are to do")
     report = verbs.add_parser("report", help="tables, fits, figures and one HTML page, from what is finished")
     report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import resolve
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE=LOW:HIGH",
         help="lowest and highest share of a source; may be given again",
     )
-    add("--seed", type=int, default=0, help="of candidates; default %(default)s")
+    add("--seed", type=count_or_zero, default=0, help="of candidates; default %(default)s")
     add("--out", type=Path, metavar="NEW.yaml", help="study file to write; default FILE-proposed.yaml")
 
 

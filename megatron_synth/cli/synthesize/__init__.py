@@ -71,6 +71,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         config = extraction(config)
     setup = Setup.of(config, export=False)
     setup.warn()
+    setup.check_known_context()
     show(plan_text(setup, count_requests(setup), arguments.gpus, arguments.price))
     return EXIT_OK
 

@@ -174,7 +174,9 @@ class Manifest(Section):
         try:
             text = read_regular(path).decode("utf-8")
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; expected a prepared source, see `megatron-synth prepare`") from None
+            raise UserError(
+                f"{path}: {error.strerror}; expected a prepared source, the output of `megatron-synth prepare`"
+            ) from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again") from None
         try:

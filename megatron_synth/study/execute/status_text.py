@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megatron_synth.core.log import compact, duration, human, scientific, table
+from megatron_synth.core.log import compact, counted, duration, human, scientific, table
 from megatron_synth.study.execute.folder import STATES, Folder, State
 from megatron_synth.study.plan.costs import Cost, Sources, Use, cost_of, mapping_of_epochs, total, use_key
 from megatron_synth.study.plan.runs import Run
@@ -24,8 +24,9 @@ def plan_text(study: Study, runs: Sequence[Run], sources: Sources, uses: Uses, f
     states = {run.id: folder.state(run) for run in runs}
     costs = {run.id: cost_of(study, run, vocab_size) for run in runs}
     sections = [
-        f"study {study.name}: {len(study.arms)} arms, {len(study.sizes)} sizes, seeds {', '.join(map(str, study.seeds))}: "
-        f"{len(runs)} runs, {human(sum(run.own_tokens for run in runs))} tokens; nothing is trained by this command",
+        f"study {study.name}: {counted(len(study.arms), 'arm')}, {counted(len(study.sizes), 'size')}, "
+        f"seeds {', '.join(map(str, study.seeds))}: {counted(len(runs), 'run')}, "
+        f"{human(sum(run.own_tokens for run in runs))} tokens; nothing is trained by this command",
         *_trunks(runs),
         *_arms(study),
         *_sizes(runs, vocab_size),

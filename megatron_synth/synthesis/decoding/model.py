@@ -63,12 +63,14 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise UserError("transformers is not installed; `pip install 'megatron-synth[synthesis]'`") from None
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: no config.json; expected a folder of Hugging Face's, as `megatron-synth convert to-hf` writes"
         )
+    disable_progress_bar()
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)

@@ -56,6 +56,7 @@ class Embedded:
         device = self._engine.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        transformers.utils.logging.disable_progress_bar()  # in a log it is a line of its own, and says nothing
         where: dict[str, Any] = {"revision": self._revision} if self._revision else {}
         if Path(self._name).is_dir():
             where["local_files_only"] = True

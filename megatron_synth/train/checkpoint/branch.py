@@ -31,6 +31,8 @@ from megatron_synth.train.checkpoint import files
 
 FILE = "branch.json"
 _KEY = "checkpoint.branch_from"
+_DIGITS = 12
+"""Of a step, at most."""
 
 
 @with_config(OPEN)
@@ -138,15 +140,15 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
     return _trunk(checkpoint.absolute(), state)
 
 
-def split(text: str) -> tuple[Path, int]:
-    """Run directory and step of `RUN@STEP`.
+def split(text: str, key: str = _KEY) -> tuple[Path, int]:
+    """Run directory and step of `RUN@STEP`; `key` is whose value it is.
 
     Raises:
         UserError: it is not of this form.
     """
     run, at, step = text.rpartition("@")
-    if not (run and at and step.isascii() and step.isdecimal() and 0 < int(step[:12]) == int(step)):
-        raise UserError(f"{_KEY}: expected RUN@STEP, such as runs/trunk@8000, got {text!r:.200}")
+    if not (run and at and step.isascii() and step.isdecimal() and len(step) <= _DIGITS and int(step) > 0):
+        raise UserError(f"{key}: expected RUN@STEP, such as runs/trunk@8000, got {text!r:.200}")
     return Path(run), int(step)
 
 

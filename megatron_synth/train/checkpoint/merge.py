@@ -65,13 +65,14 @@ def merge(parts: Sequence[Part], out: Path) -> Merged:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; choose another folder, or remove this one")
     saved = [resume.read_trainer(part.checkpoint) for part in parts]
+    own = _files_of_the_run(files.run_of(parts[0].checkpoint))
     _check(parts, saved)
     partial = out.with_name(f".{out.name}.merge{files.TEMPORARY}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with Lock(out.with_name(f".{out.name}.merge.lock"), "checkpoint merge"):
         shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed
         try:
-            made = _write(parts, _whole([part.weight for part in parts]), saved, partial)
+            made = _write(parts, _whole([part.weight for part in parts]), saved, own, partial)
             if out.exists():
                 raise UserError(f"{out}: was made by another program meanwhile; choose another folder")
             partial.rename(out)
@@ -113,7 +114,9 @@ def _check(parts: Sequence[Part], saved: Sequence[resume.TrainerState]) -> None:
             raise UserError(f"{part.checkpoint}: damaged: {'; '.join(found[:3])}; take another step of the run")
 
 
-def _write(parts: Sequence[Part], shares: Sequence[int], saved: Sequence[resume.TrainerState], folder: Path) -> Merged:
+def _write(
+    parts: Sequence[Part], shares: Sequence[int], saved: Sequence[resume.TrainerState], own: Sequence[Path], folder: Path
+) -> Merged:
     first = saved[0]
     model = resume.saved_model(parts[0].checkpoint, first)
     table = architecture.by_key(model, first.vocab_size)
@@ -142,10 +145,8 @@ def _write(parts: Sequence[Part], shares: Sequence[int], saved: Sequence[resume.
     final = temporary.with_name(files.name_of(last.step))
     temporary.rename(final)
     write_atomic(final.parent / files.LATEST, final.name + "\n")
-    run = files.run_of(parts[0].checkpoint)
-    for kept in ("config.yaml", FILE_NAME, companions.FILE):
-        if (run / kept).is_file():
-            shutil.copyfile(run / kept, folder / kept)
+    for kept in own:
+        shutil.copyfile(kept, folder / kept.name)
     record = []
     for part, share, state in zip(parts, shares, saved, strict=True):
         weight = str(Fraction(share, sum(shares)))
@@ -154,6 +155,19 @@ def _write(parts: Sequence[Part], shares: Sequence[int], saved: Sequence[resume.
         )
     write_json(folder / RECORD, {"parts": record})
     return Merged(final, parameters)
+
+
+def _files_of_the_run(run: Path) -> list[Path]:
+    """What goes along. A link of a stranger's run would put a file of somebody else's into the result.
+
+    Raises:
+        UserError: one is a link.
+    """
+    found = [run / name for name in ("config.yaml", FILE_NAME, companions.FILE)]
+    for file in found:
+        if file.is_symlink():
+            raise UserError(f"{file}: is a link, expected a file of the run's own")
+    return [file for file in found if file.is_file()]
 
 
 def _merge_tensor(key: str, opened: Sequence[Stored], shares: Sequence[int], file: TensorFile) -> None:

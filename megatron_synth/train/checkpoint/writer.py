@@ -427,8 +427,14 @@ class TensorFile:
     def add(self, key: str, size: tuple[int, ...], offset: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Append a box of the tensor `key`, whose whole shape is `size`, at `offset`."""
         begin = self._file.tell()
-        with _without_crc():
-            torch.save(tensor, self._file)  # type: ignore[arg-type]
+        try:
+            with _without_crc():
+                torch.save(tensor, self._file)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            cause = error.__context__
+            if isinstance(cause, OSError):  # a full disk, which torch tells as a wrong place in its archive
+                raise OSError(cause.errno, cause.strerror, str(self._path)) from None
+            raise
         place = self._path.name, begin, self._file.tell() - begin
         self.entries.append(Entry(key, size, offset, tuple(tensor.shape), tensor.dtype, *place))
 

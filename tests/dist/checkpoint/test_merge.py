@@ -102,6 +102,37 @@ def test_what_has_no_mean_is_refused(
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+def test_hostile_values_and_links_of_a_merge(merge: Callable[..., str], trained: Callable[..., Run], tmp_path: Path) -> None:
+    run, out = trained("single").path, ("--out", tmp_path / "out")
+    for weights, message in {
+        "1e9999999999,1": "expected numbers such as 1,1,2",
+        "1/" + "9" * 2000: "expected numbers such as 1,1,2",
+        "100000000000000000000,1": "together more than 1000000000000",
+        "0.0000000000001,1": "together more than 1000000000000",
+    }.items():
+        told = merge(run, "--steps", f"10,{STEPS}", "--weights", weights, *out, code=2)
+        assert message in told and "Traceback" not in told, told
+    assert "RUN: expected RUN@STEP" in merge(f"{run}@{'9' * 5000}", *out, code=2)
+    assert "expected steps such as" in merge(run, "--steps", "9" * 5000, *out, code=2)
+    (tmp_path / "secret").write_text("a key of mine\n")
+    for name in ("config.yaml", "tokenizer.json", "huggingface.json"):
+        stranger = shutil.copytree(run, tmp_path / name.partition(".")[0])
+        (stranger / name).unlink(missing_ok=True)
+        (stranger / name).symlink_to(tmp_path / "secret")
+        assert f"{name}: is a link, expected a file of the run's own" in merge(stranger, *out, code=2)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_full_disk_is_one_message_that_names_the_file(
+    ranks: RankPool, trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    words = ["checkpoint", "merge", str(trained("single").path), "--out", str(tmp_path / "out")]
+    (result,) = ranks.run(1, "tests.dist.jobs.with_small_files", words, 20_000)
+    assert result.value == 2
+    assert "__0_0.distcp: File too large" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.merge.tmp"))
+
+
 @pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_that_counts(
     merge: Callable[..., str], trained: Callable[..., Run], tmp_path: Path

@@ -16,6 +16,7 @@ from megatron_synth.cli.config import main as config_main
 from megatron_synth.config import yaml12
 from megatron_synth.config.errors import ConfigError, UserError
 from megatron_synth.config.load import apply_overrides, digest, load_file, load_yaml, resolve, to_yaml, validate
+from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.rules import check
 from megatron_synth.config.schema import Config
 
@@ -208,6 +209,29 @@ def test_files_are_found_here_first_and_then_among_the_shipped_ones(tmp_path: Pa
     mine.write_text("base: nowhere.yaml\n")
     with pytest.raises(ConfigError, match=r"base: no configuration file nowhere\.yaml"):
         load_yaml(mine)
+
+
+def test_a_name_with_the_other_ending_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("train: {steps: 1}\n")
+    with pytest.raises(UserError, match=r"no configuration file run\.yml, .*did you mean 'run\.yaml'"):
+        resolve("run.yml")
+
+
+@pytest.mark.parametrize(
+    ("content", "verb"),
+    [
+        ({"output": "data", "tokenizer": {"path": "t"}, "sources": {}}, "prepare"),
+        ({"name": "s", "sources": {}, "arms": {}, "sizes": [], "grid": []}, "study"),
+        ({"output": "data", "parents": {}, "generator": {}, "kind": "hq-rephrase"}, "synthesize"),
+    ],
+)
+def test_the_file_of_another_verb_is_named_as_such(content: dict[str, Any], verb: str) -> None:
+    problems = problems_of(lambda: validate(Config, content, "test"))
+    assert list(problems) == [""] and f"this is a file of `megatron-synth {verb}`" in problems[""]
+    wrong = problems_of(lambda: validate(Config, GOOD | {"sources": {}, "tokenizer": {}}, "test"))
+    assert wrong["sources"].startswith("unknown key")
+    assert "`megatron-synth train`" in problems_of(lambda: validate(PrepareConfig, GOOD, "test"))[""]
 
 
 def test_overrides_are_yaml_and_leave_the_original_alone() -> None:

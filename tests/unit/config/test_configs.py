@@ -151,6 +151,17 @@ def test_dry_run_tells_how_long_prepared_sources_last(tmp_path: Path, monkeypatc
         dry_run(config.model_copy(update={"train": too_long}), 1)
 
 
+def test_dry_run_warns_of_equal_sources_as_a_run_does(tmp_path: Path) -> None:
+    natural = write_source(tmp_path / "natural", 100 * 256 + 1)
+    same = [f"data.sources.qa.path={natural}", f"data.validation={{natural: {{path: {natural}}}}}"]
+    overrides = [f"data.sources.natural.path={natural}", *same, "model.vocab_size=100", "train.steps=20"]
+    text = dry_run(load_file(Config, "train/quickstart.yaml", overrides), 1)
+    assert text.count("note: ") == 3 and "hold the same text: what is evaluated is trained on" in text
+    limits = ["data.sources.natural.max_epochs=3", "data.sources.qa.max_epochs=3"]
+    with pytest.raises(UserError, match="hold the same text: together 320 samples of 100 windows"):
+        dry_run(load_file(Config, "train/quickstart.yaml", [*overrides, *limits]), 1)
+
+
 def test_dry_run_needs_no_torch(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(load_file(Config, "train/quickstart.yaml", ["model.vocab_size=4096"])))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import json
+import math
+import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -109,12 +115,53 @@ def test_a_model_without_a_name_takes_the_first_family_that_has_it() -> None:
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "original_max_position_embeddings: missing"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": -1.0}}, "rope_parameters.factor"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters: expected settings by name"),
+        ("qwen2", {"max_window_layers": "two"}, "max_window_layers: expected a whole number of 0 or more, found 'two'"),
+        ("qwen2", {"num_hidden_layers": 10**30}, "layer_types: expected full attention"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings: expected true or false, found 'no'"),
+        (
+            "llama",
+            {"rope_parameters": {**SCALINGS["yarn with mscale"], "mscale": "x"}},
+            "rope_parameters.mscale: expected a number above 0, found 'x'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**SCALINGS["yarn with mscale"], "factor": 10**400}},
+            "rope_parameters.factor: expected a number above 0",
+        ),
         ("llama", {"hidden_size": True}, "hidden_size: expected a positive whole number, found True"),
     ],
 )
 def test_what_a_family_cannot_say_is_refused_by_its_key(name: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_config_from_hf({**settings_of(name).to_dict(), **change})
+
+
+_HOSTILE: tuple[Any, ...] = (None, True, False, 0, -1, 3, 10**30, 10**400, -1e308, 5e-324, math.nan, math.inf, "", "x", "yarn")
+_HOSTILE += ("\x1b[2J\n", "\ud800", "9" * 5000, [], {}, [[]], {"": 0}, ["sliding_attention"] * 4, {"rope_type": []})
+
+
+def _places(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for key, value in list(settings.items()):
+        yield settings, key
+        if isinstance(value, dict):
+            yield from _places(value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_value_of_any_setting_is_read_or_refused(name: str) -> None:
+    settings = json.loads(json.dumps(settings_of(name).to_dict()))
+    rope = settings["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    settings |= {"rope_parameters": rope} if rope["rope_type"] == "yarn" else {}
+    draw = random.Random(name)
+    for number in range(sum(1 for _ in _places(settings))):
+        for value in draw.sample(_HOSTILE, 6):
+            changed = copy.deepcopy(settings)
+            section, key = next(itertools.islice(_places(changed), number, None))
+            section[key] = value
+            try:
+                model_config_from_hf(changed)
+            except UserError as error:
+                assert len(str(error)) < 4000
 
 
 def test_a_model_that_no_class_has_is_not_exported() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,19 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path) -
     with pytest.raises(RuntimeError):
         write_hf(tmp_path / "broken", shared, config)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path: Path) -> None:
+    model = model_config()
+    hf, config = to_hf_state(random_state(model, 256), model, VOCAB), hf_config(model, VOCAB, 64, "fp32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a full disk does, by another number
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/model\.safetensors"):
+            write_hf(tmp_path / "out", hf, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_weights_are_named() -> None:

@@ -103,6 +103,10 @@ def test_wrong_numbers_of_ranks_name_the_nearest_that_work() -> None:
         plan(config(2, 2), 6)
     with pytest.raises(ConfigError, match="nearest: 4 ranks"):
         plan(config(2, 2), 3)
+    with pytest.raises(
+        ConfigError, match=r"1 rank is not a multiple of .* nearest: 4 ranks; start them by `launch/local.sh 4 CONFIG`"
+    ):
+        plan(config(2, 2), 1)
 
 
 def test_the_advised_batch_sizes_work() -> None:

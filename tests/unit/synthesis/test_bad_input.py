@@ -125,10 +125,23 @@ def test_a_plan_needs_no_server(synthesis, capsys):
     file.write_text(to_yaml(config))
     assert main(["synthesize", "plan", str(file), "--gpus", "8", "--price", "2.5"]) == 0
     text = capsys.readouterr().out
-    assert "61 documents, 1 skipped" in text
+    assert "61 documents, of which 1 are skipped" in text
     assert "tokens/s each (Qwen3-8B on an H100" in text
     assert "llama3: outputs may not be used to improve other" in text
     assert not config.folder.exists()
+
+
+def test_a_run_whose_context_is_too_short_is_refused_before_it_is_exported(synthesis, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(
+        "model: {name: custom, num_layers: 2, hidden_size: 32, num_attention_heads: 4}\n"
+        "data: {sources: {web: {ratio: '1'}}}\ntrain: {steps: 4, sequence_length: 32, seed: 1}\nprecision: {dtype: fp32}\n"
+    )
+    for verb in ("plan", "run"):
+        config = synthesis(generator={"model": None, "run": str(tmp_path / "run")})
+        error = told(config, capsys, verb=verb)
+        assert "its context has 32 tokens, prompts have up to" in error and "name the copy as `template:`" in error
+        assert not (config.folder / "generator").exists()
 
 
 def limited(file: Path, size: int) -> str:

@@ -23,6 +23,8 @@ from megatron_synth.study.fit.fit import Fit, checked_losses
 from megatron_synth.study.fit.laws import FLOPS_PER_PARAMETER_AND_TOKEN, Floats
 
 LEVELS = (90.0, 95.0)
+_FLAT = 1e-9
+"""Of the logarithms of a curve's losses: a smaller range is none."""
 SAME_COMPUTE = 0.10
 """Runs whose compute differs from a neighbor's by less than this part are of one curve: tokens are rounded to steps."""
 SIZES, CURVES = 4, 3
@@ -153,7 +155,8 @@ def isoflop(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike, *, draws: i
         minima = np.where(thetas[:, 2] > 0, x.mean() - thetas[:, 1] / (2 * np.where(thetas[:, 2] > 0, thetas[:, 2], 1)), np.nan)
         mean_flops = float(np.exp(np.log(flops[runs]).mean()))
         center = float(x.mean() - theta[1] / (2 * theta[2])) if theta[2] > 0 else np.nan
-        used = bool(theta[2] > 0 and x.min() <= center <= x.max())
+        # a curve of equal losses has no minimum but that of its rounding
+        used = bool(theta[2] > 0 and x.min() <= center <= x.max() and np.ptp(np.log(losses[runs])) > _FLAT)
         drawn.append(minima)
         low, high = np.nanpercentile(minima, [5, 95]) if np.isfinite(minima).any() else (np.nan, np.nan)
         size = float(np.exp(center))

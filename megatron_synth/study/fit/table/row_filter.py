@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -45,15 +46,15 @@ def matching(rule: str, columns: Mapping[str, ArrayLike | Sequence[Any]], rows: 
 
 
 def number(text: str) -> float | None:
-    """The number that a text such as 100e9, 100B or 1/3 is; None if it is none."""
+    """The finite number that a text such as 100e9, 100B or 1/3 is; None if it is none."""
     parts = text.split("/")
     found = [_NUMBER.fullmatch(part.strip()) for part in parts]
     if len(parts) > 2 or not all(found):
         return None
     values = [float(match["digits"]) * _SUFFIXES[match["suffix"]] for match in found if match]
-    if len(values) == 1:
-        return values[0]
-    return values[0] / values[1] if values[1] else None
+    if len(values) == 2:
+        values = [values[0] / values[1]] if values[1] else [math.nan]
+    return values[0] if math.isfinite(values[0]) else None
 
 
 def _compare(comparison: str, rule: str, columns: Mapping[str, ArrayLike | Sequence[Any]]) -> NDArray[np.bool_]:

@@ -102,7 +102,9 @@ def test_every_kind_of_figure_is_drawn(law: str, tmp_path: Path) -> None:
         (["--law", "data", "--group", "kind"], "there is no column 'kind'"),
         (["--law", "data", "--aggregate", "macro"], "needs several loss columns, got loss/web"),
         (["--law", "data", "--drop-highest-loss", "8"], "drop_highest_loss: expected 0 to 7 of the 8 points, got 8"),
-        (["--law", "data", "--bootstraps", "1"], "--bootstraps 0 or at least 2"),
+        (["--law", "data", "--bootstraps", "1"], "--bootstraps: expected 0, or a number from 2 to 1000000, got 1"),
+        (["--law", "isoflop", "--bootstraps", "99999999999"], "--bootstraps: expected 0, or a number from 2"),
+        (["--law", "data", "--delta", "nan"], "--delta: expected a number above 0, got nan"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(
@@ -151,6 +153,6 @@ def test_rules() -> None:
     for rule in ("tokens", "tokens>", ">1", "tokens>big", "arm>web", "tokens>1>2", "1e9<tokens", "tokens>1 & arm==web"):
         with pytest.raises(UserError, match="rule '"):
             matching(rule, columns, 3)
-    assert [number(text) for text in ("1e9", "100B", "1/3", "-2.5", "7M", "", "x", "1/0", "nan")] == pytest.approx(
-        [1e9, 1e11, 1 / 3, -2.5, 7e6, None, None, None, None]
-    )
+    assert [
+        number(text) for text in ("1e9", "100B", "1/3", "-2.5", "7M", "", "x", "1/0", "nan", "1e400", "1e300/1e-300")
+    ] == pytest.approx([1e9, 1e11, 1 / 3, -2.5, 7e6, None, None, None, None, None, None])

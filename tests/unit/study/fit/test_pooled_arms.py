@@ -122,6 +122,8 @@ def test_isoflop_says_what_it_lacks() -> None:
     n, d, loss = grid(0, 0)
     with pytest.raises(UserError, match="2 computes have runs of 4 sizes"):
         isoflop(n[:14], d[:14], loss[:14])
+    with pytest.raises(UserError, match="0 of 6 curves have their minimum inside"):
+        isoflop(n, d, np.full(len(n), 3.0))  # what is flat but for rounding has none
     outside = np.concatenate([np.arange(7 * curve, 7 * curve + 7) for curve in range(5)] + [np.arange(35, 39)])
     found = isoflop(n[outside][: 35 + 4], d[outside], loss[outside], draws=50)
     assert {one.code for one in found.warnings} <= {"best-at-edge"}
