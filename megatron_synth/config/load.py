@@ -238,7 +238,10 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["checkpoint"], "init_ema", False)
     _drop_default(content["optim"], "ema_decay", None)
     _drop_default(content["data"], "skip", [])
+    _drop_default(content["data"], "answers", {})
     _drop_default(content["train"], "skip", None)
+    _drop_default(content["log"], "health_interval", None)
+    _drop_default(content["eval"], "at_start", False)
     for phase in content["data"]["phases"]:
         if phase["ramp"] is not None:
             _drop_default(phase["ramp"], "until", None)
