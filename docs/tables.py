@@ -159,6 +159,11 @@ def memory() -> str:
     return printed("bench", "memory")
 
 
+def health() -> str:
+    """What recording a run's health costs, as `bench health` prints it."""
+    return printed("bench", "health")
+
+
 def published() -> str:
     """Predicted speed beside published runs, as `plan --check` prints it."""
     return printed("plan", "--check")
@@ -329,6 +334,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "kernels-compiled": kernels_compiled,
     "gpu-rehearsal": gpu_rehearsal,
     "memory": memory,
+    "health": health,
     "fp8-passes": fp8_passes,
     "fp8-passes-models": fp8_passes_models,
     "published": published,

@@ -14,7 +14,7 @@ from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.core.log import show
 
 SHELLS = ("bash", "zsh", "fish")
-GROUPS = {"bench": ("train", "kernels", "memory", "gpu", "report"), "prepare": ("verify", "duplicates")}
+GROUPS = {"bench": ("train", "kernels", "health", "memory", "gpu", "report"), "prepare": ("verify", "duplicates")}
 """Verbs whose second word names a module of its own: cli/bench/train.py, cli/prepare/verify.py."""
 
 

@@ -63,7 +63,7 @@ def _main(arguments: argparse.Namespace) -> int:
         own = config.data.model_copy(update={"tokenizer": str(arguments.run / FILE_NAME)})
         config = config.model_copy(update={"data": own})
     data = open_data(config, training=False)
-    if not data.validation:
+    if not data.validation and not data.answers:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
     result = _evaluate(config, layout, data, arguments.run, average=arguments.ema)
     say(_table(result, list(data.validation)))
@@ -112,5 +112,20 @@ def _table(result: dict[str, Any], domains: list[str]) -> str:
     for name in domains:
         loss, bpb = result[metrics.EVAL_DOMAIN_LOSS + name], result.get(metrics.EVAL_DOMAIN_BPB + name)
         rows.append(row(name, loss, bpb, tokens[name]))
-    rows.append(row("all", result[metrics.EVAL_LOSS], result.get(metrics.EVAL_BPB), sum(tokens.values())))
-    return f"step {result['step']}\n" + table(rows)
+    if domains:
+        rows.append(row("all", result[metrics.EVAL_LOSS], result.get(metrics.EVAL_BPB), sum(tokens.values())))
+    return f"step {result['step']}\n" + "\n".join([*([table(rows)] if domains else []), *_answers(result)])
+
+
+def _answers(result: dict[str, Any]) -> list[str]:
+    """A table of the answers' scores; empty without any."""
+    scored = metrics.parts(result, metrics.EVAL_ANSWERS_BPB)
+    if not scored:
+        return []
+    rows: list[tuple[str, ...]] = [("answers", "bits/byte", "accuracy", "per byte", "mean rank")]
+    for name, bits in scored.items():
+        others = (
+            result.get(prefix + name) for prefix in (metrics.EVAL_ACCURACY, metrics.EVAL_ACCURACY_PER_BYTE, metrics.EVAL_RANK)
+        )
+        rows.append((name, f"{bits:.4f}", *("" if value is None else f"{value:.4f}" for value in others)))
+    return ["", table(rows)]

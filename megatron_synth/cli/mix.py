@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         data = open_data(config, check_length=False)
         data.check_length(config, progress)
         trunk = branch.trunk_of(config, run)
-        records = [] if run is None else metrics.read_metrics(run / "metrics.jsonl")
+        records = [] if run is None else metrics.read_steps(run / "metrics.jsonl")
         steps = Steps(config, progress, records, NOT_BEGUN if trunk is None else trunk.progress)
         show("\n\n".join(show_sample(config, data, sample, steps, text=arguments.text) for sample in arguments.sample))
     return EXIT_OK
@@ -244,7 +244,7 @@ def _audit(path: Path) -> int:
         show(
             f"read {run.path / branch.FILE}: {trunk.samples:,} samples up to step {trunk.step} of the trunk, run {trunk.run_id}"
         )
-    records = metrics.read_metrics(run.metrics)
+    records = metrics.read_steps(run.metrics)
     unlearned = unlearned_by(plan, length, records, recorded["samples"], trunk)
     found += audit_ledger(plan, length, recorded, run.ledger, trunk, unlearned)
     show(f"read {run.ledger}: {recorded['samples']} samples, {recorded['tokens']} tokens")

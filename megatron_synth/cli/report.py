@@ -1,4 +1,4 @@
-"""`megatron-synth report RUN...`: a summary of each run, and its report.png."""
+"""`megatron-synth report RUN...`: a summary of each run, and its figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from megatron_synth.core.log import show
 def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(
-        prog="megatron-synth report", description="Print a summary of a run, and draw its report.png."
+        prog="megatron-synth report",
+        description="Print a summary of a run, and draw its report.png, and its health.png where log.health_interval was set.",
     )
     parser.add_argument("run", nargs="+", type=Path, help="run directory")
     return parser
@@ -21,10 +22,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Summarize each run and return the exit code."""
     runs = parser().parse_args(argv).run
+    from megatron_synth.cluster.status import goodput_of
+    from megatron_synth.train.record.health_plot import write_health
     from megatron_synth.train.record.plot import write_report
     from megatron_synth.train.record.summary import summary
+    from megatron_synth.train.record.times_plot import write_times
 
     for run in runs:
+        time_spent = goodput_of(run)
         show(summary(run))  # first: figures need a library that not everybody has
         show(f"-> {write_report(run)}")
+        if time_spent is not None:
+            show(time_spent.text())
+            show(f"-> {write_times(run, run.resolve().name, time_spent)}")
+        health = write_health(run)
+        if health is not None:
+            show(f"-> {health}")
     return EXIT_OK

@@ -67,7 +67,7 @@ def _newest_job(run: Path) -> str | None:
 def _table(found: Sequence[RunStatus]) -> str:
     cells = rows(found, shutil.get_terminal_size((160, 24)).columns)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    right = {3, 4, 5, 6, 7}
+    right = {3, 4, 5, 6, 7, 8}
     lines = []
     for row in cells:
         padded = (c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))

@@ -16,6 +16,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
 from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.record import metrics
+from megatron_synth.train.record.goodput import Goodput, goodput
 from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
 from megatron_synth.train.record.run_lock import user_of
 
@@ -46,6 +47,8 @@ class RunStatus:
     restarts: int
     event: str
     """The newest line of events.log, or of the job's history if that is newer."""
+    productive: float | None = None
+    """Part of its time so far that went into steps that it kept; None: it is not known."""
     trunk: str | None = None
     """Of a branch: `RUN@STEP` that it began from."""
 
@@ -114,8 +117,22 @@ def _status(run: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
         eta_s=max(steps - step, 0) * step_s if goes_on and step_s is not None else None,
         restarts=max(starts, begun, 1) - 1,
         event=_last_event(run, attempts),
+        productive=None if (found := goodput_of(run)) is None else found.share,
         trunk=None if (trunk := branch.kept(run)) is None else f"{files.run_of(trunk.checkpoint).name}@{trunk.step}",
     )
+
+
+def goodput_of(run: Path) -> Goodput | None:
+    """Where the time of a run went, the queue's included where it has jobs; None: its version noted no times.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    if not (run / "run.json").is_file():
+        return None
+    jobs = [job for job in jobs_of(run) if job.id is not None]
+    lines = [line for job in jobs for line in read_attempts(job.folder, job.id or "") if line["event"] == "begin"]
+    return goodput(run, sorted(line["time"] for line in lines))
 
 
 def _median(records: Sequence[metrics.Record], name: str) -> float | None:
@@ -200,7 +217,7 @@ def _last_event(run: Path, attempts: Sequence[Attempt]) -> str:
 
 def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
     """Cells of a table, its head first; the last column is cut so that a line has `width` characters at most."""
-    table = [("run", "job", "state", "step", "loss", "tokens/s/rank", "ETA", "restarts", "last event")]
+    table = [("run", "job", "state", "step", "loss", "tokens/s/rank", "ETA", "productive", "restarts", "last event")]
     for one in found:
         share = f" {100 * one.step // one.steps:3d}%" if one.steps else ""
         table.append(
@@ -212,6 +229,7 @@ def rows(found: Sequence[RunStatus], width: int) -> list[tuple[str, ...]]:
                 "-" if one.loss is None else f"{one.loss:.4f}",
                 "-" if one.tokens_per_s_per_gpu is None else human(one.tokens_per_s_per_gpu),
                 "-" if one.eta_s is None else duration(one.eta_s),
+                "-" if one.productive is None else f"{100 * one.productive:.0f}%",
                 str(one.restarts),
                 one.event,
             )

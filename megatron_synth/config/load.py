@@ -242,8 +242,11 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     for name in ("name", "muon_momentum", "muon_ns_steps", "ema_decay"):
         _drop_default(content["optim"], name, OptimConfig.model_fields[name].default)
     _drop_default(content["data"], "skip", [])
+    _drop_default(content["data"], "answers", {})
     _drop_default(content["train"], "skip", None)
     _drop_default(content["train"], "batch_ramp", [])
+    _drop_default(content["log"], "health_interval", None)
+    _drop_default(content["eval"], "at_start", False)
     for phase in content["data"]["phases"]:
         if phase["ramp"] is not None:
             _drop_default(phase["ramp"], "until", None)

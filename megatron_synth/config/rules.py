@@ -116,7 +116,7 @@ def _data(config: Config) -> Iterator[Problem]:
         yield from (Problem(f"data.sources.{name}.ratio", "required, but not set") for name in missing)
         if not missing:
             yield from _whole("data.sources", {name: source.ratio or Fraction(0) for name, source in data.sources.items()})
-    for section, names in (("sources", data.sources), ("validation", data.validation)):
+    for section, names in (("sources", data.sources), ("validation", data.validation), ("answers", data.answers)):
         for name in names:
             if not _NAME.fullmatch(name):
                 message = "a name has letters, digits, '_', '-' and '/' only: it becomes part of metric names"
@@ -304,5 +304,8 @@ def _saving(config: Config) -> Iterator[Problem]:
             yield Problem("checkpoint.init_vocabulary", message)
     if config.optim.ema_decay is not None and config.precision.fp8_param_gather:
         yield Problem("optim.ema_decay", "needs precision.fp8_param_gather: false, which leaves weights that it can stand for")
-    if config.eval.interval is not None and not config.data.validation:
-        yield Problem("eval.interval", f"{config.eval.interval} has nothing to evaluate: data.validation is empty")
+    if not config.data.validation and not config.data.answers:
+        if config.eval.interval is not None:
+            yield Problem("eval.interval", f"{config.eval.interval} has nothing to evaluate: data.validation is empty")
+        if config.eval.at_start:
+            yield Problem("eval.at_start", "true has nothing to evaluate: data.validation is empty")

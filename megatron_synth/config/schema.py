@@ -95,6 +95,18 @@ class ValidationConfig(Section):
     """A prepared source, as for training."""
 
 
+class AnswersConfig(Section):
+    """A domain of questions whose right answers are scored in every evaluation: bits per byte, and accuracy of choices."""
+
+    path: str
+    """A .jsonl of rows `{"context": ..., "answer": ...}`, or `{"context": ..., "choices": [...], "answer": 2}`, the number of
+    a choice from 0. The answer is what follows the context, a space included."""
+    task: str | None = None
+    """A task file of lm-evaluation-harness, whose templates make context and answers of the rows. Default: they have them."""
+    limit: PositiveInt | None = None
+    """The first so many rows. Default: all."""
+
+
 class RampConfig(Section):
     """A straight line from one mixture to another, in blocks of fixed ratios."""
 
@@ -134,6 +146,8 @@ class DataConfig(Section):
     for a run or branch that goes on from before it. All others keep their numbers."""
     validation: dict[str, ValidationConfig] = {}
     """Validation domains by name."""
+    answers: dict[str, AnswersConfig] = {}
+    """Domains of questions by name, evaluated with those of `validation`."""
     windows_per_sequence: PositiveInt = 1
     """Windows that a sequence is made of, each of sequence_length / windows_per_sequence tokens of one source: every sequence
     then holds several sources, at their exact ratios as near as whole windows allow. A sample is one window."""
@@ -403,6 +417,8 @@ class EvalConfig(Section):
     """Evaluate every so many steps. Default: only at the end."""
     batches: PositiveInt | None = None
     """Global batches per domain. Default: the whole domain."""
+    at_start: bool = False
+    """Also evaluate before the first step: the record of step 0."""
 
 
 class WandbConfig(Section):
@@ -430,6 +446,9 @@ class LogConfig(Section):
     loss_spike_sigmas: Annotated[float, Field(gt=0)] | None = 8.0
     """Note a step, its samples and how to read them when its loss lies so many robust standard deviations above the median of
     the 32 steps before it. Steps that are not finite are always noted."""
+    health_interval: PositiveInt | None = None
+    """Every so many steps, record the norms of gradients, weights, updates and activations, the largest attention logit and the
+    share of saturated FP8 values, all by layer, and entropy and padding of the output. Default: never."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

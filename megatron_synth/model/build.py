@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ class LlamaModel(GPTModel):
     """What this rank's FP8 layers share; None without layers of ours in FP8."""
     fp8_statistics: Statistics | None = None
     """What sees the tensors of this rank's FP8 layers; None without any."""
+    see_output: Callable[[Tensor, Tensor], None] | None = None
+    """Shown the hidden states before the output layer, [S, B, H], and that layer's weight [V, H], once its loss is made."""
     precision_text = ""
     """Which layers run in which format, where there is more than one."""
 
@@ -53,13 +56,16 @@ class LlamaModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if not self.fused_loss:
             logits, _ = layer(hidden_states, weight=weight)
-            return ops.loss_of_logits(logits, labels, loss_mask, self.tokens)
-        # By the layer and not past it: hooks on it see to it that its weights have arrived.
-        layer._forward_impl = partial(ops.output_and_loss, labels=labels, objective=loss_mask, vocab_size=self.tokens)
-        try:
-            losses, _ = layer(hidden_states, weight=weight)
-        finally:
-            del layer._forward_impl
+            losses = ops.loss_of_logits(logits, labels, loss_mask, self.tokens)
+        else:
+            # By the layer and not past it: hooks on it see to it that its weights have arrived.
+            layer._forward_impl = partial(ops.output_and_loss, labels=labels, objective=loss_mask, vocab_size=self.tokens)
+            try:
+                losses, _ = layer(hidden_states, weight=weight)
+            finally:
+                del layer._forward_impl
+        if self.see_output is not None:
+            self.see_output(hidden_states, layer.weight if weight is None else weight)
         return losses
 
 

@@ -220,6 +220,37 @@ class CoreAttention(torch.nn.Module):
         ends = (None, None) if documents is None else (documents.cu_seqlens, documents.max_seqlen)
         return self._attention(query, key, value, self.scale, *ends, self.window)  # type: ignore[no-any-return]
 
+    def sampled(self, query: Tensor, key: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the first row attends with, for who watches: copies, and the arguments stay as they are.
+
+        Args:
+            query: as that of `forward`.
+            key: as that of `forward`.
+            documents: as its packed_seq_params.
+
+        Returns:
+            Rotated query [S, A, D] and key [S, G, D] of this rank's tokens of the row; [S] the place of each in the row, and
+            [S] the place at which its document begins.
+        """
+        length = query.shape[0] * (1 if self._context is None else self._context.size())
+        places = self.places(query.shape[0], query.device)
+        positions = places if documents is None else documents.position_ids[0].long()
+        rows = query[:, :1].clone(), key[:, :1].clone()
+        query, key = self._rope(*rows, self.rotary_base, positions[None], False, length)
+        return query.squeeze(1), key.squeeze(1), places, places - positions
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """[S] int64: where in the row the S tokens of this rank are."""
+        if self._context is None:
+            return torch.arange(length, device=device)
+        size = self._context.size()
+        return _positions(self._context.rank(), size, size * length, 1, device)[0].long()
+
+    @property
+    def context_group(self) -> ProcessGroup | None:
+        """The ranks that share each sequence; None: this one has all of it."""
+        return self._context
+
     def _of_part(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, group: ProcessGroup) -> Tensor:
         """As `forward`, of this rank's tokens."""
         length = query.shape[0] * group.size()

@@ -170,6 +170,11 @@ def prefetcher_of(
     return Prefetcher(loader, size, threads=threads, end_sample=end, allocate=buffer)
 
 
+def filled(rounds: list[TensorBatch], multiple: int) -> list[TensorBatch]:
+    """Micro-batches whose number the interleaved schedule accepts; those added weigh nothing."""
+    return rounds + [rounds[-1].padding()] * (-len(rounds) % multiple)
+
+
 def labels_that_count(batch: TensorBatch) -> Tensor:
     """[B k, S / k] bool, window by window: labels of this rank whose losses count."""
     windows = len(batch.sources)

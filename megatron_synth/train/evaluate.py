@@ -1,4 +1,4 @@
-"""Validation loss per domain: every token of a domain once, whatever the layout."""
+"""Validation loss per domain: every token of a domain once, whatever the layout; and the scores of answers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from megatron_synth.data.token_bytes import token_bytes
 from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.parallel.wrap import whole_weights
+from megatron_synth.train.answers import score
 from megatron_synth.train.batch import (
     LABELS,
     LOSS,
     NUM_SUMS,
     SAMPLES,
     TensorBatch,
+    filled,
     labels_that_count,
     needs_boundaries,
     part_of,
@@ -70,7 +72,7 @@ def evaluate(
     stop_requested: Callable[[], bool] = lambda: False,
     average: Average | None = None,
 ) -> metrics.Record | None:
-    """Mean loss per label in nats and bits per byte, of each domain and of all.
+    """Mean loss per label in nats and bits per byte, of each domain and of all, and the scores of answers.
 
     Bits per byte = loss / ln 2 x labels / bytes, where the bytes are those of the text that these labels are. They are known
     where the tokenizer is, and gives text back as it was. A mean over nothing is None.
@@ -117,7 +119,20 @@ def _evaluate(pipeline: Pipeline, data: RunData, layout: Layout, stop: _Stop) ->
         if not sums.labels:
             say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss), so that it has no loss")
         total += sums
-    result[metrics.EVAL_LOSS] = total.mean
+    for name, domain in data.answers.items():
+        scores = score(pipeline, layout, domain, stop.asked)
+        if scores is None:
+            return None
+        result[metrics.EVAL_ANSWERS_BPB + name] = scores.bits_per_byte
+        for prefix, value in (
+            (metrics.EVAL_ACCURACY, scores.accuracy),
+            (metrics.EVAL_ACCURACY_PER_BYTE, scores.accuracy_per_byte),
+            (metrics.EVAL_RANK, scores.rank),
+        ):
+            if value is not None:
+                result[prefix + name] = value
+    if data.validation:
+        result[metrics.EVAL_LOSS] = total.mean
     if total.bits_per_byte is not None:
         result[metrics.EVAL_BPB] = total.bits_per_byte
     return result
@@ -164,7 +179,7 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
         rounds = [to_device(batch, ranks.device, data, batch.valid, part) for batch in read]
         if stop.asked():
             return None
-        sums[:NUM_SUMS] += pipeline.forward(_filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
+        sums[:NUM_SUMS] += pipeline.forward(filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
         if ranks.reports_loss:
             for batch in rounds:
                 sums[BYTES] += _text_bytes(batch, table)
@@ -172,11 +187,6 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
     rows, labels = int(sums[SAMPLES]), int(sums[LABELS])
     assert rows == windows, f"{source.name}: {rows} windows evaluated, {windows} expected"
     return _Sums(float(sums[LOSS]), labels, float(sums[BYTES]))
-
-
-def _filled(rounds: list[TensorBatch], multiple: int) -> list[TensorBatch]:
-    """Micro-batches whose number the interleaved schedule accepts; those added weigh nothing."""
-    return rounds + [rounds[-1].padding()] * (-len(rounds) % multiple)
 
 
 # ---- bytes

@@ -37,6 +37,7 @@ from megatron_synth.train.record import metrics
 from megatron_synth.train.record.recorder import Recorder
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.run_lock import RunLock
+from megatron_synth.train.record.times import Times
 from megatron_synth.train.record.wandb import Tracker
 from megatron_synth.train.schedule import learning_rate
 from megatron_synth.train.signals import StopRequest, listen
@@ -88,7 +89,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
                 if layout.world_size > 1:
                     trainer.watch.explain(error)
                 raise
-            trainer.watch.enter("end", slow=True)
+            trainer.enter("end", slow=True)
             return code
 
 
@@ -120,6 +121,7 @@ class Trainer:
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
         on_main(ranks, lambda: lock.begin(self.run_dir))
+        self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"])) if ranks.rank == 0 else None
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
         self.watch = Watch(
@@ -132,12 +134,19 @@ class Trainer:
             event=self.run_dir.event,
         )
 
+    def enter(self, phase: str, step: int = 0, *, slow: bool = False) -> None:
+        """Tell who watches, and who counts the time, what begins; see `Watch.enter`."""
+        self.watch.enter(phase, step, slow=slow)
+        if self.times is not None:
+            self.times.enter(phase, step)
+
     def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
         from megatron_synth.model.build import build_model
         from megatron_synth.parallel.average import Average
         from megatron_synth.parallel.wrap import build_optimizer, wrap_ddp
         from megatron_synth.train.checkpoint import averages, resume
+        from megatron_synth.train.health import Health
         from megatron_synth.train.step import Stepper
 
         config, layout, data, ranks, saved = self.config, self.layout, self.data, self.ranks, start.saved
@@ -152,6 +161,9 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self._part = part_of(ranks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
+        self.health = None
+        if config.log.health_interval is not None:
+            self.health = Health(config, self.chunks, self.optimizer, ranks, self.stepper.gradient_copies)
         self.step = self.samples = 0
         self.branched = start.branches
         self.ledger = Ledger.of(data.plan, config.window_length)
@@ -261,17 +273,19 @@ class Trainer:
             stopping = owing = self._evaluate(stop)
         while self.step < steps and not stopping:
             lr = learning_rate(self.step, self.config.optim, steps)
-            self.watch.enter("reading data", self.step + 1)
+            self.enter("reading data", self.step + 1)
             observing = _due(self.step + 1, self.config.precision.fp8_log_every)
             if self.fp8_statistics is not None:
                 self.fp8_statistics.observing = observing
+            health = self.health if _due(self.step + 1, self.config.log.health_interval) else None
+            self.stepper.health = health
             began = time.perf_counter()
             batches = self._batches()
-            self.watch.enter("step", self.step + 1)
+            self.enter("step", self.step + 1)
             loaded = time.perf_counter()
             result = self.stepper.step(batches, len(self.data.plan.names), lr, lambda: stop.requested, self._save_by_time)
             ended = time.perf_counter()
-            self.watch.enter("record", self.step + 1)
+            self.enter("record", self.step + 1)
             self.samples += self.config.samples_of_step(self.step)
             self.step += 1
             exit_record.at_step(self.step)
@@ -279,8 +293,13 @@ class Trainer:
             self.recorder.add(self.step, self.samples, result, lr, step_s=ended - began, data_s=loaded - began)
             if self.precision_text and self.step == started_at + 1:
                 self.recorder.include({metrics.PRECISION: self.precision_text})
-            if observing and self.fp8_statistics is not None:
-                self.recorder.include(self.fp8_statistics.observed())
+            if health is not None:
+                self.recorder.include(health.observed())
+            if self.fp8_statistics is not None and (observing or health is not None):
+                seen = self.fp8_statistics.observed()
+                self.recorder.include(seen if observing else {})
+                saturated = {metrics.SATURATED + layer: share for layer, share in self.fp8_statistics.saturated.items()}
+                self.recorder.include(saturated if health is not None else {})
             stopping = result.stop
             done = self.step == steps
             if done or stopping or _due(self.step, self.config.log.interval) or self.recorder.in_trouble:
@@ -321,14 +340,17 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         """Whether the domains are evaluated after the step that the run is at."""
-        due = self.step == self.config.train.steps or _due(self.step, self.config.eval.interval)
-        return due and self.step > 0 and bool(self.data.validation)
+        if not self.data.validation and not self.data.answers:
+            return False
+        if self.step == 0:
+            return self.config.eval.at_start
+        return self.step == self.config.train.steps or _due(self.step, self.config.eval.interval)
 
     def _evaluate(self, stop: StopRequest) -> bool:
         """Evaluate, unless some rank is asked to stop first: then True."""
         from megatron_synth.train.evaluate import evaluate
 
-        self.watch.enter("evaluation", self.step, slow=True)
+        self.enter("evaluation", self.step, slow=True)
         self.recorder.flush()
         result = evaluate(self.stepper, self.data, self.layout, lambda: stop.requested, self.stepper.average)
         if result is not None:
@@ -345,7 +367,7 @@ class Trainer:
         from megatron_synth.train.checkpoint.sharding import collect
         from megatron_synth.train.checkpoint.writer import SaveRequest
 
-        self.watch.enter("save", self.step, slow=True)
+        self.enter("save", self.step, slow=True)
         self._saved_time = time.monotonic()
         self.recorder.flush()
         self.ledger.verify(self.data.plan, self.samples)

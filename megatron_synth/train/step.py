@@ -28,6 +28,7 @@ from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
+from megatron_synth.train.health import Health
 from megatron_synth.train.spikes import Guard
 
 
@@ -74,8 +75,7 @@ def _forward_step(
     model: torch.nn.Module,
     *,
     objective_of: Callable[[TensorBatch], Objective | None],
-    z_loss: float,
-    num_sources: int,
+    loss_of: Callable[..., tuple[Tensor, Any]],
 ) -> tuple[Any, Any]:
     batch = next(batches)
     output = model(
@@ -86,7 +86,7 @@ def _forward_step(
         packed_seq_params=batch.documents,
         loss_mask=objective_of(batch),
     )
-    return output, partial(_loss, batch=batch, z_loss=z_loss, num_sources=num_sources)
+    return output, partial(loss_of, batch=batch)
 
 
 class Pipeline:
@@ -100,16 +100,39 @@ class Pipeline:
 
     def forward(self, batches: Sequence[TensorBatch], num_sources: int, *, backward: bool) -> Tensor:
         """All micro-batches through the pipeline. Returns `sums` of StepResult."""
-        step = partial(
-            _forward_step,
-            objective_of=self._objectives(batches) if backward and self.ranks.is_last_stage else lambda batch: None,
-            z_loss=self.config.train.z_loss,
-            num_sources=num_sources,
+        kept = self._run(
+            batches,
+            self._objectives(batches) if backward and self.ranks.is_last_stage else lambda batch: None,
+            partial(_loss, z_loss=self.config.train.z_loss, num_sources=num_sources),
+            backward=backward,
         )
+        self.row_losses = None
+        if self.ranks.reports_loss:
+            self.row_losses = torch.cat([of_windows for _, of_windows in kept])
+            return torch.stack([sums for sums, _ in kept]).sum(dim=0)
+        return torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=self.ranks.device)
+
+    @torch.no_grad()
+    def apply(self, batches: Sequence[TensorBatch], keep: Callable[[Losses, TensorBatch], Any]) -> list[Any]:
+        """All micro-batches through the pipeline, without gradients. Returns what `keep` makes of each, on the last stage."""
+
+        def loss_of(losses: Losses, batch: TensorBatch) -> tuple[Tensor, Any]:
+            return losses.total, keep(losses, batch)
+
+        return list(self._run(batches, lambda batch: None, loss_of, backward=False))
+
+    def _run(
+        self,
+        batches: Sequence[TensorBatch],
+        objective_of: Callable[[TensorBatch], Objective | None],
+        loss_of: Callable[..., tuple[Tensor, Any]],
+        *,
+        backward: bool,
+    ) -> Any:
         # every model chunk of an interleaved pipeline walks through the micro-batches by itself
         iterators = [iter(batches) for _ in self.chunks]
-        kept = self._schedule(
-            forward_step_func=step,
+        return self._schedule(
+            forward_step_func=partial(_forward_step, objective_of=objective_of, loss_of=loss_of),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -117,11 +140,6 @@ class Pipeline:
             micro_batch_size=self.config.train.micro_batch_size,
             forward_only=not backward,
         )
-        self.row_losses = None
-        if self.ranks.reports_loss:
-            self.row_losses = torch.cat([of_windows for _, of_windows in kept])
-            return torch.stack([sums for sums, _ in kept]).sum(dim=0)
-        return torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=self.ranks.device)
 
     @torch.no_grad()
     def _objectives(self, batches: Sequence[TensorBatch]) -> Callable[[TensorBatch], Objective]:
@@ -190,10 +208,12 @@ class Stepper(Pipeline):
         self.optimizer = optimizer
         self.fp8 = recipe.of(chunks)
         # With the distributed optimizer every rank holds a part of the gradients, else every data-parallel rank holds all.
-        self._gradient_copies = 1 if config.parallel.use_distributed_optimizer else replicas
+        self.gradient_copies = 1 if config.parallel.use_distributed_optimizer else replicas
         self._clock = _Clock(ranks.device)
         self.average: Average | None = None
         """Of the weights, where one is kept."""
+        self.health: Health | None = None
+        """What measures the next step, if it is measured."""
         skip = config.train.skip
         self.guard = None if skip is None else Guard(skip)
         # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
@@ -215,6 +235,8 @@ class Stepper(Pipeline):
         `stop_requested` and `save_requested` are asked when the gradients are there; any rank's yes reaches all in the result.
         """
         self._clock.start()
+        if self.health is not None:
+            self.health.begin()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -230,11 +252,15 @@ class Stepper(Pipeline):
         if self.guard is not None:
             why = self.guard.judge(loss if loss_is_finite else math.nan, norm)
             skipped = bool(why)
+        if self.health is not None:
+            self.health.before_update()
         if not skipped:
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
             if self.average is not None:
                 self.average.update()
+        if self.health is not None:
+            self.health.after_update()
         if self.fp8 is not None:
             self.fp8.end_step(skipped)
         rows = [batch.samples for batch in batches if batch.samples is not None]
@@ -255,7 +281,7 @@ class Stepper(Pipeline):
         gradients = [g for part in self.optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
         stats = torch.zeros(len(self._agreed), dtype=torch.float64, device=self.ranks.device)
         if gradients:
-            stats[0] = square_sum(gradients) / self._gradient_copies
+            stats[0] = square_sum(gradients) / self.gradient_copies
         stats[1] = (~torch.isfinite(sums[LOSS])).sum()
         for place, asked in ((2, stop_requested), (3, save_requested)):
             if asked:  # by a kernel; assigning a number to an element copies it from the host, which waits

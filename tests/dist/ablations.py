@@ -126,5 +126,5 @@ def norms(settings: list[str], joined: bool) -> tuple[list[float], int, int]:
         found = calls.copy()
         training = False
         with torch.no_grad():
-            engine._stepper.forward(batches, 1, backward=False)
+            engine.stepper.forward(batches, 1, backward=False)
     return losses, found["_rms_norm"], found["_rms_norm_residual"]

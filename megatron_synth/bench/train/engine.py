@@ -65,12 +65,12 @@ class Engine:
         self._lr, self._ranks = config.optim.lr, ranks
         self.chunks = wrap_ddp(build_model(decide(config, layout), vocab_size(config)), config)
         self.optimizer = build_optimizer(self.chunks, config)
-        self._stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
+        self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
         self._sums = torch.zeros((NUM_SUMS, 1), dtype=torch.float64)
 
     def step(self, batches: Sequence[TensorBatch]) -> None:
         """One step of the trainer, at the configured peak learning rate."""
-        result = self._stepper.step(batches, 1, self._lr)
+        result = self.stepper.step(batches, 1, self._lr)
         if result.skipped:
             raise UserError("the engine's loss or gradient is not finite on random tokens; lower optim.lr")
         self._sums = result.sums

@@ -10,6 +10,7 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 BENCHMARKS = {
     "train": "tokens/s, TFLOP/s, MFU of training, beside other loops; sweeps",
     "kernels": "every operation by every backend, beside torch.compile and others",
+    "health": "what recording a run's health costs (log.health_interval)",
     "memory": "the estimate of memory per rank beside what is allocated",
     "gpu": "everything that a GPU has to show, in one command",
     "report": "tables and figures of what the others have written; regressions",

@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, Progress, SourceConfig
+from megatron_synth.core.process_time import span
+from megatron_synth.data.answers import AnswerDomain, open_answers
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
@@ -51,6 +53,8 @@ class RunData:
     """Of each source, by name, what stands for its tokens; taken when it was opened."""
     tokenizer_fingerprint: str | None = None
     """Of the tokenizer that made the tokens, where a manifest tells."""
+    answers: Mapping[str, AnswerDomain] = field(default_factory=dict)
+    """Domains of questions, by name."""
     notes: tuple[str, ...] = ()
     """What is likely a mistake in the choice of sources, to be said before training."""
 
@@ -145,9 +149,13 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     if staged and config.data.staging is not None:
         folder = Path(config.data.staging)
         _check_staging([*sources, *validation.values()])
-        sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
-        validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
+        with span("staging"):
+            sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
+            validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
     eod_id = info.eod_id if info else None
+    answers = {
+        name: open_answers(name, one, tokenizer, eod_id, vocab_size, sequence) for name, one in config.data.answers.items()
+    }
     return RunData(
         plan=plan,
         sources=sources,
@@ -161,6 +169,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         sizes_digest=sizes_digest,
         contents=contents,
         tokenizer_fingerprint=info.fingerprint if info else None,
+        answers=answers,
         notes=notes,
     )
 

@@ -17,6 +17,9 @@ class Statistics:
     def __init__(self) -> None:
         self.observing = False
         """Whether this step is watched."""
+        self.saturated: dict[str, float] = {}
+        """By layer, of what was last observed: the share of the numbers of all its tensors that were cut to the format's
+        largest. Tensors that exist in FP8 alone are not in it."""
         self._seen: dict[tuple[str, str], Tensor] = {}
 
     def add(self, layer: str, role: str, x: Tensor, quantized: Quantized) -> None:
@@ -70,11 +73,15 @@ class Statistics:
             known[:2] = max(known[0], amax), min(known[1], scale)
             known[2:] = [a + b for a, b in zip(known[2:], counts, strict=True)]
         result: dict[str, float] = {}
+        cut: dict[str, list[float]] = {}
         for (layer, role), (amax, scale, *counts) in sorted(merged.items()):
             values = {"amax": amax, "scale": scale}
             if counts:
                 numbers, under, over = counts
+                sums = cut.setdefault(layer, [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + over, sums[1] + numbers
                 values |= {"underflow": under / max(numbers, 1.0), "overflow": over / max(numbers, 1.0)}
             for key, value in values.items():
                 result[f"fp8/{layer}/{role}/{key}"] = value
+        self.saturated = {layer: over / max(numbers, 1.0) for layer, (over, numbers) in cut.items()}
         return result

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from megatron_synth.cluster.status import goodput_of
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import compact, counted, duration, human, scientific, table
 from megatron_synth.study.execute.folder import STATES, Folder, State
 from megatron_synth.study.plan.costs import Cost, Sources, Use, cost_of, mapping_of_epochs, total, use_key
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
+from megatron_synth.train.record.goodput import Goodput, together
 
 Uses = Mapping[tuple[str, int, int], Mapping[str, Use]]
 
@@ -182,9 +186,19 @@ def status_text(study: Study, runs: Sequence[Run], folder: Folder, *, each: bool
     if each:
         rest = [run for run in runs if states[run.id] in ("to do", "stopped")]
         sections.append("to do\n" + "\n".join(f"  {run.name} ({states[run.id]})" for run in rest))
+    spent = together([one for run in runs if (one := _goodput(folder.run(run))) is not None])
+    if spent is not None:
+        sections.append(f"time of all runs: {spent.text()}")
     eta = _eta(runs, states, folder)
     sections.append(f"time left at the pace of the last hour: {'n/a' if eta is None else duration(eta)}")
     return "\n\n".join(_joined(sections))
+
+
+def _goodput(run: Path) -> Goodput | None:
+    try:
+        return goodput_of(run)
+    except UserError:  # its own status tells
+        return None
 
 
 def _status_row(name: str, runs: Sequence[Run], states: Mapping[str, State], folder: Folder) -> tuple[str, ...]:

@@ -42,6 +42,15 @@ TOKENS = "data/tokens"
 SHARE = "data/share/"  # + source: fraction of the trained tokens so far
 EPOCH = "data/epoch/"  # + source: passes over the source so far
 PRECISION = "fp8/layers"  # text, at the first step of every start: which layers run in which format
+GRAD_NORMS = "health/grad_norm/"  # + layer number, embedding, final_norm or head; before clipping
+WEIGHT_NORMS = "health/weight_norm/"  # + likewise; before the update
+UPDATE_NORMS = "health/update_norm/"  # + likewise; weights after the update less those before it
+ACTIVATIONS = "health/activation_rms/"  # + layer number: root mean square of what the layer hands on
+MAX_LOGITS = "health/max_logit/"  # + layer number: largest attention logit of the sampled row
+ENTROPY = "health/entropy"  # of the output's distribution, in nats; mean over places of the sampled row
+PADDING_PROBABILITY = "health/padding_probability"  # what the vocabulary's padding would have if it were not masked
+PADDING_NORMS = "health/padding_norm/"  # + embedding or head: norm of the rows that pad the vocabulary
+SATURATED = "health/fp8_saturated/"  # + FP8 layer: share of its numbers cut to the format's largest
 EVAL = "eval/"
 EMA = "ema/"  # the same of the average of the weights (optim.ema_decay)
 EVAL_LOSS = "eval/loss"  # mean over domains, weighted by tokens
@@ -49,6 +58,10 @@ EVAL_DOMAIN_LOSS = "eval/loss/"  # + domain
 EVAL_BPB = "eval/bpb"  # over all domains' bytes
 EVAL_DOMAIN_BPB = "eval/bpb/"  # + domain
 EVAL_DOMAIN_TOKENS = "eval/tokens/"  # + domain: tokens evaluated
+EVAL_ANSWERS_BPB = "eval/answers_bpb/"  # + domain of data.answers: bits per byte of the right answers alone
+EVAL_ACCURACY = "eval/accuracy/"  # + likewise: share of questions whose right answer is the likeliest
+EVAL_ACCURACY_PER_BYTE = "eval/accuracy_per_byte/"  # + likewise: by log-likelihood over bytes
+EVAL_RANK = "eval/rank/"  # + likewise: mean place of the right answer by log-likelihood, 1 is the likeliest
 
 GIB = 2**30
 MAX_BYTES = 2**32
@@ -98,7 +111,7 @@ class _Line(BaseModel):
         return self
 
 
-_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/")
+_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/", "health/")
 
 
 def decode(line: str | bytes) -> Record:
@@ -123,6 +136,11 @@ def read_metrics(path: Path) -> list[Record]:
     A last line that a crash cut short is left out. Damage anywhere else is a UserError, since it is no crash of ours.
     """
     return decode_lines(path, read_bytes(path, MAX_BYTES)) if path.exists() else []
+
+
+def read_steps(path: Path) -> list[Record]:
+    """As `read_metrics`, without the evaluation before the first step (`eval.at_start`)."""
+    return [record for record in read_metrics(path) if record[STEP]]
 
 
 def decode_lines(path: Path, content: bytes, skipped: int = 0) -> list[Record]:
@@ -311,6 +329,9 @@ def format_eval(record: Mapping[str, Any]) -> str:
         shown.append(f"mean {_loss(record[EVAL_LOSS])}")
     if record.get(EVAL_BPB) is not None:
         shown.append(f"bpb {record[EVAL_BPB]:.2f}")
+    for domain, bits in parts(record, EVAL_ANSWERS_BPB).items():
+        accuracy = record.get(EVAL_ACCURACY + domain)
+        shown.append(f"{domain} answers bpb {_loss(bits)}" + ("" if accuracy is None else f" accuracy {accuracy:.3f}"))
     if EMA + "loss" in record:
         shown.append(f"average of the weights: mean {_loss(record[EMA + 'loss'])}")
     return " | ".join(shown)
@@ -322,4 +343,4 @@ def _loss(value: float | None) -> str:
 
 def has_eval(record: Mapping[str, Any]) -> bool:
     """Whether the step of `record` ended with an evaluation."""
-    return any(name.startswith(EVAL_DOMAIN_LOSS) for name in record)
+    return any(name.startswith((EVAL_DOMAIN_LOSS, EVAL_ANSWERS_BPB)) for name in record)

@@ -150,7 +150,7 @@ class _Report:
                 _line(ax, x, curves[-1], self.colors[name])
                 labels.append((curves[-1][-1], f"{_short(name)} {curves[-1][-1]:.3f}", self.colors[name]))
         if not curves:
-            _say(ax, "no loss by source was recorded")
+            say_in(ax, "no loss by source was recorded")
             return
         _limit_loss(ax, curves, [])
         label_ends(ax, labels)
@@ -158,7 +158,7 @@ class _Report:
     def _validation(self, ax: Axes) -> None:
         if not self.evals:
             _title(ax, "Validation loss by domain")
-            _say(ax, "no evaluation yet")
+            say_in(ax, "no evaluation yet")
             return
         if len(self.evals) > 1:
             self._frame(ax, "Validation loss by domain", "nats per token")
@@ -190,7 +190,7 @@ class _Report:
         self._frame(ax, "Share of the training tokens", "delivered (line), requested (dots)")
         series = {name: self._series(metrics.SHARE + name) for name in self.sources}
         if not any(len(x) for x, _ in series.values()):
-            _say(ax, "no shares were recorded")
+            say_in(ax, "no shares were recorded")
             return
         labels, top = [], 0.0
         for name, (x, y) in series.items():
@@ -218,7 +218,7 @@ class _Report:
     def _table(self, ax: Axes) -> None:
         if not self.ledger:
             _title(ax, "The mixture")
-            _say(ax, "no ledger yet")
+            say_in(ax, "no ledger yet")
             return
         ax.set_axis_off()
         _title(ax, "The mixture", f"{self.ledger['samples']:,} samples of {self.ledger['sequence_length']:,} tokens")
@@ -258,7 +258,7 @@ class _Report:
         self._frame(ax, "Throughput", "tokens per second per device")
         x, y = self._series(metrics.TOKENS_PER_SEC)
         if not len(x):
-            _say(ax, "no throughput was recorded")
+            say_in(ax, "no throughput was recorded")
             return
         _line(ax, x, y, INK, linewidth=1.2)
         median = float(np.median(y))
@@ -353,9 +353,20 @@ def _limit_loss(ax: Axes, curves: Sequence[Floats], points: Sequence[Floats]) ->
         ax.set_ylim(low - space, high + space)
 
 
-def label_ends(ax: Axes, labels: Iterable[tuple[float, str, str]]) -> None:
-    """Name lines at the right edge, at the height of their last value, moved apart where they would overlap."""
-    low, high = ax.get_ylim()
+def frame_of_steps(ax: Axes, title: str, unit: str, records: Sequence[Record]) -> None:
+    """A panel over the steps of `records`."""
+    _title(ax, title, unit)
+    ax.set_xlabel("step", color=GREY)
+    ax.xaxis.set_major_formatter(lambda value, _: compact(value))
+    ax.set_xlim(0, 1.01 * records[-1][metrics.STEP])
+
+
+def label_ends(ax: Axes, labels: Iterable[tuple[float, str, Any]], *, relative: bool = False) -> None:
+    """Name lines at the right edge, at the height of their last value, moved apart where they would overlap.
+
+    relative: the heights are parts of the panel's, as they must be on a logarithmic axis.
+    """
+    low, high = (0.0, 1.0) if relative else ax.get_ylim()
     placed = sorted(((value - low) / (high - low), text, color) for value, text, color in labels)
     heights = _apart([height for height, _, _ in placed], [0.055 * (text.count("\n") + 1) for _, text, _ in placed])
     for height, (_, text, color) in zip(heights, placed, strict=True):
@@ -376,7 +387,8 @@ def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
     return result
 
 
-def _say(ax: Axes, text: str) -> None:
+def say_in(ax: Axes, text: str) -> None:
+    """Write in a panel why nothing is drawn there."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY)
 

@@ -93,8 +93,10 @@ class Recorder:
 
     @property
     def lacks_evaluation(self) -> bool:
-        """The newest record is known and tells of no evaluation. Rank 0."""
-        return self._newest is not None and not metrics.has_eval(self._newest)
+        """The newest record is known and tells of no evaluation, or there is none before the first step. Rank 0."""
+        if self._newest is None:
+            return self._first_step == 0
+        return not metrics.has_eval(self._newest)
 
     @property
     def noted(self) -> list[float]:
@@ -241,13 +243,15 @@ class Recorder:
         assert not self._pending
         if self._ranks.rank != 0:
             return
-        assert self._newest is not None
+        if self._newest is None:  # before the first step
+            self._newest = {metrics.STEP: 0, metrics.TOKENS: 0}
+            self._held.append(self._newest)
         self._newest.update(result)
         if not any(record is self._newest for record in self._held):  # else it is written with these
             self._unamended = self._newest
         self._write([])
         if self._tracker is not None:
-            self._tracker.log(result, self._newest[metrics.STEP])
+            self._tracker.log(result, self._newest[metrics.STEP], evaluation=True)
         say(metrics.format_eval({metrics.STEP: self._newest[metrics.STEP], **result}))
 
     def _show(self, record: metrics.Record) -> None:

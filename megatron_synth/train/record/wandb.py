@@ -20,6 +20,9 @@ from megatron_synth.core.files import write_json
 NOTE = "start.json"
 """File in a run's wandb folder: what the latest offline start wrote to, after which step, and whether it is whole."""
 
+_EVALUATED = "eval/step"
+"""Name on the server of the last step with an evaluation."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +38,8 @@ class Tracker:
             after_step: its file is to hold the steps after this one.
         """
         self._run, self._note, self._after_step = run, note, after_step
+        self._sent = self._evaluated = -1
+        """Online: the last step, and the last evaluated one, that wandb has from earlier starts."""
 
     @classmethod
     def start(
@@ -87,18 +92,26 @@ class Tracker:
             run.define_metric("*", step_metric="step")
         except Exception as error:  # wandb documents no common base of what init raises
             raise UserError(f"log.wandb.mode is {config.mode}, but wandb did not start: {error}; {hint}") from error
-        return cls(run, note, step)
+        tracker = cls(run, note, step)
+        if config.mode == "online":
+            tracker._sent, tracker._evaluated = (_whole(run.summary.get(name)) for name in ("step", _EVALUATED))
+        return tracker
 
     @property
     def active(self) -> bool:
         """Whether records still go anywhere."""
         return self._run is not None
 
-    def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Mirror the record of `step`. After a first failure: one warning, and nothing more is sent."""
-        if self._run is None:
+    def log(self, record: Mapping[str, Any], step: int, *, evaluation: bool = False) -> None:
+        """Mirror the record of `step`, or the evaluation that follows it. After a first failure: one warning, and nothing more.
+
+        What an online run has had from a start that was killed after its last checkpoint is not sent again.
+        """
+        if self._run is None or step <= (self._evaluated if evaluation else self._sent):
             return
         values = {name: value for name, value in record.items() if value is not None}
+        if evaluation:
+            values[_EVALUATED] = step
         try:
             self._run.log(values | {"step": step})
         except Exception as error:  # whatever it is, it must not end the training
@@ -128,6 +141,11 @@ class Tracker:
     def _give_up(self, while_doing: str, error: Exception) -> None:
         self._run = None
         logger.warning("wandb failed while %s (%s); training goes on without it, metrics.jsonl has it all", while_doing, error)
+
+
+def _whole(value: Any) -> int:
+    """A number of a run's summary on the server, which may hold anything."""
+    return value if isinstance(value, int) else -1
 
 
 def _put_aside(folder: Path, step: int) -> int:

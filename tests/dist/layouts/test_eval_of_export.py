@@ -124,6 +124,115 @@ def _by_hand(folder: Path, model: Any, name: str, *, masks: bool, windows: int |
     return found
 
 
+# ---- answers
+
+
+def _write_answers(folder: Path) -> dict[str, list[tuple[str, list[str], int]]]:
+    """Domains of questions as context, answers and the right one: pairs, choices, nothing before the answer, too much of it."""
+    generator = np.random.default_rng(5)
+
+    def text(letters: int) -> str:
+        return "".join(generator.choice(list("abcdefg äß日🙂"), letters)).strip() or "a"
+
+    domains: dict[str, list[tuple[str, list[str], int]]] = {
+        "pairs": [(text(int(n)) + " " * (int(n) % 3), [" " + text(3)], 0) for n in generator.integers(1, 8, 11)],
+        "choices": [(text(4), [" " + text(int(n)) for n in range(1, 5)], int(right)) for right in generator.integers(0, 4, 9)],
+        "empty": [("", [text(4), text(2)], 1) for _ in range(5)],
+        "long": [(text(60), [text(3)], 0), (text(80), [text(9)], 0)],
+        "longer": [(text(5), [text(80)], 0)],
+    }
+    for name, questions in domains.items():
+        rows = [
+            {"context": context, "answer": answers[0]} if len(answers) == 1
+            else {"context": context, "choices": answers, "answer": right}
+            for context, answers, right in questions
+        ]  # fmt: skip
+        (folder / f"{name}-answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return domains
+
+
+@pytest.fixture(scope="module")
+def scored(ranks: RankPool, exported: Path) -> tuple[dict[str, Any], dict[str, list[tuple[str, list[str], int]]]]:
+    """What `eval` says of the answers in each layout, and the questions."""
+    domains = _write_answers(exported)
+    only = [f"data.validation.{name}=null" for name in DOMAINS if name != "plain"]
+    only += [f"data.answers.{name}.path={exported}/{name}-answers.jsonl" for name in domains]
+    found = {}
+    for layout in ("single", "tp2", "pp2", "cp2", "dp2"):
+        world_size, settings = LAYOUTS[layout]
+        arguments = ["eval", str(exported / "run"), *only, *settings]
+        results = ranks.run(world_size, "megatron_synth.cli.main.main", arguments)
+        assert [result.value for result in results] == [0] * world_size, results[0].stdout + results[0].stderr
+        found[layout] = json.loads((exported / "run" / "eval.json").read_text())
+    return found, domains
+
+
+def test_answers_are_scored_as_by_transformers(
+    scored: tuple[dict[str, Any], dict[str, list[tuple[str, list[str], int]]]], exported: Path
+) -> None:
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+
+    found, domains = scored
+    model = LlamaForCausalLM.from_pretrained(exported / "hf", dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = Tokenizer.from_file(str(exported / "data" / "tokenizer.json"))
+    end = tokenizer.token_to_id(EOD)
+
+    def log_likelihood(context: str, answer: str) -> float:
+        before = len(tokenizer.encode(context.rstrip()).ids) or 1
+        tokens = tokenizer.encode(context + answer).ids
+        tokens = tokens if context else [end, *tokens]
+        asked = len(tokens) - before
+        tokens = tokens[-(S + 1) :]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens[:-1]])).logits[0].double().log_softmax(-1)
+        labels = torch.tensor(tokens[1:])
+        return float(logits.gather(1, labels[:, None])[-asked:].sum())
+
+    for name, questions in domains.items():
+        values = [[log_likelihood(context, answer) for answer in answers] for context, answers, _ in questions]
+        bits = -sum(some[right] for some, (*_, right) in zip(values, questions, strict=True)) / math.log(2)
+        text_bytes = sum(len(answers[right].encode()) for _, answers, right in questions)
+        assert found["single"][f"eval/answers_bpb/{name}"] == pytest.approx(bits / text_bytes, rel=1e-6)
+        if name in ("choices", "empty"):
+            hits = [int(np.argmax(some)) == right for some, (*_, right) in zip(values, questions, strict=True)]
+            places = [sum(v >= some[right] for v in some) for some, (*_, right) in zip(values, questions, strict=True)]
+            assert found["single"][f"eval/accuracy/{name}"] == np.mean(hits)
+            assert found["single"][f"eval/rank/{name}"] == np.mean(places)
+    for layout, said in found.items():
+        assert said == {key: pytest.approx(value, rel=1e-5) for key, value in found["single"].items()}, layout
+
+
+@pytest.mark.slow
+def test_answers_are_scored_as_by_the_harness(
+    scored: tuple[dict[str, Any], dict[str, list[tuple[str, list[str], int]]]], exported: Path
+) -> None:
+    for name in ("lm_eval", "accelerate"):
+        pytest.importorskip(name, reason="needs lm-evaluation-harness with its models of Hugging Face")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    found, domains = scored
+    model = LlamaForCausalLM.from_pretrained(exported / "hf", dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(exported / "data" / "tokenizer.json"), eos_token=EOD)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=S, batch_size=4, device="cpu")
+    for name, questions in domains.items():
+        if name == "longer":  # than the model sees at once: the harness takes no such answer
+            continue
+        asked = [
+            Instance("loglikelihood", {}, (context, answers[right]), 0, metadata=(name, 0, 1))
+            for context, answers, right in questions
+        ]
+        nats = -sum(value for value, _ in harness.loglikelihood(asked, disable_tqdm=True))
+        text_bytes = sum(len(answers[right].encode()) for _, answers, right in questions)
+        said = found["single"][f"eval/answers_bpb/{name}"]
+        assert said == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-4), name
+
+
+# ---- windows
+
+
 @pytest.mark.parametrize("batches", [None, 1])
 @pytest.mark.parametrize("masks", [False, True])
 def test_losses_and_bits_per_byte(masks: bool, batches: int | None, ranks: RankPool, exported: Path) -> None:

@@ -113,6 +113,8 @@ def test_delayed_scaling_reads_the_scale_in_use(watched: Any) -> None:
     name = "fp8/layers.3.self_attention.linear_qkv/"
     assert [found[f"{name}{role}/scale"] for role in ("input", "weight", "grad")] == [64.0, 8.0, 2.0**20]
     assert found[name + "input/overflow"] == 1 / 512 and found[name + "grad/underflow"] == 1.0
+    numbers = 512 + 128 * 256 + 4 * 256  # of input, weight and gradient
+    assert statistics.saturated == {"layers.3.self_attention.linear_qkv": pytest.approx(1 / numbers)}
 
 
 def test_blocks_and_parts_of_sequences(watched: Any) -> None:

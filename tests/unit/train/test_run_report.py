@@ -16,7 +16,8 @@ from megatron_synth.cli.report import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.train.record import plot, run_dir
-from megatron_synth.train.record.metrics import MetricsFile
+from megatron_synth.train.record.health_plot import write_health
+from megatron_synth.train.record.metrics import MetricsFile, read_metrics
 from megatron_synth.train.record.plot import write_report
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.summary import summary
@@ -149,6 +150,32 @@ def test_a_finished_report_is_replaced(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", 5, None)
     (path / "report.png").write_bytes(b"old")
     assert size(write_report(path)) == (1600, 1000)
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_health_is_drawn_where_it_was_recorded(
+    steps: int, tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "run", steps, None)
+    assert write_health(path) is None and not (path / "health.png").exists()
+    records = read_metrics(path / "metrics.jsonl")
+    for record in records:
+        parts = [*map(str, range(24)), "embedding", "final_norm", "head"]
+        for place, part in enumerate(parts):
+            record[f"health/grad_norm/{part}"] = math.nan if record["step"] == 7 else 0.1 + 0.01 * place
+            record[f"health/weight_norm/{part}"] = 10.0 + place
+            record[f"health/update_norm/{part}"] = 0.0 if record["step"] == 9 else 0.01
+            if part.isdecimal():
+                record |= {f"health/activation_rms/{part}": 1.0 + place, f"health/max_logit/{part}": place - 3.0}
+        record |= {"health/entropy": 5.0, "health/padding_probability": 0.01, "health/fp8_saturated/layers.0.mlp.fc1": 0.1}
+    (path / "metrics.jsonl").unlink()
+    MetricsFile(path / "metrics.jsonl").append(records)
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.strip().endswith(f"-> {path / 'health.png'}")
+    assert size(path / "health.png") == (1600, 1000)
+    image = pixels(path / "health.png")
+    assert all(has_color(image, color) for color in (plot.INK, plot.PALETTE[1], plot.PALETTE[3]))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

@@ -125,6 +125,36 @@ def test_a_failure_while_closing_is_a_warning(caplog: pytest.LogCaptureFixture) 
     assert len(caplog.records) == 1 and "closing the run" in caplog.text
 
 
+def test_an_online_run_has_each_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server says what it has had: steps that are trained again after a kill are not sent again."""
+    import wandb
+
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+
+    class Run:
+        def __init__(self) -> None:
+            self.summary = dict(summary)
+            self.dir = str(tmp_path)
+
+        def define_metric(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log(self, values: dict[str, Any]) -> None:
+            rows.append(values)
+            summary.update(values)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    for first, last in ((1, 7), (5, 9)):  # killed after step 7, goes on from the checkpoint of step 4
+        tracker = Tracker.start(WandbConfig(mode="online"), tmp_path, "id", {}, step=first - 1)
+        for step in range(first, last + 1):
+            tracker.log({"step": step, "train/loss": 1.0 / step}, step)
+            if step % 3 == 0:
+                tracker.log({"eval/loss": 2.0 / step}, step, evaluation=True)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 10))
+    assert [row["step"] for row in rows if "eval/loss" in row] == [3, 6, 9]
+
+
 def test_a_stop_on_request_is_a_preemption() -> None:
     calls: list[tuple[str, Any]] = []
 

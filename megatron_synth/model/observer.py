@@ -1,0 +1,148 @@
+"""What a forward pass shows of the model's health: activations, attention logits, the distribution of the output.
+
+All of it is read beside the pass, which it does not change. Activations are those of every token; attention logits and the
+output's distribution cost products of their own and are those of a sample: places evenly spread over the first row of the
+first micro-batch of the first data-parallel rank, which is the same sequence in every layout.
+
+S tokens of a row, B rows, H hidden size, A query heads, G key/value heads, D channels of a head, V entries of a
+rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_synth.model.build import LlamaModel
+
+SAMPLED = 512
+"""Places of the sampled row, at most."""
+_NUMBERS = 2**24
+"""Scores, or logits, that are in memory at once: 64 MiB."""
+ENTROPY, PADDING, PLACES = range(3)
+"""Of `Observer.output`, sums over sampled places: entropy in nats, probability that padding would have, number of places."""
+
+
+class Observer:
+    """Watches this rank's chunks from `begin` to `end`, over one step."""
+
+    def __init__(self, chunks: list[LlamaModel], layers: int, sequence_length: int, device: torch.device):
+        """layers: of the whole model. sequence_length: tokens of a row, over all ranks."""
+        self._chunks = chunks
+        self._stride = -(-sequence_length // SAMPLED)
+        config = chunks[0].config
+        self._recomputed = config.recompute_granularity == "full"
+        self._counts = config.sequence_parallel or parallel_state.get_tensor_model_parallel_rank() == 0
+        self._samples = parallel_state.get_data_parallel_rank() == 0
+        self._hooks: list[Any] = []
+        self._seen: set[int] = set()
+        self.activations = torch.zeros((layers, 2), dtype=torch.float64, device=device)
+        """By layer: sum of the squares of its output, and how many numbers that are; of this rank's share."""
+        self.logits = torch.full((layers,), -torch.inf, dtype=torch.float64, device=device)
+        """By layer: the largest attention logit of this rank's heads and tokens."""
+        self.output = torch.zeros(3, dtype=torch.float64, device=device)
+        """ENTROPY, PADDING, PLACES; of this rank's share."""
+
+    def begin(self) -> None:
+        """Forget what was seen, and watch."""
+        self.activations.zero_()
+        self.logits.fill_(-torch.inf)
+        self.output.zero_()
+        self._seen.clear()
+        for chunk in self._chunks:
+            for layer in chunk.decoder.layers:
+                self._hooks.append(layer.register_forward_hook(partial(self._see_layer, layer.layer_number - 1)))
+                if self._samples:
+                    attention = layer.self_attention.core_attention
+                    see = partial(self._see_attention, layer.layer_number - 1)
+                    self._hooks.append(attention.register_forward_pre_hook(see, with_kwargs=True))
+            if self._samples and chunk.post_process:
+                chunk.see_output = partial(self._see_output, chunk)
+
+    def end(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for chunk in self._chunks:
+            chunk.see_output = None
+
+    def _is_repetition(self) -> bool:
+        """Whether this is the second pass of a recomputed layer: the first one makes no gradients."""
+        return self._recomputed and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _see_layer(self, layer: int, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if self._is_repetition() or not self._counts:
+            return
+        hidden = output[0]  # the second is an encoder's context
+        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        self.activations[layer, 0] += norms.double().square().sum()
+        self.activations[layer, 1] += hidden.numel()
+
+    @torch.no_grad()
+    def _see_attention(self, layer: int, module: Any, inputs: Any, keywords: Any) -> None:
+        if layer in self._seen or self._is_repetition():
+            return
+        self._seen.add(layer)
+        names = ("query", "key", "value", "attention_mask")
+        given = dict(zip(names, inputs, strict=False)) | keywords
+        query, key, places, begins = module.sampled(given["query"], given["key"], given.get("packed_seq_params"))
+        chosen = places % self._stride == 0
+        query, of_query, begins_of_query = query[chosen], places[chosen], begins[chosen]
+        if (group := module.context_group) is not None:
+            key, places, begins = (_gathered(x, group) for x in (key, places, begins))
+        visible = (begins_of_query[:, None] == begins) & (places <= of_query[:, None])
+        if module.window is not None:
+            visible &= of_query[:, None] - places < module.window
+        grouped = query.unflatten(1, (key.shape[1], -1)).movedim(1, 0)  # [G, n, A / G, D]
+        keys = key.movedim(1, 0).transpose(1, 2)  # [G, D, S]
+        per_place = grouped.shape[2] * keys.shape[2]
+        largest = self.logits[layer]
+        for heads, own in zip(grouped, keys, strict=True):
+            rows = max(1, _NUMBERS // per_place)
+            for part, mask in zip(heads.split(rows), visible.split(rows), strict=True):
+                scores = (part.flatten(0, 1) @ own).float().view(*part.shape[:2], -1)
+                found = scores.masked_fill(~mask[:, None], -torch.inf).amax()
+                largest.copy_(torch.maximum(largest, module.scale * found.double()))
+
+    @torch.no_grad()
+    def _see_output(self, chunk: LlamaModel, hidden: Tensor, weight: Tensor) -> None:
+        if id(chunk) in self._seen:
+            return
+        self._seen.add(id(chunk))
+        group = parallel_state.get_tensor_model_parallel_group()
+        row = hidden[:, :1].contiguous()
+        if chunk.config.sequence_parallel:
+            row = gather_from_sequence_parallel_region(row, group=group)
+        row = row.squeeze(1)
+        places = chunk.decoder.layers[0].self_attention.core_attention.places(len(row), row.device)
+        row = row[places % self._stride == 0]
+        valid = min(len(weight), max(0, chunk.tokens - group.rank() * len(weight)))
+        for part in row.split(max(1, _NUMBERS // len(weight))):
+            logits = (part @ weight.t()).float()
+            largest = logits.amax(dim=-1)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+            logits -= largest[:, None]
+            powers = logits.exp()
+            tokens, padding = powers[:, :valid].double().sum(-1), powers[:, valid:].double().sum(-1)
+            sums = torch.stack([tokens, padding, (powers * logits)[:, :valid].double().sum(-1)])
+            torch.distributed.all_reduce(sums, group=group)
+            tokens, padding, weighted = sums
+            if group.rank() == 0:
+                entropy = tokens.log() - weighted / tokens  # of the tokens: -sum p log p with p = e^z / sum e^z
+                found = entropy.sum(), (padding / (tokens + padding)).sum(), tokens.new_full((), len(part))
+                self.output += torch.stack(found)
+
+
+def _gathered(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[S / c, ...] of each rank -> [S, ...], rank after rank."""
+    x = x.contiguous()
+    out = x.new_empty((group.size() * len(x), *x.shape[1:]))
+    torch.distributed.all_gather_into_tensor(out, x, group=group)
+    return out
