@@ -2,13 +2,15 @@
 
 The operations run on meta tensors of a model's shapes, forward and backward, and every launch compiles for sm_90a instead of
 being sent to a device. So what is compiled is what a run would launch: the same specializations on alignment, block sizes and
-warps. Registers, memory and the stack, where spilled registers go, are read from the finished binary.
+warps. Registers, memory and the stack, where spilled registers go, are read from the finished binary, and the instructions of
+a thread are counted: what a processor needs to issue them is held against what memory needs for the operands.
 
 Give it a process of its own: launches keep what was compiled.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -57,11 +59,20 @@ from megatron_synth_kernels.triton import (
 TARGET = GPUTarget("cuda", 90, 32)  # Triton compiles 90 as sm_90a
 # of one processor of compute capability 9.0, CUDA C++ programming guide, table "technical specifications"
 _REGISTERS, _WARPS, _BLOCKS, _SHARED = 65536, 64, 32, 233472
+# of an H200: 132 processors issue 4 instructions of a warp per cycle; its clock under load, and what its memory delivers
+_PROCESSORS, _ISSUED, _CLOCK, _MEMORY = 132, 4, 1.755e9, 4.3e12
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as it comes out of the assembler. Memory in bytes: `shared` per block, `stack` per thread."""
+    """One kernel as it comes out of the assembler.
+
+    shared: bytes of a block.
+    stack: bytes of a thread.
+    instructions: of a thread, from the first to the last exit; None where it has a loop.
+    issue: time to issue all instructions, as a multiple of the time in which an H200 moves the operands, each once; None where
+        it has a loop. Below 1 memory is the limit, if it is asked for in time.
+    """
 
     operation: str
     kernel: str
@@ -70,6 +81,8 @@ class Compiled:
     registers: int
     shared: int
     stack: int
+    instructions: int | None
+    issue: float | None
 
     @property
     def warps_per_processor(self) -> int:
@@ -108,6 +121,9 @@ def _rope(sizes: Sizes) -> None:
     positions = torch.empty((1, sizes.tokens), dtype=torch.int32, device="meta")
     for places in (None, positions):
         _backward(*triton_rope.rope(query, key, 10_000.0, places))
+        mixed = _leaf(sizes.tokens, 1, sizes.groups, sizes.heads // sizes.groups + 2, sizes.head_dim)
+        parts = mixed[..., :-2, :], mixed[..., -2, :], mixed[..., -1, :]
+        _backward(*triton_rope.joined_rope(*parts, 10_000.0, places))
 
 
 def _cross_entropy_stats(sizes: Sizes) -> None:
@@ -205,15 +221,26 @@ class _Hopper:
         return 0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One that was compiled instead: name of its function, what it compiled to, blocks of its grid, bytes of its tensors."""
+
+    name: str
+    compiled: Any
+    blocks: int
+    bytes: int
+
+
 @contextmanager
-def recorded() -> Iterator[list[tuple[str, Any]]]:
-    """Within, launches compile for Hopper and do not run. Yields (name of the kernel, compiled kernel) in their order."""
-    launches: list[tuple[str, Any]] = []
+def recorded() -> Iterator[list[Launch]]:
+    """Within, launches compile for Hopper and do not run. Yields them in their order."""
+    launches: list[Launch] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append((self.fn.__name__, kernel))
+        moved = sum(one.numel() * one.element_size() for one in args if isinstance(one, Tensor))
+        launches.append(Launch(self.fn.__name__, kernel, math.prod(grid), moved))
         return kernel
 
     JITFunction.run = compile_only
@@ -234,24 +261,42 @@ def compile_all(shapes: list[Sizes]) -> list[Compiled]:
         for operation, case in CASES.items():
             with recorded() as launches:
                 case(shape)
-            for kernel in {compiled.hash: (name, compiled) for name, compiled in launches}.values():
-                found.append(_inspect(operation, kernel[0], shape.name, kernel[1]))
+            for launch in {launch.compiled.hash: launch for launch in launches}.values():
+                found.append(_inspect(operation, launch, shape.name))
     return list(dict.fromkeys(found))
 
 
-def _inspect(operation: str, name: str, shape: str, kernel: Any) -> Compiled:
+def _inspect(operation: str, launch: Launch, shape: str) -> Compiled:
+    kernel = launch.compiled
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    warps = kernel.metadata.num_warps
+    count = instructions(text)
+    cycles = None if count is None else count * warps * launch.blocks / (_PROCESSORS * _ISSUED)
     return Compiled(
         operation=operation,
-        kernel=name.removesuffix("_kernel"),
+        kernel=launch.name.removesuffix("_kernel"),
         shape=shape,
-        warps=kernel.metadata.num_warps,
+        warps=warps,
         registers=usage["REG"],
         shared=max(usage["SHARED"], kernel.metadata.shared),  # the latter is asked for at launch
         stack=usage["STACK"] + usage["LOCAL"],
+        instructions=count,
+        issue=None if cycles is None else round(cycles / _CLOCK / (launch.bytes / _MEMORY), 2),
     )
+
+
+def instructions(sass: str) -> int | None:
+    """Instructions up to the last exit, behind which are seldom taken paths of divisions; None if a branch goes back."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?:\s+([^;]*))?\s*;", sass, re.MULTILINE)
+    last = max(index for index, (_, name, _) in enumerate(lines) if name.startswith("EXIT"))
+    for address, name, operands in lines[:last]:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        if target is not None and int(target[1], 16) <= int(address, 16):
+            return None
+    return last + 1

@@ -102,10 +102,25 @@ def compile_kernels() -> list[Compiled]:
 
 def compiled_table(compiled: list[Compiled]) -> str:
     """What came out of the assembler, as Markdown."""
-    head = ["kernel", "operation", "model", "warps", "registers", "shared, B", "stack, B", "warps/SM of 64"]
+    head = [
+        "kernel",
+        "operation",
+        "model",
+        "warps",
+        "registers",
+        "shared, B",
+        "stack, B",
+        "warps/SM of 64",
+        "instructions",
+        "issue / memory",
+    ]
     rows = [
-        [f"`{k.kernel}`", k.operation, k.shape, *map(str, (k.warps, k.registers, k.shared, k.stack, k.warps_per_processor))]
+        [
+            *(f"`{k.kernel}`", k.operation, k.shape),
+            *map(str, (k.warps, k.registers, k.shared, k.stack, k.warps_per_processor, k.instructions or "a loop")),
+            "" if k.issue is None else f"{k.issue:.2f}",
+        ]
         for k in compiled
     ]
-    lines = [head, ["---", "---", "---", *["---:"] * 5], *rows]
+    lines = [head, ["---", "---", "---", *["---:"] * 7], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

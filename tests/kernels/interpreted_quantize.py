@@ -77,6 +77,18 @@ def test_block_kernels(name: str, dtype: torch.dtype) -> None:
     same(row, getattr(fp8, name)(x, dtype)[0])
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_scales_of_blocks_at_the_edges(dtype: torch.dtype) -> None:
+    """Where the power of two changes, at both ends of fp32 and below its normal numbers."""
+    edges = torch.tensor([1.75 * 2.0**power for power in (-149, -130, -119, -118, -3, 0, 9, 125, 126, 127)])
+    magnitudes = torch.cat([edges, edges.nextafter(torch.tensor(torch.inf)), edges.nextafter(torch.tensor(0.0))])
+    x = torch.zeros(BLOCK, BLOCK)
+    x[: len(magnitudes), 0] = magnitudes
+    x[torch.arange(len(magnitudes)), 1 + torch.arange(len(magnitudes))] = -magnitudes  # columns meet them, too
+    for ours, theirs in zip(triton_quantize.quantize_1x128(x, dtype), fp8.quantize_1x128(x, dtype), strict=True):
+        same(ours, theirs)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_kernels_report_what_is_not_finite(bad: float) -> None:
     x = matrix(32, 32)

@@ -44,7 +44,7 @@ def swiglu(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Te
 
 
 def gradient(n: int, k: int, dtype: torch.dtype) -> tuple[Callable[[], Source], Tensor]:
-    x, grad = wide(n, k, dtype), wide(n, k // 2, dtype, seed=1)
+    x, grad = wide(n, 2 * k, dtype), wide(n, k, dtype, seed=1)
     leaf = x.clone().requires_grad_()
     triton_swiglu.swiglu(leaf).backward(grad)
     assert leaf.grad is not None

@@ -35,6 +35,8 @@ def test_nothing_is_spilled_and_enough_runs_at_once(compiled: tuple[list[dict[st
         assert kernel["stack"] == 0, f"{kernel} keeps registers in memory"
         assert 0 < kernel["registers"] <= 128 and kernel["shared"] <= 16384, kernel
         assert kernel["warps_per_processor"] >= 16, f"{kernel}: too few warps to hide memory's latency"
+        if "blocks" in kernel["kernel"]:
+            assert kernel["issue"] <= 0.8, f"{kernel}: bound by instructions instead of memory"
 
 
 def test_every_kernel_of_every_operation_is_there_for_every_model(compiled: tuple[list[dict[str, Any]], str]) -> None:

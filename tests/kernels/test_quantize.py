@@ -59,6 +59,21 @@ def test_scales_bring_the_largest_number_to_the_end_of_the_format(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+def test_powers_of_two_are_the_largest_that_fit(dtype: torch.dtype) -> None:
+    """Of every exponent: all mantissas of bf16, and those of fp32 where the power changes."""
+    mantissas = torch.cat([torch.arange(0, 2**23, 2**16), 0x600000 + torch.arange(-8, 9)]).int()
+    amax = (mantissas[None, :] | (torch.arange(255).int()[:, None] << 23)).view(torch.float32).flatten()
+    amax = amax[amax > 0]
+    scale = fp8.scale_for(amax, dtype, power_of_two=True)
+    reached = scale.double() * amax.double()
+    assert (torch.frexp(scale).mantissa == 0.5).all() and (reached <= LARGEST[dtype]).all()
+    assert ((2 * reached > LARGEST[dtype]) | (scale == 2.0**126)).all()
+    by_division = (amax.reciprocal() * LARGEST[dtype]).clamp(max=2.0**126).view(torch.int32) & 0x7F800000
+    normal = amax < 2.0**126  # above, the reciprocal loses bits
+    assert torch.equal(scale[normal], by_division.view(torch.float32)[normal])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_tensorwise_saturates_and_rounds_to_nearest(dtype: torch.dtype) -> None:
     x = matrix(48, 80)
     scale = fp8.scale_for(fp8.amax_of(x), dtype) * 8  # the largest numbers do not fit

@@ -71,6 +71,31 @@ def test_in_place_is_the_same_and_takes_no_memory() -> None:
         assert outside is not None and inside is not None and torch.equal(outside, inside)
 
 
+@pytest.mark.parametrize("per_group", [1, 3])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_with_those_of_values_lie_in_one_tensor(per_group: int, inplace: bool) -> None:
+    from megatron_synth_kernels.triton.rope import joined_rope, rope
+
+    sequence, batch, groups, channels = 5, 2, 2, 16
+    whole = torch.randn(sequence, batch, groups, per_group + 2, channels, device=DEVICE)
+    results = []
+    for joined in (True, False):
+        parts = [x.requires_grad_() for x in whole.clone().split((per_group, 1, 1), dim=3)]
+        query, (key, value) = parts[0], (x.squeeze(3) for x in parts[1:])
+        if joined:
+            found = joined_rope(query, key, value, BASE, None, inplace)
+        else:
+            found = *rope(query.flatten(2, 3), key, BASE, None, False), value
+        grads = torch.autograd.grad((found[0].sin().sum(), (found[1] * found[2]).sum()), (query, key, value))
+        results.append((*(x.detach().clone() for x in found), *grads))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape and torch.equal(ours, theirs)
+    ours = results[0][3:]
+    assert len({x.untyped_storage().data_ptr() for x in ours}) == 1
+    step = channels * ours[0].element_size()
+    assert [x.data_ptr() - ours[0].data_ptr() for x in ours] == [0, per_group * step, (per_group + 1) * step]
+
+
 def test_what_shares_its_places_is_not_overwritten() -> None:
     from megatron_synth_kernels.triton.rope import rope
 

@@ -12,6 +12,7 @@ scale NaN, and so everything that is computed from it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,12 +97,16 @@ class Scalars:
 def scale_for(amax: Tensor, dtype: torch.dtype, *, margin: int = 0, power_of_two: bool = False) -> Tensor:
     """The factor that brings `amax` to the largest number of `dtype`, divided by 2^margin: fp32, shape of `amax`.
 
-    1 where amax is 0 or not finite. `power_of_two` rounds down to one: scaling is then exact but for the format's range.
+    1 where amax is 0 or not finite. `power_of_two`: the largest power of two that brings it no further, at most 2^126: scaling
+    is then exact but for the format's range.
     """
-    scale = scale_to(LARGEST[dtype] / 2.0**margin, amax)
-    if power_of_two:  # clear the mantissa
-        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
-    return scale
+    if not power_of_two:
+        return scale_to(LARGEST[dtype] / 2.0**margin, amax)
+    # the largest number is 1.75 x 2^top: for m x 2^e that is 2^(top - e), and one power less where m > 1.75: the sum carries
+    top = math.frexp(LARGEST[dtype])[1] - 1
+    exponent = 254 + top - ((amax.view(torch.int32) + 0x1FFFFF) >> 23)  # as fp32 stores it
+    scale = ((exponent - margin).clamp(max=253) << 23).view(torch.float32)
+    return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
 
 def scale_to(largest: float | Tensor, amax: Tensor) -> Tensor:

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from megatron_synth_kernels.launch import as_rows, ceil_div
 from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Scaling, Source, check_blocks
-from megatron_synth_kernels.triton.math import rounded
+from megatron_synth_kernels.triton.math import through
 from megatron_synth_kernels.triton.norm import gradients as gradients
 from megatron_synth_kernels.triton.norm import tile_of
 from megatron_synth_kernels.triton.quantize import (
     FORMATS,
     block_scales,
     in_blocks,
+    largest_magnitude,
     leave,
-    magnitude,
     options,
     outputs,
     pointers,
+    quarter_of,
     raise_to,
     saturated,
     store_blocks,
@@ -60,7 +61,7 @@ def rms_norm_statistics_kernel(
     if MAGNITUDE:
         weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         out = x * inverse[:, None] * weight[None, :]
-        raise_to(amax_ptr, tl.max(magnitude(rounded(out, x_ptr.dtype.element_ty).to(tl.float32))))
+        raise_to(amax_ptr, largest_magnitude(through(out, x_ptr.dtype.element_ty)))
 
 
 @triton.jit
@@ -94,11 +95,19 @@ def rms_norm_tensorwise_kernel(
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_ptr + top + rows, mask=rows < n - top, other=0.0)
     weight = tl.load(weight_ptr + left + columns, mask=columns < k - left, other=0.0).to(tl.float32)
-    out = rounded(x * inverse[:, None] * weight[None, :], x_ptr.dtype.element_ty).to(tl.float32)
+    out = through(x * inverse[:, None] * weight[None, :], x_ptr.dtype.element_ty)
     scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
-    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else tl.max(magnitude(out)), FROM_AMAX, NOTED)
+    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else largest_magnitude(out), FROM_AMAX, NOTED)
     data = saturated(out * scale[:, None], LARGEST, FORMAT)
     store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
+
+
+@triton.jit
+def _quarter_of(x_ptr, inverse_ptr, weight, x_stride, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """The output in every fourth row of a tile."""
+    x = quarter_of(x_ptr, x_stride, PART, BLOCK)
+    inverse = tl.load(inverse_ptr + 4 * tl.arange(0, BLOCK // 4) + PART)
+    return through(x * inverse[:, None] * weight[None, :], x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -121,14 +130,14 @@ def rms_norm_blocks_kernel(
 ) -> None:
     """x [n, k] -> row [n, k], scales stored [k / 128, n]; transposed [k, n], scales stored [n / 128, k]."""
     tile_n, tile_k = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
-    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
-    inverse = tl.load(inverse_ptr + tile_n * BLOCK + rows)
-    weight = tl.load(weight_ptr + tile_k * BLOCK + columns).to(tl.float32)
-    out = rounded(x * inverse[:, None] * weight[None, :], x_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + tile_k * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
+    inverse = inverse_ptr + tile_n * BLOCK
     store_blocks(
-        out,
+        _quarter_of(tile, inverse, weight, x_stride, 0, BLOCK),
+        _quarter_of(tile, inverse, weight, x_stride, 1, BLOCK),
+        _quarter_of(tile, inverse, weight, x_stride, 2, BLOCK),
+        _quarter_of(tile, inverse, weight, x_stride, 3, BLOCK),
         row_ptr,
         row_scale_ptr,
         transposed_ptr,
@@ -199,7 +208,7 @@ class Normalized(Source):
             TRANSPOSED=transposed,
             TILE_N=128,
             TILE_K=128,
-            num_warps=8,
+            num_warps=16 if row and transposed else 8,
         )
         return data, other
 
@@ -217,6 +226,6 @@ class Normalized(Source):
             ROW=row,
             TRANSPOSED=transposed,
             BLOCK=BLOCK,
-            num_warps=16,
+            num_warps=8,
         )
         return in_blocks(data, scale, other, other_scale)

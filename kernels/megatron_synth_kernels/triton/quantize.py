@@ -2,6 +2,10 @@
 
 N rows, K columns. A program takes a tile of 128 x 128 at most, so block scales never cross programs. Results are those of
 fp8.py, bit for bit.
+
+What limits these kernels are instructions as much as memory. Where blocks are scaled, a tile is loaded in quarters, of every
+fourth row each, so that a thread has four neighbors of a row and four of a column: both orders are written in words. Scales
+are powers of two, so they are made of the bits of exponents, without a division.
 """
 
 from __future__ import annotations
@@ -16,16 +20,22 @@ from torch import Tensor
 from megatron_synth_kernels.launch import ceil_div
 from megatron_synth_kernels.registry import interpreted
 from megatron_synth_kernels.torch.fp8 import BLOCK, LARGEST, Pair, Quantized, Scaling, check_blocks
+from megatron_synth_kernels.triton.math import widened
 
-_ROUNDS_WRONGLY = tl.constexpr(interpreted())
+_INTERPRETED = tl.constexpr(interpreted())
 FORMATS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
 @triton.jit
-def magnitude(values):
-    """|values| with NaN turned into infinity, which a maximum keeps."""
-    size = tl.abs(values)
-    return tl.where(size <= 3.4028234663852886e38, size, float("inf"))
+def magnitude_bits(values):
+    """The bits of |values|, in int32: in the order of the magnitudes, with NaN above infinity, which a maximum keeps."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest_magnitude(values):
+    """Of all values, fp32; infinity if one is not finite."""
+    return tl.minimum(tl.max(magnitude_bits(values)), 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -41,15 +51,36 @@ def _encoded(values, FORMAT: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.cons
 
 @triton.jit
 def saturated(values, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
-    """To the nearest number of the format, ties to even. Triton's interpreter rounds ties up and loses the carry into the
-    exponent (31.5 becomes 16), so there it is done on the bits.
+    """To the nearest number of the format, ties to even. The instruction saturates, and four neighbors become one word.
+
+    Triton's interpreter rounds ties up and loses the carry into the exponent (31.5 becomes 16): there it is done on the bits.
     """
-    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-    if not _ROUNDS_WRONGLY:
-        return values.to(FORMAT)
-    if LARGEST == 448.0:
-        return _encoded(values, FORMAT, 3, 7)
-    return _encoded(values, FORMAT, 2, 15)
+    if _INTERPRETED:
+        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+        if LARGEST == 448.0:
+            return _encoded(values, FORMAT, 3, 7)
+        else:
+            return _encoded(values, FORMAT, 2, 15)
+    elif LARGEST == 448.0:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;"
+            " mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f",
+            [values],
+            dtype=tl.float8e4nv,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e5m2x2.f32 low, $2, $1; cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;"
+            " mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f",
+            [values],
+            dtype=tl.float8e5,
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit
@@ -61,15 +92,33 @@ def scale_for(amax, SCALED_TO: tl.constexpr):
 
 
 @triton.jit
-def power_of_two_scale(amax, LARGEST: tl.constexpr):
-    """fp8.scale_for(amax, power_of_two=True)."""
-    return (scale_for(amax, LARGEST).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def inverse_of(scale, amax):
     """fp8.inverse_scale."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale) + (amax - amax)  # inf - inf is NaN
+
+
+@triton.jit
+def _exponent_of_scale(amax, LARGEST: tl.constexpr):
+    """Of the power of two that is the scale, as fp32 stores it, from the bits of a magnitude.
+
+    A format's largest number is 1.75 x 2^TOP. So 2^(TOP - e) fits for an amax of m x 2^e, and one power less where m > 1.75:
+    the sum then carries into the exponent. 0 gets the largest power instead of 1, which makes the same data.
+    """
+    TOP: tl.constexpr = 8 if LARGEST == 448.0 else 15
+    return tl.minimum(254 + TOP - ((amax + 0x1FFFFF) >> 23), 253)  # at most 2^126, as in fp8.py
+
+
+@triton.jit
+def power_of_two_scale(amax, LARGEST: tl.constexpr):
+    """fp8.scale_for(power_of_two=True), from `magnitude_bits`."""
+    return (_exponent_of_scale(amax, LARGEST) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_power_of_two_scale(amax, LARGEST: tl.constexpr):
+    """Its fp8.inverse_scale, from `magnitude_bits`."""
+    inverse = tl.where(amax == 0, 127, 254 - _exponent_of_scale(amax, LARGEST)) << 23
+    return tl.where(amax < 0x7F800000, inverse, 0x7FC00000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -130,8 +179,33 @@ def store_both(
 
 
 @triton.jit
+def quarter_of(ptr, stride, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK / 4, BLOCK] of a tile of BLOCK x BLOCK at `ptr`: every fourth row, from PART on."""
+    rows, columns = 4 * tl.arange(0, BLOCK // 4) + PART, tl.arange(0, BLOCK)
+    return widened(tl.load(ptr + rows[:, None] * stride + columns[None, :]))
+
+
+@triton.jit
+def turned(a, b, c, d, BLOCK: tl.constexpr):
+    """The transpose [BLOCK, BLOCK] of four quarters. A thread has four neighbors of a column: they become one word."""
+    joined = tl.join(tl.join(a, c), tl.join(b, d))  # [BLOCK / 4, BLOCK, 2, 2]
+    return joined.permute(1, 0, 2, 3).reshape(BLOCK, BLOCK)
+
+
+@triton.jit
+def _store_quarter(x, size, tile_ptr, k, PART: tl.constexpr, LARGEST: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a quarter, each with a scale of its own, from their magnitudes [BLOCK / 4]."""
+    rows, columns = 4 * tl.arange(0, BLOCK // 4) + PART, tl.arange(0, BLOCK)
+    scale = power_of_two_scale(size, LARGEST)
+    tl.store(tile_ptr + rows[:, None] * k + columns[None, :], saturated(x * scale[:, None], LARGEST, FORMAT))
+
+
+@triton.jit
 def store_blocks(
-    x,
+    a,
+    b,
+    c,
+    d,
     row_ptr,
     row_scale_ptr,
     transposed_ptr,
@@ -146,22 +220,26 @@ def store_blocks(
     TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A tile of 128 x 128 in blocks along its rows into row [n, k], and along its columns into transposed [k, n]."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    size = magnitude(x)
+    """A tile of 128 x 128, in quarters: in blocks along its rows into row, in blocks along its columns into transposed."""
+    size_a, size_b, size_c, size_d = magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d)
     if ROW:
-        amax = tl.max(size, axis=1)
-        scale = power_of_two_scale(amax, LARGEST)
-        row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
-        tl.store(row_tile + rows[:, None] * k + columns[None, :], saturated(x * scale[:, None], LARGEST, FORMAT))
-        tl.store(row_scale_ptr + tile_k * n + tile_n * BLOCK + rows, inverse_of(scale, amax))
+        tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
+        row_a, row_b = tl.max(size_a, axis=1), tl.max(size_b, axis=1)
+        row_c, row_d = tl.max(size_c, axis=1), tl.max(size_d, axis=1)
+        _store_quarter(a, row_a, tile, k, 0, LARGEST, FORMAT, BLOCK)
+        _store_quarter(b, row_b, tile, k, 1, LARGEST, FORMAT, BLOCK)
+        _store_quarter(c, row_c, tile, k, 2, LARGEST, FORMAT, BLOCK)
+        _store_quarter(d, row_d, tile, k, 3, LARGEST, FORMAT, BLOCK)
+        size = tl.join(tl.join(row_a, row_c), tl.join(row_b, row_d)).reshape(BLOCK)
+        tl.store(row_scale_ptr + tile_k * n + tile_n * BLOCK + tl.arange(0, BLOCK), inverse_power_of_two_scale(size, LARGEST))
     if TRANSPOSED:
-        amax = tl.max(size, axis=0)
-        scale = power_of_two_scale(amax, LARGEST)
-        data = saturated(x * scale[None, :], LARGEST, FORMAT)
-        transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
-        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
-        tl.store(transposed_scale_ptr + tile_n * k + tile_k * BLOCK + columns, inverse_of(scale, amax))
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+        size = tl.max(tl.maximum(tl.maximum(size_a, size_b), tl.maximum(size_c, size_d)), axis=0)
+        by = power_of_two_scale(size, LARGEST)[None, :]
+        data = saturated(turned(a * by, b * by, c * by, d * by, BLOCK), LARGEST, FORMAT)
+        tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
+        tl.store(tile + columns[:, None] * n + rows[None, :], data)
+        tl.store(transposed_scale_ptr + tile_n * k + tile_k * BLOCK + columns, inverse_power_of_two_scale(size, LARGEST))
 
 
 @triton.jit
@@ -192,7 +270,7 @@ def tensorwise_kernel(
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
-    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else tl.max(magnitude(x)), FROM_AMAX, NOTED)
+    leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, 0.0 if FROM_AMAX else largest_magnitude(x), FROM_AMAX, NOTED)
     data = saturated(x * scale[:, None], LARGEST, FORMAT)
     store_both(data, row_ptr, transposed_ptr, n, k, top, left, rows, columns, inside, ROW, TRANSPOSED)
 
@@ -205,7 +283,7 @@ def amax_kernel(x_ptr, amax_ptr, n, k, x_stride, TILE_N: tl.constexpr, TILE_K: t
     inside = (rows < n - top)[:, None] & (columns < k - left)[None, :]
     x_tile = x_ptr + top.to(tl.int64) * x_stride + left
     x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    raise_to(amax_ptr, tl.max(magnitude(x)))
+    raise_to(amax_ptr, largest_magnitude(x))
 
 
 @triton.jit
@@ -237,11 +315,12 @@ def blocks_1x128_kernel(
 ) -> None:
     """x [n, k] -> row [n, k], scales stored [k / 128, n]; transposed [k, n], scales stored [n / 128, k]."""
     tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
-    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
+    tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
     store_blocks(
-        x,
+        quarter_of(tile, x_stride, 0, BLOCK),
+        quarter_of(tile, x_stride, 1, BLOCK),
+        quarter_of(tile, x_stride, 2, BLOCK),
+        quarter_of(tile, x_stride, 3, BLOCK),
         row_ptr,
         row_scale_ptr,
         transposed_ptr,
@@ -278,21 +357,30 @@ def blocks_128x128_kernel(
 ) -> None:
     """x [n, k] -> row [n, k] and transposed [k, n], with scales [n / 128, k / 128] and [k / 128, n / 128]."""
     tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    x_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
-    x = tl.load(x_tile + rows[:, None] * x_stride + columns[None, :]).to(tl.float32)
-    amax = tl.max(tl.max(magnitude(x), axis=1), axis=0, keep_dims=True)  # [1]
-    scale = power_of_two_scale(amax, LARGEST)
-    data = saturated(x * scale[:, None], LARGEST, FORMAT)
+    tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
+    a = quarter_of(tile, x_stride, 0, BLOCK)
+    b = quarter_of(tile, x_stride, 1, BLOCK)
+    c = quarter_of(tile, x_stride, 2, BLOCK)
+    d = quarter_of(tile, x_stride, 3, BLOCK)
+    of_two, of_others = tl.maximum(magnitude_bits(a), magnitude_bits(b)), tl.maximum(magnitude_bits(c), magnitude_bits(d))
+    size = tl.max(tl.max(tl.maximum(of_two, of_others), axis=1), axis=0, keep_dims=True)  # [1]
+    inverse = inverse_power_of_two_scale(size, LARGEST)
+    by = power_of_two_scale(size, LARGEST)[:, None]
     one = tl.arange(0, 1)
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     if ROW:
         row_tile = row_ptr + tile_n * BLOCK * k + tile_k * BLOCK
-        tl.store(row_tile + rows[:, None] * k + columns[None, :], data)
-        tl.store(row_scale_ptr + tile_n * row_scale_stride + tile_k + one, inverse_of(scale, amax))
+        quarter = row_tile + 4 * tl.arange(0, BLOCK // 4)[:, None] * k + columns[None, :]
+        tl.store(quarter, saturated(a * by, LARGEST, FORMAT))
+        tl.store(quarter + k, saturated(b * by, LARGEST, FORMAT))
+        tl.store(quarter + 2 * k, saturated(c * by, LARGEST, FORMAT))
+        tl.store(quarter + 3 * k, saturated(d * by, LARGEST, FORMAT))
+        tl.store(row_scale_ptr + tile_n * row_scale_stride + tile_k + one, inverse)
     if TRANSPOSED:
         transposed_tile = transposed_ptr + tile_k * BLOCK * n + tile_n * BLOCK
-        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], tl.trans(data))
-        tl.store(transposed_scale_ptr + tile_k * transposed_scale_stride + tile_n + one, inverse_of(scale, amax))
+        data = saturated(turned(a * by, b * by, c * by, d * by, BLOCK), LARGEST, FORMAT)
+        tl.store(transposed_tile + columns[:, None] * n + rows[None, :], data)
+        tl.store(transposed_scale_ptr + tile_k * transposed_scale_stride + tile_n + one, inverse)
 
 
 def outputs(
@@ -385,7 +473,7 @@ def quantize_1x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpose
         ROW=row,
         TRANSPOSED=transposed,
         BLOCK=BLOCK,
-        num_warps=16,
+        num_warps=8,
     )
     return in_blocks(row_data, row_scale, transposed_data, transposed_scale)
 
@@ -414,7 +502,7 @@ def quantize_128x128(x: Tensor, dtype: torch.dtype, *, row: bool = True, transpo
         ROW=row,
         TRANSPOSED=transposed,
         BLOCK=BLOCK,
-        num_warps=16,
+        num_warps=8,
     )
     return (
         None if row_data is None else Quantized(row_data, row_scale, (BLOCK, BLOCK)),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_synth_kernels.launch import as_rows, ceil_div, power_of_two
-from megatron_synth_kernels.triton.math import rounded
+from megatron_synth_kernels.triton.math import rounded, sigmoid
 
 _BLOCK = 1024  # channels of a program: with 4 warps one 16-byte access per thread and operand in bf16
 _WARPS = 4
@@ -29,7 +29,7 @@ def swiglu_forward_kernel(x_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl
     mask = column < WIDTH
     gate = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * stride + WIDTH + column, mask=mask, other=0.0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    out = gate * sigmoid(gate) * up
     tl.store(out_ptr + row * WIDTH + column, rounded(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -44,9 +44,9 @@ def swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, grad_stride, stride, WID
     up = tl.load(x_ptr + row * stride + WIDTH + column, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
     # silu(x) = x s with s = 1 / (1 + exp(-x)):  silu' = s (1 + x (1 - s))
-    sigmoid = tl.sigmoid(gate)
-    grad_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    grad_up = grad * gate * sigmoid
+    gated = sigmoid(gate)
+    grad_gate = grad * gated * up * (1.0 + gate * (1.0 - gated))
+    grad_up = grad * gated * gate
     out_ptr = grad_x_ptr + row * (2 * WIDTH) + column
     tl.store(out_ptr, rounded(grad_gate, grad_x_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + WIDTH, rounded(grad_up, grad_x_ptr.dtype.element_ty), mask=mask)

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from megatron_synth_kernels.launch import as_rows, ceil_div
 from megatron_synth_kernels.torch.fp8 import BLOCK, E4M3, LARGEST, Pair, Scaling, Source, check_blocks
-from megatron_synth_kernels.triton.math import rounded
+from megatron_synth_kernels.triton.math import packed, sigmoid, through, widened
 from megatron_synth_kernels.triton.quantize import (
     FORMATS,
     block_scales,
     in_blocks,
+    largest_magnitude,
     leave,
-    magnitude,
     options,
     outputs,
     pointers,
+    quarter_of,
     raise_to,
     saturated,
     store_blocks,
@@ -40,21 +41,21 @@ _TILE_N, _TILE_K = 128, 64
 @triton.jit
 def _output(gate, up):
     gate, up = gate.to(tl.float32), up.to(tl.float32)
-    return gate * tl.sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
 def _gate_gradient(grad, gate, up):
     # silu(x) = x s with s = 1 / (1 + exp(-x)):  silu' = s (1 + x (1 - s))
     grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    gated = sigmoid(gate)
+    return grad * gated * up * (1.0 + gate * (1.0 - gated))
 
 
 @triton.jit
 def _up_gradient(grad, gate):
     grad, gate = grad.to(tl.float32), gate.to(tl.float32)
-    return grad * gate * tl.sigmoid(gate)
+    return grad * sigmoid(gate) * gate
 
 
 @triton.jit
@@ -85,8 +86,8 @@ def swiglu_tensorwise_kernel(
     place = x_ptr + top.to(tl.int64) * x_stride + left + rows[:, None] * x_stride + columns[None, :]
     gate = tl.load(place, mask=inside, other=0.0)
     up = tl.load(place + width, mask=inside, other=0.0)
-    out = rounded(_output(gate, up), x_ptr.dtype.element_ty).to(tl.float32)
-    seen = 0.0 if FROM_AMAX else tl.max(magnitude(out))
+    out = through(_output(gate, up), x_ptr.dtype.element_ty)
+    seen = 0.0 if FROM_AMAX else largest_magnitude(out)
     if ROW or TRANSPOSED:
         scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
         leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, seen, FROM_AMAX, NOTED)
@@ -128,21 +129,28 @@ def swiglu_gradient_tensorwise_kernel(
     up = tl.load(place + width, mask=inside, other=0.0)
     grad_place = grad_ptr + top.to(tl.int64) * grad_stride + left + rows[:, None] * grad_stride + columns[None, :]
     grad = tl.load(grad_place, mask=inside, other=0.0)
-    out = rounded(_gate_gradient(grad, gate, up), x_ptr.dtype.element_ty).to(tl.float32)
-    seen = 0.0 if FROM_AMAX else tl.max(magnitude(out))
+    out = through(_gate_gradient(grad, gate, up), x_ptr.dtype.element_ty)
+    seen = 0.0 if FROM_AMAX else largest_magnitude(out)
     if ROW or TRANSPOSED:
         scale = tensor_scale(given_ptr, SCALED_TO, FROM_AMAX)
         data = saturated(out * scale[:, None], LARGEST, FORMAT)
         store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left, rows, columns, inside, ROW, TRANSPOSED)
-    out = rounded(_up_gradient(grad, gate), x_ptr.dtype.element_ty).to(tl.float32)
+    out = through(_up_gradient(grad, gate), x_ptr.dtype.element_ty)
     if not FROM_AMAX:
-        seen = tl.maximum(seen, tl.max(magnitude(out)))
+        seen = tl.maximum(seen, largest_magnitude(out))
     if ROW or TRANSPOSED:
         data = saturated(out * scale[:, None], LARGEST, FORMAT)
         store_both(data, row_ptr, transposed_ptr, n, 2 * width, top, left + width, rows, columns, inside, ROW, TRANSPOSED)
         leave(given_ptr, inverse_scale_ptr, noted_ptr, scale, seen, FROM_AMAX, NOTED)
     else:
         raise_to(noted_ptr, seen)
+
+
+@triton.jit
+def _output_quarter(x_ptr, x_stride, width, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """The output in every fourth row of a tile."""
+    out = _output(quarter_of(x_ptr, x_stride, PART, BLOCK), quarter_of(x_ptr + width, x_stride, PART, BLOCK))
+    return through(out, x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -163,11 +171,12 @@ def swiglu_blocks_kernel(
 ) -> None:
     """x [n, 2 width] -> row [n, width], its scales [width / 128, n]; transposed [width, n], its scales [n / 128, width]."""
     tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    place = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK + rows[:, None] * x_stride + columns[None, :]
-    out = rounded(_output(tl.load(place), tl.load(place + width)), x_ptr.dtype.element_ty).to(tl.float32)
+    tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
     store_blocks(
-        out,
+        _output_quarter(tile, x_stride, width, 0, BLOCK),
+        _output_quarter(tile, x_stride, width, 1, BLOCK),
+        _output_quarter(tile, x_stride, width, 2, BLOCK),
+        _output_quarter(tile, x_stride, width, 3, BLOCK),
         row_ptr,
         row_scale_ptr,
         transposed_ptr,
@@ -204,34 +213,44 @@ def swiglu_gradient_blocks_kernel(
 ) -> None:
     """grad [n, width], x [n, 2 width] -> row [n, 2 width] and transposed [2 width, n], scales as above.
 
-    A program makes the tile of the gate or that of up; both at once do not fit in registers. The two are neighbors, so what
-    both read comes from memory once.
+    A program makes the tile of the gate and then that of up, from what it loads once.
     """
-    is_up = tl.program_id(0) % 2
-    tile_n, tile_k = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    place = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK + rows[:, None] * x_stride + columns[None, :]
-    grad_place = grad_ptr + tile_n * BLOCK * grad_stride + tile_k * BLOCK + rows[:, None] * grad_stride + columns[None, :]
-    gate, grad = tl.load(place), tl.load(grad_place)
-    if is_up:
-        out = _up_gradient(grad, gate)
-    else:
-        out = _gate_gradient(grad, gate, tl.load(place + width))
+    tile_n, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    gate_tile = x_ptr + tile_n * BLOCK * x_stride + tile_k * BLOCK
+    grad_tile = grad_ptr + tile_n * BLOCK * grad_stride + tile_k * BLOCK
+    gate_a, grad_a = quarter_of(gate_tile, x_stride, 0, BLOCK), quarter_of(grad_tile, grad_stride, 0, BLOCK)
+    gate_b, grad_b = quarter_of(gate_tile, x_stride, 1, BLOCK), quarter_of(grad_tile, grad_stride, 1, BLOCK)
+    gate_c, grad_c = quarter_of(gate_tile, x_stride, 2, BLOCK), quarter_of(grad_tile, grad_stride, 2, BLOCK)
+    gate_d, grad_d = quarter_of(gate_tile, x_stride, 3, BLOCK), quarter_of(grad_tile, grad_stride, 3, BLOCK)
+    # small while they wait: rounded, two in a word
+    up_a, up_b = packed(_up_gradient(grad_a, gate_a), dtype), packed(_up_gradient(grad_b, gate_b), dtype)
+    up_c, up_d = packed(_up_gradient(grad_c, gate_c), dtype), packed(_up_gradient(grad_d, gate_d), dtype)
     store_blocks(
-        rounded(out, x_ptr.dtype.element_ty).to(tl.float32),
-        row_ptr,
-        row_scale_ptr,
-        transposed_ptr,
-        transposed_scale_ptr,
-        n,
-        2 * width,
-        tile_n,
-        tile_k + is_up * (width // BLOCK),
-        LARGEST,
-        FORMAT,
-        ROW,
-        TRANSPOSED,
-        BLOCK,
+        through(_gate_gradient(grad_a, gate_a, quarter_of(gate_tile + width, x_stride, 0, BLOCK)), dtype),
+        through(_gate_gradient(grad_b, gate_b, quarter_of(gate_tile + width, x_stride, 1, BLOCK)), dtype),
+        through(_gate_gradient(grad_c, gate_c, quarter_of(gate_tile + width, x_stride, 2, BLOCK)), dtype),
+        through(_gate_gradient(grad_d, gate_d, quarter_of(gate_tile + width, x_stride, 3, BLOCK)), dtype),
+        *(row_ptr, row_scale_ptr, transposed_ptr, transposed_scale_ptr),
+        *(n, 2 * width, tile_n, tile_k),
+        LARGEST=LARGEST,
+        FORMAT=FORMAT,
+        ROW=ROW,
+        TRANSPOSED=TRANSPOSED,
+        BLOCK=BLOCK,
+    )
+    store_blocks(
+        widened(up_a),
+        widened(up_b),
+        widened(up_c),
+        widened(up_d),
+        *(row_ptr, row_scale_ptr, transposed_ptr, transposed_scale_ptr),
+        *(n, 2 * width, tile_n, tile_k + width // BLOCK),
+        LARGEST=LARGEST,
+        FORMAT=FORMAT,
+        ROW=ROW,
+        TRANSPOSED=TRANSPOSED,
+        BLOCK=BLOCK,
     )
 
 
@@ -245,6 +264,7 @@ class _OneLaunch(Source):
     _tensorwise: Any
     _blocks: Any
     _tensorwise_warps: int
+    _blocks_warps: int
     parts: int
 
     def __init__(self, *operands: Tensor, width: int):
@@ -291,14 +311,14 @@ class _OneLaunch(Source):
         device = self._operands[0].device
         data, other = outputs(n, self.parts * width, device, dtype, row, transposed)
         scale, other_scale = block_scales(n, self.parts * width, device)
-        self._blocks[(self.parts * n // BLOCK, width // BLOCK)](
+        self._blocks[(n // BLOCK, width // BLOCK)](
             *(*self._operands, data, scale, other, other_scale, n, width, *self._strides),
             LARGEST=LARGEST[dtype],
             FORMAT=FORMATS[dtype],
             ROW=row,
             TRANSPOSED=transposed,
             BLOCK=BLOCK,
-            num_warps=16,
+            num_warps=self._blocks_warps,
         )
         return in_blocks(data, scale, other, other_scale)
 
@@ -315,7 +335,8 @@ _MAGNITUDE_ALONE: dict[str, Any] = {
 class SwiGLU(_OneLaunch):
     """swiglu_quantise.SwiGLU."""
 
-    _tensorwise, _blocks, _tensorwise_warps, parts = swiglu_tensorwise_kernel, swiglu_blocks_kernel, 8, 1
+    _tensorwise, _blocks = swiglu_tensorwise_kernel, swiglu_blocks_kernel
+    _tensorwise_warps, _blocks_warps, parts = 8, 8, 1
 
     def __init__(self, gate_and_up: Tensor):
         self._x = as_rows(gate_and_up)
@@ -332,7 +353,7 @@ class SwiGLUGradient(_OneLaunch):
     """swiglu_quantise.SwiGLUGradient."""
 
     _tensorwise, _blocks = swiglu_gradient_tensorwise_kernel, swiglu_gradient_blocks_kernel
-    _tensorwise_warps, parts = 16, 2
+    _tensorwise_warps, _blocks_warps, parts = 16, 16, 2
 
     def __init__(self, grad: Tensor, gate_and_up: Tensor):
         self._grad, self._x = as_rows(grad), as_rows(gate_and_up)
