@@ -1,7 +1,8 @@
 """Which implementation of each operation a process uses, and why.
 
 An operation has up to five backends, the preferred one first: TransformerEngine (`te`), NVIDIA's apex (`apex`), our Triton
-kernel (`triton`), torch (`torch`) and, behind torch and so only where it is named, torch.compile (`compile`). `choose` takes
+kernel (`triton`), torch (`torch`) and, behind torch and so only where it is named, torch.compile (`compile`). Attention has
+those of cuDNN (`cudnn`), FlashAttention 3 (`fa3`) and torch's FlashAttention 2 (`flash`) before torch's choice. `choose` takes
 the first that is available on a device, or the one that is forced; `activate` makes a choice that of the process; `get` hands
 out the callable. Until something is activated every operation is torch's.
 
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 
 AUTO = "auto"
-TE, APEX, TRITON, TORCH, COMPILE = BACKENDS = ("te", "apex", "triton", "torch", "compile")
+TE, APEX, TRITON, TORCH, COMPILE = ("te", "apex", "triton", "torch", "compile")
+CUDNN, FA3, FLASH = ATTENTION = ("cudnn", "fa3", "flash")
+BACKENDS = (TE, APEX, TRITON, TORCH, COMPILE, *ATTENTION)
 
 Test = Callable[[torch.device, torch.dtype], "str | None"]
 """Says why something is unavailable on a device for a data type; None: it is available."""
@@ -141,6 +144,29 @@ def _cannot_import(module: str) -> str | None:
 _te = _library("transformer_engine.pytorch", "transformer_engine", "2.9", "2.12")
 
 
+def _attention_by(name: str) -> Test:
+    """torch's conditions for a kernel, asked where a device can answer; a library's, where it needs one."""
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        problem = _on_cuda(device, dtype)
+        if problem is not None:
+            return problem
+        from megatron_synth_kernels.torch import attention_kernels
+
+        if name == CUDNN:
+            return attention_kernels.why_not_cudnn(device, dtype)
+        problem = attention_kernels.why_not_flash(device, dtype)
+        if problem is None and name == FA3:
+            if torch.cuda.get_device_capability(device)[0] != 9:
+                return "needs compute capability 9.0"
+            if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+                return "needs torch 2.11"
+            return _cannot_import("flash_attn_interface")
+        return problem
+
+    return why_not
+
+
 def _compile(device: torch.device, dtype: torch.dtype) -> str | None:
     """What inductor needs to build its kernels, looked for without importing it."""
     if device.type == "cuda":
@@ -201,7 +227,11 @@ OPERATIONS: dict[str, Operation] = {
         _operation(
             "attention",
             "(query [S, B, A, D], key, value [S, B, G, D], scale, cu_seqlens, max_seqlen, window) -> [S, B, A D]",
+            cudnn=(".torch.attention_kernels:cudnn", _attention_by(CUDNN)),
+            fa3=(".vendor.fa3:attention", _attention_by(FA3)),
+            flash=(".torch.attention_kernels:flash", _attention_by(FLASH)),
             torch=".torch.attention:causal_attention",
+            te=".vendor.te_attention:attention",
         ),
         _operation(
             "cross_entropy_stats",
@@ -253,13 +283,19 @@ OPERATIONS: dict[str, Operation] = {
 _active: dict[str, Any] = {}
 
 
-def choose(forced: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
+def choose(
+    forced: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    refused: Mapping[tuple[str, str], str] | None = None,
+) -> dict[str, Choice]:
     """The backend of every operation.
 
     Args:
         forced: operation -> backend; `auto`, or left out: the first that is available. Nothing is interpreted unless forced.
         device: where the operations will run.
         dtype: of activations and weights.
+        refused: operation and backend -> why the model cannot have it, where the device allows it.
 
     Raises:
         KernelUnavailable: a forced backend is unavailable, or there is no such operation or backend.
@@ -267,11 +303,17 @@ def choose(forced: Mapping[str, str], device: torch.device, dtype: torch.dtype) 
     for name in forced:
         if name not in OPERATIONS:
             raise KernelUnavailable(name, f"no operation '{name}'; one of: {', '.join(OPERATIONS)}")
-    return {name: _choose(operation, forced.get(name, AUTO), device, dtype) for name, operation in OPERATIONS.items()}
+    refused = refused or {}
+    return {name: _choose(operation, forced.get(name, AUTO), device, dtype, refused) for name, operation in OPERATIONS.items()}
 
 
-def _choose(operation: Operation, forced: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    refusals = {backend.name: backend.why_not(device, dtype) for backend in operation.backends}
+def _choose(
+    operation: Operation, forced: str, device: torch.device, dtype: torch.dtype, refused: Mapping[tuple[str, str], str]
+) -> Choice:
+    refusals = {
+        backend.name: backend.why_not(device, dtype) or refused.get((operation.name, backend.name))
+        for backend in operation.backends
+    }
     if forced != AUTO:
         operation.backend(forced)
         refusal = refusals[forced]

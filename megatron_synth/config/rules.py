@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_/-]*")
 
 def check(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts something else in it; an empty list when it is sound."""
-    parts = (_model, _parallel, _data, _optimizer, _schedule, _loss, _precision, _saving)
+    parts = (_model, _parallel, _data, _optimizer, _schedule, _loss, _precision, _attention, _saving)
     return [problem for part in parts for problem in part(config)]
 
 
@@ -276,6 +276,22 @@ def _precision(config: Config) -> Iterator[Problem]:
             share = f"{size} / {parts} {sharing}-parallel ranks" if parts > 1 else str(size)
             message = f"precision.fp8: {precision.fp8} needs a multiple of {multiple}, found {share} {what}"
             yield Problem(key, message)
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    chosen, model = config.kernels.attention, config.model
+    if config.parallel.context_parallel_size > 1 and chosen in ("cudnn", "te"):
+        message = f"'{chosen}' does nothing where ranks share sequences (parallel.context_parallel_size > 1)"
+        yield Problem(
+            "kernels.attention", f"{message}: their parts go to torch's FlashAttention; leave it at auto, flash or fa3"
+        )
+        return
+    if chosen == "cudnn":
+        windows = any(model.window_of(layer) is not None for layer in range(model.num_layers))
+        if config.data.document_masks or windows:
+            other = "data.document_masks" if config.data.document_masks else "the model's windows"
+            message = f"'cudnn' takes whole rows, not {other}; leave it at auto, or name flash, fa3 or te"
+            yield Problem("kernels.attention", message)
 
 
 def _loss(config: Config) -> Iterator[Problem]:

@@ -361,8 +361,10 @@ class KernelsConfig(Section):
     """silu(gate) * up."""
     rope: Literal["auto", "triton", "torch", "compile"] = "auto"
     """Rotary position embedding."""
-    attention: Literal["auto", "torch"] = "auto"
-    """Causal attention, within documents where they are masked."""
+    attention: Literal["auto", "cudnn", "fa3", "flash", "torch", "te"] = "auto"
+    """Causal attention, within documents where they are masked. cudnn: whole rows only. fa3: FlashAttention 3, where its wheel
+    is installed. flash: torch's FlashAttention 2. torch: its choice for each shape, which may be a slow one. te:
+    TransformerEngine's, only where it is named."""
     cross_entropy_stats: Literal["auto", "triton", "torch"] = "auto"
     """First pass over the logits: maximum, sum of exponentials, the label's logit."""
     cross_entropy_grad: Literal["auto", "triton", "torch"] = "auto"

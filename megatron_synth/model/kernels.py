@@ -16,6 +16,7 @@ from megatron_synth.model.architecture import Dimensions
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.registry import OPERATIONS, Choice, KernelUnavailable
 from megatron_synth_kernels.sizes import Sizes
+from megatron_synth_kernels.torch.attention_kernels import why_not_heads
 
 if TYPE_CHECKING:
     from megatron_synth_kernels.compile import Compiled
@@ -59,10 +60,22 @@ def select(config: Config) -> dict[str, Choice]:
         there = {backend.name for backend in OPERATIONS["rms_norm_residual"].backends}
         forced["rms_norm_residual"] = forced["rms_norm"] if forced["rms_norm"] in there else registry.TORCH
     try:
-        return registry.choose(forced, device(), DTYPES[config.precision.dtype])
+        return registry.choose(forced, device(), DTYPES[config.precision.dtype], _refused(config))
     except KernelUnavailable as error:
         advice = "choose another or auto; `megatron-synth kernels` shows what this machine has"
         raise ConfigError(f"kernels on {torch_name()}", [Problem(f"kernels.{error.operation}", f"{error}; {advice}")]) from None
+
+
+def _refused(config: Config) -> dict[tuple[str, str], str]:
+    """Attention that a device may have and this run's shapes may not."""
+    why = {name: why_not_heads(config.model.head_dim) for name in registry.ATTENTION}
+    if config.data.document_masks:
+        why[registry.CUDNN] = "takes whole rows, and data.document_masks is set"
+    elif any(config.model.window_of(layer) is not None for layer in range(config.model.num_layers)):
+        why[registry.CUDNN] = "takes whole rows, and the model has windows"
+    elif config.parallel.context_parallel_size > 1:
+        why[registry.CUDNN] = "takes whole rows, and ranks share them"
+    return {("attention", name): reason for name, reason in why.items() if reason is not None}
 
 
 def activate(choices: Mapping[str, Choice]) -> None:

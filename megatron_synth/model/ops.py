@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel import layers as mcore_layers
 from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -169,6 +170,58 @@ def join_additions_to_norms(layers: Sequence[Any], final_norm: RMSNorm | None, r
             layer.mlp_bda = AddForNorm(norm)
 
 
+class _Split(torch.autograd.Function):
+    """[S, B, G (A / G + 2) D] -> its queries [S, B, G, A / G, D], keys and values [S, B, G, D], as views.
+
+    Where the three gradients lie in one tensor as they were split, the gradient is that tensor; else they are joined by a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, groups: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.shape = mixed.shape
+        grouped = mixed.detach().unflatten(-1, (groups, -1, channels))
+        return grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
+
+    @staticmethod
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
+        whole = _whole(query, key, value)
+        if whole is None:
+            whole = torch.cat((query, key.unsqueeze(3), value.unsqueeze(3)), dim=3)
+        return whole.reshape(ctx.shape), None, None
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The contiguous [S, B, G, A / G + 2, D] that these are the parts of; None if there is none."""
+    sequence, batch, groups, per_group, channels = query.shape
+    shape = (sequence, batch, groups, per_group + 2, channels)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(5))
+    first = query.storage_offset()
+    parts = (query, strides, 0), (key, (*strides[:3], 1), per_group), (value, (*strides[:3], 1), per_group + 1)
+    for part, expected, place in parts:
+        if part.untyped_storage().data_ptr() != query.untyped_storage().data_ptr():
+            return None
+        if part.stride() != expected or part.storage_offset() != first + place * channels:
+            return None
+    return query.as_strided(shape, strides)
+
+
+class JoinedSelfAttention(SelfAttention):
+    """megatron-core's, but the gradients of queries, keys and values are made in one tensor where CoreAttention can do so.
+
+    Theirs are joined by a copy in every layer, and queries of several heads to a group are copied before they are used.
+    """
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, output_gate: bool = False, split_qkv: bool = True
+    ) -> Any:
+        """[S, B, H] -> queries [S, B, G, A / G, D] or [S, B, A, D], keys and values [S, B, G, D]."""
+        if not self.core_attention.joins or self.config.num_query_groups < self.world_size:
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
+        assert split_qkv and not output_gate
+        mixed, _ = self.linear_qkv(hidden_states)
+        return _Split.apply(mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head)
+
+
 class CoreAttention(torch.nn.Module):
     """Causal self-attention of one rank's heads, in the place of megatron-core's DotProductAttention.
 
@@ -196,6 +249,12 @@ class CoreAttention(torch.nn.Module):
         # Nothing reads queries and keys as they were, except a second forward pass of this module alone.
         again = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or ())
         self._overwrite = overwrite and not again
+        self._joined = getattr(self._rope, "joined", None) if self._overwrite else None
+
+    @property
+    def joins(self) -> bool:
+        """Whether `forward` takes queries in groups, and makes the three gradients in one tensor."""
+        return self._joined is not None
 
     def forward(
         self,
@@ -206,7 +265,7 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Documents | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[S, B, A, D], [S, B, G, D], [S, B, G, D] -> [S, B, A * D].
+        """[S, B, A, D] or, where it joins, [S, B, G, A / G, D], and twice [S, B, G, D] -> [S, B, A * D].
 
         The causal mask is implied. Positions count from 0 in each row or, if they are given, in each document. Where ranks
         share the sequence, S is this rank's part.
@@ -216,7 +275,7 @@ class CoreAttention(torch.nn.Module):
         positions = None if documents is None else documents.position_ids
         if self._context is not None:
             return self._of_part(query, key, value, documents, self._context)
-        query, key = self._rope(query, key, self.rotary_base, positions, self._overwrite)
+        query, key, value = self._rotated(query, key, value, positions)
         ends = (None, None) if documents is None else (documents.cu_seqlens, documents.max_seqlen)
         return self._attention(query, key, value, self.scale, *ends, self.window)  # type: ignore[no-any-return]
 
@@ -235,7 +294,8 @@ class CoreAttention(torch.nn.Module):
         length = query.shape[0] * (1 if self._context is None else self._context.size())
         places = self.places(query.shape[0], query.device)
         positions = places if documents is None else documents.position_ids[0].long()
-        rows = query[:, :1].clone(), key[:, :1].clone()
+        heads = query.flatten(2, 3) if query.dim() == 5 else query
+        rows = heads[:, :1].clone(), key[:, :1].clone()
         query, key = self._rope(*rows, self.rotary_base, positions[None], False, length)
         return query.squeeze(1), key.squeeze(1), places, places - positions
 
@@ -251,6 +311,14 @@ class CoreAttention(torch.nn.Module):
         """The ranks that share each sequence; None: this one has all of it."""
         return self._context
 
+    def _rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, length: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if query.dim() == 5:
+            assert self._joined is not None
+            return self._joined(query, key, value, self.rotary_base, positions, self._overwrite, length)  # type: ignore[no-any-return]
+        return *self._rope(query, key, self.rotary_base, positions, self._overwrite, length), value
+
     def _of_part(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, group: ProcessGroup) -> Tensor:
         """As `forward`, of this rank's tokens."""
         length = query.shape[0] * group.size()
@@ -258,7 +326,7 @@ class CoreAttention(torch.nn.Module):
             positions = _positions(group.rank(), group.size(), length, query.shape[1], query.device)
         else:
             positions = documents.position_ids
-        query, key = self._rope(query, key, self.rotary_base, positions, self._overwrite, length)
+        query, key, value = self._rotated(query, key, value, positions, length)
         ends = None if documents is None else documents.cu_seqlens
         return context_attention(query, key, value, self.scale, group, ends, self.window)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_synth.config.schema import ModelConfig
 from megatron_synth.model.architecture import norm_keys
-from megatron_synth.model.ops import CoreAttention, RMSNorm, SwiGLUMLP
+from megatron_synth.model.ops import CoreAttention, JoinedSelfAttention, RMSNorm, SwiGLUMLP
 from megatron_synth.model.rotary import rotary_base
 from megatron_synth.model.variations import AddNormalized, NormOfAllHeads
 
@@ -63,7 +63,7 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, layer: int, linear
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=JoinedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.linear_qkv,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_synth.cli import kernels as kernels_module
 from megatron_synth.config.errors import ConfigError, UserError
@@ -34,7 +38,14 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = registry.importlib.util.find_spec
-    absent = ("transformer_engine", "apex", "amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+    absent = (
+        "transformer_engine",
+        "flash_attn_interface",
+        "apex",
+        "amp_C",
+        "fused_layer_norm_cuda",
+        "fused_weight_gradient_mlp_cuda",
+    )
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
 
 
@@ -45,7 +56,107 @@ def test_a_cpu_gets_torch_for_everything(interpret: str, monkeypatch: pytest.Mon
     assert {choice.backend for choice in choices.values()} == {"torch"} and list(choices) == list(OPERATIONS)
     why = dict(choices["rms_norm"].others)["triton"]
     assert why == ("interpreted: only when forced" if interpret == "1" else "needs a CUDA device")
-    assert choices["attention"].reason == "the only one"
+    assert choices["attention"].reason == "first that is available; ahead of it: needs a CUDA device"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("settings", "cudnn_version", "chosen", "why_not"),
+    [
+        ((), 91900, "cudnn", None),
+        ((), 91500, "flash", "needs cuDNN above 9.15, found 91500"),
+        (("data.document_masks=true",), 91900, "flash", "takes whole rows, and data.document_masks is set"),
+        (("model.sliding_window=4",), 91900, "flash", "takes whole rows, and the model has windows"),
+        (("model.kv_channels=12",), 91900, "torch", "takes heads of a multiple of 8 and at most 256 channels, not 12"),
+        (("precision.dtype=fp32",), 91900, "torch", "takes bf16"),
+    ],
+)
+def test_attention_is_the_fastest_that_takes_the_run(
+    settings: tuple[str, ...],
+    cudnn_version: int,
+    chosen: str,
+    why_not: str | None,
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn_version)
+    monkeypatch.setattr(kernels, "device", lambda: CUDA)
+    monkeypatch.setattr(kernels, "torch_name", lambda: "cuda")
+    config = load_file(Config, config_file, ["precision.dtype=bf16", *settings])
+    choice = kernels.select(config)["attention"]
+    assert choice.backend == chosen
+    others = dict(choice.others)
+    assert others.get("cudnn") == why_not
+    assert why_not is None or chosen == "torch" or "flash_attn_interface is not installed" in others["fa3"]
+    if why_not is not None:
+        assert why_not in choice.reason
+        with pytest.raises(ConfigError, match=r"kernels.attention"):
+            kernels.select(load_file(Config, config_file, ["precision.dtype=bf16", *settings, "kernels.attention=cudnn"]))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("te", ()), ("cudnn", ()), ("cudnn", ("data.document_masks=true",))])
+def test_attention_that_would_be_ignored_is_refused(name: str, settings: tuple[str, ...], config_file: Path) -> None:
+    alone = [f"kernels.attention={name}", *settings]
+    shared = [*alone, "parallel.context_parallel_size=2"]
+    with pytest.raises(ConfigError, match=rf"kernels.attention: '{name}' does nothing where ranks share sequences"):
+        load_file(Config, config_file, shared)
+    if settings:
+        with pytest.raises(ConfigError, match=r"kernels.attention: 'cudnn' takes whole rows, not data.document_masks"):
+            load_file(Config, config_file, alone)
+    assert load_file(Config, config_file, ["kernels.attention=fa3", "parallel.context_parallel_size=2"])
+
+
+def test_attention_is_held_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is allowed one kernel and no other, whichever the call."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    from megatron_synth_kernels.torch import attention_kernels
+
+    allowed = []
+    monkeypatch.setattr(
+        attention_kernels, "causal_attention", lambda *given: (allowed.append(_cur_sdpa_kernel_backends()), given[0])[1]
+    )
+    x = torch.randn(4, 1, 2, 8)
+    attention_kernels.cudnn(x, x, x, 1.0)
+    attention_kernels.flash(x, x, x, 1.0, torch.tensor([0, 4], dtype=torch.int32), 4)
+    assert allowed == [[SDPBackend.CUDNN_ATTENTION], [SDPBackend.FLASH_ATTENTION]]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_by_transformer_engine(documents: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its module is given, by one that computes the definition from it."""
+    from megatron_synth_kernels.torch.attention import causal_attention
+
+    class Module:
+        def __init__(self, heads: int, channels: int, **settings: Any):
+            self.settings = settings
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], **ends: Any) -> Tensor:
+            own = None if window_size[0] == -1 else window_size[0] + 1
+            assert window_size[1] == 0 and self.settings["attention_dropout"] == 0.0
+            if self.settings["qkv_format"] == "sbhd":
+                assert self.settings["attn_mask_type"] == "causal"
+                return causal_attention(q, k, v, self.settings["softmax_scale"], window=own)
+            assert self.settings["attn_mask_type"] == "padding_causal"
+            assert ends["cu_seqlens_q"] is ends["cu_seqlens_kv"] and ends["max_seqlen_q"] == ends["max_seqlen_kv"]
+            line = (x.unsqueeze(1) for x in (q, k, v))  # one row of all documents
+            ends_of = ends["cu_seqlens_q"], ends["max_seqlen_q"]
+            return causal_attention(*line, self.settings["softmax_scale"], *ends_of, own).squeeze(1)
+
+    fake = types.ModuleType("transformer_engine.pytorch")
+    fake.DotProductAttention = Module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", fake)
+    monkeypatch.delitem(sys.modules, "megatron_synth_kernels.vendor.te_attention", raising=False)
+    attention = OPERATIONS["attention"].backend("te").load()
+    query, key, value = torch.randn(6, 2, 4, 8), torch.randn(6, 2, 2, 8), torch.randn(6, 2, 2, 8)
+    ends = (torch.tensor([0, 2, 6, 12], dtype=torch.int32), 6) if documents else (None, None)
+    found = attention(query, key, value, 0.3, *ends, window)
+    torch.testing.assert_close(found, causal_attention(query, key, value, 0.3, *ends, window))
+    sys.modules.pop("megatron_synth_kernels.vendor.te_attention")
 
 
 @pytest.mark.usefixtures("hopper")

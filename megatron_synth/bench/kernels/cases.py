@@ -120,7 +120,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ca
         s,
         lambda: (new(n, 1, s.heads, s.head_dim), *(new(n, 1, s.groups, s.head_dim) for _ in range(2))),
         lambda run, x: (run(*x, score_scale),),
-        {"eager": lambda: eager_attention, "cudnn": cudnn_attention, "te": partial(te_attention, s)},
+        {"eager": lambda: eager_attention},
         products,
         2.5 * products,
         flops=True,
@@ -236,33 +236,6 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     mask = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     weights = scores.masked_fill(mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.einsum("bast,tbad->sbad", weights, value).flatten(2)
-
-
-def cudnn_attention() -> Any:
-    """torch's attention, held to cuDNN."""
-    if not torch.cuda.is_available():
-        raise RuntimeError("needs a CUDA device")
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        grouped = query.shape[2] != key.shape[2]
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-    return run
-
-
-def te_attention(sizes: Sizes) -> Any:
-    """TransformerEngine's attention module."""
-    _library("transformer_engine")
-    from transformer_engine.pytorch import DotProductAttention
-
-    module = DotProductAttention(
-        sizes.heads, sizes.head_dim, num_gqa_groups=sizes.groups, qkv_format="sbhd", attn_mask_type="causal"
-    )
-    return lambda query, key, value, scale: module(query, key, value)
 
 
 def adam_step(optimizer: Any, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron_synth.bench.kernels.measure import Ceilings, Row
     from megatron_synth.model.kernels import Sizes
 
-BASELINES = ("eager", "compile", "liger", "cudnn", "te", "megatron")
+BASELINES = ("eager", "compile", "liger", "te", "megatron")
 MODELS = {"llama-1.3b": 50_304, "llama-3b": 131_072}
 """Shipped models, and the size of the vocabulary of their cross-entropy."""
 
