@@ -93,7 +93,7 @@ class Observer:
         names = ("query", "key", "value", "attention_mask")
         given = dict(zip(names, inputs, strict=False)) | keywords
         query, key, places, begins = module.sampled(given["query"], given["key"], given.get("packed_seq_params"))
-        chosen = places % self._stride == 0
+        chosen = self._chosen(places, module.context_group is not None)
         query, of_query, begins_of_query = query[chosen], places[chosen], begins[chosen]
         if (group := module.context_group) is not None:
             key, places, begins = (_gathered(x, group) for x in (key, places, begins))
@@ -111,6 +111,10 @@ class Observer:
                 found = scores.masked_fill(~mask[:, None], -torch.inf).amax()
                 largest.copy_(torch.maximum(largest, module.scale * found.double()))
 
+    def _chosen(self, places: Tensor, shared: bool) -> Any:
+        """Which of the tokens at these places of the row are sampled; where ranks share it, the host waits for the device."""
+        return places % self._stride == 0 if shared else slice(None, None, self._stride)
+
     @torch.no_grad()
     def _see_output(self, chunk: LlamaModel, hidden: Tensor, weight: Tensor) -> None:
         if id(chunk) in self._seen:
@@ -121,8 +125,9 @@ class Observer:
         if chunk.config.sequence_parallel:
             row = gather_from_sequence_parallel_region(row, group=group)
         row = row.squeeze(1)
-        places = chunk.decoder.layers[0].self_attention.core_attention.places(len(row), row.device)
-        row = row[places % self._stride == 0]
+        attention = chunk.decoder.layers[0].self_attention.core_attention
+        places = attention.places(len(row), row.device)
+        row = row[self._chosen(places, attention.context_group is not None)]
         valid = min(len(weight), max(0, chunk.tokens - group.rank() * len(weight)))
         for part in row.split(max(1, _NUMBERS // len(weight))):
             logits = (part @ weight.t()).float()

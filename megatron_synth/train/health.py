@@ -2,7 +2,7 @@
 
 Sums of squares are made in fp64 of each rank's own part and reduced once, so that all layouts say the same. The update is the
 difference of two copies of the weights that a rank updates: 4 bytes for each of them from the end of the backward pass on, when
-the activations are gone. Nothing waits for the device until `observed`.
+the activations are gone. The host does not wait for the device before `observed`, but where ranks share sequences.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_synth.train.record.goodput import goodput
 from tests.dist.conftest import Train
 from tests.dist.pool import RankPool
 from tests.support import read_metrics
@@ -73,5 +74,10 @@ def test_an_evaluation_before_the_first_step(train: Train, ranks: RankPool, tmp_
     for verb in (["mix", "audit"], ["report"], ["status"]):
         (result,) = ranks.run(1, "megatron_synth.cli.main.main", [*verb, str(tmp_path / "run")])
         assert result.value == 0, result.stdout + result.stderr
+    spent = goodput(tmp_path / "run")
+    assert spent is not None and 0 < spent.share < 1
+    kinds = {span.kind for span in spent.spans}
+    assert kinds == {"kept steps", "waiting for data", "evaluation", "saving", "starting"}
+    assert (tmp_path / "run" / "times.png").is_file()  # by `report`
     train(tmp_path / "plain", "dp2", *settings, "eval.at_start=false")
     assert read_metrics(tmp_path / "plain")[-1]["eval/loss"] == steps[-1]["eval/loss"]

@@ -114,7 +114,7 @@ class Twin:
         run, code, said = self.run(f"{_DAMAGED.replace(' ', '-')}-verify", 1, "none", "data.verify=blocks")
         assert code == 2 and "shard-00001" in said, said
         done = len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
-        found = re.search(r"(shard-\d+\.bin): ([^;,]*)", said)
+        found = re.search(r"(shard-\d+\.bin, block \d+) .*?: ([a-z]*)", said)
         assert found is not None, said
         return [
             _DAMAGED,
@@ -122,7 +122,7 @@ class Twin:
             f"ended after step {done}, exit code 2",
             "",
             "",
-            f"{found[1]}: {found[2][:60]}",
+            f"{found[1]}: {found[2]}",
         ]
 
     @staticmethod

@@ -195,6 +195,12 @@ def _write_run(config_file: Path, path: Path) -> None:
     (path / "run.json").write_text(json.dumps(run_info(starts=2)))
     (path / "config.yaml").write_text(to_yaml(config))
     (path / "events.log").write_text(f"2026-01-01T00:00:00+00:00 done at step {STEPS}\n")
+    lines = [
+        {"start": 1, "phase": "starting", "begin": 1.0, "end": 2.0},
+        {"start": 1, "phase": "steps", "begin": 2.0, "end": 12.0, "first": 1, "last": 12, "data_s": 0.5},
+        {"start": 2, "phase": "steps", "begin": 20.0, "end": 30.0, "first": 11, "last": STEPS, "data_s": 0.0},
+    ]
+    (path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     writer, batch = metrics.MetricsFile(path / "metrics.jsonl"), config.samples_per_step
     for step in range(1, STEPS + 1):
         counted = Ledger.planned(data.plan, SEQUENCE_LENGTH, step * batch).to_json()
@@ -365,7 +371,7 @@ def _undrawn() -> Iterator[None]:
 def _places(world: World) -> list[tuple[Path, Callable[[World, bool], None]]]:
     run, job = world.run, next((world.run / "slurm").glob("*"))
     folder = Folder(world.study.folder)
-    of_run = ["run.json", "metrics.jsonl", "ledger.json", "config.yaml", "events.log"]
+    of_run = ["run.json", "metrics.jsonl", "ledger.json", "config.yaml", "events.log", "times.jsonl"]
     of_run.append(f"checkpoints/step_{STEPS:08d}/trainer.json")
     of_synthesis = ["answers/part-00000.jsonl", "synthesis.json", "corpus/part-00000.jsonl", "rejected.jsonl", "engine.json"]
     of_job = ["job.json", "job.id", f"attempts/{JOB}.jsonl", f"outcomes/{JOB}.0/node-0.jsonl"]

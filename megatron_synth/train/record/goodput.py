@@ -64,7 +64,7 @@ def goodput(run: Path, attempts: Sequence[float] = ()) -> Goodput | None:
         attempts: when SLURM began each of its attempts; time before one is the queue's, after it the launch's.
 
     Returns:
-        None: the run's version noted no times.
+        None: the run's version noted no times, or it has had none.
 
     Raises:
         UserError: a record is damaged.
@@ -81,6 +81,8 @@ def goodput(run: Path, attempts: Sequence[float] = ()) -> Goodput | None:
         begin = max(line["begin"], spans[-1].end) if spans else line["begin"]  # clocks of nodes may differ
         if line["end"] > begin:
             spans += _of(line, begin, min(resumed[line["start"] :], default=None))
+    if not spans:
+        return None
     seconds = dict.fromkeys(KINDS, 0.0)
     for span in spans:
         seconds[span.kind] += span.end - span.begin
