@@ -49,6 +49,7 @@ EVAL_DOMAIN_LOSS = "eval/loss/"  # + domain
 EVAL_BPB = "eval/bpb"  # over all domains' bytes
 EVAL_DOMAIN_BPB = "eval/bpb/"  # + domain
 EVAL_DOMAIN_TOKENS = "eval/tokens/"  # + domain: tokens evaluated
+TASKS = "tasks/"  # + task/metric, by lm-evaluation-harness, in the units of the task
 
 GIB = 2**30
 MAX_BYTES = 2**32
@@ -98,7 +99,7 @@ class _Line(BaseModel):
         return self
 
 
-_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/")
+_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/", TASKS)
 
 
 def decode(line: str | bytes) -> Record:
