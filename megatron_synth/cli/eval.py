@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
@@ -38,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay) in place of them")
+    tasks = parser.add_argument_group("downstream tasks, by lm-evaluation-harness, in place of the domains")
+    tasks.add_argument("--tasks", metavar="A,B", help="names, such as arc_easy,hellaswag; RUN may be a Hugging Face folder")
+    tasks.add_argument("--task-path", type=Path, metavar="FOLDER", help="tasks of your own; their files may run Python")
+    tasks.add_argument("--few-shot", type=count_or_zero, metavar="N", help="examples before a question (default: the task's)")
+    tasks.add_argument("--limit", type=count, metavar="N", help="questions of each task (default: all)")
+    tasks.add_argument("--batch-size", type=count, default=8, metavar="N", help="questions at a time (default 8)")
+    tasks.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the run")
     return parser
 
@@ -46,7 +54,7 @@ def main(argv: list[str]) -> int:
     """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
     arguments = parser().parse_intermixed_args(argv)
     with interruptible(f"nothing was written, {arguments.run} is as it was; the same command starts again"):
-        return _main(arguments)
+        return _main(arguments) if arguments.tasks is None else _tasks(arguments)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -70,6 +78,53 @@ def _main(arguments: argparse.Namespace) -> int:
     if is_first_rank():
         write_json(arguments.run / "eval.json", result)
         say(f"written to {arguments.run / 'eval.json'}")
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    """Downstream tasks; their results go to RUN/tasks.json, metrics.jsonl and the tracker."""
+    from megatron_synth.train.record import tasks as record
+    from megatron_synth.train.record.run_lock import refuse_used
+
+    run: Path = arguments.run
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks: expected names, such as arc_easy,hellaswag")
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: has no effect with --tasks, which asks the exported model; leave it out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--tasks: is for one process; start it without torchrun")
+    if arguments.task_path is not None and not arguments.task_path.is_dir():
+        raise UserError(f"--task-path: {arguments.task_path}: no such folder")
+    is_run = (run / "run.json").is_file()
+    if is_run:
+        refuse_used(run)
+    folder, step = run, 0
+    if not (run / "config.json").is_file():
+        from megatron_synth.interop.export import kept_export
+
+        kept = kept_export(run, average=arguments.ema)
+        folder, step = kept.folder, kept.mark["step"]
+    elif arguments.ema:
+        raise UserError(f"--ema: {run} is a folder in Hugging Face's format, which has one set of weights; name the run")
+    from megatron_synth.interop.tasks import run_tasks
+
+    found = run_tasks(
+        folder,
+        names,
+        own=arguments.task_path,
+        few_shot=arguments.few_shot,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+    )
+    rows: list[tuple[str, ...]] = [("task", "metric", "value")]
+    rows += [(task, name, f"{value:.4f}") for task, values in found.items() for name, value in values.items()]
+    say(table(rows))
+    if is_run:
+        asked = {"few_shot": arguments.few_shot, "limit": arguments.limit}
+        record.record(run, {"step": step, "average": arguments.ema, "tasks": found, "settings": asked})
+        say(f"written to {run / record.FILE}, and to the record of step {step:,}")
     return 0
 
 

@@ -133,6 +133,8 @@ def kept_export(run: Path, *, average: bool = False) -> Kept:
     checkpoint = newest_checkpoint(run)
     digest = _digest(checkpoint, average=average)
     root = files.run_of(checkpoint) / FOLDER
+    if root.is_symlink():
+        raise UserError(f"{root}: is a link, expected a folder of the run's own; remove it")
     folder = root / f"{checkpoint.name}{'-ema' if average else ''}"
     found = _mark_of(folder)
     if found is not None and found["digest"] == digest:

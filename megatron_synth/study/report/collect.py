@@ -4,7 +4,8 @@ runs.csv has one row per finished run. Columns: `run`, `id`, `arm`, `family`, `s
 number), `size`, `n_params` (non-embedding), `budget`, `tokens`, `seed`, `steps`, `flops`, `loss` (the study's aggregate),
 `train_loss`, `train_seconds`, `device`, `lr` (peak), `sweep` (1: a run of `rates.sweep`), `trunk` (id of the run that it
 shares its first steps with), then `loss/<domain>`,
-`bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>` and `epochs/<source>`.
+`bpb/<domain>`, `eval_tokens/<domain>`, `tokens/<source>`, `epochs/<source>`, and `tasks/<task>/<metric>` of runs that were
+evaluated on tasks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.plan.runs import Run
 from megatron_synth.study.plan.study_file import Study
+from megatron_synth.train.record import tasks
 
 _TEXT = ("run", "id", "arm", "family", "share", "size", "device")
 _TRUNK = "trunk"
@@ -114,7 +116,9 @@ def collect(study: Study, runs: Sequence[Run], folder: Folder) -> Collected:
         if result is None:
             missing.append(run)
             continue
-        rows.append(_row(study, run, result))
+        row = _row(study, run, result)
+        row.others.update(tasks.of_run(folder.run(run)))
+        rows.append(row)
         # the digest covers order and content of the text: equal for runs of one arm, seed and length of a batch
         key = (run.arm, run.seed, run.config.train.sequence_length, str(run.config.data.phases))
         other, digest = data.setdefault(key, (run.name, result["data_digest"]))

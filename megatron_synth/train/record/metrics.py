@@ -62,6 +62,7 @@ EVAL_ANSWERS_BPB = "eval/answers_bpb/"  # + domain of data.answers: bits per byt
 EVAL_ACCURACY = "eval/accuracy/"  # + likewise: share of questions whose right answer is the likeliest
 EVAL_ACCURACY_PER_BYTE = "eval/accuracy_per_byte/"  # + likewise: by log-likelihood over bytes
 EVAL_RANK = "eval/rank/"  # + likewise: mean place of the right answer by log-likelihood, 1 is the likeliest
+TASKS = "tasks/"  # + task/metric, by lm-evaluation-harness, in the units of the task
 
 GIB = 2**30
 MAX_BYTES = 2**32
@@ -111,7 +112,7 @@ class _Line(BaseModel):
         return self
 
 
-_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/", "health/")
+_MEASURED = ("train/", "optim/", "perf/", "mem/", "data/", "eval/", "health/", TASKS)
 
 
 def decode(line: str | bytes) -> Record:

@@ -7,6 +7,7 @@
     events.log      one line per event, with its time
     report.png      the picture of the run (plot.py)
     samples.jsonl   texts that its model wrote (samples.py)
+    tasks.json      results of downstream tasks (tasks.py)
     exported/       its weights in Hugging Face's format, once `generate` has asked for them (interop/export.py)
     tokenizer.json  the tokenizer of the data: the run can be exported where the data is not
     huggingface.json  what the model that it started from came with (checkpoint/companions.py)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import append_line
 from megatron_synth.core.log import one_line
 from megatron_synth.core.records import OPEN, Amount, Count, Reader
@@ -42,7 +43,13 @@ SAMPLES: Reader[Sample] = Reader(Sample, "remove the line, or the file: `megatro
 
 
 def add(run: Path, samples: list[Sample]) -> None:
-    """Append texts to the samples.jsonl of a run directory."""
+    """Append texts to the samples.jsonl of a run directory.
+
+    Raises:
+        UserError: it is a link, which may lead out of the run.
+    """
+    if (run / FILE).is_symlink():
+        raise UserError(f"{run / FILE}: is a link, expected a file of the run's own; remove it")
     append_line(run / FILE, "\n".join(json.dumps(sample) for sample in samples))
 
 

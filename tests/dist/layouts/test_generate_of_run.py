@@ -53,3 +53,13 @@ def test_a_run_is_exported_once_and_its_texts_stand_in_its_report(
     (run / "samples.jsonl").write_text('{"prompt": "half", "text": "a"}\n')
     damaged = _cli(ranks, "report", str(run), code=2)
     assert "samples.jsonl, line 1: damaged: time is missing" in damaged
+
+    # a run of a stranger cannot have anything written outside of it
+    outside = tmp_path / "outside"
+    (run / "samples.jsonl").unlink()
+    (run / "samples.jsonl").symlink_to(outside)
+    assert "samples.jsonl: is a link" in _cli(ranks, *ask, code=2)
+    shutil.move(run / "exported", tmp_path / "moved")
+    (run / "exported").symlink_to(tmp_path / "moved")
+    assert "exported: is a link" in _cli(ranks, *ask, code=2)
+    assert not outside.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -143,9 +144,12 @@ def test_a_study_by_trunk_gives_the_results_of_runs_from_scratch(tmp_path: Path)
     study, folder, runs = folders["own"]
     assert sum(len(read_metrics(folder.run(run))) for run in runs) == 160 + 4 + 8
     assert not list(folder.path.glob("runs/*/checkpoints/step_*"))
+    evaluated = {"step": 1, "average": False, "tasks": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.01}}, "settings": {}}
+    (folder.run(runs[1]) / "tasks.json").write_text(json.dumps(evaluated))
     rows = collect(study, runs, folder).rows
     table = tmp_path / "runs.csv"
     table.write_text(runs_csv(rows))
+    assert [row.others.get("tasks/arc_easy/acc") for row in read_runs_csv(table)] == [None, 0.5, None]
     assert [row.trunk for row in read_runs_csv(table)] == [runs[0].trunk] * 3 == [rows[0].id] * 3
     table.write_text(table.read_text().replace(",trunk,", ",note/trunk,").replace(f",{runs[0].trunk},", ",1,"))
     assert {row.trunk for row in read_runs_csv(table)} == {""}  # of an older version, without the column
