@@ -72,6 +72,8 @@ def _main(arguments: argparse.Namespace) -> int:
         raise UserError(
             "--samples: texts of one prompt are all equal at temperature 0; set --temperature, or leave --samples out"
         )
+    if "" in arguments.stop:
+        raise UserError("--stop: expected text, found none, which every text begins with")
     try:
         sampling = SamplingConfig(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
         engine = EngineConfig(

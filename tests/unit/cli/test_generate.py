@@ -86,6 +86,7 @@ def test_what_cannot_be_is_refused_by_one_message(model: Path, tmp_path: Path) -
         ((model,), "no prompts: give --prompt TEXT or --prompts FILE"),
         ((model, "--prompt", "a", "--samples", "2", "--temperature", "0"), "--samples: texts of one prompt are all equal"),
         ((model, "--prompt", "a", "--temperature", "nan"), "--temperature: "),
+        ((model, "--prompt", "a", "--stop", ""), "--stop: expected text"),
         ((model, "--prompt", "a", "--top-p", "0"), "--top-p: "),
         ((model, "--prompt", "\udcff"), "--prompt, number 1: not text in UTF-8"),
         ((model, "--prompts", lines), r"bad.jsonl, line 2: damaged: prompt is missing"),
