@@ -236,8 +236,10 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["checkpoint"], "keep_steps", [])
     _drop_default(content["checkpoint"], "branch_from", None)
     _drop_default(content["checkpoint"], "init_ema", False)
+    del content["checkpoint"]["upload_to"]
     _drop_default(content["optim"], "ema_decay", None)
     _drop_default(content["data"], "skip", [])
+    del content["data"]["staging_bytes"]
     _drop_default(content["train"], "skip", None)
     for phase in content["data"]["phases"]:
         if phase["ramp"] is not None:
