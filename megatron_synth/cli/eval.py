@@ -70,7 +70,7 @@ def _main(arguments: argparse.Namespace) -> int:
     if config.data.tokenizer is None and (arguments.run / FILE_NAME).is_file():  # the data may be elsewhere by now
         own = config.data.model_copy(update={"tokenizer": str(arguments.run / FILE_NAME)})
         config = config.model_copy(update={"data": own})
-    data = open_data(config, training=False)
+    data = open_data(config, staged=True, training=False)
     if not data.validation and not data.answers:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
     result = _evaluate(config, layout, data, arguments.run, average=arguments.ema)

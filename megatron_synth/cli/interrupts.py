@@ -38,7 +38,8 @@ def interruptible(kept: str | Callable[[], str]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         if is_first_rank():
             text = kept if isinstance(kept, str) else kept()
-            show(f"ended by {_NAMES[getattr(error, 'number', signal.SIGINT)]}: {text}", error=True)
+            number = getattr(error, "number", signal.SIGINT)
+            show(f"ended by {_NAMES.get(number) or signal.Signals(number).name}: {text}", error=True)
         raise
     finally:
         for number, handler in before.items():

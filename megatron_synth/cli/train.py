@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     run_path = arguments.run_dir or default_run_dir(arguments.config, config)
     from megatron_synth.train.checkpoint import branch, files
+    from megatron_synth.train.checkpoint.bucket import Bucket
 
     config = branch.resolved(config, run_path)
     if arguments.dry_run:
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> int:
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
     # how long a run that goes on is follows from its checkpoint, which all ranks read together
     goes_on = bool(files.candidates(run_path)) or config.checkpoint.branch_from is not None
+    if config.checkpoint.upload_to is not None:  # asked at once, whether it can be reached
+        goes_on = Bucket(config.checkpoint.upload_to).has_any() or goes_on
     data = open_data(config, staged=True, check_length=not goes_on)
     from megatron_synth.train.loop import train
 

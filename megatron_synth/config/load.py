@@ -238,11 +238,13 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["checkpoint"], "keep_steps", [])
     _drop_default(content["checkpoint"], "branch_from", None)
     _drop_default(content["checkpoint"], "init_ema", False)
+    del content["checkpoint"]["upload_to"]
     _drop_default(content["checkpoint"], "init_vocabulary", "same")
     for name in ("name", "muon_momentum", "muon_ns_steps", "ema_decay"):
         _drop_default(content["optim"], name, OptimConfig.model_fields[name].default)
     _drop_default(content["data"], "skip", [])
     _drop_default(content["data"], "answers", {})
+    del content["data"]["staging_bytes"]
     _drop_default(content["train"], "skip", None)
     _drop_default(content["train"], "batch_ramp", [])
     _drop_default(content["log"], "health_interval", None)

@@ -122,6 +122,10 @@ def _data(config: Config) -> Iterator[Problem]:
                 message = "a name has letters, digits, '_', '-' and '/' only: it becomes part of metric names"
                 yield Problem(f"data.{section}.{name}", message)
     yield from _shifted(data)
+    if data.staging_bytes is not None and data.staging is None:
+        yield Problem(
+            "data.staging_bytes", f"{data.staging_bytes} has no effect without data.staging, the folder of the copies"
+        )
     for number, (first, last) in enumerate(data.skip):
         if last < first:
             yield Problem(f"data.skip.{number}", f"[{first}, {last}] ends before it begins; the first sample comes first")

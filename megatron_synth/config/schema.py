@@ -68,7 +68,8 @@ class SourceConfig(Section):
     """One training source of the mixture."""
 
     path: str
-    """A prepared source: the folder of its manifest.json, or the prefix of a Megatron .bin/.idx pair."""
+    """A prepared source: the folder of its manifest.json, also in object storage (`s3://bucket/web`, with data.staging), or the
+    prefix of a Megatron .bin/.idx pair."""
     ratio: Ratio | None = None
     """Share of the training samples: `1/3`, `0.337`. Exact; all ratios sum to 1. Required unless data.phases says it."""
     max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
@@ -161,7 +162,11 @@ class DataConfig(Section):
     like it better. With `verify: blocks` it is always so."""
     staging: str | None = None
     """Folder on a disk of the machine, such as a local NVMe drive: sources are copied there when training starts, unless they
-    are there already, and read from there. For corpora on a network file system. Needs sources with a manifest.json."""
+    are there already, and read from there. For corpora on a network file system, and needed for those in object storage. Needs
+    sources with a manifest.json."""
+    staging_bytes: Amount | None = None
+    """Most bytes that the copies in staging take together: before others are made, those that no process uses go, the one used
+    longest ago first. Default: none goes."""
     document_masks: bool = False
     """Attention within documents only, positions counted from the beginning of each (Megatron's --reset-attention-mask and
     --reset-position-ids). Otherwise a row of tokens is one text, whatever documents it is made of."""
@@ -400,6 +405,9 @@ class CheckpointConfig(Section):
     more, in parallel over the ranks. A damaged one is passed over for the newest sound one before it."""
     keep_steps: tuple[PositiveInt, ...] = ()
     """Save after these steps too, and keep them for good: what branches begin from."""
+    upload_to: str | None = None
+    """Folder of this run alone in object storage, such as `s3://bucket/runs/a`: checkpoints are uploaded there while training
+    goes on, kept as here, and the newest sound one is fetched where the run directory has none that is as new."""
     init_from: str | None = None
     """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
     init_vocabulary: Literal["same", "extend"] = "same"

@@ -18,6 +18,8 @@ from megatron_synth.core.files import read_regular, write_atomic
 from megatron_synth.data.bpe_cache import WordEncoder, encode_all, is_applicable
 from megatron_synth.data.literal_text import read_literally
 from megatron_synth.data.shards.manifest import canonical_digest
+from megatron_synth.storage.objects import read_location
+from megatron_synth.storage.remote import location_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -216,13 +218,14 @@ def _ids(data: dict[str, Any]) -> Iterator[int]:
 
 def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:
     """Read a tokenizer.json."""
-    if Path(path).name.endswith((".model", "vocab.json", "merges.txt", ".bpe", ".tiktoken")):
+    place = location_of(path, "tokenizer.path")
+    if place.name.endswith((".model", "vocab.json", "merges.txt", ".bpe", ".tiktoken")):
         raise UserError(
             f"{path}: expected a tokenizer.json; `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT)` of the library "
             "transformers makes one of other formats, which the folder of a model holds"
         )
     try:
-        content = read_regular(Path(path)).decode("utf-8")
+        content = read_location(place).decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a tokenizer.json") from None
     except UnicodeDecodeError as error:

@@ -6,44 +6,19 @@ is asked twice. A share has a folder of answers and a lock of its own; whoever r
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from megatron_synth.config.errors import UserError
+from megatron_synth.core import share
+from megatron_synth.core.share import MAX_SHARES as MAX_SHARES
 
 FOLDERS = "share-*"
-MAX_SHARES = 100_000
 _DIGITS = 8  # hexadecimal ones of a parent's id, which is a digest
 
 
 @dataclass(frozen=True)
-class Share:
-    """Share `number`, from 0, of `of`."""
-
-    number: int
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> Share:
-        """From `NUMBER/OF`.
-
-        Raises:
-            UserError: it is none.
-        """
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if found is None or not int(found[1]) < int(found[2]) <= MAX_SHARES:
-            raise UserError(f"--share: expected NUMBER/OF such as 0/4, the first of four, found {text!r:.40}")
-        return cls(int(found[1]), int(found[2]))
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder of answers."""
-        return f"share-{self.number:05d}-of-{self.of:05d}"
+class Share(share.Share):
+    """Share `number`, from 0, of `of`. A batch is of requests that must be given together."""
 
     def has_parent(self, parent: str) -> bool:
         """Whether requests about a parent, the first where there are several, are in this share. parent: its id."""
         return int(parent[:_DIGITS], 16) % self.of == self.number
-
-    def has_batch(self, number: int) -> bool:
-        """Whether a batch is, of requests that must be given together."""
-        return number % self.of == self.number

@@ -10,10 +10,12 @@ from megatron_synth.core.log import gib, human, scientific, table
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.run_data import plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
+from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.estimate.memory import memory_per_rank
 from megatron_synth.parallel.plan import Layout, plan
+from megatron_synth.storage.remote import Remote, location_of
 
 
 def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> str:
@@ -50,8 +52,13 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
 
 
 def open_if_prepared(path: str, name: str) -> Source | None:
-    """The prepared source; None when there is nothing at `path` yet."""
-    prefix = Path(path)
+    """The prepared source, of one in object storage what its manifest tells; None when there is nothing at `path` yet."""
+    place = location_of(path, f"source {name!r}")
+    if isinstance(place, Remote):
+        manifest = Manifest.load(place)
+        # what is not read needs no file: the manifest says what there is
+        return Source(name, Path(place.name), manifest, memory_map=False)
+    prefix = place
     if prefix.is_dir() or any(prefix.parent.glob(f"{prefix.name}.*")) or prefix.is_file():
         return open_source(path, name)
     return None

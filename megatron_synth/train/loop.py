@@ -7,6 +7,7 @@ Everything that a user can get wrong is checked before the processes are joined.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import time
@@ -31,6 +32,7 @@ from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.checkpoint.branch import Trunk
+from megatron_synth.train.checkpoint.bucket import Bucket, Uploader
 from megatron_synth.train.checkpoint.files import check_writable, clear_unfinished
 from megatron_synth.train.garbage import ManualCollection
 from megatron_synth.train.record import metrics
@@ -50,6 +52,8 @@ T = TypeVar("T")
 
 _LAST_WRITE_S = 600.0
 """How long a run that ends with an error waits for the checkpoint that is being written."""
+_UPLOAD_WORD_S = 5.0
+"""How often ranks that wait for the last upload hear that it goes on."""
 
 
 def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tensor_across_nodes: bool = False) -> int:
@@ -74,8 +78,11 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
 
         # from here on what is in the run directory is ours; all that can be refused is refused before it is changed
         on_main(ranks, lock.take)
+        bucket = None if config.checkpoint.upload_to is None else Bucket(config.checkpoint.upload_to)
+        if bucket is not None:
+            on_main(ranks, lambda: _fetched(bucket, run_path))
         start = starting_point(config, data, run_path, branch.trunk_of(config, run_path))
-        trainer = Trainer(plan, data, ranks, run_path, lock)
+        trainer = Trainer(plan, data, ranks, run_path, lock, bucket)
         with trainer.watch:
             try:
                 trainer.build(start)
@@ -83,6 +90,9 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
                     code = trainer.run(stop, collection)
             except UserError:  # that all ranks have met: the checkpoint in the air is worth waiting for
                 trainer.writer.join(_LAST_WRITE_S)
+                if trainer.uploader is not None:
+                    with contextlib.suppress(UserError):  # told as a warning
+                        trainer.uploader.wait(_LAST_WRITE_S)
                 raise
             except RuntimeError as error:
                 stop.wait_for_late()
@@ -110,7 +120,7 @@ def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
 class Trainer:
     """A run on this rank: model, optimizer, data position and record."""
 
-    def __init__(self, plan: RunPlan, data: RunData, ranks: Ranks, run_path: Path, lock: RunLock):
+    def __init__(self, plan: RunPlan, data: RunData, ranks: Ranks, run_path: Path, lock: RunLock, bucket: Bucket | None = None):
         from megatron_synth.train.checkpoint.writer import CheckpointWriter
 
         self.plan, self.config, self.layout, self.data, self.ranks = plan, plan.config, plan.layout, data, ranks
@@ -124,6 +134,9 @@ class Trainer:
         self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"])) if ranks.rank == 0 else None
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
+        self._bucket, self.uploader = bucket, None
+        if bucket is not None and ranks.rank == 0:
+            self.uploader = Uploader(bucket, config.checkpoint, self._warn)
         self.watch = Watch(
             self.run_dir.path / "hang",
             attempt,
@@ -178,6 +191,7 @@ class Trainer:
                 self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
             on_main(ranks, lambda: self._record_resume(saved.plan_digest, start.trunk if start.branches else None))
+            on_main(ranks, lambda: self._upload_if_lacking(start))
         elif start.weights is not None:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
             if config.checkpoint.init_ema:
@@ -230,6 +244,13 @@ class Trainer:
         if not self.data.is_of(plan_digest):
             mixture = f"{self.data.plan.describe()}; digest {plan_digest} -> {self.data.digest}"
             self.run_dir.event(f"mixture changed from sample {self.samples} on: {mixture}")
+
+    def _upload_if_lacking(self, start: Start) -> None:
+        """Upload the checkpoint that the run goes on from, where a start before this one did not come to it."""
+        if self.uploader is None or self._bucket is None or start.resumed is None or start.branches:
+            return
+        if start.resumed.name not in self._bucket.candidates()[:1]:
+            self.uploader.offer(start.resumed)
 
     def _start_tracker(self) -> Tracker:
         return Tracker.start(
@@ -402,6 +423,8 @@ class Trainer:
             except OSError as error:
                 say(f"warning: {self.run_dir.path}: {path.name} was saved, but not noted: {error}")
             say(f"saved {path} {text}")
+            if self.uploader is not None:
+                self.uploader.offer(path)
 
         waits = required or not self.config.checkpoint.async_save
         request = SaveRequest(
@@ -411,7 +434,7 @@ class Trainer:
             failed=lambda text: None if required else self._warn(f"{text}. Training goes on"),
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
-            keep_steps=self.config.checkpoint.keep_steps,
+            keep_steps=(*self.config.checkpoint.keep_steps, *(self.uploader.steps if self.uploader is not None else ())),
         )
         self.writer.begin(lambda: collect(self.chunks, self.optimizer, self.stepper.average), request)
         if required:
@@ -419,7 +442,16 @@ class Trainer:
         elif waits:
             self.writer.join()
 
+    def _wait_for_upload(self) -> None:
+        """Raises a UserError, on all ranks, where the last checkpoint could not be uploaded."""
+        if self._bucket is not None:
+            done = False
+            while not done:
+                self.watch.enter("upload", self.step, slow=True)
+                done = on_main(self.ranks, lambda: self.uploader is None or self.uploader.wait(_UPLOAD_WORD_S))
+
     def _finish(self, stopped: bool, stop: StopRequest) -> None:
+        self._wait_for_upload()
         if self.ranks.rank == 0:
             self.recorder.finish()
             why = f"stopped on request ({stop.signal_name or 'by another rank'})" if stopped else "done"
@@ -451,6 +483,11 @@ class Trainer:
         slow = native.missing()
         if slow is not None:
             say(f"warning: {slow}")
+
+
+def _fetched(bucket: Bucket, run_path: Path) -> None:
+    """Have the newest checkpoint in the run directory."""
+    bucket.fetch_newest(run_path, lambda text: say(f"warning: {text}"))
 
 
 def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:

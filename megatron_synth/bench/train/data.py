@@ -45,7 +45,7 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
 def with_data(config: Config, steps: int) -> tuple[Config, RunData]:
     """The configuration of a run of `steps` steps with the vocabulary of its sources, and these, opened."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    data = open_data(config)
+    data = open_data(config, staged=True)
     model = config.model.model_copy(update={"vocab_size": data.vocab_size})
     return config.model_copy(update={"model": model}), data
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from megatron_synth.cli.argparse_types import count
-from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.config.errors import EXIT_OK
+from megatron_synth.cli.interrupts import Interrupted, interruptible
+from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.log import show
+from megatron_synth.core.share import Share
 from megatron_synth.data.preparing.output import is_clean, partial_name
 from megatron_synth.data.preparing.pipeline import Prepared
-from megatron_synth.data.preparing.prepare import SKIPPED, prepare
+from megatron_synth.data.preparing.prepare import RECORD, SKIPPED, prepare, prepare_share
 from megatron_synth.data.preparing.workers import core_count
 
 
@@ -48,6 +52,25 @@ def format_table(prepared: Sequence[Prepared]) -> str:
     )
 
 
+class _Stopped(Interrupted):
+    """A scheduler asks to stop: the time is up, or the node is wanted."""
+
+
+@contextlib.contextmanager
+def _stopped_by_a_scheduler() -> Iterator[None]:
+    """Within, SIGUSR1 raises `_Stopped`, as does SIGTERM unless something else listens to it. Main thread."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _check_verb(verb: str) -> Callable[[list[str]], int]:
     if verb == "verify":
         from megatron_synth.cli.prepare.verify import main as check_files
@@ -77,11 +100,62 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings to replace, such as output=data/mine"
     )
-    parser.add_argument(
-        "--workers", type=count, default=core_count(), help="processes that tokenize (default: all cores, %(default)s)"
-    )
+    parser.add_argument("--workers", type=count, help=f"processes that tokenize (default: all cores, here {core_count()})")
     parser.add_argument("--force", action="store_true", help="replace a finished output")
+    parser.add_argument(
+        "--share", metavar="K/N", help="only tokenize share K, from 0, of N; without it the same command takes all shares over"
+    )
+    parser.add_argument("--status", action="store_true", help="how far the shares are, and their jobs")
+    parser.add_argument("--slurm", action="store_true", help="the shares as an array of SLURM, and then the rest")
+    group = parser.add_argument_group("with --slurm")
+    group.add_argument(
+        "--tasks", type=count, metavar="N", help="shares, each on a node; --workers: of each, default all its cores"
+    )
+    group.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
+    for option in ("partition", "account", "qos", "time"):
+        group.add_argument(f"--{option}", help=f"the cluster's `{option}`, for these jobs")
+    group.add_argument("--dry-run", action="store_true", help="check all and print the scripts; nothing is written")
     return parser
+
+
+def _submit(config: PrepareConfig, arguments: argparse.Namespace) -> int:
+    from megatron_synth.cluster.preparation import JobOptions, submit_preparation
+    from megatron_synth.cluster.sbatch import changed, load_cluster
+    from megatron_synth.data.preparing.prepare import check_inputs
+
+    if arguments.tasks is None:
+        raise UserError("--tasks: say how many shares the array has")
+    if arguments.force:
+        raise UserError("--force: not with --slurm; remove the output, or give another")
+    if not check_inputs(config):
+        show(f"{config.output}: up to date")
+        return EXIT_OK
+    names = ("partition", "account", "qos", "time")
+    cluster = changed(load_cluster(arguments.cluster), **{name: getattr(arguments, name) for name in names})
+    submit_preparation(config, JobOptions(arguments.tasks, arguments.workers, cluster, arguments.dry_run))
+    return EXIT_OK
+
+
+def _status(config: PrepareConfig) -> int:
+    from megatron_synth.cluster.preparation import job_states
+    from megatron_synth.data.preparing.shared import status_text
+
+    output = Path(config.output)
+    show(f"{output}: prepared" if (output / RECORD).is_file() else status_text(output))
+    for job, state in job_states(output).items():
+        show(f"job {job}: {state.state}")
+    return EXIT_OK
+
+
+def _share(config: PrepareConfig, text: str, workers: int) -> int:
+    share = Share.parse(text)
+    found = prepare_share(config, share, workers=workers)
+    if found is None:
+        show(f"{config.output}: up to date")
+        return EXIT_OK
+    made, there = found
+    show(f"{config.output}: share {text}: {made:,} splits tokenized, {there:,} were there; the command without --share goes on")
+    return EXIT_OK
 
 
 def main(argv: list[str]) -> int:
@@ -91,9 +165,24 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
 
     config = load_file(PrepareConfig, arguments.file, arguments.overrides)
+    if arguments.status:
+        return _status(config)
+    if arguments.slurm:
+        return _submit(config, arguments)
+    given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")
+    if wrong := [name for name in given if getattr(arguments, name) not in (None, False)]:
+        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    workers = arguments.workers or core_count()
     start = time.perf_counter()
-    with interruptible(lambda: _kept(Path(config.output))):
-        prepared = prepare(config, workers=arguments.workers, force=arguments.force)
+    try:
+        with _stopped_by_a_scheduler():
+            if arguments.share is not None:
+                return _share(config, arguments.share, workers)
+            with interruptible(lambda: _kept(Path(config.output))):
+                prepared = prepare(config, workers=workers, force=arguments.force)
+    except _Stopped:
+        show(f"{config.output}: stopped on request; what is done is kept, and the same command goes on", error=True)
+        return EXIT_STOPPED
     if prepared is None:
         show(f"{config.output}: up to date")
         return EXIT_OK

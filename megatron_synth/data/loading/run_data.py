@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Config, Progress, SourceConfig
+from megatron_synth.config.schema import Config, Progress, SourceConfig, ValidationConfig
 from megatron_synth.core.process_time import span
 from megatron_synth.data.answers import AnswerDomain, open_answers
 from megatron_synth.data.loading import shared_content
@@ -21,10 +21,12 @@ from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_
 from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.fingerprint import content_of
-from megatron_synth.data.shards.manifest import TokenizerInfo
+from megatron_synth.data.shards.manifest import Manifest, TokenizerInfo
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
-from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.shards.staging import copied_file, copy_name, head, stage
+from megatron_synth.data.shards.staging_limit import claim
 from megatron_synth.data.tokenizer import fingerprint_of
+from megatron_synth.storage.remote import Location, Remote, location_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     check_length: also that the sources and phases suffice for a run of this configuration from its beginning. A run that goes
     on is held against what it has consumed instead (`RunData.check_length`).
     staged: then copy them to `data.staging`, where the configuration has it, and read the copies. They hold the same tokens:
-    plan, digests and the paths that a run remembers are those of the originals.
+    plan, digests and the paths that a run remembers are those of the originals. Without, there are of sources in object storage
+    only the manifests: enough to plan with, and nothing to read tokens from.
     training: also open the sources; without them the run can be evaluated, and they need not be there.
 
     Raises:
@@ -118,10 +121,10 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     """
     sequence = config.train.sequence_length
     named = config.data.sources.items() if training else ()
-    sources = tuple(_open(config, entry.path, name) for name, entry in named)
+    sources = tuple(open_or_head(config, entry.path, name) for name, entry in named)
     for source in sources:
         _check_packing(source, config)
-    validation = {name: _open(config, entry.path, name) for name, entry in config.data.validation.items()}
+    validation = {name: open_or_head(config, entry.path, name) for name, entry in config.data.validation.items()}
     info = check_compatible([*sources, *validation.values()])
     vocab_size = vocab_size_of(config, info)
     if vocab_size is None:
@@ -138,7 +141,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in (*sources, *validation.values()) if source.tokenizer_path)
-    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else next(known, None)
+    tokenizer = _tokenizer(config) or next(known, None)
     for source in (*sources, *validation.values()):
         if source.manifest is None:
             content_of(source.shard(0)).check_ids(source.shard(0).bin_path, vocab_size)
@@ -150,8 +153,12 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         folder = Path(config.data.staging)
         _check_staging([*sources, *validation.values()])
         with span("staging"):
-            sources = tuple(_open(config, stage(source.path, folder), source.name) for source in sources)
-            validation = {name: _open(config, stage(source.path, folder), name) for name, source in validation.items()}
+            originals = {source: _original(source, config.data.sources) for source in sources}
+            originals |= {source: _original(source, config.data.validation) for source in validation.values()}
+            claim(folder, dict(_copy_of(source, place) for source, place in originals.items()), config.data.staging_bytes)
+            copies = {source: _open(config, stage(place, folder), source.name) for source, place in originals.items()}
+            sources = tuple(copies[source] for source in sources)
+            validation = {name: copies[source] for name, source in validation.items()}
     eod_id = info.eod_id if info else None
     answers = {
         name: open_answers(name, one, tokenizer, eod_id, vocab_size, sequence) for name, one in config.data.answers.items()
@@ -181,6 +188,41 @@ def _check_staging(sources: Sequence[Source]) -> None:
             f"data.staging: {bare[0].path}: source {bare[0].name!r} has no manifest.json, by which a copy is known to be "
             "whole; prepare it again, or copy it yourself and set data.staging to null"
         )
+
+
+def _original(source: Source, settings: Mapping[str, SourceConfig] | Mapping[str, ValidationConfig]) -> Location:
+    """Where a source was before it was copied."""
+    place = location_of(settings[source.name].path)
+    return place if isinstance(place, Remote) else source.path
+
+
+def _copy_of(source: Source, place: Location) -> tuple[str, int]:
+    """The name of a source's copy, and its bytes."""
+    assert source.manifest is not None
+    return copy_name(place, source.manifest), sum(shard.bin_bytes + shard.idx_bytes for shard in source.manifest.shards)
+
+
+def _tokenizer(config: Config) -> Path | None:
+    """The file of data.tokenizer; a copy in data.staging where it is in object storage."""
+    if config.data.tokenizer is None:
+        return None
+    place = location_of(config.data.tokenizer, "data.tokenizer")
+    return place if isinstance(place, Path) else copied_file(place, _staging(config, "data.tokenizer", place))
+
+
+def _staging(config: Config, where: str, place: Remote) -> Path:
+    if config.data.staging is None:
+        raise UserError(f"{where}: {place} is in object storage: set data.staging to a folder on a disk for the copy of it")
+    return Path(config.data.staging)
+
+
+def open_or_head(config: Config, path: str, name: str) -> Source:
+    """One source; of one in object storage only what its manifest tells."""
+    place = location_of(path, f"data: source {name!r}")
+    if isinstance(place, Path):
+        return _open(config, path, name)
+    folder = head(place, _staging(config, f"data: source {name!r}", place))
+    return Source(name, folder, Manifest.load(folder), memory_map=config.data.memory_map)
 
 
 def _open(config: Config, path: str | Path, name: str) -> Source:

@@ -9,8 +9,8 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig, PrepareSource, Split
+from megatron_synth.core.files import sync_folder
 from megatron_synth.data.preparing.assembly import (
     Assembly,
     Packing,
@@ -32,10 +33,10 @@ from megatron_synth.data.preparing.output import remove, remove_strays
 from megatron_synth.data.preparing.packing import cut_documents
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.inputs import reader_of
-from megatron_synth.data.preparing.readers.reader import InputSplit
+from megatron_synth.data.preparing.shared import Told, take_over, tokenize_task
 from megatron_synth.data.preparing.shuffle import bucket_count
 from megatron_synth.data.preparing.token_runs import TokenRun, trim
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Job, Tokenized, Workers, tokenize_split
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Job, Tokenized, Workers
 from megatron_synth.data.shards.manifest import (
     Counts,
     Manifest,
@@ -106,6 +107,8 @@ class SourceWork:
     journal: Journal
     pool: Workers
     made: Provenance
+    shares: Mapping[tuple[str, int], Told] = field(default_factory=dict)
+    """What shares have come to (shared.py)."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -142,7 +145,7 @@ class SourceWork:
 
     def _skipped(self) -> list[str]:
         """What was wrong with the records that were left out, in the order of the input."""
-        told = self.journal.of("split", source=self.name)
+        told = sorted(self.journal.of("split", source=self.name), key=itemgetter("number"))
         return [message for entry in told for _, message in entry["skipped"]]
 
     def _finished(self) -> list[Prepared] | None:
@@ -201,21 +204,36 @@ class SourceWork:
         self.journal.append({"kind": "plan", "source": self.name, **plan.to_json()})
         return plan
 
-    def _known_runs(self) -> list[list[TokenRun]]:
-        """By split, from the first on, the token runs of a stopped preparation, up to the first missing or damaged one.
+    def _known_runs(self) -> dict[int, list[TokenRun]]:
+        """By split the token runs of a stopped preparation, but for missing or damaged ones, and then those of shares.
 
-        What comes after that is taken back from the journal, so that it never counts again.
+        What is not among them is taken back from the journal, so that it never counts again. Where `max_bytes` ends the source
+        somewhere nothing counts that comes after the first missing one.
         """
         told = self.journal.of("split", source=self.name)
         by_number = {entry["number"]: entry for entry in told}
-        known: list[list[TokenRun]] = []
-        while (entry := by_number.get(len(known))) is not None:
-            found = [TokenRun.from_json(self.staging, run) for run in entry["runs"]]
-            if not all(run.is_whole() for run in found):
+        known: dict[int, list[TokenRun]] = {}
+        for number in sorted(by_number):
+            if self.source.max_bytes is not None and number != len(known):
                 break
-            known.append(found)
-        self.journal.drop(entry for entry in told if entry["number"] >= len(known))
+            found = [TokenRun.from_json(self.staging, run) for run in by_number[number]["runs"]]
+            if all(run.is_whole() for run in found):
+                known[number] = found
+        self.journal.drop(entry for entry in told if entry["number"] not in known)
+        remove_strays(self.staging, {run.path.name for found in known.values() for run in found})
+        if self.source.max_bytes is None:
+            for (name, number), task in sorted(self.shares.items()):
+                taken = None if name != self.name or number in known else take_over(task, self.staging)
+                if taken is not None:
+                    sync_folder(self.staging)
+                    self._tell(number, Tokenized(tuple(taken), tuple((at, text) for at, text in task.entry["skipped"])))
+                    known[number] = taken
         return known
+
+    def _tell(self, number: int, found: Tokenized) -> None:
+        told = {"runs": [run.to_json() for run in found.runs], "skipped": found.skipped}
+        self.journal.append({"kind": "split", "source": self.name, "number": number, **told})
+        self._refuse_too_many_errors()
 
     def _tokenize(self) -> list[TokenRun]:
         """All token runs of the source in order; those of a preparation that was stopped are taken over."""
@@ -224,29 +242,24 @@ class SourceWork:
         seed = None if config.shuffle is None else config.shuffle.seed
         job = Job(name, source, self.dtype, self.staging, seed, CHUNK_CHARACTERS, RUN_BYTES)
         known = self._known_runs()
-        runs = [run for found in known for run in found]
-        read = sum(run.text_bytes for run in runs)
-        remove_strays(self.staging, {run.path.name for run in runs})
+        read = sum(run.text_bytes for found in known.values() for run in found)
         if limit is not None and read >= limit:
-            return runs
+            return _in_order(known)
         reader = reader_of(name, source)
-        numbered = islice(enumerate(reader.splits()), len(known), None)
-        tasks = ((job, number, split) for number, split in numbered)
+        tasks = ((job, number, split) for number, split in enumerate(reader.splits()) if number not in known)
         expected = reader.text_bytes() if limit is None else min(reader.text_bytes(), limit)
-        with progress(name, expected) as bar, closing(self.pool.run(_tokenize_task, tasks)) as results:
+        with progress(name, expected) as bar, closing(self.pool.run(tokenize_task, tasks)) as results:
             bar.update(read)
             for (_, number, _), found in results:
                 if limit is not None and read + found.text_bytes >= limit:
                     found = _cut(found, self.dtype, limit - read)
-                told = {"runs": [run.to_json() for run in found.runs], "skipped": found.skipped}
-                self.journal.append({"kind": "split", "source": name, "number": number, **told})
-                self._refuse_too_many_errors()
-                runs += found.runs
+                self._tell(number, found)
+                known[number] = list(found.runs)
                 read += found.text_bytes
                 bar.update(found.text_bytes)
                 if limit is not None and read >= limit:
                     break
-        return runs
+        return _in_order(known)
 
     def _refuse_too_many_errors(self) -> None:
         skipped, most = self._skipped(), self.source.max_errors
@@ -346,8 +359,8 @@ class SourceWork:
         )
 
 
-def _tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, InputSplit]) -> Tokenized:
-    return tokenize_split(tokenizer, *task)
+def _in_order(by_split: Mapping[int, list[TokenRun]]) -> list[TokenRun]:
+    return [run for number in sorted(by_split) for run in by_split[number]]
 
 
 def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import sync_folder, write_atomic, write_json
 from megatron_synth.core.log import human, show
-from megatron_synth.data.preparing.journal import JOURNAL, Journal
+from megatron_synth.core.share import Share
+from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
 from megatron_synth.data.preparing.output import is_clean, lock_of, partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
+from megatron_synth.data.preparing.shared import folder_of, run_share, shared_lock, told_by_all, wait_for
 from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
@@ -37,6 +40,8 @@ from megatron_synth.data.shards.manifest import Provenance, canonical_digest
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
+from megatron_synth.storage.faults import StorageError
+from megatron_synth.storage.remote import Location, Remote
 
 RECORD = "prepare.json"  # its presence says that the folder is a finished output
 RECORD_VERSION = 1
@@ -54,6 +59,85 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     if not is_clean(output):  # what stands there is another's at work, or a dead one's
         with lock_of(output):
             restore(output)
+    work = _looked_at(config, force)
+    if work is None:
+        return None
+    for line in notes(work.readers, work.given):
+        show(f"note: {line}", error=True)
+    for reader in work.readers.values():
+        check_holdout(reader)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with lock_of(output):
+            if output.exists() and _is_current(output, config, work.head["config_digest"], force):  # made just now
+                return None
+            return _make(config, work, workers)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
+
+
+def check_inputs(config: PrepareConfig) -> bool:
+    """Check all that a preparation checks before it begins, and say how it is cut; False: the output is there already.
+
+    Raises:
+        UserError: settings or inputs are wrong.
+    """
+    work = _looked_at(config, force=False)
+    if work is None:
+        return False
+    for line in notes(work.readers, work.given):
+        show(f"note: {line}", error=True)
+    for name, reader in work.readers.items():
+        limited = config.sources[name].max_bytes is not None
+        show(f"{name}: {'has max_bytes, read by the last job' if limited else reader.splitting()}")
+    return True
+
+
+def prepare_share(config: PrepareConfig, share: Share, *, workers: int = 1) -> tuple[int, int] | None:
+    """Do a share of `config.output`: the splits that were tokenized now, and before. None: the output is there already.
+
+    The same preparation without a share takes over what all of them have done, and puts the output in its place.
+    """
+    output = Path(config.output)
+    work = _looked_at(config, force=False)
+    if work is None:
+        return None
+    try:
+        folder_of(output).mkdir(parents=True, exist_ok=True)
+        tokenizer = work.given
+        if tokenizer is None:
+            with wait_for(shared_lock(output)):
+                tokenizer = _trained(config, work.readers, folder_of(output), _shared_journal(output, work.head))
+        digest = _sha256(tokenizer.content.encode())
+        return run_share(config, work.readers, tokenizer, digest, work.dtype, work.head, share, workers)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror or error}; what is done is kept") from error
+
+
+def _shared_journal(output: Path, head: Mapping[str, Any]) -> Journal:
+    """Of what all shares need; what is of other settings or inputs goes. Under their lock."""
+    folder = folder_of(output)
+    found = read_journal(folder / JOURNAL)
+    if found and found[0] != head:
+        remove_strays(folder, {path.name for path in folder.iterdir() if path.name.startswith((".lock", "share-"))})
+    return Journal(folder, head)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is known of a preparation before its text is read."""
+
+    readers: Mapping[str, Reader]
+    inputs: Mapping[str, Mapping[str, Any]]
+    given: Tokenizer | None
+    dtype: np.dtype[Any]
+    head: Mapping[str, Any]
+    """First line of its journals: work of another head is another's."""
+
+
+def _looked_at(config: PrepareConfig, force: bool) -> _Work | None:
+    """Settings and inputs, checked; None where the output is there already, made from the same."""
+    output = Path(config.output)
     readers = {name: reader_of(name, source) for name, source in config.sources.items()}
     inputs = {name: reader.describe() for name, reader in readers.items()}
     given = _given_tokenizer(config)
@@ -63,10 +147,6 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
     settings = config.tokenizer.train
     dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
     _check_space(config, readers, output, dtype)
-    for line in notes(readers, given):
-        show(f"note: {line}", error=True)
-    for reader in readers.values():
-        check_holdout(reader)
     head = {
         "kind": "head",
         "version": JOURNAL_VERSION,
@@ -75,45 +155,35 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         "tokenizer": given.fingerprint if given is not None else "trained",
         "cuts": [CHUNK_CHARACTERS, RUN_BYTES],
     }
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with lock_of(output):
-            if output.exists() and _is_current(output, config, digest, force):  # made by another program just now
-                return None
-            return _make(config, readers, inputs, given, dtype, head, workers)
-    except OSError as error:
-        raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
+    return _Work(readers, inputs, given, dtype, head)
 
 
-def _make(
-    config: PrepareConfig,
-    readers: Mapping[str, Reader],
-    inputs: Mapping[str, Mapping[str, Any]],
-    given: Tokenizer | None,
-    dtype: np.dtype[Any],
-    head: Mapping[str, Any],
-    workers: int,
-) -> list[Prepared]:
+def _make(config: PrepareConfig, work: _Work, workers: int) -> list[Prepared]:
     """Write the output beside its place, and put it there; under its lock."""
-    output, digest = Path(config.output), head["config_digest"]
-    with partial_folder(output, head) as (folder, journal):
+    output, digest, given = Path(config.output), work.head["config_digest"], work.given
+    with partial_folder(output, work.head) as (folder, journal):
         if journal.continued:
             show(f"{output}: continuing a run that was stopped", error=True)
         targets = [target for name, source in config.sources.items() for target in targets_of(name, source)]
         remove_strays(folder, {JOURNAL, TOKENIZER, STAGING, *targets})
-        tokenizer = given if given is not None else _trained(config, readers, folder, journal)
+        if given is None:
+            _take_over_tokenizer(output, work.head, folder, journal)
+        tokenizer = given if given is not None else _trained(config, work.readers, folder, journal)
         tokenizer.save(folder / TOKENIZER)
+        done = told_by_all(output, work.head, _sha256(tokenizer.content.encode()))
         prepared: list[Prepared] = []
         with closing(Workers(tokenizer, workers)) as pool:
             for name, source in config.sources.items():
                 made = Provenance(
                     program=f"megatron-synth {megatron_synth.__version__}",
                     config_digest=digest,
-                    inputs=inputs[name],
+                    inputs=work.inputs[name],
                     holdout=str(source.holdout or 0),
                     shuffle_seed=None if config.shuffle is None else config.shuffle.seed,
                 )
-                prepared += SourceWork(name, source, config, tokenizer, dtype, folder, journal, pool, made).run()
+                task = SourceWork(name, source, config, tokenizer, work.dtype, folder, journal, pool, made, done)
+                prepared += task.run()
+        _check_unchanged(work.readers, work.inputs)
         for one in prepared:
             one.manifest.save(folder / one.manifest.name)
             if one.skipped:
@@ -122,7 +192,30 @@ def _make(
         write_json(folder / RECORD, _record(config, digest))
         remove_strays(folder, {RECORD, TOKENIZER, *targets})
         replace(folder, output)
+    shutil.rmtree(folder_of(output), ignore_errors=True)
     return prepared
+
+
+def _take_over_tokenizer(output: Path, head: Mapping[str, Any], folder: Path, journal: Journal) -> None:
+    """Have the tokenizer that was trained for the shares, where this preparation has none yet."""
+    found = read_journal(folder_of(output) / JOURNAL)
+    told = [entry for entry in found[1:] if entry["kind"] == "tokenizer"]
+    path = folder_of(output) / TOKENIZER
+    if found and found[0] == head and told and path.is_file() and journal.one("tokenizer") is None:
+        content = path.read_bytes()
+        if _sha256(content) == told[0]["sha256"]:
+            write_atomic(folder / TOKENIZER, content)
+            sync_folder(folder)
+            journal.append(told[0])
+
+
+def _check_unchanged(readers: Mapping[str, Reader], inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse objects that were exchanged while they were read: a file that is open stays what it was, an object does not."""
+    for name, reader in readers.items():
+        if any(isinstance(path, Remote) for path in reader.files()) and reader.describe() != inputs[name]:
+            raise StorageError(
+                f"sources.{name}: objects of its input changed while they were read; leave them alone, and start again"
+            )
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -205,11 +298,14 @@ def notes(readers: Mapping[str, Reader], tokenizer: Tokenizer | None) -> Iterato
     """What is likely a mistake, and may be meant."""
     if tokenizer is not None and tokenizer.loses_characters():
         yield f"{tokenizer.where}: characters that are not in its vocabulary leave no token: they are lost from the text"
-    known: dict[tuple[int, int], tuple[str, Path]] = {}
+    known: dict[Hashable, tuple[str, Location]] = {}
     for name, reader in readers.items():
         for path in reader.files():
-            status = path.stat()
-            other, first = known.setdefault((status.st_dev, status.st_ino), (name, path))
+            key: Hashable = path
+            if isinstance(path, Path):
+                status = path.stat()
+                key = status.st_dev, status.st_ino
+            other, first = known.setdefault(key, (name, path))
             if other == name:
                 continue
             splits = {readers[one].source.split for one in (name, other)}

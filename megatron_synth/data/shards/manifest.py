@@ -12,9 +12,12 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import Kind, Split
 from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
-from megatron_synth.core.files import read_regular, write_json
+from megatron_synth.core.files import write_json
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
+from megatron_synth.storage.faults import ObjectMissing
+from megatron_synth.storage.objects import read_location
+from megatron_synth.storage.remote import Location, Remote, remote
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION: Literal[2] = 2  # 2 added the checksums of blocks and the seed of the shuffle
@@ -167,12 +170,21 @@ class Manifest(Section):
             del data["made"]["skipped_records"]
         write_json(folder / FILE_NAME, data)
 
+    def tokenizer_of(self, folder: Location) -> Location:
+        """Where the tokenizer of the source in a folder lies."""
+        path = self.tokenizer.path
+        if isinstance(folder, Remote) and path.startswith("../"):
+            return remote(folder.url.rpartition("/")[0]) / path.removeprefix("../")
+        return folder / path
+
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Location) -> Manifest:
         """Read `folder`/manifest.json; a UserError when it is missing or not one of ours."""
         path = folder / FILE_NAME
         try:
-            text = read_regular(path).decode("utf-8")
+            text = read_location(path).decode("utf-8")
+        except ObjectMissing:
+            raise UserError(f"{path}: no such object; expected a prepared source, see `megatron-synth prepare`") from None
         except OSError as error:
             raise UserError(
                 f"{path}: {error.strerror}; expected a prepared source, the output of `megatron-synth prepare`"

@@ -14,17 +14,20 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_json
+from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.indexed import file_size, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
+from megatron_synth.storage import objects
+from megatron_synth.storage.faults import ObjectMissing
+from megatron_synth.storage.remote import Location, Remote
 
 COPY_BYTES = 16 * 2**20
 LOG_INTERVAL_S = 30.0
@@ -32,7 +35,7 @@ LOCK, CHECKED = ".lock", ".checked.json"
 Progress = Callable[[int, int], None]
 
 
-def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
+def stage(source: Location, folder: Path, progress: Progress | None = None) -> Path:
     """A copy of a prepared source below `folder`, made unless a whole one is there already.
 
     The copy is named after the digest of the source's content, so that another source of the same name never takes its
@@ -41,7 +44,7 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
     checksum was compared is compared again, and copied again if it differs.
 
     Args:
-        source: folder with a manifest.json.
+        source: folder with a manifest.json, on a disk or in object storage.
         folder: on the local disk; it is made if need be.
         progress: called with the bytes that are there and the bytes of all; default: a bar on a terminal, lines in a log.
 
@@ -52,55 +55,129 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
         UserError: the source is damaged, there is no room, or a file cannot be read or written.
     """
     manifest = Manifest.load(source)
-    target = folder / f"{source.resolve().name}-{manifest.digest()[:16]}"
-    tokenizer = source / manifest.tokenizer.path
-    wanted: list[_File] = []
-    for shard in manifest.shards:
-        for suffix, size in ((".idx", shard.idx_bytes), (".bin", shard.bin_bytes)):
-            path = with_suffix(source / shard.name, suffix)
-            if file_size(path) != size:
-                raise UserError(f"{path}: {FILE_NAME} announces {size} bytes, found {file_size(path)}; copy it again")
-            wanted.append(_File(path, with_suffix(target / shard.name, suffix), size, shard, manifest.block_bytes))
-    show = progress or _bar(source.name)
+    target = folder / copy_name(source, manifest)
+    wanted = files_of(source, manifest, target, (".idx", ".bin"))
     try:
-        _own_folder(target)
-        with _locked(target / LOCK):
-            for left in target.glob(".*.part"):  # of a process that was killed
-                left.unlink()
-            total = sum(one.size for one in wanted)
-            known = _known(target / CHECKED)
-            missing = [one for one in wanted if not one.is_sound(known)]
-            needed, free = sum(one.size for one in missing), shutil.disk_usage(target).free
-            if needed > free:
-                raise UserError(
-                    f"{target}: {human(free)} bytes free, {human(needed)} needed for the copy of {source}; make room"
-                )
-            done = total - needed
-            for one in missing:
-                one.copy.unlink(missing_ok=True)
-                done = _copy(one.path, one.copy, done, total, show, one)
-            # the tokenizer lies beside the copy's own files, whatever its place was
-            own = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"path": tokenizer.name})})
-            copied = target / tokenizer.name
-            if tokenizer.exists() and (
-                copied.is_symlink() or not copied.is_file() or copied.read_bytes() != tokenizer.read_bytes()
-            ):
-                _copy(tokenizer, copied, 0, 0, lambda done, total: None, None)
-            checked = {one.copy.name: _identity(one.copy) for one in wanted}
-            if checked != known:
-                write_json(target / CHECKED, checked)
-            if not (target / FILE_NAME).exists() or Manifest.load(target) != own:
-                own.save(target)
+        own_folder(target)
+        with locked(target / LOCK):
+            complete(source, target, manifest, wanted, progress)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
     return target
 
 
+def copy_name(source: Location, manifest: Manifest) -> str:
+    """What the folder of a source's copy is called."""
+    name = source.name if isinstance(source, Remote) else source.resolve().name
+    return f"{name}-{manifest.digest()[:16]}"
+
+
+def files_of(source: Location, manifest: Manifest, target: Path, suffixes: Iterable[str]) -> list[StagedFile]:
+    """The files of a source and their copies in `target`; a UserError where one has not the size that is announced."""
+    found = objects.listing(source)[0] if isinstance(source, Remote) else {}
+    wanted: list[StagedFile] = []
+    for shard in manifest.shards:
+        for suffix in suffixes:
+            size = shard.idx_bytes if suffix == ".idx" else shard.bin_bytes
+            path: Location
+            if isinstance(source, Remote):
+                path = found.get(shard.name + suffix, source / (shard.name + suffix))
+                if not path.etag:
+                    raise UserError(f"{path}: there is no such object, and {FILE_NAME} announces it; copy it there again")
+                there = path.size
+            else:
+                path = with_suffix(source / shard.name, suffix)
+                there = file_size(path)
+            if there != size:
+                raise UserError(f"{path}: {FILE_NAME} announces {size} bytes, found {there}; copy it again")
+            wanted.append(StagedFile(path, with_suffix(target / shard.name, suffix), size, shard, manifest.block_bytes))
+    return wanted
+
+
+def complete(
+    source: Location, target: Path, manifest: Manifest, wanted: Sequence[StagedFile], progress: Progress | None = None
+) -> None:
+    """Copy what is not in `target` yet, the manifest last. Under its lock.
+
+    Raises:
+        UserError: the source is damaged, or there is no room.
+        OSError: a file cannot be read or written.
+    """
+    show = progress or _bar(source.name)
+    for left in target.glob(".*.part"):  # of a process that was killed
+        left.unlink()
+    total = sum(one.size for one in wanted)
+    known = _known(target / CHECKED)
+    missing = [one for one in wanted if not one.is_sound(known)]
+    needed, free = sum(one.size for one in missing), shutil.disk_usage(target).free
+    if needed > free:
+        raise UserError(f"{target}: {human(free)} bytes free, {human(needed)} needed for the copy of {source}; make room")
+    done = total - needed
+    for one in missing:
+        one.copy.unlink(missing_ok=True)
+        done = _copy(one.path, one.copy, done, total, show, one)
+    own = with_tokenizer(source, target, manifest)
+    checked = {one.copy.name: _identity(one.copy) for one in wanted}
+    if checked != known:
+        write_json(target / CHECKED, checked)
+    if not (target / FILE_NAME).exists() or Manifest.load(target) != own:
+        own.save(target)
+
+
+def with_tokenizer(source: Location, target: Path, manifest: Manifest) -> Manifest:
+    """Copy the tokenizer beside the copy's own files, whatever its place was, where there is one; the copy's manifest."""
+    tokenizer = manifest.tokenizer_of(source)
+    copied = target / tokenizer.name
+    content: bytes | None = None
+    if isinstance(tokenizer, Remote):
+        with contextlib.suppress(ObjectMissing):
+            content = objects.read(tokenizer)
+    elif tokenizer.exists():
+        content = tokenizer.read_bytes()
+    if content is not None and (copied.is_symlink() or not copied.is_file() or copied.read_bytes() != content):
+        write_atomic(copied, content)
+    return manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update={"path": tokenizer.name})})
+
+
+def head(source: Remote, folder: Path) -> Path:
+    """A folder below `folder` with the manifest and the tokenizer of a source in object storage: enough to plan with it.
+
+    Raises:
+        UserError: it is no prepared source, or cannot be read or written.
+    """
+    manifest = Manifest.load(source)
+    target = folder / (copy_name(source, manifest) + ".head")
+    try:
+        own_folder(target)
+        with locked(target / LOCK):
+            with_tokenizer(source, target, manifest).save(target)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
+    return target
+
+
+def copied_file(place: Remote, folder: Path) -> Path:
+    """A copy below `folder` of a small object, such as a tokenizer; made anew where it differs.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    content = objects.read(place)
+    target = folder / f"{place.name}-{hashlib.sha256(content).hexdigest()[:16]}" / place.name
+    try:
+        own_folder(target.parent)
+        if target.is_symlink() or not target.is_file() or target.read_bytes() != content:
+            write_atomic(target, content)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror} while {place} was copied to {target}") from error
+    return target
+
+
 @dataclass(frozen=True)
-class _File:
+class StagedFile:
     """One file of a source, and its copy."""
 
-    path: Path
+    path: Location
     copy: Path
     size: int
     shard: ShardInfo
@@ -135,7 +212,7 @@ class _File:
         return digest == (self.shard.bin_sha256 if self.path.suffix == ".bin" else self.shard.idx_sha256)
 
 
-def _own_folder(target: Path) -> None:
+def own_folder(target: Path) -> None:
     """Make a folder that nobody else can write in; refuse one that is another's, or a link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -148,7 +225,8 @@ def _own_folder(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Within, the only process of this machine, and the only thread, that holds the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -172,21 +250,20 @@ def _known(path: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) and not path.is_symlink() else {}
 
 
-def _copy(path: Path, copy: Path, done: int, total: int, show: Progress, file: _File | None) -> int:
+def _copy(path: Location, copy: Path, done: int, total: int, show: Progress, file: StagedFile) -> int:
     """Copy one file under a name that nobody can guess, and compare its checksum; returns the bytes done with it."""
     descriptor, temporary = tempfile.mkstemp(dir=copy.parent, prefix=f".{copy.name}.", suffix=".part")
-    checksum = None if file is None else file.checksum()
+    checksum = file.checksum()
     try:
-        with open(path, "rb") as read, os.fdopen(descriptor, "wb") as write:
-            while data := read.read(COPY_BYTES):
+        with os.fdopen(descriptor, "wb") as write:
+            for data in _parts(path, file.size):
                 write.write(data)
-                if checksum is not None:
-                    checksum.update(data)
+                checksum.update(data)
                 done += len(data)
                 show(done, total)
             write.flush()
             os.fsync(write.fileno())
-        if file is not None and not file.agrees(checksum):
+        if not file.agrees(checksum):
             raise UserError(
                 f"{path}: altered: its checksum is not that of {FILE_NAME}; prepare the source again, or copy it again"
             )
@@ -194,6 +271,16 @@ def _copy(path: Path, copy: Path, done: int, total: int, show: Progress, file: _
     finally:
         Path(temporary).unlink(missing_ok=True)
     return done
+
+
+def _parts(path: Location, size: int) -> Iterator[bytes]:
+    """All of a file or an object, in order."""
+    if isinstance(path, Remote):
+        yield from objects.chunks(path, size)
+        return
+    with open(path, "rb") as read:
+        while data := read.read(COPY_BYTES):
+            yield data
 
 
 def _bar(name: str) -> Progress:

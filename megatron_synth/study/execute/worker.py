@@ -116,7 +116,7 @@ def _train(folder: Folder, run: Run) -> int:
     from megatron_synth.train.checkpoint import branch
 
     config = branch.resolved(folder.begins(run), folder.run(run))
-    data = open_data(config)
+    data = open_data(config, staged=True)
     if run.ranks == 1 and not _cuda_is_used:
         from megatron_synth.parallel.plan import plan
         from megatron_synth.train.loop import train

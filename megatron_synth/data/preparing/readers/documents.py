@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareSource
 from megatron_synth.data.shards.indexed import MAX_SEQUENCE_TOKENS
+from megatron_synth.storage import remote
+from megatron_synth.storage.objects import open_binary
 
 SAMPLE_BYTES = 2**20
 BYTE_ORDER_MARK = "\ufeff"
@@ -64,7 +65,7 @@ def with_text(
 class Place:
     """A line of a file, for messages. number: of the line, from 1, counted from byte `begin` of the file."""
 
-    path: Path
+    path: remote.Location
     begin: int = 0
     number: int = 0
 
@@ -79,7 +80,7 @@ class Place:
     def lines_before(self) -> int:
         """Lines before `begin`, counted only when something is wrong."""
         lines, left = 0, self.begin
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             while left > 0 and (part := file.read(min(left, SAMPLE_BYTES))):
                 lines += part.count(b"\n")
                 left -= len(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
 from glob import has_magic
@@ -21,11 +21,15 @@ from megatron_synth.data.preparing.readers.jsonl import JsonLines
 from megatron_synth.data.preparing.readers.parquet import Parquet
 from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
 from megatron_synth.data.preparing.readers.text import Text
+from megatron_synth.storage import objects
+from megatron_synth.storage.objects import size_of
+from megatron_synth.storage.remote import Location, Remote, is_remote
 
+STREAMED = "read from its start by every share"
 FORMATS: tuple[type[FileFormat], ...] = (Text, JsonLines, Parquet)
 
 
-def format_of(path: Path) -> type[FileFormat] | None:
+def format_of(path: Location) -> type[FileFormat] | None:
     """The format of a file, by how its name ends; None if there is none. Everything that asks, asks here."""
     for kind in FORMATS:
         endings = [kind.ending, *(kind.ending + more for more in COMPRESSIONS if kind.compressible)]
@@ -41,13 +45,13 @@ class Files(Reader):
         super().__init__(name, source)
         self._formats = {kind: kind(source) for kind in FORMATS}
 
-    def _format(self, path: Path) -> FileFormat:
+    def _format(self, path: Location) -> FileFormat:
         kind = format_of(path)
         assert kind is not None, path
         return self._formats[kind]
 
-    def files(self) -> list[Path]:
-        """Looked for again each time.
+    def files(self) -> list[Location]:
+        """Looked for again each time, those in object storage after the others.
 
         Raises:
             UserError: a pattern without files, a file of no known format, or one that cannot be reached.
@@ -55,43 +59,52 @@ class Files(Reader):
         assert self.source.input is not None
         where = f"sources.{self.name}.input"
         found: set[Path] = set()
+        remote: set[Remote] = set()
         for pattern in self.source.input:
+            if is_remote(pattern):
+                objects_found = objects.find(pattern, where)
+                if not objects_found:
+                    raise UserError(f"{where}: {pattern}: no such object")
+                remote.update(objects_found)
+                continue
             matches = set(find(pattern, where))
             if not matches:
                 raise UserError(f"{where}: {pattern}: no such file")
             found |= matches
         known: dict[tuple[int, int], Path] = {}
-        for path in sorted(found):
+        everything: list[Location] = [*sorted(found), *sorted(remote)]
+        for path in everything:
             if format_of(path) is None:
                 endings = ", ".join(kind.ending for kind in FORMATS)
                 raise UserError(
                     f"{where}: {path}: unknown format, expected one of {endings} (.txt and .jsonl also with .gz or .zst)"
                 )
-            status = path.stat()
-            known.setdefault((status.st_dev, status.st_ino), path)
-        return list(known.values())
+            if isinstance(path, Path):
+                status = path.stat()
+                known.setdefault((status.st_dev, status.st_ino), path)
+        return [*known.values(), *sorted(remote)]
 
     def describe(self) -> dict[str, Any]:
         """The patterns, and a fingerprint of names and contents."""
         files = self.files()
-        size = sum(file.stat().st_size for file in files)
+        size = sum(map(size_of, files))
         return {"files": list(self.source.input or ()), "count": len(files), "bytes": size, "fingerprint": fingerprint(files)}
 
     def text_bytes(self) -> int:
         """By the size of the files, and how text compresses."""
-        return sum(self._format(file).text_bytes(file, file.stat().st_size) for file in self.files())
+        return sum(self._format(file).text_bytes(file, size_of(file)) for file in self.files())
 
     def splits(self) -> Iterator[InputSplit]:
         """Segments of files; what can only be read from its start, and is large, is read here."""
         files = self.files()
-        sizes = [file.stat().st_size for file in files]
+        sizes = [size_of(file) for file in files]
         limit = splits.split_bytes(sum(sizes))
-        many = sum(is_compressed(file) or format_of(file) is Parquet for file in files) >= splits.MANY_FILES
+        many = self._many(files)
         pending: list[Any] = []
         filled = 0
         for file, size in zip(files, sizes, strict=True):
             form = self._format(file)
-            if is_compressed(file) and size > splits.STREAMED_ABOVE and not many and form.texts_of_lines(()) is not None:
+            if self._is_streamed(file, size, many):
                 if pending:
                     yield InputSplit(tuple(pending))
                     pending, filled = [], 0
@@ -105,6 +118,32 @@ class Files(Reader):
                 filled += weight
         if pending:
             yield InputSplit(tuple(pending))
+
+    def splitting(self) -> str:
+        """How many files are cut in which way."""
+        files, counts = self.files(), dict.fromkeys(("by byte ranges", "by row groups", "whole", STREAMED), 0)
+        many = self._many(files)
+        for file in files:
+            form = self._format(file)
+            if isinstance(form, Parquet):
+                counts["by row groups"] += 1
+            elif self._is_streamed(file, size_of(file), many):
+                counts[STREAMED] += 1
+            elif is_compressed(file) or form.texts_of_lines(()) is None:
+                counts["whole"] += 1
+            else:
+                counts["by byte ranges"] += 1
+        return ", ".join(f"{number} file{'' if number == 1 else 's'} {how}" for how, number in counts.items() if number)
+
+    @staticmethod
+    def _many(files: Sequence[Location]) -> bool:
+        """Whether there are enough files that cannot be cut to share the work by file."""
+        return sum(is_compressed(file) or format_of(file) is Parquet for file in files) >= splits.MANY_FILES
+
+    def _is_streamed(self, file: Location, size: int, many: bool) -> bool:
+        """Whether a compressed file is read from its start, and handed out in parts."""
+        large = is_compressed(file) and size > splits.STREAMED_ABOVE and not many
+        return large and self._format(file).texts_of_lines(()) is not None
 
     def documents(self, split: InputSplit) -> Iterator[Document | BadRecord]:
         """Read by a worker."""
@@ -121,7 +160,7 @@ def _as_document(text: str | BadRecord) -> Document | BadRecord:
     return text if isinstance(text, BadRecord) else Document(text, text)
 
 
-def _streamed(file: Path) -> Iterator[InputSplit]:
+def _streamed(file: Location) -> Iterator[InputSplit]:
     """A compressed line file, decompressed here."""
     place, total = Place(file), 0
     held: list[bytes] = []
@@ -214,10 +253,13 @@ def _is_folder(path: Path, where: str) -> bool:
         raise UserError(f"{where}: {path}: {error.strerror}; every folder of the input must be readable") from None
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of `files`, in order."""
+def fingerprint(files: Iterable[Location]) -> str:
+    """SHA-256 over the names and contents of `files`, in order; of an object its size and ETag stand for the content."""
     total = hashlib.sha256()
     for path in files:
+        if isinstance(path, Remote):
+            total.update(f"{path}\0{path.size}\0{path.etag}\0".encode())
+            continue
         try:
             total.update(os.fsencode(path.name) + f"\0{path.stat().st_size}\0".encode())
             with open(path, "rb") as file:

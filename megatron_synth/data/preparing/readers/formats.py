@@ -18,6 +18,8 @@ from typing import ClassVar
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareSource
 from megatron_synth.data.preparing.readers.documents import SAMPLE_BYTES, BadRecord, Place
+from megatron_synth.storage import remote
+from megatron_synth.storage.objects import open_binary
 
 COMPRESSIONS = (".gz", ".zst")
 TYPICAL_COMPRESSION = 3.5  # of gzip, zstd and parquet on text; only the estimate of the disk space uses it
@@ -27,7 +29,7 @@ TYPICAL_COMPRESSION = 3.5  # of gzip, zstd and parquet on text; only the estimat
 class Segment:
     """A part of a file: what begin and end count is the format's affair, such as bytes or row groups."""
 
-    path: Path
+    path: remote.Location
     begin: int
     end: int
 
@@ -44,14 +46,14 @@ class FileFormat(ABC):
         self.source = source
 
     @abstractmethod
-    def segments(self, path: Path, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
+    def segments(self, path: remote.Location, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
         """The file of `size` bytes in parts of at most `limit` bytes that are read alone, and the weight of each in bytes."""
 
     @abstractmethod
     def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
         """The texts of a part, one per document, empty ones included."""
 
-    def text_bytes(self, path: Path, size: int) -> int:
+    def text_bytes(self, path: remote.Location, size: int) -> int:
         """Roughly how much text a file of `size` bytes holds."""
         return round(size * TYPICAL_COMPRESSION) if is_compressed(path) else size
 
@@ -67,7 +69,7 @@ class LineFormat(FileFormat):
         """Whether it is so for this source."""
         return True
 
-    def segments(self, path: Path, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
+    def segments(self, path: remote.Location, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
         """Byte ranges of a plain file; a compressed one as a whole."""
         if is_compressed(path) or not self.by_lines():
             yield Segment(path, 0, size), size
@@ -102,20 +104,21 @@ class LineFormat(FileFormat):
         """The text of a line; None where there is no record. Raises BadRecord."""
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: remote.Location) -> bool:
     """Whether a file is compressed as a whole."""
     return path.name.endswith(COMPRESSIONS)
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
+def open_file(path: remote.Location) -> io.BufferedIOBase:
     """A plain or compressed file, to read its text."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(path if isinstance(path, Path) else open_binary(path), "rb")
     if path.suffix == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), SAMPLE_BYTES)
-    return open(path, "rb")
+        file = str(path) if isinstance(path, Path) else open_binary(path)
+        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), SAMPLE_BYTES)
+    return open_binary(path)
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def reading(place: Place) -> Iterator[None]:
         raise UserError(f"{place.path}: cannot be read after line {last}: {error}; copy or compress the file again") from None
 
 
-def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[Place, bytes]]:
+def read_lines(path: remote.Location, begin: int = 0, end: int | None = None) -> Iterator[tuple[Place, bytes]]:
     """The lines that start at bytes [begin, end) of a plain file, or all lines of any, with their ends."""
     place, at = Place(path, begin), begin
     with reading(place), closing(open_file(path)) as file:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.documents import BadRecord, check_column, checked_text
 from megatron_synth.data.preparing.readers.formats import TYPICAL_COMPRESSION, FileFormat, Segment
+from megatron_synth.storage.objects import open_binary
+from megatron_synth.storage.remote import Location
 
 BATCH_ROWS = 256
+FOOTER_BYTES = 2**16  # of an object that are read at a time, unless more is asked for
+
+
+def _opened(path: Location) -> Any:
+    """What pyarrow reads: a path of a file, a file of ranges of an object."""
+    return path if isinstance(path, Path) else open_binary(path, FOOTER_BYTES)
 
 
 class Parquet(FileFormat):
@@ -18,17 +27,17 @@ class Parquet(FileFormat):
     ending = ".parquet"
     compressible = False  # it is, inside
 
-    def text_bytes(self, path: Path, size: int) -> int:
+    def text_bytes(self, path: Location, size: int) -> int:
         """As of other compressed files."""
         return round(size * TYPICAL_COMPRESSION)
 
-    def segments(self, path: Path, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
+    def segments(self, path: Location, size: int, limit: int) -> Iterator[tuple[Segment, int]]:
         """The row groups, each with its bytes before compression."""
         import pyarrow
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(_opened(path)) as file:
                 metadata = file.metadata
                 weights = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
         except (pyarrow.ArrowException, OSError) as error:
@@ -43,7 +52,7 @@ class Parquet(FileFormat):
 
         path, key, row = segment.path, self.source.text_key, 0
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(_opened(path)) as file:
                 check_column(path, file.schema_arrow.names, key)
                 row = sum(file.metadata.row_group(group).num_rows for group in range(segment.begin))
                 groups = list(range(segment.begin, segment.end))

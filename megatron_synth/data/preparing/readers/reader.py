@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.prepare import PrepareSource
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Place
 from megatron_synth.data.preparing.readers.formats import Segment
+from megatron_synth.storage import remote
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Reader(ABC):
         """The documents of a split, empty ones included."""
         yield from split.documents
 
-    def files(self) -> list[Path]:
+    def splitting(self) -> str:
+        """How it is cut into splits, in words."""
+        return "read from its start by every share"
+
+    def files(self) -> Sequence[remote.Location]:
         """The files that it reads, each once; none where the input is no files."""
         return []

@@ -82,7 +82,7 @@ def test_killed_in_the_middle_leaves_nothing_that_opens_and_no_worker(tmp_path, 
     assert open_source(tmp_path / "out" / "web", "web").num_documents == len(TEXTS)
 
 
-STEPS = ["_tokenize_task", "write_shard", "plan_shards", "_count"]
+STEPS = ["tokenize_task", "write_shard", "plan_shards", "_count"]
 
 
 class Killed(KeyboardInterrupt):
@@ -134,7 +134,7 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
     monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
     monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
     done = {"tokenize": [], "shard": []}
-    real_tokenize, real_shard = pipeline._tokenize_task, pipeline.write_shard
+    real_tokenize, real_shard = pipeline.tokenize_task, pipeline.write_shard
 
     def tokenize(tokenizer, task):
         done["tokenize"].append(task[1])
@@ -148,7 +148,7 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
             raise Killed
         return real_shard(tokenizer, task)
 
-    monkeypatch.setattr(pipeline, "_tokenize_task", tokenize)
+    monkeypatch.setattr(pipeline, "tokenize_task", tokenize)
     monkeypatch.setattr(pipeline, "write_shard", shard)
     for _ in range(2):
         with pytest.raises(Killed):

@@ -248,7 +248,7 @@ def test_max_bytes_stops_in_a_compressed_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("holdout", "empty"), [("1/1000000", "web-valid"), ("999999/1000000", "web")])
 def test_an_empty_split_is_known_before_anything_is_tokenized(tmp_path, monkeypatch, holdout, empty):
-    monkeypatch.setattr(pipeline, "_tokenize_task", lambda *arguments: pytest.fail("tokenized"))
+    monkeypatch.setattr(pipeline, "tokenize_task", lambda *arguments: pytest.fail("tokenized"))
     path = lines(tmp_path / "a.jsonl", [{"text": f"text {n}"} for n in range(50)])
     with pytest.raises(UserError, match=f"of 50 documents leaves none for '{empty}'"):
         prepare(config_of(tmp_path, {"web": {"kind": "natural", "input": str(path), "holdout": holdout}}))

@@ -1,0 +1,58 @@
+"""A run whose data and checkpoints are in object storage, on machines that have nothing of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.dist.conftest import Run
+from tests.dist.pool import RankPool, RanksFailed
+from tests.object_store import BUCKET, SECRET, Store, running
+from tests.support import LAYOUTS, assert_same_losses, read_ledger, read_metrics
+
+LAYOUT = "dp2"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with pytest.MonkeyPatch.context() as patch, running(patch) as store:
+        yield store
+
+
+def test_trained_from_a_bucket_to_a_bucket_killed_and_resumed_on_an_empty_machine(
+    trained: Callable[..., Run], ranks: RankPool, config: Path, corpus: Path, store: Store, tmp_path: Path
+) -> None:
+    reference = trained(LAYOUT)
+    files = fsspec.filesystem("s3", use_listings_cache=False)
+    files.put(str(corpus), f"{BUCKET}/corpus", recursive=True)
+    world_size, layout = LAYOUTS[LAYOUT]
+    names = {"sources": ("web", "qa"), "validation": ("val", "val2")}
+    paths = [f"data.{kind}.{name}.path=s3://{BUCKET}/corpus/{name}" for kind, found in names.items() for name in found]
+
+    def arguments(machine: Path) -> list[str]:
+        own = [f"data.staging={machine / 'staging'}", f"checkpoint.upload_to=s3://{BUCKET}/runs/a", "checkpoint.interval=5"]
+        return ["train", str(config), *layout, *paths, *own, "--run-dir", str(machine / "run")]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(RanksFailed):
+        ranks.run(world_size, "tests.dist.bucket_jobs.train", arguments(one), store.environment(), "step_00000015")
+    assert (one / "run" / "checkpoints" / "step_00000015" / "manifest.json").exists()
+    uploaded = files.find(f"{BUCKET}/runs/a/checkpoints")
+    assert not any(name.endswith("step_00000015/manifest.json") for name in uploaded)
+    results = ranks.run(world_size, "tests.dist.bucket_jobs.train", arguments(two), store.environment())
+    assert [result.value for result in results] == [0, 0], results[0].stderr
+    fetched = next(line for line in results[0].stdout.splitlines() if "fetched" in line)
+    resumed = int(fetched.partition("step_")[2][:8])
+    assert resumed in (5, 10) and f"resumed at step {resumed}" in results[0].stdout  # one may be left out for the next
+    assert_same_losses(read_metrics(two / "run"), reference.records, 0)
+    assert read_ledger(two / "run") == reference.ledger
+    ids = [json.loads((machine / "run" / "run.json").read_text())["id"] for machine in (one, two)]
+    assert ids[0] == ids[1]
+    assert files.cat_file(f"{BUCKET}/runs/a/checkpoints/latest") == b"step_00000020\n"
+    for path in [*one.rglob("*"), *two.rglob("*")]:
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert all(SECRET not in result.stdout + result.stderr for result in results)

@@ -1,0 +1,69 @@
+"""A preparation as an array over four nodes of a real SLURM, one of them killed in the middle: the bytes of one machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_synth.data.preparing.journal import JOURNAL, read_journal
+from tests.slurm.conftest import call
+from tests.slurm.lab import Lab
+from tests.unit.data.preparing.support import tree
+
+FILES, LINES, WORDS = 4, 4000, 60
+TASKS = 4
+
+
+def write(tmp_path: Path, output: str) -> Path:
+    """A text of some megabytes in splits of half a megabyte, and what to prepare of it."""
+    folder = tmp_path / "in"
+    if not folder.exists():
+        folder.mkdir()
+        for number in range(FILES):
+            lines = (
+                json.dumps({"text": " ".join(f"w{(number * 7919 + line * 31 + word * word) % 5003}" for word in range(WORDS))})
+                for line in range(LINES * (number + 1))
+            )
+            (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    file = tmp_path / f"{output}.yaml"
+    file.write_text(
+        f"output: {tmp_path / output}\n"
+        "tokenizer: {train: {vocab_size: 400, max_bytes: 100000}}\n"
+        f'sources: {{web: {{kind: natural, input: "{folder}/*.jsonl", holdout: 1/20}}}}\n'
+        "shuffle: {seed: 3}\n"
+    )
+    return file
+
+
+def test_shares_on_four_nodes_of_which_one_is_lost(four: Lab, tmp_path: Path) -> None:
+    assert call(four, "prepare", str(write(tmp_path, "one")), "--workers", "1").code == 0
+    file, output = write(tmp_path, "array"), tmp_path / "array"
+    options = ["--slurm", "--tasks", str(TASKS), "--workers", "1"]
+    dry = call(four, "prepare", str(file), *options, "--dry-run")
+    assert (
+        dry.code == 0
+        and "web: 4 files by byte ranges" in dry.out
+        and "--share 3/4" in dry.out
+        and "nothing was submitted" in dry.out
+    ), dry.err
+    assert not output.with_name("array.slurm").exists()
+    told = call(four, "prepare", str(file), *options)
+    assert told.code == 0, told.err
+    job = told.out.split()[1]
+    again = call(four, "prepare", str(file), *options)
+    assert again.code == 2 and "of this output is" in again.err
+    journal = tmp_path / ".array.shares" / "share-00001-of-00004" / JOURNAL
+    four.wait("a split of the second share", lambda: len(read_journal(journal)) > 2)
+    lost = four.run("squeue", "-h", "-j", f"{job}_1", "-o", "%N").strip()
+    shown = call(four, "prepare", str(file), "--status")
+    assert "share-00001-of-00004: " in shown.out and f"job {job}_1" in shown.out, shown.out + shown.err
+    if lost:  # else it has ended already
+        four.kill_node(lost)
+    four.wait("the output", (output / "prepare.json").exists)
+    if lost:
+        four.start_node(lost)
+    ours, alone = tree(output), tree(tmp_path / "one")
+    assert {name: data for name, data in ours.items() if name != "prepare.json"} == {
+        name: data for name, data in alone.items() if name != "prepare.json"
+    }
+    assert not journal.exists()

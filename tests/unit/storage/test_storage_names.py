@@ -1,0 +1,50 @@
+"""Names of objects: what is plain is taken, all else is refused before it is asked for, and no secret is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_synth.config.errors import UserError
+from megatron_synth.storage.faults import scrubbed
+from megatron_synth.storage.remote import is_remote, location_of, remote
+
+
+def test_a_path_with_a_scheme_is_remote_and_all_else_is_a_file() -> None:
+    found = location_of("s3://bucket/corpus/web.jsonl.gz")
+    assert str(found) == "s3://bucket/corpus/web.jsonl.gz" and found.name == "web.jsonl.gz" and found.suffix == ".gz"
+    assert str(remote("s3://bucket/corpus/") / "a") == "s3://bucket/corpus/a"
+    assert location_of("data/web") == Path("data/web") and not is_remote("data/s3:/x") and not is_remote(Path("s3://x"))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/file", r"data.sources.web.path: ftp://host/file: expected a path, or one that begins with s3://"),
+        ("http://host/file", r"http://host/file: expected a path, or one that begins with"),
+        ("s3://bucket/../other/file", r"expected a bucket and plain names"),
+        ("s3://bucket//file", r"expected a bucket and plain names"),
+        ("s3://bucket/a\nb", r"expected a bucket and plain names"),
+        ("s3://bucket/a\\b", r"expected a bucket and plain names"),
+        ("s3://", r"expected a bucket and plain names"),
+        ("s3://bucket/" + 3000 * "x", r"in at most 2048 characters"),
+    ],
+)
+def test_what_is_not_plain_is_refused(url: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        remote(url, "data.sources.web.path")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:hidden@host/a.jsonl", "https://host/a.jsonl?X-Amz-Signature=hidden", "s3://k:hidden@bucket/a"]
+)
+def test_credentials_in_a_name_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UserError, match="credentials come from the environment") as caught:
+        remote(url)
+    assert "hidden" not in str(caught.value)
+
+
+def test_an_error_that_quotes_a_secret_is_shown_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    assert scrubbed("signed with very-secret, refused") == "signed with ..., refused"
