@@ -92,7 +92,7 @@ def _from_hf(folder: Path, out: Path) -> int:
                     tokenizer_fingerprint=fingerprint,
                     config={
                         "model": model.model_dump(mode="json"),
-                        "train": {"sequence_length": settings.get("max_position_embeddings", 0)},
+                        "train": {"sequence_length": settings.get("max_position_embeddings") or 0},
                         "precision": PrecisionConfig(dtype="bf16" if dtype is torch.bfloat16 else "fp32").model_dump(),
                         "parallel": ParallelConfig().model_dump(),
                     },

@@ -266,7 +266,7 @@ def _wrong_numbers(config: Mapping[str, Any]) -> Iterator[str]:
     for field in ("tie_word_embeddings", "use_sliding_window"):
         if config.get(field) not in (None, True, False):
             yield f"{field}: expected true or false, found {config[field]!r:.80}"
-    for field in (*_REQUIRED[:-1], "num_key_value_heads", "head_dim"):
+    for field in (*_REQUIRED[:-1], "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = config.get(field)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             yield f"{field}: expected a positive whole number, found {value!r:.80}"

@@ -103,7 +103,7 @@ def _context_of_run(run: Path) -> int | None:
 def _context(folder: Path) -> int | None:
     settings: dict[str, Any] = _SETTINGS.read(folder / "config.json")
     found = settings.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
 
 
 def _tokenizer(settings: GeneratorConfig, folder: Path | None) -> Path | None:
@@ -136,6 +136,8 @@ def _parameters(folder: Path) -> int | None:
 
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
+        if not file.is_file():
+            raise UserError(f"generator.model: {file}: not a regular file")
         try:
             with safe_open(file, "np") as opened:
                 for name in opened.keys():  # noqa: SIM118

@@ -117,6 +117,7 @@ def test_a_model_without_a_name_takes_the_first_family_that_has_it() -> None:
         ("llama", {"rope_parameters": [1]}, "rope_parameters: expected settings by name"),
         ("qwen2", {"max_window_layers": "two"}, "max_window_layers: expected a whole number of 0 or more, found 'two'"),
         ("qwen2", {"num_hidden_layers": 10**30}, "layer_types: expected full attention"),
+        ("llama", {"max_position_embeddings": -5}, "max_position_embeddings: expected a positive whole number, found -5"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings: expected true or false, found 'no'"),
         (
             "llama",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -142,6 +143,17 @@ def test_a_run_whose_context_is_too_short_is_refused_before_it_is_exported(synth
         error = told(config, capsys, verb=verb)
         assert "its context has 32 tokens, prompts have up to" in error and "name the copy as `template:`" in error
         assert not (config.folder / "generator").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_the_folder_of_a_model_is_not_waited_for(name, synthesis, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"max_position_embeddings": true}')  # which is no number
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    error = told(synthesis(generator={"model": str(folder)}), capsys, verb="plan")
+    assert ("no config.json" if name == "config.json" else f"{name}: not a regular file") in error
 
 
 def limited(file: Path, size: int) -> str:
