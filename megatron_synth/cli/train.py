@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 from megatron_synth.cli.argparse_types import count
+from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.core.log import say
+from megatron_synth.storage.remote import SCHEMES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +38,10 @@ def main(argv: list[str]) -> int:
     config = load_file(Config, arguments.config, arguments.overrides)
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     run_path = arguments.run_dir or default_run_dir(arguments.config, config)
+    if run_path.parts[:1] and run_path.parts[0] in {f"{scheme}:" for scheme in SCHEMES}:
+        raise UserError(
+            f"--run-dir: {run_path}: expected a folder on a disk; checkpoints go to object storage by checkpoint.upload_to"
+        )
     from megatron_synth.train.checkpoint import branch, files
     from megatron_synth.train.checkpoint.bucket import Bucket
 

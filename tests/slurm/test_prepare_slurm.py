@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 from megatron_synth.data.preparing.journal import JOURNAL, read_journal
@@ -35,6 +37,13 @@ def write(tmp_path: Path, output: str) -> Path:
     return file
 
 
+def stop(share: Path, which: str) -> None:
+    """Halt the process that does a share."""
+    pid = json.loads((share / ".lock").read_text())["pid"]
+    assert which in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    os.kill(pid, signal.SIGSTOP)
+
+
 def test_shares_on_four_nodes_of_which_one_is_lost(four: Lab, tmp_path: Path) -> None:
     assert call(four, "prepare", str(write(tmp_path, "one")), "--workers", "1").code == 0
     file, output = write(tmp_path, "array"), tmp_path / "array"
@@ -49,21 +58,23 @@ def test_shares_on_four_nodes_of_which_one_is_lost(four: Lab, tmp_path: Path) ->
     assert not output.with_name("array.slurm").exists()
     told = call(four, "prepare", str(file), *options)
     assert told.code == 0, told.err
-    job = told.out.split()[1]
+    job = next(line.split()[1] for line in told.out.splitlines() if line.startswith("job "))
     again = call(four, "prepare", str(file), *options)
     assert again.code == 2 and "of this output is" in again.err
-    journal = tmp_path / ".array.shares" / "share-00001-of-00004" / JOURNAL
-    four.wait("a split of the second share", lambda: len(read_journal(journal)) > 2)
+    share = tmp_path / ".array.shares" / "share-00001-of-00004"
+    four.wait("a split of the second share", lambda: len(read_journal(share / JOURNAL)) > 2)
+    stop(share, "1/4")  # in the middle, until its node is gone
     lost = four.run("squeue", "-h", "-j", f"{job}_1", "-o", "%N").strip()
     shown = call(four, "prepare", str(file), "--status")
     assert "share-00001-of-00004: " in shown.out and f"job {job}_1" in shown.out, shown.out + shown.err
-    if lost:  # else it has ended already
-        four.kill_node(lost)
+    four.kill_node(lost)
     four.wait("the output", (output / "prepare.json").exists)
-    if lost:
-        four.start_node(lost)
+    four.start_node(lost)
     ours, alone = tree(output), tree(tmp_path / "one")
     assert {name: data for name, data in ours.items() if name != "prepare.json"} == {
         name: data for name, data in alone.items() if name != "prepare.json"
     }
-    assert not journal.exists()
+    assert not share.exists()
+    attempts = output.with_name("array.slurm").glob(f"*/shares/attempts/{job}_1.jsonl")
+    begins = [json.loads(line) for file in attempts for line in file.read_text().splitlines() if '"begin"' in line]
+    assert len(begins) >= 2 and begins[-1]["nodes"] != lost

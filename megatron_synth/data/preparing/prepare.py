@@ -41,7 +41,7 @@ from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 from megatron_synth.data.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
 from megatron_synth.storage.faults import StorageError
-from megatron_synth.storage.remote import Location, Remote
+from megatron_synth.storage.remote import Location, Remote, is_remote
 
 RECORD = "prepare.json"  # its presence says that the folder is a finished output
 RECORD_VERSION = 1
@@ -137,6 +137,11 @@ class _Work:
 
 def _looked_at(config: PrepareConfig, force: bool) -> _Work | None:
     """Settings and inputs, checked; None where the output is there already, made from the same."""
+    if is_remote(config.output):
+        raise UserError(
+            f"output: {config.output} is in object storage: prepare to a folder on a disk, and copy it there, each "
+            "manifest.json last"
+        )
     output = Path(config.output)
     readers = {name: reader_of(name, source) for name, source in config.sources.items()}
     inputs = {name: reader.describe() for name, reader in readers.items()}

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_synth.cli import train
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.storage.faults import scrubbed
 from megatron_synth.storage.remote import is_remote, location_of, remote
+from tests.support import write_config
 
 
 def test_a_path_with_a_scheme_is_remote_and_all_else_is_a_file() -> None:
@@ -43,6 +47,16 @@ def test_credentials_in_a_name_are_refused_and_not_shown(url: str) -> None:
     with pytest.raises(UserError, match="credentials come from the environment") as caught:
         remote(url)
     assert "hidden" not in str(caught.value)
+
+
+def test_what_is_written_in_place_needs_a_disk(tmp_path) -> None:
+    write_config(tmp_path / "run.yaml", tmp_path)
+    with pytest.raises(UserError, match=r"--run-dir: s3:/bucket/run: expected a folder on a disk; .* checkpoint.upload_to"):
+        train.main([str(tmp_path / "run.yaml"), "--run-dir", "s3://bucket/run"])
+    source = {"kind": "natural", "builtin": "natural"}
+    settings = {"output": "s3://bucket/out", "tokenizer": {"train": {"vocab_size": 300}}, "sources": {"s": source}}
+    with pytest.raises(UserError, match=r"output: s3://bucket/out is in object storage: prepare to a folder on a disk"):
+        prepare(PrepareConfig.model_validate(settings))
 
 
 def test_an_error_that_quotes_a_secret_is_shown_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
