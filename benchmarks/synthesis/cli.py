@@ -33,11 +33,11 @@ from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.config.synthesis import EngineConfig, SamplingConfig
 from megatron_synth.core.log import show, table
 from megatron_synth.synthesis.answers.parts import Answer, Answers
-from megatron_synth.synthesis.chunks import Chunk
+from megatron_synth.synthesis.documents.chunks import Chunk
+from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.engines.http import Address
 from megatron_synth.synthesis.engines.openai import HttpEngine
 from megatron_synth.synthesis.engines.protocol import Shape
-from megatron_synth.synthesis.parents import Parent
 from megatron_synth.synthesis.requests import Prompt, Request, digest
 
 TEXT = "some words of a parent document that is to be rephrased " * 20

@@ -39,6 +39,7 @@ VERBS = {
     "logs": "what the job of a run has printed, by rank, live",
     "doctor": "check this machine, or SLURM nodes, before a long run",
     "eval": "loss and bits per byte of a checkpoint on each domain",
+    "generate": "let a run, or a model of Hugging Face, continue prompts",
     "mix": "plan | show N | audit RUN: look into the mixture of a run",
     "checkpoint": "ls | verify | prune | merge RUN: look after checkpoints",
     "config": "show FILE | check FILE: resolve or check a configuration",

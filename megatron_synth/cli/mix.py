@@ -108,6 +108,10 @@ class Steps:
             return self._trunk.step + bisect.bisect_right(self._ends, sample) + 1
         return self._config.step_after(sample, self._progress) + 1
 
+    def sequences(self, sample: int) -> int:
+        """Of the step of a sample, by the configuration."""
+        return self._config.train.batch_size_of(max(self.of(sample) - 1, 0))
+
     def text(self, sample: int) -> str:
         """The same in words."""
         step = self.of(sample)
@@ -176,7 +180,7 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
     before = sample // number * number
     beside = "" if number == 1 else f", beside samples {before} to {before + number - 1} in its sequence"
     lines = [
-        f"sample   {sample}: {where}, now {config.train.global_batch_size} sequences a step{beside}",
+        f"sample   {sample}: {where}, now {steps.sequences(sample)} sequences a step{beside}",
         f"phase    {plan.schedule.phase_of(sample)} of {len(plan.schedule.phases)}, counted from 0",
         f"source   {spec.name}, its sample {occurrence}: epoch {epoch}, place {place} of {spec.epoch_windows}",
         f"window   {window} of {spec.num_windows}{cut}: tokens {start} to {start + length} of the source",

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from megatron_synth.config import rules, yaml12
 from megatron_synth.config.errors import ConfigError, Problem, UserError
 from megatron_synth.config.model import ModelConfig
-from megatron_synth.config.schema import Config, KernelsConfig
+from megatron_synth.config.schema import Config, KernelsConfig, OptimConfig
 from megatron_synth.config.validation import examine, validate
 
 __all__ = ["apply_overrides", "digest", "load_file", "load_yaml", "merge", "resolve", "shipped", "to_yaml", "validate"]
@@ -221,7 +221,7 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     model = content["model"]
     del model["hf_family"]  # what an export is called
     newer = ("rope_scaling", "kv_channels", "add_qkv_bias", "qk_norm", "norm_placement")
-    for name in (*newer, "sliding_window", "sliding_window_first_layer"):
+    for name in (*newer, "sliding_window", "sliding_window_first_layer", "mup_base_hidden_size"):
         _drop_default(model, name, ModelConfig.model_fields[name].default)
     if config.kernels == KernelsConfig():
         del content["kernels"]
@@ -236,12 +236,15 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["checkpoint"], "keep_steps", [])
     _drop_default(content["checkpoint"], "branch_from", None)
     _drop_default(content["checkpoint"], "init_ema", False)
-    _drop_default(content["optim"], "ema_decay", None)
+    _drop_default(content["checkpoint"], "init_vocabulary", "same")
+    for name in ("name", "muon_momentum", "muon_ns_steps", "ema_decay"):
+        _drop_default(content["optim"], name, OptimConfig.model_fields[name].default)
     _drop_default(content["data"], "skip", [])
     _drop_default(content["data"], "answers", {})
     _drop_default(content["train"], "skip", None)
     _drop_default(content["log"], "health_interval", None)
     _drop_default(content["eval"], "at_start", False)
+    _drop_default(content["train"], "batch_ramp", [])
     for phase in content["data"]["phases"]:
         if phase["ramp"] is not None:
             _drop_default(phase["ramp"], "until", None)

@@ -77,6 +77,17 @@ class ModelConfig(Section):
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial weights; those that write to the residual stream get it / sqrt(2 L)."""
 
+    mup_base_hidden_size: PositiveInt | None = None
+    """Maximal-update parametrization (arXiv 2203.03466): learning rate, weight decay and initial weights are those of a model
+    of this width, and carry to this model's: with m = hidden_size / mup_base_hidden_size, matrices of the layers begin with
+    1 / sqrt(m) of their standard deviation and get lr / m and m x weight decay, logits are divided by m. Widths differ by
+    their number of heads, of one size. Default: off."""
+
+    @property
+    def mup_factor(self) -> float:
+        """m of `mup_base_hidden_size`; 1 without it."""
+        return self.hidden_size / self.mup_base_hidden_size if self.mup_base_hidden_size else 1.0
+
     @property
     def query_groups(self) -> int:
         """Key/value heads, after the default."""

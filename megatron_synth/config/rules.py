@@ -7,15 +7,22 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from megatron_synth.config.errors import Problem
-from megatron_synth.config.schema import Config, DataConfig
+from megatron_synth.config.schema import Config, DataConfig, OptimConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_/-]*")
 
 
 def check(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts something else in it; an empty list when it is sound."""
-    parts = (_model, _parallel, _data, _schedule, _loss, _precision, _saving)
+    parts = (_model, _parallel, _data, _optimizer, _schedule, _loss, _precision, _saving)
     return [problem for part in parts for problem in part(config)]
+
+
+def batch_sizes(config: Config) -> Iterator[tuple[str, int]]:
+    """Every batch size of a run, in the order of its steps, by the key that says it."""
+    for number, stage in enumerate(config.train.batch_ramp):
+        yield f"train.batch_ramp.{number}.global_batch_size", stage.global_batch_size
+    yield "train.global_batch_size", config.train.global_batch_size
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -129,13 +136,16 @@ def _data(config: Config) -> Iterator[Problem]:
     elif data.windows_per_sequence > 1 and train.sequence_length == data.windows_per_sequence:
         message = f"{data.windows_per_sequence} leaves windows of one token, which has no context of its own; take fewer"
         yield Problem("data.windows_per_sequence", message)
-    tokens = train.steps * train.tokens_per_step
+    tokens = train.sequences_until(train.steps) * train.sequence_length
     if tokens > 2**60:
         yield Problem("train.steps", f"{train.steps} steps are {tokens} tokens in all, at most {2**60} can be counted")
-    if train.global_batch_size % train.micro_batch_size:
-        nearest = nearest_multiples(train.global_batch_size, train.micro_batch_size)
-        message = f"{train.global_batch_size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"
-        yield Problem("train.global_batch_size", f"{message}; nearest: {nearest}")
+    for key, size in batch_sizes(config):
+        if size % train.micro_batch_size:
+            message = f"{size} is not divisible by train.micro_batch_size = {train.micro_batch_size}"
+            yield Problem(key, f"{message}; nearest: {nearest_multiples(size, train.micro_batch_size)}")
+    if train.batch_ramp and (ramp := sum(stage.steps for stage in train.batch_ramp)) >= train.steps:
+        message = f"its {ramp} steps leave none of train.steps = {train.steps} with train.global_batch_size"
+        yield Problem("train.batch_ramp", f"{message}; leave its last stage out, or train longer")
 
 
 def _shifted(data: DataConfig) -> Iterator[Problem]:
@@ -194,6 +204,18 @@ def _shares(config: Config, path: str, ratios: Mapping[str, Fraction]) -> Iterat
         if name not in known:
             yield Problem(f"{path}.{name}", f"no source of data.sources has this name; known: {', '.join(known)}")
     yield from _whole(path, ratios)
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optim = config.optim
+    for name in ("muon_momentum", "muon_ns_steps"):
+        if optim.name != "muon" and getattr(optim, name) != OptimConfig.model_fields[name].default:
+            yield Problem(f"optim.{name}", f"{getattr(optim, name):g} has no effect without optim.name: muon")
+    if optim.name == "muon" and config.model.mup_base_hidden_size is not None:
+        message = "cannot be set with optim.name: muon, whose updates of a matrix do not grow with its width; set it to null"
+        yield Problem("model.mup_base_hidden_size", message)
+    if optim.name == "muon" and config.precision.fp8_param_gather:
+        yield Problem("optim.name", "muon needs precision.fp8_param_gather: false, which leaves weights in parts that it knows")
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
@@ -274,6 +296,12 @@ def _saving(config: Config) -> Iterator[Problem]:
         yield Problem("checkpoint.branch_from", message)
     if config.checkpoint.init_ema and config.checkpoint.init_from is None:
         yield Problem("checkpoint.init_ema", "true needs checkpoint.init_from, the run whose average it is")
+    if config.checkpoint.init_vocabulary == "extend":
+        if config.checkpoint.init_from is None:
+            yield Problem("checkpoint.init_vocabulary", "extend needs checkpoint.init_from, whose vocabulary it is")
+        elif config.precision.fp8_param_gather:
+            message = "extend needs precision.fp8_param_gather: false in the first start; it may be true from the second on"
+            yield Problem("checkpoint.init_vocabulary", message)
     if config.optim.ema_decay is not None and config.precision.fp8_param_gather:
         yield Problem("optim.ema_decay", "needs precision.fp8_param_gather: false, which leaves weights that it can stand for")
     if not config.data.validation and not config.data.answers:

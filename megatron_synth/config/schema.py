@@ -7,6 +7,7 @@ reading files is in `load.py`.
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator
@@ -198,6 +199,15 @@ class SkipConfig(Section):
     """Steps before which nothing stands out."""
 
 
+class BatchStage(Section):
+    """Steps at the beginning of a run with a batch size of their own."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_size: Annotated[int, Field(ge=1, le=2**22)]
+    """Sequences of each of them."""
+
+
 class TrainConfig(Section):
     """How long, how much at a time."""
 
@@ -205,6 +215,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     global_batch_size: Annotated[int, Field(ge=1, le=2**22)]
     """Sequences per optimizer step, over all ranks."""
+    batch_ramp: tuple[BatchStage, ...] = ()
+    """Batch sizes of the first steps, stage after stage; global_batch_size holds from their end on. The learning rate follows
+    steps, whatever their size. Default: none."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass of one data-parallel rank."""
     sequence_length: Annotated[int, Field(ge=1, le=2**24)]
@@ -235,19 +248,48 @@ class TrainConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Trained tokens per optimizer step."""
+        """Trained tokens per optimizer step, after the batch ramp."""
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every batch size that a step has, in their order."""
+        return (*(stage.global_batch_size for stage in self.batch_ramp), self.global_batch_size)
+
+    def batch_size_of(self, step: int) -> int:
+        """Sequences of optimizer step `step`, counted from 0."""
+        for stage in self.batch_ramp:
+            if step < stage.steps:
+                return stage.global_batch_size
+            step -= stage.steps
+        return self.global_batch_size
+
+    def sequences_until(self, step: int) -> int:
+        """Sequences of the steps before step `step`, counted from 0."""
+        found = 0
+        for stage in self.batch_ramp:
+            here = min(step, stage.steps)
+            found, step = found + here * stage.global_batch_size, step - here
+        return found + step * self.global_batch_size
 
 
 class OptimConfig(Section):
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw. muon: Muon for the matrices of the layers, AdamW for embeddings, output layer, norms and biases, at one learning
+    rate: updates of a matrix have the root mean square of AdamW's."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon's momentum."""
+    muon_ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """Iterations by which Muon orthogonalizes a matrix."""
     lr: Annotated[float, Field(gt=0, le=1000)] = 3e-4
     """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine to min_lr, warmup-stable-decay, or constant."""
+    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """After warm-up: cosine to min_lr, warmup-stable-decay, a straight line to min_lr, peak x sqrt(warmup_steps / steps done),
+    which needs no length of the run and falls no lower than min_lr, or constant."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
     decay_steps: PositiveInt | None = None
@@ -358,6 +400,9 @@ class CheckpointConfig(Section):
     """Save after these steps too, and keep them for good: what branches begin from."""
     init_from: str | None = None
     """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
+    init_vocabulary: Literal["same", "extend"] = "same"
+    """With init_from: same refuses another vocabulary or tokenizer. extend takes the checkpoint's tokenizer with tokens added:
+    a new token's row in embedding and output layer is the mean of all old rows."""
     init_ema: bool = False
     """With init_from: start from the average that the run kept (optim.ema_decay) in place of its weights."""
     branch_from: str | None = None
@@ -444,10 +489,9 @@ class Config(Section):
         """Tokens of a sample: a window of one source. `rules.check` sees to it that whole windows make a sequence."""
         return self.train.sequence_length // self.data.windows_per_sequence
 
-    @property
-    def samples_per_step(self) -> int:
-        """Windows per optimizer step, over all ranks."""
-        return self.train.global_batch_size * self.data.windows_per_sequence
+    def samples_of_step(self, step: int) -> int:
+        """Windows of optimizer step `step`, counted from 0, over all ranks."""
+        return self.train.batch_size_of(step) * self.data.windows_per_sequence
 
     @property
     def total_samples(self) -> int:
@@ -456,11 +500,23 @@ class Config(Section):
 
     def samples_at_end(self, progress: Progress) -> int:
         """Windows that a run has consumed at its end: those so far, whatever the batch size then was, and those to come."""
-        return progress.samples + max(self.train.steps - progress.step, 0) * self.samples_per_step
+        if progress.step >= self.train.steps:
+            return progress.samples
+        sequences = self.train.sequences_until(self.train.steps) - self.train.sequences_until(progress.step)
+        return progress.samples + sequences * self.data.windows_per_sequence
 
     def step_after(self, samples: int, progress: Progress) -> int:
         """Whole steps after which at most `samples` windows are consumed, of a run that goes on from `progress`."""
-        return max(progress.step + (samples - progress.samples) // self.samples_per_step, 0)
+        sequences, step = (samples - progress.samples) // self.data.windows_per_sequence, progress.step
+        ends = accumulate(stage.steps for stage in self.train.batch_ramp)
+        for end, stage in zip(ends, self.train.batch_ramp, strict=True):
+            if sequences < 0 or step >= end:
+                continue
+            here = min(end - step, sequences // stage.global_batch_size)
+            sequences, step = sequences - here * stage.global_batch_size, step + here
+            if step < end:
+                return step
+        return max(step + sequences // self.train.global_batch_size, 0)
 
     @property
     def data_seed(self) -> int:

@@ -44,7 +44,8 @@ _ABSENT = {
     "lr_warmup_samples": "give steps: optim.warmup_steps = samples / train.global_batch_size",
     "merge_file": _TOKENIZER,
     "qk_layernorm": "say which norm: model.qk_norm: head (as in Qwen 3) or all_heads (as in OLMo 2)",
-    "rampup_batch_size": "the batch size is constant; stop the run, and go on with another train.global_batch_size",
+    "rampup_batch_size": "train.batch_ramp: [{steps: 1000, global_batch_size: 64}, ...], stages of whole steps before "
+    "train.global_batch_size",
     "tensorboard_dir": "every step is in metrics.jsonl of the run directory, and in wandb where log.wandb says so",
     "tokenizer_model": _TOKENIZER,
     "train_samples": "give steps: train.steps = samples / train.global_batch_size",

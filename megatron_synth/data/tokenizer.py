@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -178,6 +178,40 @@ def fingerprint_of(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}; expected a tokenizer.json") from None
     except Exception as error:  # the library raises its own bare
         raise UserError(f"{path}: not a tokenizer.json, {error}") from None
+
+
+_NO_PART = ("version", "truncation", "padding", "added_tokens")
+"""Of a tokenizer.json, what does not decide the ids of text, and what `growth` looks at by itself."""
+
+
+def growth(old: str, new: str) -> str | None:
+    """Why a tokenizer.json is not another one with tokens added to it; None: it is.
+
+    Added tokens may have been added; all else must be the same, and every old token must have its id.
+    """
+    before, after = json.loads(old), json.loads(new)
+    if _fingerprint(json.dumps(_rest(before))) != _fingerprint(json.dumps(_rest(after))):
+        parts = {key for key in {*before, *after} - {*_NO_PART} if before.get(key) != after.get(key)}
+        return f"{' and '.join(sorted(parts))} differ"
+    ids = {token["content"]: token for token in after.get("added_tokens") or []}
+    for token in before.get("added_tokens") or []:
+        if ids.get(token["content"]) != token:
+            return f"the token {token['content']!r} is another one, or is gone"
+    taken = set(_ids(before))
+    for token in after.get("added_tokens") or []:
+        if token["id"] in taken and token not in before["added_tokens"]:
+            return f"the new token {token['content']!r} has the id {token['id']} of an old one"
+    return None
+
+
+def _rest(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in _NO_PART}
+
+
+def _ids(data: dict[str, Any]) -> Iterator[int]:
+    vocab = data["model"].get("vocab") or {}
+    yield from vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram: in the order of the ids
+    yield from (token["id"] for token in data.get("added_tokens") or [])
 
 
 def load_tokenizer(path: str | Path, eod: str) -> Tokenizer:

@@ -185,10 +185,11 @@ def memory_per_rank(
     """Estimated memory of a rank of each pipeline stage, first to last.
 
     Per parameter on the rank: weights 2 bytes (4 in fp32), gradients 4, Adam's moments 8 and, in bf16, the fp32 master copy
-    4; the average of `optim.ema_decay` 4 more. The distributed optimizer divides the last three by the data- and
-    context-parallel sizes. With `fp8` (default: as the configuration says) 2 bytes more for each parameter of the layers'
-    products: quantized copies, as they are and transposed, which are kept over the micro-batches, or with `fp8_param_gather`
-    instead of them; the inputs of these products are kept in FP8, one byte per number.
+    4; the average of `optim.ema_decay` 4 more; Muon 4 fewer for each parameter of the layers' products. The distributed
+    optimizer divides the last three by the data- and context-parallel sizes. With `fp8` (default: as the configuration says)
+    2 bytes more for each parameter of the layers' products: quantized copies, as they are and transposed, which are kept over
+    the micro-batches, or with `fp8_param_gather` instead of them; the inputs of these products are kept in FP8, one byte per
+    number.
     """
     quantized = config.precision.fp8 != "off" if fp8 is None else fp8
     return [
@@ -202,7 +203,7 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     tensor, shards, element = parallel.tensor_model_parallel_size, _sequence_shards(config), _element(config)
     tokens, context = config.micro_batch_tokens, parallel.context_parallel_size
-    micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * data))
+    micro_batches = max(1, max(train.batch_sizes) // (train.micro_batch_size * data))
     first, last = stage == 0, stage == stages - 1
     on_rank = parameters_per_rank(config, stage, vocab_size)
     held = micro_batches_in_flight(stage, stages, chunks, micro_batches)
@@ -245,10 +246,11 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     at_loss = working == loss
     products = sum(weight.size(tensor) for weight in weights(model) if weight.is_product) * model.num_layers // stages
     per_parameter = (12 if element == 2 else 8) + (4 if config.optim.ema_decay is not None else 0)
+    momenta = 4 * products if config.optim.name == "muon" else 0  # second moments, which matrices have none of
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
-        optimizer=on_rank * per_parameter // (data * context if parallel.use_distributed_optimizer else 1),
+        optimizer=(on_rank * per_parameter - momenta) // (data * context if parallel.use_distributed_optimizer else 1),
         activations=activations,
         logits=loss if at_loss else 0,
         buffers=buffers,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+_LAST_NORM = "decoder.final_layernorm.weight"
 
 
 def _check(state: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], vocabulary: set[str]) -> None:
@@ -88,6 +89,8 @@ def to_hf_state(state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int
     hf: dict[str, Tensor] = {}
     for name, theirs, weight in places:
         tensor = state[name][:vocab_size] if weight.has_vocabulary else state[name]
+        if name == _LAST_NORM:  # which has logits divided, where Hugging Face's models cannot
+            tensor = tensor / model.mup_factor
         hf.update(zip(theirs, _split(tensor, weight), strict=True))
     return hf
 

@@ -43,11 +43,13 @@ class LlamaModel(GPTModel):
     precision_text = ""
     """Which layers run in which format, where there is more than one."""
 
-    def __init__(self, *, fused_loss: bool, tokens: int, **kwargs: Any):
+    def __init__(self, *, fused_loss: bool, tokens: int, logits_divisor: float = 1.0, **kwargs: Any):
         super().__init__(**kwargs)
-        self.fused_loss, self.tokens = fused_loss, tokens
+        self.fused_loss, self.tokens, self.logits_divisor = fused_loss, tokens, logits_divisor
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Objective | None, **others: Any) -> Any:
+        if self.post_process and self.logits_divisor != 1.0:
+            hidden_states = hidden_states / self.logits_divisor
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=None, loss_mask=None, **others)
         layer = self.output_layer
@@ -155,6 +157,7 @@ def build_model(plan: RunPlan, vocab_size: int) -> list[LlamaModel]:
         chunk = LlamaModel(
             fused_loss=config.train.fused_loss,
             tokens=vocab_size,
+            logits_divisor=config.model.mup_factor,
             config=mcore,
             transformer_layer_spec=block_spec(mcore, vp_stage, config.model, linears),
             vocab_size=config.model.padded_vocab_size(vocab_size),

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_synth.config.schema import ModelConfig
 from megatron_synth.model.architecture import Weight, by_key
 from megatron_synth.parallel import fp8_params
+from megatron_synth.parallel.muon import MATRIX, Matrix
 from megatron_synth.parallel.wrap import NO_WEIGHT_DECAY
 
 _BLOCK = 1 << 20  # elements hashed at a time; bounds temporary memory to some 50 MB
@@ -119,6 +120,9 @@ def _mark(parameter: torch.nn.Parameter, weight: Weight) -> None:
     if weight.axis is not None and not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, weight.axis, 1)
     setattr(parameter, NO_WEIGHT_DECAY, not weight.decays)
+    if weight.is_product:
+        assert weight.axis is not None
+        setattr(parameter, MATRIX, Matrix(weight.axis, weight.blocks, tuple(rows for _, rows in weight.hf)))
 
 
 def _in_table(entry: ShardedTensor | ShardedTensorFactory, table: dict[str, Weight], layers: int) -> Weight:
@@ -135,10 +139,12 @@ def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_siz
     """Give every parameter the initial values, and the marks, that the architecture's table names.
 
     Norms are one, biases zero, matrices N(0, std^2), those that write to the residual stream N(0, std^2 / (2 num_layers)). The
-    scaling by depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default.
+    scaling by depth is GPT-2's (Radford et al., 2019, section 2.3), the whole scheme megatron-core's default. With
+    `mup_base_hidden_size` the matrices of the layers are divided by sqrt(m).
     """
     table = by_key(model, vocab_size)
     std = model.init_method_std
+    narrower = math.sqrt(model.mup_factor)
     deviations = {"normal": std, "residual": std / math.sqrt(2 * model.num_layers)}
     for chunk in chunks:
         for entry in chunk.sharded_state_dict().values():
@@ -155,6 +161,6 @@ def initialize_weights(chunks: Iterable[GPTModel], model: ModelConfig, vocab_siz
                 if weight.initial in ("ones", "zeros"):
                     shard.data.fill_(1.0 if weight.initial == "ones" else 0.0)
                 else:
-                    fill_normal(shard, seed, deviations[weight.initial])
+                    fill_normal(shard, seed, deviations[weight.initial] / (narrower if weight.is_product else 1.0))
             if quantized:
                 fp8_params.fill(parameter, entry.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_synth.config.errors import ConfigError, Problem
-from megatron_synth.config.rules import check, nearest_multiples
+from megatron_synth.config.rules import batch_sizes, check, nearest_multiples
 from megatron_synth.config.schema import Config
 
 
@@ -86,21 +86,20 @@ def plan(config: Config, world_size: int) -> Layout:
         problems.append(Problem("parallel", f"{message}; nearest: {nearest_multiples(world_size, copy)} ranks"))
         raise ConfigError(f"{_count(world_size, 'rank')}", problems)
 
-    micro, batch = train.micro_batch_size, train.global_batch_size
+    micro = train.micro_batch_size
     per_round = micro * data
-    if batch % per_round:
-        # a batch that the micro-batch does not divide is already among the problems of the rules
-        if batch % micro == 0:
-            message = f"{batch} is not divisible by micro_batch_size {micro} x {data} data-parallel ranks = {per_round}"
-            nearest = nearest_multiples(batch, per_round)
-            problems.append(Problem("train.global_batch_size", f"{message}; nearest: {nearest}"))
-    elif chunks > 1 and (batch // per_round) % pipeline:
-        message = (
-            f"{batch} gives {_count(batch // per_round, 'micro-batch')} per step, but the interleaved schedule needs "
-            f"a multiple of the {pipeline} pipeline stages"
-        )
-        nearest = nearest_multiples(batch, per_round * pipeline)
-        problems.append(Problem("train.global_batch_size", f"{message}; nearest: {nearest}"))
+    for key, batch in batch_sizes(config):
+        if batch % per_round:
+            # a batch that the micro-batch does not divide is already among the problems of the rules
+            if batch % micro == 0:
+                message = f"{batch} is not divisible by micro_batch_size {micro} x {data} data-parallel ranks = {per_round}"
+                problems.append(Problem(key, f"{message}; nearest: {nearest_multiples(batch, per_round)}"))
+        elif chunks > 1 and (batch // per_round) % pipeline:
+            message = (
+                f"{batch} gives {_count(batch // per_round, 'micro-batch')} per step, but the interleaved schedule needs "
+                f"a multiple of the {pipeline} pipeline stages"
+            )
+            problems.append(Problem(key, f"{message}; nearest: {nearest_multiples(batch, per_round * pipeline)}"))
     if problems:
         raise ConfigError(f"{_count(world_size, 'rank')}", problems)
     return Layout(
@@ -108,7 +107,7 @@ def plan(config: Config, world_size: int) -> Layout:
         pipeline=pipeline,
         virtual=chunks,
         data=data,
-        num_microbatches=batch // per_round,
+        num_microbatches=train.global_batch_size // per_round,
         layers_per_stage=config.model.num_layers // pipeline,
         sequence_parallel=parallel.uses_sequence_parallel,
         context=context,

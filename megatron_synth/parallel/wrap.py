@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_synth.config.schema import Config
 from megatron_synth.parallel import fp8_params
+from megatron_synth.parallel.muon import MATRIX, use_muon
 
 NO_WEIGHT_DECAY = "no_weight_decay"
 """Attribute of parameters that the optimizer's weight decay leaves alone."""
@@ -53,9 +54,13 @@ def wrap_ddp(chunks: Sequence[GPTModel], config: Config) -> list[DistributedData
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
-    """AdamW over all chunks; weight decay on all that is not marked `NO_WEIGHT_DECAY`."""
+    """The optimizer of all chunks; weight decay on all that is not marked `NO_WEIGHT_DECAY`."""
     optim = config.optim
-    return get_megatron_optimizer(
+    overrides = {ParamKey(attr=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)}
+    factor = config.model.mup_factor
+    if factor != 1.0:  # so that lr x weight decay is the same at each width
+        overrides[ParamKey(attr=MATRIX)] = ParamGroupOverride(lr_mult=1.0 / factor, wd_mult=factor)
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -73,9 +78,12 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             fp8_recipe=fp8_params.RECIPES[config.precision.fp8] if config.precision.fp8_param_gather else None,
         ),
         chunks,
-        config_overrides={ParamKey(attr=NO_WEIGHT_DECAY): ParamGroupOverride(wd_mult=0.0)},
+        config_overrides=overrides,
         use_gloo_process_groups=False,
     )
+    if optim.name == "muon":
+        use_muon(optimizer, config)
+    return optimizer
 
 
 @contextmanager

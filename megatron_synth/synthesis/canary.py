@@ -9,9 +9,9 @@ from typing import Any
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import show
 from megatron_synth.synthesis.answers.parts import REFUSED, Answer
-from megatron_synth.synthesis.chunks import Chunk
+from megatron_synth.synthesis.documents.chunks import Chunk
+from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.engines.base import Capabilities, Engine
-from megatron_synth.synthesis.parents import Parent
 from megatron_synth.synthesis.requests import Request, Wording
 
 TEXT = "The river rises in the hills, and a mill stands where it meets the road."

@@ -22,7 +22,7 @@ from megatron_synth.data.preparing.readers.files import fingerprint
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, Cost, SynthesisRecord
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.answers.parts import REFUSED, Answers, Line
-from megatron_synth.synthesis.counting import TokenCounter
+from megatron_synth.synthesis.documents.counting import TokenCounter
 from megatron_synth.synthesis.filters.base import Candidate, Filters, Verdict
 from megatron_synth.synthesis.kinds.template import as_json
 from megatron_synth.synthesis.recombined import extraction_record

@@ -15,7 +15,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import GeneratorConfig
 from megatron_synth.core.files import sync_folder
 from megatron_synth.core.records import read_text
-from megatron_synth.synthesis.counting import ByteCounter, TokenCounter, TokenizerCounter
+from megatron_synth.synthesis.documents.counting import ByteCounter, TokenCounter, TokenizerCounter
 
 TOKENIZER = "tokenizer.json"
 BLOCK_BYTES = 2**24

@@ -15,7 +15,10 @@ class Terms:
 
 FREE = Terms("no condition on what the model writes", "the license has none")
 
-LLAMA = "a model trained on outputs and distributed must have `Llama` first in its name, and show `Built with Llama`"
+LLAMA = (
+    "a model trained on outputs and distributed must have `Llama` first in its name; what contains Llama itself must also show "
+    "`Built with Llama`"
+)
 
 TERMS: dict[str, Terms] = {
     "apache-2.0": FREE,

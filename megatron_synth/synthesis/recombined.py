@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, SynthesisRecord, read_record
-from megatron_synth.synthesis.chunks import Chunk, cut
-from megatron_synth.synthesis.counting import TokenCounter
+from megatron_synth.synthesis.documents.chunks import Chunk, cut
+from megatron_synth.synthesis.documents.counting import TokenCounter
+from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.filters.base import REASONS, FiltersConfig
 from megatron_synth.synthesis.kinds.template import Template
-from megatron_synth.synthesis.parents import Parent
 from megatron_synth.synthesis.selection.concepts import ConceptGraph
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from megatron_synth.config.synthesis import SamplingConfig
 from megatron_synth.synthesis.answers.index import KeySet
-from megatron_synth.synthesis.chunks import Chunk
-from megatron_synth.synthesis.escape import Escape
+from megatron_synth.synthesis.documents.chunks import Chunk
+from megatron_synth.synthesis.documents.escape import Escape
 from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template
 
@@ -32,6 +32,8 @@ class Prompt:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, content)."""
     text: str = ""
+    tokens: tuple[int, ...] = ()
+    """Of `text`, where they are known: they are sent in its place."""
 
     def characters(self) -> str:
         """All of it in one string, to count by."""

@@ -10,16 +10,16 @@ from typing import Any
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import show
-from megatron_synth.synthesis.chunks import Chunk, Skipped, chunks
-from megatron_synth.synthesis.counting import TokenCounter, TokenizerCounter
+from megatron_synth.synthesis.documents.chunks import Chunk, Skipped, chunks
+from megatron_synth.synthesis.documents.counting import TokenCounter, TokenizerCounter
+from megatron_synth.synthesis.documents.parents import Parent, Parents
 from megatron_synth.synthesis.engines.base import Engine
 from megatron_synth.synthesis.generator import Generator, generator_of
-from megatron_synth.synthesis.hardest import hardest
 from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template, template_of
-from megatron_synth.synthesis.parents import Parent, Parents
 from megatron_synth.synthesis.recombined import walk_chunks
 from megatron_synth.synthesis.requests import Asking, Request, Wording, constant_part, requests
+from megatron_synth.synthesis.selection.hardest import hardest
 from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 

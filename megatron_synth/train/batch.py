@@ -163,8 +163,11 @@ def prefetcher_of(
     def buffer(shape: tuple[int, int], dtype: np.dtype[Any]) -> Tokens:
         return torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=on_gpu).numpy()
 
-    threads, step, end = int(read_ahead), config.samples_per_step, config.samples_at_end(progress)
-    return Prefetcher(loader, step, threads=threads, end_sample=end, allocate=buffer)
+    def size(first_sample: int) -> int:
+        return config.samples_of_step(config.step_after(first_sample, progress))
+
+    threads, end = int(read_ahead), config.samples_at_end(progress)
+    return Prefetcher(loader, size, threads=threads, end_sample=end, allocate=buffer)
 
 
 def filled(rounds: list[TensorBatch], multiple: int) -> list[TensorBatch]:

@@ -60,7 +60,8 @@ def _layers(layout: Layout) -> str:
 def _model(config: Config, vocab_size: int | None, progress: Progress) -> list[str]:
     train = config.train
     tokens = config.samples_at_end(progress) * config.window_length
-    size = f"{max(train.steps - progress.step, 0)} steps x {train.global_batch_size} sequences x {train.sequence_length}"
+    sizes = " to ".join(map(str, dict.fromkeys((min(train.batch_sizes), max(train.batch_sizes)))))
+    size = f"{max(train.steps - progress.step, 0)} steps x {sizes} sequences x {train.sequence_length}"
     if progress.step:
         size = f"{progress.samples * config.window_length:,} in the {progress.step} steps before, {size}"
     lines = [f"  tokens             {tokens:,} ({size})"]

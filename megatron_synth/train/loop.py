@@ -182,6 +182,10 @@ class Trainer:
             resume.load_weights(start.weights, self.chunks, self.optimizer)
             if config.checkpoint.init_ema:
                 averages.load_average_as_weights(start.weights, self.chunks, self.optimizer)
+            grown = resume.extend_vocabulary(start.weights, self.chunks, self.optimizer, config, data)
+            if grown is not None:
+                on_main(ranks, lambda: self.run_dir.event(grown))
+                say(grown)
         if config.optim.ema_decay is not None:
             self.stepper.average = Average(self.chunks, self.optimizer, config.optim.ema_decay)
             if start.resumed is not None and not averages.load_average(start.resumed, self.chunks, self.stepper.average):
@@ -282,10 +286,10 @@ class Trainer:
             result = self.stepper.step(batches, len(self.data.plan.names), lr, lambda: stop.requested, self._save_by_time)
             ended = time.perf_counter()
             self.enter("record", self.step + 1)
+            self.samples += self.config.samples_of_step(self.step)
             self.step += 1
             exit_record.at_step(self.step)
             collection.after_step(self.step)
-            self.samples += self.config.samples_per_step
             self.recorder.add(self.step, self.samples, result, lr, step_s=ended - began, data_s=loaded - began)
             if self.precision_text and self.step == started_at + 1:
                 self.recorder.include({metrics.PRECISION: self.precision_text})

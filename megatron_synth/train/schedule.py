@@ -18,6 +18,9 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     - wsd, with D = decay_steps or a tenth of the run: peak until step B = max(T - D, P), then the straight line
       ``peak + (min_lr - peak) * (step - B) / (T - B)``; exactly min_lr at step T. A decay that would begin
       before the warm-up has ended begins at its end.
+    - linear: the straight line ``peak + (min_lr - peak) * (step - P) / (T - P)``; exactly min_lr at step T.
+    - inverse_sqrt: ``max(min_lr, peak * sqrt((P + 1) / (step + 1)))`` (A. Vaswani et al., arXiv 1706.03762, eq. 3, with its
+      scale chosen so that step P gets the peak); without warm-up it falls from the first step on.
     - constant: peak.
 
     A run that ends within its warm-up ends there: the warm-up has precedence over every decay.
@@ -29,11 +32,15 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     last, peak_step = total_steps - 1, max(warmup - 1, 0)
     if optim.schedule == "constant" or step == peak_step:
         return peak
+    if optim.schedule == "inverse_sqrt":
+        return max(floor, peak * math.sqrt((peak_step + 1) / (step + 1)))
     if step == last:
         return floor
+    progress = (step - peak_step) / (last - peak_step)
     if optim.schedule == "cosine":
-        progress = (step - peak_step) / (last - peak_step)
         return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if optim.schedule == "linear":
+        return peak + (floor - peak) * progress
     decay_steps = optim.decay_steps or max(1, round(total_steps / 10))
     decay_begin = max(last - decay_steps, peak_step)
     if step <= decay_begin:

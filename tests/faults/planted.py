@@ -22,7 +22,7 @@ from megatron_synth.core.log import say
 from tests.dist.pool import RankPool
 from tests.support import read_ledger, read_metrics, tokenizer, write_source
 
-_JOB = "tests.dist.skip_jobs.train_with_fault"
+_JOB = "tests.dist.faults.skip_jobs.train_with_fault"
 _SKIP = "train.skip={sigmas: 8, window: 64, least: 16}"
 _FAULTS = {
     "a batch of noise": ("noise", 1),

@@ -29,7 +29,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "vllm"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.unit.synthesis.fake_vllm "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.unit.synthesis.engines.fake_vllm "$@"\n')
     script.chmod(0o755)
     return {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "FAKE_MARK": str(tmp_path / "starts")}
 

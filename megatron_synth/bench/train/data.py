@@ -21,7 +21,7 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
 
     def __init__(self, config: Config, prefetcher: Prefetcher, ranks: Ranks):
         self._config, self._prefetcher, self._ranks = config, prefetcher, ranks
-        self._samples = 0
+        self._samples = self._steps = 0
 
     def __len__(self) -> int:
         return self._config.train.steps
@@ -37,7 +37,8 @@ class RealBatches(Sequence[Sequence[TensorBatch]]):
                 to_device(batch, self._ranks.device, self._config.data, part=part_of(self._ranks, self._config))
                 for batch in self._prefetcher.step(self._samples)
             ]
-        self._samples += self._config.samples_per_step
+        self._samples += self._config.samples_of_step(self._steps)
+        self._steps += 1
         return batches
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
-import re
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from megatron_synth.cli.fit.jobs import (
+    AUTO,
+    FIGURE_FILE,
+    ISOFLOP,
+    LAW_FILE,
+    SHARES,
+    Job,
+    about_job,
+    fit_all,
+    open_jobs,
+    write_law,
+)
 from megatron_synth.cli.interrupts import interruptible
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -21,23 +27,10 @@ from megatron_synth.core.log import say, table
 from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
 from megatron_synth.study.fit.diagnostics import Diagnostic, dependent_rows
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
-from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, UNIQUE_TOKENS
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS
-from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.row_filter import number
-from megatron_synth.study.fit.table.runs_table import (
-    FLOPS,
-    Table,
-    epochs_of,
-    find_column,
-    law_columns,
-    loss_columns,
-    read_table,
-)
-from megatron_synth.train.record.run_dir import git_state, versions
+from megatron_synth.study.fit.table.runs_table import Table
 
-LAW_FILE, FIGURE_FILE = "law.json", "fit.png"
-SHARES, AUTO, ISOFLOP = "shares", "auto", "isoflop"
 RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
 CLI_AGGREGATES = ("macro", "worst")
 
@@ -142,8 +135,7 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
     if options.law == SHARES:
         from megatron_synth.cli.fit.shares import run
 
-        out = options.out or Path("fits") / f"{options.runs.stem}-{SHARES}"
-        return run(options, argv, out, {**versions_used(), "git": git_state(Path(__file__).parent)})
+        return run(options, argv, options.out or Path("fits") / f"{options.runs.stem}-{SHARES}")
     if options.law == AUTO:
         from megatron_synth.cli.fit.ratio import run as choose_law
 
@@ -155,102 +147,33 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
     law = law_named(options.law)
     if options.delta <= 0 or options.bootstraps < 0 or options.bootstraps == 1:
         raise UserError("--delta must be above 0, and --bootstraps 0 or at least 2")
-    runs = read_table(options.runs)
-    digest = hashlib.sha256(options.runs.read_bytes()).hexdigest()
-    if options.where:
-        runs = runs.where(options.where)
-    if options.cluster is not None:
-        find_column(runs, "cluster", options.cluster, "--cluster")
-    groups = {"": runs} if options.group is None else runs.groups(options.group)
-    losses = loss_columns(runs, options.loss_column)
-    if options.aggregate and len(losses) < 2:
-        raise UserError(
-            f"--aggregate {options.aggregate}: needs several loss columns, got {losses[0]}; give --loss-column 'loss/*'"
-        )
-    jobs = jobs_of(groups, losses, options, law)
+    jobs = open_jobs(options, law)
     out = options.out or Path("fits") / f"{options.runs.stem}-{law.name}"
-    fitted: dict[str, tuple[Fit, dict[str, Any]]] = {}
-    for name, rows, job in jobs:  # every fit before any file
-        try:
-            result = _fit(law, job, options)
-        except UserError as error:
-            raise UserError(f"{name}: {error}" if name else str(error)) from None
+    fitted = []
+    for job, result in fit_all(jobs, lambda job: _fit(law, job, options)):
         if options.cluster is None:
-            result = replace(result, warnings=(*result.warnings, *_dependent(rows)))
-        about = {
-            "data": {
-                "file": str(options.runs),
-                "sha256": digest,
-                "group": None if options.group is None else {options.group: rows.texts[options.group][0]},
-                "rows": len(rows),
-                "where": options.where,
-                "columns": {**job["read_from"], "loss": job["named"]},
-                "dropped_lines": [int(rows.lines[index]) for index in result.dropped],
-                "repeated_lines": [int(rows.lines[index]) for index in result.repeated],
-                "cluster": options.cluster,
-            },
-            "command": shlex.join(["megatron-synth", "fit", *argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {**versions_used(), "git": git_state(Path(__file__).parent)},
+            result = replace(result, warnings=(*result.warnings, *_dependent(job.rows)))
+        lines = {
+            "dropped_lines": [int(job.rows.lines[index]) for index in result.dropped],
+            "repeated_lines": [int(job.rows.lines[index]) for index in result.repeated],
         }
-        fitted[name] = result, about
+        fitted.append((job, result, about_job(job, options, argv, **lines, cluster=options.cluster)))
     pooled = None
     if options.share or options.pool:
         from megatron_synth.cli.fit.arms import fit_pooled
 
         pooled = fit_pooled(law, jobs, options)  # before any file
-    for name, (result, about) in fitted.items():
-        folder = out / file_name(name)
-        _write(folder, result, about, name)
+    for job, result, about in fitted:
+        folder = write_law(out, job.name, {**result.to_json(), **about}, _drawn(result, job.name or options.runs.stem))
         written.append(folder)
-        say(describe(result, name))
+        say(describe(result, job.name))
         say(f"  -> {folder / LAW_FILE}, {folder / FIGURE_FILE}\n")
     if pooled is not None:
         from megatron_synth.cli.fit.arms import describe_pooled
 
-        write_json(out / "pooled.json", {**pooled.to_json(), **next(iter(fitted.values()))[1]})
+        write_json(out / "pooled.json", {**pooled.to_json(), **fitted[0][2]})
         say(f"{describe_pooled(pooled)}\n  -> {out / 'pooled.json'}\n")
     return EXIT_OK
-
-
-def jobs_of(
-    groups: dict[str, Table], losses: Sequence[str], options: argparse.Namespace, law: AnyLaw
-) -> list[tuple[str, Table, dict[str, Any]]]:
-    """(name, rows, what to fit) of every fit, all cells read."""
-    asked = {
-        N_PARAMS: options.n_column,
-        TOKENS: options.tokens_column,
-        FLOPS: options.flops_column,
-        RATIO: options.ratio_column,
-        UNIQUE_TOKENS: options.unique_column,
-    }
-    jobs = []
-    for group, rows in groups.items():
-        columns, read_from = law_columns(rows, law, asked)
-        values = {name: rows.numbers(name) for name in losses}
-        if options.aggregate:
-            named = f"{options.aggregate} of {', '.join(losses)}"
-            targets = {options.aggregate: (aggregate(values, options.aggregate), named)}
-        else:
-            targets = {name if len(losses) > 1 else "": (array, name) for name, array in values.items()}
-        for target, (loss, named) in targets.items():
-            name = "/".join(part for part in (group, target) if part)
-            jobs.append(
-                (
-                    name,
-                    rows,
-                    {
-                        "columns": columns,
-                        "read_from": read_from,
-                        "loss": loss,
-                        "named": named,
-                        "extra": rows.values(),
-                        "epochs": epochs_of(rows),
-                        "cluster": None if options.cluster is None else rows.texts[options.cluster],
-                    },
-                )
-            )
-    return jobs
 
 
 def _dependent(rows: Table) -> list[Diagnostic]:
@@ -261,11 +184,11 @@ def _dependent(rows: Table) -> list[Diagnostic]:
     return []
 
 
-def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
+def _fit(law: AnyLaw, job: Job, options: argparse.Namespace) -> Fit:
     return fit(
         law,
-        job["columns"],
-        job["loss"],
+        job.columns,
+        job.loss,
         fixed=_fixed(options.fix),
         delta=options.delta,
         starts=options.starts,
@@ -273,9 +196,9 @@ def _fit(law: AnyLaw, job: dict[str, Any], options: argparse.Namespace) -> Fit:
         holdout=options.holdout,
         bootstraps=options.bootstraps,
         seed=options.seed,
-        cluster=job["cluster"],
-        epochs=job["epochs"],
-        extra={name: values for name, values in job["extra"].items() if name not in job["columns"]},
+        cluster=job.cluster,
+        epochs=job.epochs,
+        extra={name: values for name, values in job.extra.items() if name not in job.columns},
         progress=_progress() if sys.stderr.isatty() else None,
     )
 
@@ -333,23 +256,7 @@ def describe(result: Fit, name: str = "") -> str:
     return "\n".join(lines)
 
 
-def _write(folder: Path, result: Fit, about: dict[str, Any], name: str) -> None:
-    from megatron_synth.study.report.fit_figure import write_figure
+def _drawn(result: Fit, title: str) -> Callable[[Path], None]:
+    from megatron_synth.study.report.figures.fit import write_figure
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
-    write_figure(result, folder / FIGURE_FILE, name or Path(about["data"]["file"]).stem)
-    write_json(folder / LAW_FILE, {**result.to_json(), **about})
-
-
-def file_name(name: str) -> str:
-    """A name of a group or column as one of a folder."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".")
-
-
-def versions_used() -> dict[str, str]:
-    """What law.json says of versions."""
-    found = versions()
-    return {**{key: found[key] for key in ("python", "megatron-synth", "numpy")}, "scipy": importlib.metadata.version("scipy")}
+    return lambda path: write_figure(result, path, title)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
+from megatron_synth.cli.fit.jobs import Job
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import table
 from megatron_synth.study.fit.arms.pooled import Pooled, fit_arms
 from megatron_synth.study.fit.catalog import AnyLaw
-from megatron_synth.study.fit.table.runs_table import Table
 
 
-def fit_pooled(law: AnyLaw, jobs: Sequence[tuple[str, Table, dict[str, Any]]], options: argparse.Namespace) -> Pooled:
+def fit_pooled(law: AnyLaw, jobs: Sequence[Job], options: argparse.Namespace) -> Pooled:
     """The laws of all groups, with the parameters shared and pooled that `options` name.
 
     Raises:
@@ -21,19 +20,16 @@ def fit_pooled(law: AnyLaw, jobs: Sequence[tuple[str, Table, dict[str, Any]]], o
     """
     if options.group is None:
         raise UserError("--share and --pool need --group, the column of the arms")
-    names = [name for name, _, _ in jobs]
-    if len({name.split("/")[0] for name in names}) < len(names):
+    if len({job.name.split("/")[0] for job in jobs}) < len(jobs):
         raise UserError("--share and --pool take one loss: give one --loss-column, or --aggregate")
     for name in ("holdout", "cluster"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} does not go with --share and --pool; choose rows with --where")
     if options.fix or options.drop_highest_loss:
         raise UserError("--fix and --drop-highest-loss do not go with --share and --pool")
-    shared, pooled = (
-        tuple(part.strip() for part in (text or "").split(",") if part.strip()) for text in (options.share, options.pool)
-    )
-    columns = {name: job["columns"] for name, _, job in jobs}
-    loss = {name: job["loss"] for name, _, job in jobs}
+    shared, pooled = _names(options.share), _names(options.pool)
+    columns = {job.name: job.columns for job in jobs}
+    loss = {job.name: job.loss for job in jobs}
     return fit_arms(law.name, columns, loss, shared=shared, pooled=pooled)
 
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import shlex
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import megatron_synth.cli.fit as verb
-from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.files import write_json
+from megatron_synth.cli.fit.jobs import ISOFLOP, LAW_FILE, Job, about_job, fit_all, open_jobs, refuse_options, write_law
+from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.catalog import law_named
 from megatron_synth.study.fit.compute.isoflop import Exponent, Isoflop, isoflop, joint_exponent
 from megatron_synth.study.fit.fit import Fit, fit
-from megatron_synth.study.fit.table.runs_table import loss_columns, read_table
-from megatron_synth.train.record.run_dir import git_state
 
 
 def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
@@ -27,49 +20,16 @@ def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
     Raises:
         UserError: the table has too few sizes at one compute, or cannot be read.
     """
-    for name in ("holdout", "cluster"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} is no option of --law isoflop; see --law joint")
-    if options.fix or options.drop_highest_loss:
-        raise UserError("--fix and --drop-highest-loss are no options of --law isoflop; see --where")
-    runs = read_table(options.runs)
-    digest = hashlib.sha256(options.runs.read_bytes()).hexdigest()
-    if options.where:
-        runs = runs.where(options.where)
-    groups = {"": runs} if options.group is None else runs.groups(options.group)
-    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, law_named("joint"))
-    found: dict[str, tuple[Isoflop, Exponent, Fit, dict[str, Any]]] = {}
-    for name, rows, job in jobs:
-        columns, loss = job["columns"], job["loss"]
-        try:
-            parabolas = isoflop(
-                columns["n_params"], columns["tokens"], loss, draws=max(options.bootstraps, 100), seed=options.seed
-            )
-            joint = fit(
-                "joint",
-                columns,
-                loss,
-                bootstraps=options.bootstraps,
-                seed=options.seed,
-                starts=options.starts,
-                delta=options.delta,
-            )
-            exponent = joint_exponent(joint)
-        except UserError as error:
-            raise UserError(f"{name}: {error}" if name else str(error)) from None
-        about = {
-            "data": {"file": str(options.runs), "sha256": digest, "rows": len(rows), "columns": job["read_from"]},
-            "command": shlex.join(["megatron-synth", "fit", *argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {**verb.versions_used(), "git": git_state(Path(__file__).parent)},
-        }
-        found[name] = parabolas, exponent, joint, about
-    for name, (parabolas, exponent, joint, about) in found.items():
-        folder = out / verb.file_name(name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    refuse_options(options, ISOFLOP, "holdout", "cluster", "fix", "drop_highest_loss", instead="see --law joint, and --where")
+
+    def both(job: Job) -> tuple[Isoflop, Exponent, Fit]:
+        sizes, tokens, draws = job.columns["n_params"], job.columns["tokens"], max(options.bootstraps, 100)
+        parabolas = isoflop(sizes, tokens, job.loss, draws=draws, seed=options.seed)
+        settings = {name: getattr(options, name) for name in ("bootstraps", "seed", "starts", "delta")}
+        joint = fit("joint", job.columns, job.loss, **settings)
+        return parabolas, joint_exponent(joint), joint
+
+    for job, (parabolas, exponent, joint) in fit_all(open_jobs(options, law_named("joint")), both):
         curves = [
             {**{key: value for key, value in curve.__dict__.items() if key != "runs"}, "runs": len(curve.runs)}
             for curve in parabolas.curves
@@ -81,9 +41,9 @@ def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
             "joint": exponent.to_json(),
             "warnings": warnings,
         }
-        write_json(folder / verb.LAW_FILE, {"law": verb.ISOFLOP, **content, **about})
-        say(describe(parabolas, exponent, joint, name))
-        say(f"  -> {folder / verb.LAW_FILE}\n")
+        folder = write_law(out, job.name, {"law": ISOFLOP, **content, **about_job(job, options, argv)})
+        say(describe(parabolas, exponent, joint, job.name))
+        say(f"  -> {folder / LAW_FILE}\n")
     return EXIT_OK
 
 

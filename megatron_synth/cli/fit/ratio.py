@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import shlex
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import megatron_synth.cli.fit as verb
-from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.files import write_json
+from megatron_synth.cli.fit.jobs import AUTO, LAW_FILE, Job, about_job, fit_all, open_jobs, refuse_options, write_law
+from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.catalog import law_named
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.fit.noise import best_measured, noise_floor
 from megatron_synth.study.fit.ratio.choice import RatioChoice, choose
-from megatron_synth.study.fit.table.runs_table import loss_columns, read_table
-from megatron_synth.train.record.run_dir import git_state
 
 LEVEL = 90.0
 
@@ -32,43 +26,18 @@ def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
     Raises:
         UserError: an option is none of this law, or the table cannot be used.
     """
-    for name in ("holdout", "starts", "cluster"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} is no option of --law auto, which leaves out ratios itself")
-    if options.drop_highest_loss or options.fix:
-        raise UserError("--drop-highest-loss and --fix are no options of --law auto; see --where")
-    runs = read_table(options.runs)
-    digest = hashlib.sha256(options.runs.read_bytes()).hexdigest()
-    if options.where:
-        runs = runs.where(options.where)
-    groups = {"": runs} if options.group is None else runs.groups(options.group)
-    jobs = verb.jobs_of(groups, loss_columns(runs, options.loss_column), options, law_named("mixture"))
-    found: dict[str, tuple[RatioChoice, list[dict[str, Any]], dict[str, Any]]] = {}
-    for name, rows, job in jobs:  # every choice before any file
-        try:
-            choice = choose(
-                job["columns"], job["loss"], bootstraps=max(options.bootstraps, 2), seed=options.seed, epochs=job["epochs"]
-            )
-        except UserError as error:
-            raise UserError(f"{name}: {error}" if name else str(error)) from None
-        about = {
-            "data": {
-                "file": str(options.runs),
-                "sha256": digest,
-                "rows": len(rows),
-                "where": options.where,
-                "columns": {**job["read_from"], "loss": job["named"]},
-            },
-            "command": shlex.join(["megatron-synth", "fit", *argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {**verb.versions_used(), "git": git_state(Path(__file__).parent)},
-        }
-        found[name] = choice, cells_of(choice, job["columns"], job["loss"]), about
-    for name, (choice, cells, about) in found.items():
-        folder = out / verb.file_name(name)
-        _write(folder, choice, cells, about, name)
-        say(describe(choice, cells, name))
-        say(f"  -> {folder}/law.json\n")
+    refused = ("holdout", "starts", "cluster", "fix", "drop_highest_loss")
+    refuse_options(options, AUTO, *refused, instead="it leaves out ratios itself; for rows see --where")
+
+    def chosen(job: Job) -> RatioChoice:
+        draws = max(options.bootstraps, 2)
+        return choose(job.columns, job.loss, bootstraps=draws, seed=options.seed, epochs=job.epochs)
+
+    for job, choice in fit_all(open_jobs(options, law_named("mixture")), chosen):
+        cells = cells_of(choice, job.columns, job.loss)
+        folder = _write(out, job, choice, cells, about_job(job, options, argv))
+        say(describe(choice, cells, job.name))
+        say(f"  -> {folder / LAW_FILE}\n")
     return EXIT_OK
 
 
@@ -116,18 +85,16 @@ def describe(choice: RatioChoice, cells: list[dict[str, Any]], name: str) -> str
     return "\n".join([*lines, text_table(rows)])
 
 
-def _write(folder: Path, choice: RatioChoice, cells: list[dict[str, Any]], about: dict[str, Any], name: str) -> None:
-    from megatron_synth.study.report.fit_figure import write_figure
+def _write(out: Path, job: Job, choice: RatioChoice, cells: list[dict[str, Any]], about: dict[str, Any]) -> Path:
+    from megatron_synth.study.report.figures.fit import write_figure
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
-    content: dict[str, Any] = {"law": verb.AUTO, **choice.to_json(), "best_ratio": cells}
-    chosen = choice.chosen
+    content: dict[str, Any] = {"law": AUTO, **choice.to_json(), "best_ratio": cells}
+    draw, chosen = None, choice.chosen
     if chosen is not None and chosen.fit is not None:
-        write_figure(chosen.fit, folder / verb.FIGURE_FILE, name or Path(about["data"]["file"]).stem)
-        content["fit"] = chosen.fit.to_json()
+        fitted = chosen.fit
+        title = job.name or Path(about["data"]["file"]).stem
+        content["fit"] = fitted.to_json()
+        draw = lambda path: write_figure(fitted, path, title)  # noqa: E731
     elif chosen is not None and chosen.over_shares is not None:
         content["fit"] = chosen.over_shares.fitted.to_json()
-    write_json(folder / verb.LAW_FILE, {**content, **about})
+    return write_law(out, job.name, {**content, **about}, draw)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import shlex
 import sys
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_synth.cli.fit.jobs import (
+    FIGURE_FILE,
+    LAW_FILE,
+    SHARES,
+    about_command,
+    digest_of,
+    one_loss,
+    refuse_options,
+    write_law,
+)
 from megatron_synth.cli.fit.predictions import FEWEST_RUNS, describe_scores, read_asked, write_predictions
 from megatron_synth.cli.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table
 from megatron_synth.study.fit.fit import holdout_mask
@@ -27,7 +33,6 @@ from megatron_synth.study.fit.shares.laws import AUTO, share_law_named
 from megatron_synth.study.fit.shares.table import mixtures_of, read_mixtures
 from megatron_synth.study.fit.shares.transfer import transfers
 from megatron_synth.study.fit.shares.trees import BoostedTrees
-from megatron_synth.study.fit.table.domains import aggregate
 from megatron_synth.study.fit.table.runs_table import FLOPS, Table, epochs_of, loss_columns
 from megatron_synth.study.search.optimum import minimize, objective_of
 from megatron_synth.study.search.space import make_space
@@ -36,20 +41,14 @@ SHOWN = 0.005
 """Sources that no mixture near the best has more of are left out on the console."""
 
 
-def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str, Any]) -> int:
-    """Fit what `options` of the verb `fit` say, and write a folder per loss column into `out`.
-
-    about: what law.json says of versions and commit.
-    """
+def run(options: argparse.Namespace, argv: list[str], out: Path) -> int:
+    """Fit what `options` of the verb `fit` say, and write a folder per loss column into `out`."""
     if not options.sources:
         raise UserError("--law shares needs --sources, the columns of the sources: --sources 'share/*'")
     if options.method != AUTO:
         share_law_named(options.method)
-    for name in ("starts", "ratio_column", "group"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is no option of --law shares")
-    if options.drop_highest_loss:
-        raise UserError("--drop-highest-loss is no option of --law shares, which is robust against single runs; see --where")
+    refuse_options(options, SHARES, "starts", "ratio_column", "group", instead="see the options of shares in --help")
+    refuse_options(options, SHARES, "drop_highest_loss", instead="it is robust against single runs; see --where")
     runs = read_mixtures(options.runs, options.losses, options.key)
     if runs.left_out:
         say(f"{runs.left_out} rows stand in {options.runs} or {options.losses} alone and are left out")
@@ -63,13 +62,11 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
     files = [options.runs, *([options.losses] if options.losses else [])]
     about = {
         "data": {
-            "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            "files": {str(path): digest_of(path) for path in files},
             "rows": len(table),
             "where": options.where,
         },
-        "command": shlex.join(["megatron-synth", "fit", *argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": about,
+        **about_command(argv),
     }
     bounds = bounds_of(options.bounds)
     make_space(points.sources, bounds=bounds)  # what is wrong with them, before any fit
@@ -91,18 +88,17 @@ def run(options: argparse.Namespace, argv: list[str], out: Path, about: dict[str
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for name, result in found.items():
-        folder = out / _file_name(name) if len(found) > 1 else out
         lowest = None if result.no_law and options.method == AUTO else lowest_of(result, bounds, options.seed)
         moved = transfers(points, targets[name], seed=options.seed)
         content = {**about, "loss": name, "lowest": lowest, "rank_transfer": [one.to_json() for one in moved]}
-        _write(folder, result, content, name)
+        folder = write_law(out, name if len(found) > 1 else "", {**result.to_json(), **content}, _drawn(result, name))
         say(describe(result, name))
         for one in moved:
             smaller, larger = (", ".join(human(value) for value in cell.values()) for cell in (one.proxy, one.target))
             say(f"  order of mixtures from {smaller} to {larger}: rank correlation {one.rank}")
         if lowest is not None:
             say(describe_lowest(lowest))
-        say(f"  -> {folder}/law.json, fit.png\n")
+        say(f"  -> {folder / LAW_FILE}, {FIGURE_FILE}\n")
     lawless = [name for name, result in found.items() if result.no_law and options.method == AUTO]
     if asked_for is not None and lawless:
         refused = (
@@ -124,9 +120,7 @@ def _targets(runs: Table, options: argparse.Namespace) -> dict[str, Any]:
     values = {name: runs.numbers(name) for name in loss_columns(runs, options.loss_column)}
     if not options.aggregate:
         return values
-    if len(values) < 2:
-        raise UserError(f"--aggregate {options.aggregate}: needs several loss columns; give --loss-column 'loss/*'")
-    return {options.aggregate: aggregate(values, options.aggregate)}
+    return {options.aggregate: one_loss(values, options.aggregate)}
 
 
 def lowest_of(result: ShareFit, bounds: Mapping[str, tuple[float, float]], seed: int) -> dict[str, Any]:
@@ -231,18 +225,7 @@ def _progress(name: str) -> Any:
     return show
 
 
-def _write(folder: Path, result: ShareFit, about: dict[str, Any], name: str) -> None:
-    from megatron_synth.study.report.shares_figure import write_shares_figure
+def _drawn(result: ShareFit, name: str) -> Callable[[Path], None]:
+    from megatron_synth.study.report.figures.shares import write_shares_figure
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made: {error.strerror}") from None
-    write_shares_figure(result, folder / "fit.png", name)
-    write_json(folder / "law.json", {**result.to_json(), **about})
-
-
-def _file_name(name: str) -> str:
-    import re
-
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".")
+    return lambda path: write_shares_figure(result, path, name)

@@ -36,7 +36,7 @@ class Prefetcher:
     def __init__(
         self,
         loader: Loader,
-        step_samples: int,
+        step_samples: int | Callable[[int], int],
         *,
         threads: int = 1,
         end_sample: int | None = None,
@@ -46,13 +46,14 @@ class Prefetcher:
 
         Args:
             loader: used by the thread alone from now on.
-            step_samples: samples of a step, over all ranks.
+            step_samples: samples of a step, over all ranks; where steps differ, a function of the step's first sample.
             threads: 1, or 0 to make batches when they are asked for.
             end_sample: the thread goes no further than to this sample. Default: as far as the plan goes.
             allocate: makes a buffer from shape and type, such as one of pinned memory.
         """
         assert threads in (0, 1), "one thread keeps the order and is enough"
-        self.loader, self.step_samples, self._threads = loader, step_samples, threads
+        self.loader, self._threads = loader, threads
+        self.step_samples = step_samples if callable(step_samples) else lambda first_sample: step_samples
         self._allocate = allocate
         limits = [limit for limit in (end_sample, loader.plan.samples) if limit is not None]
         self._end = min(limits, default=None)
@@ -69,12 +70,13 @@ class Prefetcher:
         Raises:
             UserError: of the loader, here and not in the thread.
         """
-        if not self._threads or (self._end is not None and first_sample + self.step_samples > self._end):
+        size = self.step_samples(first_sample)
+        if not self._threads or (self._end is not None and first_sample + size > self._end):
             self.close()
             if self._in_use is None:
                 self._in_use = self._buffers.pop()
             buffers = self._in_use
-            return list(self.loader.micro_batches(first_sample, self.step_samples, _take_from(buffers, self._allocate)))
+            return list(self.loader.micro_batches(first_sample, size, _take_from(buffers, self._allocate)))
         worker = self._worker
         if worker is None or worker.next_sample != first_sample:
             self.close()
@@ -112,13 +114,13 @@ class _Worker:
     def __init__(
         self,
         loader: Loader,
-        step_samples: int,
+        step_samples: Callable[[int], int],
         first_sample: int,
         end_sample: int | None,
         buffers: list[list[Tokens]],
         allocate: Allocate,
     ):
-        self._loader, self._size, self._allocate = loader, step_samples, allocate
+        self._loader, self._size_of, self._allocate = loader, step_samples, allocate
         self._end = math.inf if end_sample is None else end_sample
         self.next_sample = first_sample
         self.free: SimpleQueue[list[Tokens] | None] = SimpleQueue()
@@ -134,7 +136,7 @@ class _Worker:
         if isinstance(made, BaseException):
             self._ready.put(made)  # whoever asks again hears the same
             raise made
-        self.next_sample += self._size
+        self.next_sample += self._size_of(self.next_sample)
         return made
 
     def stop(self) -> None:
@@ -158,18 +160,19 @@ class _Worker:
     def _run(self, first_sample: int) -> None:
         slow = False
         try:
-            while first_sample + self._size <= self._end:
+            while first_sample + (size := self._size_of(first_sample)) <= self._end:
                 buffers = self.free.get()
                 if buffers is None or self._stopping:
                     return
-                if slow and first_sample + 2 * self._size <= self._end:
-                    self._loader.will_need(first_sample + self._size, self._size)
+                following = first_sample + size
+                if slow and following + self._size_of(following) <= self._end:
+                    self._loader.will_need(following, self._size_of(following))
                 began = time.perf_counter()
-                batches = list(self._loader.micro_batches(first_sample, self._size, _take_from(buffers, self._allocate)))
-                rows = self._size // self._loader.data_parallel_size
+                batches = list(self._loader.micro_batches(first_sample, size, _take_from(buffers, self._allocate)))
+                rows = size // self._loader.data_parallel_size
                 slow = time.perf_counter() - began > SLOW_ROW_S * rows
                 self._ready.put((batches, buffers))
-                first_sample += self._size
+                first_sample = following
         except BaseException as error:  # the consumer raises it
             self._ready.put(error)
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -163,31 +163,31 @@ class Execution:
             self.kept |= generating(corpus for corpus in run.corpora.values())
         import_once(generates=bool(corpora))
         sys.stdout.flush()
-        self._listen()
-        self.progress = Progress(self.folder, self.runs, self.vocab_size)
-        self.total, self.finished, self.failed = len(self.jobs), skipped, 0
-        shown, told = time.monotonic(), False
-        while self.children or (waiting and not self.stop):
-            while not self.stop and (job := self._next(waiting)) is not None:
-                places_taken = self.slots.take(job.ranks)
-                if places_taken is None:
+        with self._listening():
+            self.progress = Progress(self.folder, self.runs, self.vocab_size)
+            self.total, self.finished, self.failed = len(self.jobs), skipped, 0
+            shown, told = time.monotonic(), False
+            while self.children or (waiting and not self.stop):
+                while not self.stop and (job := self._next(waiting)) is not None:
+                    places_taken = self.slots.take(job.ranks)
+                    if places_taken is None:
+                        break
+                    waiting.remove(job)
+                    self._fork(job, places_taken)
+                if waiting and not self.stop and self._next(waiting) is None:
+                    self._give_up_without_trunk(waiting)
+                if not self.children and waiting and not self.stop and not self._is_coming(waiting):
                     break
-                waiting.remove(job)
-                self._fork(job, places_taken)
-            if waiting and not self.stop and self._next(waiting) is None:
-                self._give_up_without_trunk(waiting)
-            if not self.children and waiting and not self.stop and not self._is_coming(waiting):
-                break
-            self._reap(waiting)
-            if self.stop and not told:
-                told = True
-                self._tell("asked to stop: running runs save and leave; Ctrl-C again ends them at once", waiting)
-            if sys.stdout.isatty() and time.monotonic() - shown > _TICK_S:
-                shown = time.monotonic()
-                show(self._line(waiting), control="\r\033[K", end="")
-            time.sleep(_POLL_S)
-        if sys.stdout.isatty():
-            show("", control="\r\033[K", end="")
+                self._reap(waiting)
+                if self.stop and not told:
+                    told = True
+                    self._tell("asked to stop: running runs save and leave; Ctrl-C again ends them at once", waiting)
+                if sys.stdout.isatty() and time.monotonic() - shown > _TICK_S:
+                    shown = time.monotonic()
+                    show(self._line(waiting), control="\r\033[K", end="")
+                time.sleep(_POLL_S)
+            if sys.stdout.isatty():
+                show("", control="\r\033[K", end="")
         took = duration(time.monotonic() - self.progress.began)
         # others may have finished theirs meanwhile
         finished = sum(self.folder.is_done(job) for job in self.jobs)
@@ -264,7 +264,10 @@ class Execution:
             )
         return waiting
 
-    def _listen(self) -> None:
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Within, a signal asks the runs to save and leave; afterwards signals do what they did before."""
+
         def handle(number: int, frame: FrameType | None) -> None:
             self.stop = True
             self.interrupts += number == signal.SIGINT
@@ -275,8 +278,12 @@ class Execution:
                     else:
                         os.kill(pid, signal.SIGTERM)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, handle)
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _fork(self, job: Job, places: list[int]) -> None:
         parent = os.getpid()

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_synth.study.fit.catalog import AnyLaw
 from megatron_synth.study.fit.laws import Floats
-from megatron_synth.study.fit.solver import Solver
+from megatron_synth.study.fit.solvers.solve import Solver
 
 LEVELS = (90, 95)  # percent
 MANY_POINTS = 20  # per parameter, from which points are weighted and no scatter is assumed

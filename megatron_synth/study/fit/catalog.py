@@ -6,8 +6,8 @@ import difflib
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.laws import LAWS, Law
-from megatron_synth.study.fit.nonlinear import NonlinearLaw
 from megatron_synth.study.fit.repetition import NONLINEAR
+from megatron_synth.study.fit.solvers.nonlinear import NonlinearLaw
 
 AnyLaw = Law | NonlinearLaw
 ALL_LAWS: dict[str, AnyLaw] = {**LAWS, **NONLINEAR}

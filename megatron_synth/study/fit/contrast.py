@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.fit import checked_losses
 from megatron_synth.study.fit.laws import Floats, log_sum_exp, term_mean
-from megatron_synth.study.fit.newton import solve
+from megatron_synth.study.fit.solvers.newton import solve
 
 LEAST_SQUARES = 1e6  # a delta of Huber's loss that no residual reaches
 SHARES, EXPONENTS = (-1.5, -0.4, -0.1), (0.1, 0.3, 0.7)  # starts: of the floor's part in the loss, and of the exponent

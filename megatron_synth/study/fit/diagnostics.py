@@ -16,7 +16,7 @@ from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Colum
 
 if TYPE_CHECKING:
     from megatron_synth.study.fit.fit import Fit
-    from megatron_synth.study.fit.solver import Solver
+    from megatron_synth.study.fit.solvers.solve import Solver
 
 SPARE_SETTINGS = 2  # beyond the number of parameters
 SINGULAR = 1e-6  # of the slopes of the predictions, each scaled to 1: smallest over largest singular value of a flat optimum

@@ -16,9 +16,9 @@ from megatron_synth.study.fit import between_ratios, bootstrap, diagnostics
 from megatron_synth.study.fit.catalog import AnyLaw, law_named
 from megatron_synth.study.fit.diagnostics import Diagnostic
 from megatron_synth.study.fit.laws import Columns, Floats
-from megatron_synth.study.fit.newton import Solutions
-from megatron_synth.study.fit.nonlinear import NonlinearLaw, with_fixed
-from megatron_synth.study.fit.solver import Solver
+from megatron_synth.study.fit.solvers.newton import Solutions
+from megatron_synth.study.fit.solvers.nonlinear import NonlinearLaw, with_fixed
+from megatron_synth.study.fit.solvers.solve import Solver
 from megatron_synth.study.fit.table.row_filter import matching
 
 DELTA = 1e-3
@@ -185,7 +185,7 @@ def fit(
     bootstraps: int = 1000,
     seed: int = 0,
     cluster: Sequence[Any] | None = None,
-    extra: Mapping[str, Sequence[Any]] | None = None,
+    extra: Mapping[str, Sequence[Any] | Floats] | None = None,
     epochs: ArrayLike | None = None,
     progress: Progress | None = None,
 ) -> Fit:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Floats
-from megatron_synth.study.fit.nonlinear import NonlinearLaw
+from megatron_synth.study.fit.solvers.nonlinear import NonlinearLaw
 
 PUBLISHED = {
     "A": float(np.exp(6.255414)),

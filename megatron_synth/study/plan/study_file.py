@@ -35,6 +35,7 @@ _OWNED = {
     "data.phases": "arms and in_order",
     "train.steps": "grid (budgets in tokens)",
     "train.seed": "seeds",
+    "train.batch_ramp": "nothing: a budget is whole steps of one batch size",
     "optim.lr": "rates.lr",
     "optim.min_lr": "rates.min_lr_fraction",
     "optim.warmup_steps": "rates.warmup_fraction",

@@ -6,22 +6,34 @@ Names come from tables that others may have written: only `core.html` and the dr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from megatron_synth.core import html as pages
+from megatron_synth.config import yaml12
 from megatron_synth.core.html import TOOLS, bullets, document, html
 from megatron_synth.core.log import compact, duration, human, scientific
-from megatron_synth.study.fit.contrast import Estimate
 from megatron_synth.study.forecast.predict import Measured
 from megatron_synth.study.report.analysis import LEVEL, Analysis, Fitted
+from megatron_synth.study.report.cells import (
+    at_budget,
+    at_cell,
+    bounds_of,
+    comparison,
+    figure_of,
+    in_percent,
+    p_value,
+    parts_of,
+    simple_fraction,
+    table,
+    titled,
+)
 from megatron_synth.study.report.checks import Checks
 from megatron_synth.study.report.collect import Collected, Row
-from megatron_synth.study.report.drawing import Drawn, Look
-from megatron_synth.study.report.figures import describe_fit
+from megatron_synth.study.report.figures.answers import describe_fit
+from megatron_synth.study.report.figures.drawing import Drawn, Look
 from megatron_synth.study.report.findings import percent
 from megatron_synth.study.report.sections import sections
 
@@ -66,7 +78,7 @@ def render(
         Markup('<h2 id="findings">Findings</h2>'),
         bullets(said),
         Markup('<h2 id="figures">Figures</h2>'),
-        *(_figure(figure) for figure in figures),
+        *(figure_of(figure) for figure in figures),
         of_generation,
         page.answers(),
         page.checked(),
@@ -83,8 +95,6 @@ def render(
 _SPEED_STEP = 10
 """Of the losses of a speed-up every so many stand in the table; the figure's data have more."""
 _MOST_DOMAIN_LAWS = 120
-_MOST = 10.0
-"""A relative change that is above this, or an end of its interval, is no number that the runs know."""
 
 
 class _Page:
@@ -145,20 +155,20 @@ class _Page:
         rows = []
         for best in self.analysis.best:
             measured, fitted = best.measured, best.fitted
-            band = "n/a" if measured is None else ", ".join(_ratio(value) for value in measured.band)
+            band = "n/a" if measured is None else ", ".join(simple_fraction(value) for value in measured.band)
             law, interval, flat = "n/a", "", "n/a"
             said: Markup | str = law
             if fitted is None and best.refused:
-                low, high = (_ratio(value) for value in best.between)
+                low, high = (simple_fraction(value) for value in best.between)
                 said = html('<span class="warn">no law; {} to {} if there is one minimum</span>', low, high)
             elif best.refused:
                 said = html('<span class="warn">no answer: {}</span>', best.refused)
             elif fitted is not None:
-                law, interval = f"{fitted.ratio:.2f}", _bounds(fitted.interval, ".2f")
-                flat = "n/a" if fitted.flat is None else _bounds(fitted.flat, ".2f")
+                law, interval = f"{fitted.ratio:.2f}", bounds_of(fitted.interval, ".2f")
+                flat = "n/a" if fitted.flat is None else bounds_of(fitted.flat, ".2f")
                 said = html("{}{}", f"{law} {interval}".strip(), self._mark(self.analysis.behind_best(best.family)))
             head = (best.family, best.size, compact(best.tokens))
-            tested = (_ratio(best.lowest[0]), f"{best.lowest[1]:.4f}")
+            tested = (simple_fraction(best.lowest[0]), f"{best.lowest[1]:.4f}")
             rows.append((*head, *tested, band, said, flat, self.sources(best.rows)))
         heads = (
             "family",
@@ -177,7 +187,7 @@ class _Page:
             "the lowest. † The law carries doubts, named in the table of laws. A law that is rejected, or whose best ratio is "
             "next to one that the runs show to be worse, gives no answer.</p>"
         )
-        return _section("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
+        return titled("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
 
     def _equal(self) -> Markup:
         rows: list[tuple[str, ...]] = []
@@ -210,7 +220,7 @@ class _Page:
                 "tokens do, and speed-ups are of that cost."
             )
         text = f"Equal tokens at one size is equal compute, too.{compute} {generation}"
-        return _section("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
+        return titled("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
 
     def _speed(self) -> Markup:
         rows = []
@@ -222,7 +232,7 @@ class _Page:
                     continue
                 measured = "" if math.isnan(curve.measured[position]) else f"{curve.measured[position]:.2f}x"
                 kind = "measured" if curve.inside[position] else "extrapolated"
-                law = f"{curve.fitted[position]:.2f}x {_bounds((curve.low[position], curve.high[position]), '.2f')}"
+                law = f"{curve.fitted[position]:.2f}x {bounds_of((curve.low[position], curve.high[position]), '.2f')}"
                 marked = self._mark(self.analysis.data[arm, size], self.analysis.data[self.study.baseline_arm, size])
                 said = html("{}{}", law, marked)
                 rows.append((self.arm(arm), size, f"{curve.loss[position]:.3f}", measured, said, kind, law_link))
@@ -235,12 +245,12 @@ class _Page:
         rows = []
         for one in self.analysis.behind:
             found = one.contrast
-            floor = "n/a" if found.floor is None else _in_percent(found.floor)
+            floor = "n/a" if found.floor is None else in_percent(found.floor)
             exponent = "n/a"
             if found.exponent is not None:
-                exponent = f"{found.exponent.value:+.3f} {_bounds(found.exponent.interval, '+.3f')}"
+                exponent = f"{found.exponent.value:+.3f} {bounds_of(found.exponent.interval, '+.3f')}"
             verdict: Markup | str = Markup('<span class="warn">falls behind</span>') if one.collapses else "no sign of it"
-            numbers = (_in_percent(found.last), _in_percent(found.gap), floor, exponent, _p(one.p))
+            numbers = (in_percent(found.last), in_percent(found.gap), floor, exponent, p_value(one.p))
             rows.append((self.arm(one.arm), one.size, *numbers, found.noise, verdict, self.sources(one.rows)))
         heads = (
             *("arm", "N", f"gap at the largest D [{LEVEL:.0f} %]", "gap per doubling", "floor at one exponent"),
@@ -252,24 +262,26 @@ class _Page:
             "contrast, one-sided, corrected for the number of arms and sizes (Holm). A lead that only shrinks is none of it. "
             "Every cell has the variance of its own seeds; without seeds, that around both laws.</p>"
         )
-        return _section("Does an arm fall behind as budgets grow?", note, table(heads, rows)) if rows else Markup("")
+        return titled("Does an arm fall behind as budgets grow?", note, table(heads, rows)) if rows else Markup("")
 
     def _collapse(self) -> Markup:
         rows = []
         for one in self.analysis.collapse:
             unit = "per doubling of the budget" if one.what == "budget" else "per unit of the share"
-            slope = f"{percent(one.trend.slope)} {_bounds(tuple(100 * bound for bound in one.trend.interval), '.2f')}"
-            at = one.at if one.what == "budget" else _at_cell(one.at)
-            last = " to ".join(compact(2**value) if one.what == "budget" else _ratio(value) for value in one.trend.values)
+            slope = f"{percent(one.trend.slope)} {bounds_of(tuple(100 * bound for bound in one.trend.interval), '.2f')}"
+            at = one.at if one.what == "budget" else at_cell(one.at)
+            last = " to ".join(
+                compact(2**value) if one.what == "budget" else simple_fraction(value) for value in one.trend.values
+            )
             head = (one.of, one.what, f"{at}: {last}", f"{slope} {unit}")
-            rows.append((*head, _p(one.p_falls), _p(one.p_rises), self._verdict(one), self.sources(one.rows)))
+            rows.append((*head, p_value(one.p_falls), p_value(one.p_rises), self._verdict(one), self.sources(one.rows)))
         heads = ("of", "along", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "", "runs")
         note = Markup(
             "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
             "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "
             "between seeds of the same arm and size (or size and budget), corrected for the number of tests (Holm).</p>"
         )
-        return _section("Does a loss rise?", note, table(heads, rows)) if rows else Markup("")
+        return titled("Does a loss rise?", note, table(heads, rows)) if rows else Markup("")
 
     def _verdict(self, one: Any) -> str:
         limit = (100 - LEVEL) / 200
@@ -312,7 +324,7 @@ class _Page:
 
     def _law_row(self, fitted: Fitted) -> tuple[str, ...]:
         law, *of = fitted.key
-        label = ", ".join(_at(part) for part in of)
+        label = ", ".join(at_budget(part) for part in of)
         if fitted.fit is None:
             return (
                 law,
@@ -338,7 +350,7 @@ class _Page:
         law, *of, domain = fitted.key
         whole = self.analysis.data.get((of[0], of[1])) if law == "data" else self.analysis.model.get((of[0], int(of[1])))
         runs = "" if whole is None else html('<a href="#law-{}">as here</a>', self._number(whole))
-        label = ", ".join((*(_at(part) for part in of), domain))
+        label = ", ".join((*(at_budget(part) for part in of), domain))
         if fitted.fit is None:
             return law, label, html('<span class="warn">{}</span>', fitted.problem), "", "", "", runs
         codes = ", ".join(dict.fromkeys(warning.code for warning in fitted.doubts)) or "none"
@@ -362,7 +374,7 @@ class _Page:
         return Markup("").join(dict.fromkeys(marks))
 
     def _comparison(self, one: Any, marked: Markup) -> tuple[str, str, str]:
-        loss, change, verdict = _comparison(one)
+        loss, change, verdict = comparison(one)
         if verdict == "distinct" and self.analysis.noise is None:
             verdict = "distinct, as far as the laws hold"
         return html("{}{}", loss, marked), change, verdict
@@ -376,9 +388,9 @@ class _Page:
             members = [row for row in self.rows if row.arm == arm]
             mixture = ", ".join(f"{source} {share.ratio}" for source, share in study.arms[arm].items() if share.ratio)
             largest = max(members, key=lambda row: row.tokens, default=None)
-            epochs = "" if largest is None else ", ".join(f"{name} {value:.2f}" for name, value in _parts(largest, "epochs/"))
+            epochs = "" if largest is None else ", ".join(f"{name} {value:.2f}" for name, value in parts_of(largest, "epochs/"))
             tokens = (
-                "" if largest is None else ", ".join(f"{name} {human(value)}" for name, value in _parts(largest, "tokens/"))
+                "" if largest is None else ", ".join(f"{name} {human(value)}" for name, value in parts_of(largest, "tokens/"))
             )
             rows.append((self.arm(arm), mixture, str(len(members)), tokens, epochs))
         heads = ("arm", "mixture", "runs", "tokens by source, longest run", "epochs by source, longest run")
@@ -399,7 +411,7 @@ class _Page:
             table(heads, rows),
             started,
             marked,
-            _yaml(shown),
+            yaml12.dump(shown),
         )
 
     def runs(self) -> Markup:
@@ -411,7 +423,7 @@ class _Page:
         rows = []
         for row in self.rows:
             losses = [f"{row.domains[name]:.4f}" for name in domains]
-            epochs = ", ".join(f"{name} {value:.2f}" for name, value in _parts(row, "epochs/"))
+            epochs = ", ".join(f"{name} {value:.2f}" for name, value in parts_of(row, "epochs/"))
             rate = [f"{row.lr:.3g}{' (sweep)' if row.swept else ''}" if row.lr is not None else "n/a"] if rated else []
             numbers = (human(row.n_params), compact(row.tokens), str(row.seed), *rate, str(row.steps), f"{row.loss:.4f}")
             last = (epochs, f"{row.train_seconds:.0f}", *([row.trunk or "none"] if trunks else []))
@@ -433,79 +445,3 @@ class _Page:
         """How many runs a number comes from, and links to them."""
         links = Markup(" ").join(html('<a href="#run-{}">{}</a>', row.id, row.id[:6]) for row in rows)
         return html("<details><summary>{}</summary><p>{}</p></details>", len(rows), links)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], anchors: Sequence[str] = ()) -> Markup:
-    """A table whose rows are named by their first cell."""
-    return pages.table(heads, rows, anchors, row_heads=True)
-
-
-def _section(title: str, note: Markup, table: Markup) -> Markup:
-    return html("<h3>{}</h3>{}{}", title, note, table)
-
-
-def _figure(figure: Drawn) -> Markup:
-    return html(
-        '<figure id="figure-{}">{}<h3>{}</h3><div class="wide-figure">{}</div><figcaption>{}</figcaption>{}</figure>',
-        figure.name,
-        html('<p class="question">{}</p>', figure.question) if figure.question else "",
-        figure.title,
-        Markup(figure.svg),
-        figure.caption,
-        html('<details class="data"><summary>Data</summary><pre>{}</pre></details>', figure.data) if figure.data else "",
-    )
-
-
-def _comparison(one: Any) -> tuple[str, str, str]:
-    if math.isnan(one.difference_interval[0]) or one.difference == 0:
-        change = "the baseline" if one.difference == 0 else percent(one.difference)
-        return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, ""
-    change = f"{100 * one.difference:+.2f} % {_bounds(tuple(100 * bound for bound in one.difference_interval), '+.2f')}"
-    return f"{one.loss:.4f} {_bounds(one.interval, '.3f')}", change, "distinct" if one.distinct else "not distinct"
-
-
-def _in_percent(one: Estimate) -> str:
-    if abs(one.value) > _MOST:  # a floor that the runs do not know
-        return "not known"
-    low, high = (_percent(bound) for bound in one.interval)
-    return f"{100 * one.value:+.2f} % [{low}, {high}]"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:+.2f}" if abs(value) <= _MOST else "∞" if value > 0 else "-∞"
-
-
-def _parts(row: Row, prefix: str) -> list[tuple[str, float]]:
-    return [(name.removeprefix(prefix), value) for name, value in row.others.items() if name.startswith(prefix)]
-
-
-def _at(part: str) -> str:
-    return f"{compact(int(part))} tokens" if part.isdecimal() else part
-
-
-def _at_cell(text: str) -> str:
-    size, _, tokens = text.partition(", ")
-    return f"{size}, {compact(int(tokens))} tokens"
-
-
-def _ratio(value: float) -> str:
-    from fractions import Fraction
-
-    near = Fraction(value).limit_denominator(12)
-    return str(near) if abs(float(near) - value) < 1e-9 else f"{value:.3g}"
-
-
-def _bounds(bounds: Iterable[float], form: str) -> str:
-    low, high = bounds
-    shown = [("∞" if math.isinf(value) else format(value, form)) for value in (low, high)]
-    return "" if math.isnan(low) or math.isnan(high) else f"[{shown[0]}, {shown[1]}]"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _yaml(content: dict[str, Any]) -> str:
-    from megatron_synth.config import yaml12
-
-    return yaml12.dump(content)

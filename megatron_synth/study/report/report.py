@@ -41,10 +41,10 @@ def write_report(
     from megatron_synth.study.report.analysis import analyze
     from megatron_synth.study.report.checks import check_study, sentences
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables
-    from megatron_synth.study.report.drawing import looks
-    from megatron_synth.study.report.figure_checks import draw_checks
-    from megatron_synth.study.report.figure_maps import draw_maps
-    from megatron_synth.study.report.figures import draw_all
+    from megatron_synth.study.report.figures.answers import draw_all
+    from megatron_synth.study.report.figures.checks import draw_checks
+    from megatron_synth.study.report.figures.drawing import looks
+    from megatron_synth.study.report.figures.maps import draw_maps
     from megatron_synth.study.report.findings import findings
     from megatron_synth.study.report.generation.analysis import generation_of
     from megatron_synth.study.report.generation.figures import draw_generation

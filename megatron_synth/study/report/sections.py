@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from megatron_synth.core import html as pages
 from megatron_synth.core.html import html
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.forecast.decisions import LEVEL
 from megatron_synth.study.forecast.predict import Measured
 from megatron_synth.study.rates.rule import Ratio
+from megatron_synth.study.report.cells import table
 from megatron_synth.study.report.checks import Checks
 
 Sources = Callable[[Sequence[Measured]], Markup]
@@ -26,10 +26,6 @@ def sections(checks: Checks, arm: Callable[[str], Markup], sources: Sources) -> 
         sources: runs, as the page lists them in a cell.
     """
     return Markup("\n").join([_decisions(checks, sources), _forecasts(checks, arm, sources), _rates(checks), _beside(checks)])
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    return pages.table(heads, rows, row_heads=True)
 
 
 def _decisions(checks: Checks, sources: Sources) -> Markup:
@@ -57,7 +53,7 @@ def _decisions(checks: Checks, sources: Sources) -> Markup:
         compact(first.target_tokens),
     )
     small = html('<p class="warn">{}</p>', checks.small) if checks.small else ""
-    return html("<h3>Do small runs decide as the largest?</h3>{}{}{}", note, small, _table(heads, rows))
+    return html("<h3>Do small runs decide as the largest?</h3>{}{}{}", note, small, table(heads, rows))
 
 
 def _forecasts(checks: Checks, arm: Callable[[str], Markup], sources: Sources) -> Markup:
@@ -91,7 +87,7 @@ def _forecasts(checks: Checks, arm: Callable[[str], Markup], sources: Sources) -
         "doubts when it was made.</p>"
     )
     lost = html('<p class="warn">{}</p>', scored.lost) if scored.lost else ""
-    return html('<h3 id="forecasts">Did forecasts hold?</h3>{}{}{}', note, lost, _table(heads, rows))
+    return html('<h3 id="forecasts">Did forecasts hold?</h3>{}{}{}', note, lost, table(heads, rows))
 
 
 def _rates(checks: Checks) -> Markup:
@@ -142,7 +138,7 @@ def _rates(checks: Checks) -> Markup:
         )
         if rule.doubtful:
             text += " The cells do not follow one rule, or the curvature is not known: do not carry it to other scales."
-        parts.append(html("<p class='muted'>{}</p>{}", text, _table(heads, rows)))
+        parts.append(html("<p class='muted'>{}</p>{}", text, table(heads, rows)))
     if rates.bends:
         lifts: list[tuple[str, ...]] = []
         for bend in rates.bends:
@@ -159,7 +155,7 @@ def _rates(checks: Checks) -> Markup:
             "(<code>rates.sweep</code>).</p>"
         )
         heads = ("N", "longest D", "arms", "lift of the loss there [90 %]", "p", "")
-        parts.append(html("{}{}", note, _table(heads, lifts)))
+        parts.append(html("{}{}", note, table(heads, lifts)))
     if not parts:
         return Markup("")
     return html('<h3 id="rates">Are the learning rates good?</h3>{}', Markup("").join(parts))
@@ -193,4 +189,4 @@ def _beside(checks: Checks) -> Markup:
         "text, sizes "
         "and measures: they say what to expect, not what is right here.</p>"
     )
-    return html("<h3>Beside published answers</h3>{}{}", note, _table(heads, rows))
+    return html("<h3>Beside published answers</h3>{}{}", note, table(heads, rows))

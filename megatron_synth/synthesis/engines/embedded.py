@@ -155,6 +155,8 @@ class Embedded:
         return sorted(found)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
+        if prompt.tokens:
+            return list(prompt.tokens)
         if prompt.messages:
             messages = [{"role": role, "content": content} for role, content in prompt.messages]
             ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]

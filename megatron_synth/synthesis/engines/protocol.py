@@ -62,7 +62,7 @@ class Shape:
         if self.api == "chat":
             content["messages"] = [{"role": role, "content": text} for role, text in request.prompt.messages]
         else:
-            content["prompt"] = request.prompt.text
+            content["prompt"] = list(request.prompt.tokens) or request.prompt.text
         try:
             return _encode(content)
         except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry

@@ -27,7 +27,7 @@ from megatron_synth.model import architecture
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.train.changes import check_steps, mixture_differences, rate_jump
-from megatron_synth.train.checkpoint import companions, files, reading
+from megatron_synth.train.checkpoint import companions, files, reading, vocabulary
 from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.sharding import (
     AVERAGE,
@@ -232,9 +232,12 @@ def check_architecture(checkpoint: Path, saved: TrainerState, model: ModelConfig
     new = architecture.settings(model, vocab_size)
     differences = [f"{key} was {old[key]} and is now {new[key]}" for key in old if old[key] != new[key]]
     if differences:
+        hint = ""
+        if len(differences) == 1 and vocab_size > saved.vocab_size:
+            hint = "; where tokens were added to its tokenizer, checkpoint.init_vocabulary: extend takes its weights"
         raise UserError(
             f"{checkpoint}: holds another model: {'; '.join(differences)}. Restore the model section, or use another run "
-            "directory to train the new model from the start"
+            f"directory to train the new model from the start{hint}"
         )
 
 
@@ -247,9 +250,11 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
     check_architecture(checkpoint, saved, config.model, data.vocab_size)
     elsewhere = f"start another run directory with checkpoint.init_from={checkpoint} to take over the weights alone"
     before = _lasting(
-        _section(checkpoint, saved, "precision", PrecisionConfig), _section(checkpoint, saved, "parallel", ParallelConfig)
+        _section(checkpoint, saved, "precision", PrecisionConfig),
+        _section(checkpoint, saved, "parallel", ParallelConfig),
+        _optimizer(saved),
     )
-    for key, new in _lasting(config.precision, config.parallel).items():
+    for key, new in _lasting(config.precision, config.parallel, config.optim.name).items():
         old = before[key]
         if old != new:
             raise UserError(
@@ -265,7 +270,13 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
         )
 
 
-def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def _optimizer(saved: TrainerState) -> Any:
+    """The optimizer of the run that wrote the checkpoint; versions that did not say had one."""
+    section = saved.config.get("optim")
+    return section.get("name", "adamw") if isinstance(section, dict) else "adamw"
+
+
+def _lasting(precision: PrecisionConfig, parallel: ParallelConfig, optimizer: Any) -> dict[str, Any]:
     """Settings that hold for the life of a run, those of FP8 first."""
     return {
         "precision.fp8": precision.fp8,
@@ -275,6 +286,7 @@ def _lasting(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, 
         "precision.fp8_margin": precision.fp8_margin,
         "precision.dtype": precision.dtype,
         "parallel.use_distributed_optimizer": parallel.use_distributed_optimizer,
+        "optim.name": optimizer,
     }
 
 
@@ -291,9 +303,26 @@ def to_start_from(config: Config, data: RunData) -> Path:
             f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
         )
     saved = read_trainer(path)
-    check_architecture(path, saved, config.model, data.vocab_size)
-    check_tokenizer(path, saved, data)
+    extends = config.checkpoint.init_vocabulary == "extend"
+    if extends and data.vocab_size < saved.vocab_size:
+        raise UserError(
+            f"{path}: has {saved.vocab_size} tokens, and checkpoint.init_vocabulary: extend can only add to them, found "
+            f"{data.vocab_size}; set model.vocab_size to {saved.vocab_size} or more"
+        )
+    check_architecture(path, saved, config.model, saved.vocab_size if extends else data.vocab_size)
+    check_tokenizer(path, saved, data, extends=extends)
     return path
+
+
+def extend_vocabulary(
+    checkpoint: Path, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, config: Config, data: RunData
+) -> str | None:
+    """Fill the rows of tokens that a checkpoint does not have; what was done, in words, or None. Called by all ranks."""
+    before, after = read_trainer(checkpoint).vocab_size, data.vocab_size
+    if before == after:
+        return None
+    vocabulary.fill_new_rows(chunks, optimizer, config.model, before, after)
+    return f"the vocabulary grew from {before} to {after} tokens: each new row is the mean of the {before} old ones"
 
 
 def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
@@ -320,8 +349,10 @@ def tokenizer_of(checkpoint: Path, saved: TrainerState) -> Path | None:
     return path
 
 
-def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> None:
+def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData, *, extends: bool = False) -> None:
     """Refuse weights that were trained with another tokenizer than made the data: the same id would mean different text.
+
+    extends: the data's may have tokens added to it.
 
     Raises:
         UserError: names both.
@@ -333,6 +364,9 @@ def check_tokenizer(checkpoint: Path, saved: TrainerState, data: RunData) -> Non
     if kept is not None and (saved.eod_id in kept.ends or not ends):
         ends = kept.ends
     fits = data.tokenizer_fingerprint is None or before in (None, data.tokenizer_fingerprint)
+    if extends and (not fits or data.vocab_size > saved.vocab_size):
+        vocabulary.check_growth(file, data.tokenizer, checkpoint)
+        fits = True
     same_end = data.eod_id is None or not ends or data.eod_id in ends
     if fits and same_end:
         return

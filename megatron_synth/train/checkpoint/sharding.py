@@ -33,12 +33,14 @@ from torch import Tensor
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.parallel.average import Average, Range
+from megatron_synth.parallel.muon import MATRIX, uses_muon
 from megatron_synth.train.checkpoint.boxes import boxes
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
 # Handed out in copies: megatron-core puts process groups into it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _STATE = "optimizer.state"
+_SECOND = "exp_avg_sq"
 AVERAGE = "ema."
 """What the names of the average of the weights begin with."""
 
@@ -87,7 +89,19 @@ def sharded_model(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
 def sharded_optimizer(optimizer: ChainedOptimizer, model: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     """megatron-core's description of the optimizer of `sharded_model`."""
     chunks = model["model"] if list(model) == ["model"] else dict(model)
-    return optimizer.sharded_state_dict(chunks, is_loading=loading, metadata=dict(METADATA))  # type: ignore[no-any-return]
+    matrices = {f"{_STATE}.{_SECOND}.{key}" for key in _keys_of_muon(optimizer, model)}
+    found: dict[str, Any] = optimizer.sharded_state_dict(chunks, is_loading=loading, metadata=dict(METADATA))
+    for states in found.get("param_state", {}).values():  # of the distributed optimizer, which describes Adam's
+        if _SECOND in states and states[_SECOND].key in matrices:
+            del states[_SECOND]
+    return found
+
+
+def _keys_of_muon(optimizer: ChainedOptimizer, model: dict[str, Any]) -> set[str]:
+    """Names of the parameters that Muon updates, which have no second moments."""
+    if not uses_muon(optimizer):
+        return set()
+    return {entry.key for entry in nested_values(model) if _is_parameter(entry) and hasattr(entry.data, MATRIX)}
 
 
 def sharded_fp8(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
@@ -194,7 +208,9 @@ def _owned(optimizer: DistributedOptimizer, model: dict[str, Any]) -> Iterator[P
                     else:
                         weights = parameter.detach().reshape(-1)[begin:end]
                     yield from _range(entry, entry.key, begin, end, weights)
-                    for name in ("param", "exp_avg", "exp_avg_sq"):
+                    for name in ("param", "exp_avg", _SECOND):
+                        if name not in states:  # Muon has no second moments
+                            continue
                         yield from _range(entry, f"{_STATE}.{name}.{entry.key}", begin, end, states[name].detach().reshape(-1))
 
 

@@ -111,10 +111,11 @@ class Recorder:
     def add(self, step: int, samples: int, result: StepResult, lr: float, *, step_s: float, data_s: float) -> None:
         """Take in a finished step, after which `samples` are consumed. No wait for the device, nothing sent."""
         self.consecutive = self.consecutive + 1 if result.skipped else 0
-        self._row = [*(self._row or [samples - self._config.samples_per_step]), samples] if result.skipped else []
+        consumed = self._config.samples_of_step(step - 1)
+        self._row = [*(self._row or [samples - consumed]), samples] if result.skipped else []
         self.skipped += result.skipped
         self._times.add(step_s)
-        tokens_per_s = self._config.train.tokens_per_step / step_s / self._ranks.world_size
+        tokens_per_s = consumed * self._config.window_length / step_s / self._ranks.world_size
         flops_per_s = tokens_per_s * self._flops_per_token
         record: metrics.Record = {
             metrics.STEP: step,
@@ -261,7 +262,7 @@ class Recorder:
     def _complete(self, record: metrics.Record, sums: list[list[float]], peak_gib: float, *, learned: bool) -> None:
         """Fill in what the reduction brought, and count the samples in the ledger. sums: [4, K], see batch.py."""
         losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
-        expected = self._config.samples_per_step
+        expected = self._config.samples_of_step(record[metrics.STEP] - 1)
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
         self._ledger.merge([int(count) for count in samples], learned=learned)
         number = sum(labels)  # 0 where all are masked: a mean over nothing stays None

@@ -6,6 +6,8 @@
     ledger.json     samples and tokens delivered by source
     events.log      one line per event, with its time
     report.png      the picture of the run (plot.py)
+    samples.jsonl   texts that its model wrote (samples.py)
+    exported/       its weights in Hugging Face's format, once `generate` has asked for them (interop/export.py)
     tokenizer.json  the tokenizer of the data: the run can be exported where the data is not
     huggingface.json  what the model that it started from came with (checkpoint/companions.py)
     slurm/          a folder for each job that was submitted for the run (cluster/)

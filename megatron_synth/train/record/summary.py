@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import human, table
 from megatron_synth.train.checkpoint import branch
-from megatron_synth.train.record import metrics
+from megatron_synth.train.record import metrics, samples
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.shapes import LedgerInfo
 
@@ -47,7 +47,7 @@ def summary(path: Path) -> str:
     if last.get(metrics.SKIPPED):
         lines.append(f"{last[metrics.SKIPPED]} steps were skipped, as they were not finite; events.log tells which")
     evaluated = next((record for record in reversed(records) if metrics.has_eval(record)), None)
-    return "\n".join([*lines, table(_rows(ledger, last, evaluated))])
+    return "\n".join([*lines, table(_rows(ledger, last, evaluated)), *samples.excerpt(run.path)])
 
 
 def _rows(ledger: LedgerInfo | None, last: metrics.Record, evaluated: metrics.Record | None) -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from megatron_synth.core.records import Count, Reader, parse_json
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.study.fit.table.runs_table import read_table
 from megatron_synth.study.report.collect import read_runs_csv
-from megatron_synth.study.report.fit_figure import three_panels
+from megatron_synth.study.report.figures.fit import three_panels
 from megatron_synth.train.checkpoint.files import LATEST, MANIFEST, candidates, faults
 from tests.faults.record_mutations import World, campaign, make_world
 from tests.support import STEPS

@@ -258,7 +258,7 @@ def test_every_problem_is_reported_with_path_and_hint() -> None:
         "train.learning_rate": "did you mean 'optim.lr'?",
         "train.batch_size": "did you mean 'train.global_batch_size'?",
         "optim.betta1": "did you mean 'optim.beta1'?",
-        "optim.schedule": "expected 'cosine', 'wsd' or 'constant', got 'cosin'; did you mean 'cosine'?",
+        "optim.schedule": "'linear', 'inverse_sqrt' or 'constant', got 'cosin'; did you mean 'cosine'?",
         "optim.beta2": "must be less than 1",
         "train.seed": "must be at least 0, got -1",
         "train.micro_batch_size": "expected a number, got true",

@@ -17,7 +17,7 @@ from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards import document_index
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.source import open_source
-from tests.unit.data.test_source import make
+from tests.unit.data.shards.test_source import make
 
 pytestmark = pytest.mark.usefixtures("compiled_and_not")
 

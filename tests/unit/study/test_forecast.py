@@ -20,8 +20,8 @@ from megatron_synth.study.plan.runs import expand
 from megatron_synth.study.plan.study_file import load_study
 from megatron_synth.study.report.collect import runs_csv
 from megatron_synth.study.report.report import write_report
+from tests.unit.study.report.test_study_report import simulated
 from tests.unit.study.test_study_file import TINY, write_study
-from tests.unit.study.test_study_report import simulated
 
 NOISE = 0.003
 AGGREGATE = "macro of web"

@@ -20,8 +20,8 @@ from megatron_synth.study.report.checks import check_study, sentences
 from megatron_synth.study.report.collect import read_runs_csv, runs_csv
 from megatron_synth.study.report.report import write_report
 from tests.simulate_rates import EXPONENTS, bend_rate, best_rate, sweep, sweep_rates
+from tests.unit.study.report.test_study_report import simulated
 from tests.unit.study.test_study_file import TINY, write_study
-from tests.unit.study.test_study_report import simulated
 
 SWEEP = {"factors": [0.5, 1, 2], "batches": [4, 8]}
 

@@ -15,7 +15,7 @@ from megatron_synth.synthesis.requests import constant_part
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.setup import Counted, Setup
 from megatron_synth.synthesis.status import status_text
-from tests.unit.synthesis.test_embedded import model  # noqa: F401
+from tests.unit.synthesis.engines.test_embedded import model  # noqa: F401
 
 
 def test_both_tokenizers_count(synthesis, model, capsys):  # noqa: F811

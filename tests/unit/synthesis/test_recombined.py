@@ -12,14 +12,14 @@ from benchmarks.synthesis.stub import RunningStub
 from megatron_synth.cli.main import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import to_yaml
-from megatron_synth.synthesis.parents import digest
+from megatron_synth.synthesis.documents.parents import digest
 from megatron_synth.synthesis.recombined import concepts_of, extraction_record, graph_of
 from megatron_synth.synthesis.report import write_report
 from megatron_synth.synthesis.run import run
 from megatron_synth.synthesis.setup import Setup
 from megatron_synth.synthesis.shares import Share
 from megatron_synth.synthesis.status import status_text
-from tests.unit.synthesis.test_embedded import model  # noqa: F401
+from tests.unit.synthesis.engines.test_embedded import model  # noqa: F401
 from tests.unit.synthesis.test_run import product
 
 TEXTS = {
@@ -122,7 +122,7 @@ def test_walks_need_concepts_and_concepts_walks(texts, capsys):
 
 
 def test_parents_are_those_of_the_highest_loss(texts, model, capsys):  # noqa: F811
-    from tests.unit.synthesis.test_decoding import losses_by_hand
+    from tests.unit.synthesis.engines.test_decoding import losses_by_hand
 
     expected = losses_by_hand(model, list(TEXTS.values()))
     ranked = sorted(TEXTS, key=lambda name: -expected[TEXTS[name]])

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import SamplingConfig
 from megatron_synth.synthesis import licenses
-from megatron_synth.synthesis.chunks import Skipped, chunks, cut
-from megatron_synth.synthesis.counting import ByteCounter
-from megatron_synth.synthesis.escape import USUAL, Escape
+from megatron_synth.synthesis.documents.chunks import Skipped, chunks, cut
+from megatron_synth.synthesis.documents.counting import ByteCounter
+from megatron_synth.synthesis.documents.escape import USUAL, Escape
+from megatron_synth.synthesis.documents.parents import Parent, digest
 from megatron_synth.synthesis.generator import _license
 from megatron_synth.synthesis.kinds.keywords import Keywords, words
 from megatron_synth.synthesis.kinds.template import SHIPPED, Kinds, Template, load_template
-from megatron_synth.synthesis.parents import Parent, digest
 from megatron_synth.synthesis.requests import Asking, Request, Wording, requests
 
 KINDS = ("hq-rephrase", "qa-rephrase", "textbook", "concepts", "recombined")

@@ -24,7 +24,7 @@ def test_cosine_corners() -> None:
 
 
 def test_warmup_is_linear_and_starts_at_its_first_fraction() -> None:
-    for schedule in ("cosine", "wsd", "constant"):
+    for schedule in ("cosine", "wsd", "linear", "inverse_sqrt", "constant"):
         lr = curve(40, schedule=schedule, warmup_steps=8)
         assert lr[:8] == pytest.approx([1e-3 * k / 8 for k in range(1, 9)])
         assert lr[7] == 1e-3
@@ -48,6 +48,20 @@ def test_wsd_decay_longer_than_the_run_begins_after_warmup() -> None:
     assert [a - b for a, b in itertools.pairwise(lr[9:])] == pytest.approx([9e-5] * 10)
 
 
+def test_linear_is_one_straight_line() -> None:
+    lr = curve(20, schedule="linear", warmup_steps=5)
+    assert lr[4] == 1e-3 and lr[-1] == 1e-4
+    assert [a - b for a, b in itertools.pairwise(lr[4:])] == pytest.approx([6e-5] * 15)
+
+
+def test_inverse_square_root_needs_no_end() -> None:
+    lr = curve(4000, schedule="inverse_sqrt", warmup_steps=10)
+    assert lr[9] == 1e-3 and lr[39] == pytest.approx(5e-4) and lr[999] == 1e-4 == lr[-1]
+    assert curve(100, schedule="inverse_sqrt", warmup_steps=10) == lr[:100]
+    plain = curve(16, schedule="inverse_sqrt", min_lr=0)
+    assert plain[0] == 1e-3 and plain[3] == pytest.approx(5e-4) and plain[15] == pytest.approx(2.5e-4)
+
+
 def test_constant_never_falls() -> None:
     assert curve(30, schedule="constant") == [1e-3] * 30
 
@@ -58,7 +72,7 @@ def test_run_that_ends_in_its_warmup() -> None:
     assert curve(1, schedule="cosine") == [1e-3]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "inverse_sqrt", "constant"])
 def test_rises_to_the_peak_then_never_rises_and_stays_in_bounds(schedule: str) -> None:
     for total, warmup, decay in itertools.product((1, 2, 3, 17, 64), (0, 1, 2, 9, 64), (None, 1, 7, 100)):
         lr = curve(total, schedule=schedule, warmup_steps=warmup, decay_steps=decay)
@@ -66,7 +80,7 @@ def test_rises_to_the_peak_then_never_rises_and_stays_in_bounds(schedule: str) -
         assert all(a < b for a, b in itertools.pairwise(lr[: peak + 1]))
         assert all(a >= b for a, b in itertools.pairwise(lr[peak:]))
         assert all(0 < value <= 1e-3 for value in lr) and all(value >= 1e-4 for value in lr[peak:])
-        if schedule != "constant" and total - 1 > peak:
+        if schedule not in ("constant", "inverse_sqrt") and total - 1 > peak:
             assert lr[-1] == 1e-4
 
 

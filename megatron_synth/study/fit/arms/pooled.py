@@ -23,8 +23,8 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.catalog import AnyLaw, law_named
 from megatron_synth.study.fit.fit import checked_losses, race, start_grid
 from megatron_synth.study.fit.laws import Columns, Floats, Law, log_sum_exp, term_mean
-from megatron_synth.study.fit.newton import solve
-from megatron_synth.study.fit.solver import Solver
+from megatron_synth.study.fit.solvers.newton import solve
+from megatron_synth.study.fit.solvers.solve import Solver
 
 SPREAD = 0.1
 """Scale of tau's prior: arms of one study differ by some per cent of a floor, and by some hundredths of an exponent."""

@@ -28,7 +28,7 @@ from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.study.fit.shares.parametric import FittedParametric
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.fit.shares.validation import Validation, cross_validate
-from megatron_synth.study.fit.solver import Solver
+from megatron_synth.study.fit.solvers.solve import Solver
 
 RATIO_LAWS = ("mixture", "mixture-additive")
 OVER_SHARES = ("exponential", "power", "additive", "gaussian-process")

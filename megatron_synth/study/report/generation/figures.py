@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_synth.core.log import compact, human
 from megatron_synth.study.report.analysis import LEVEL
-from megatron_synth.study.report.drawing import Drawn, Look, figure_size, panel_title, panels_of, render_figure
+from megatron_synth.study.report.figures.drawing import Drawn, Look, figure_size, panel_title, panels_of, render_figure
 from megatron_synth.study.report.generation.analysis import ArmCost, Generation, Loop, RoundText
 from megatron_synth.train.record.plot import GREY, INK, label_ends
 

@@ -1,0 +1,1 @@
+"""Documents that prompts are made of: read, cut, counted, and made harmless."""
