@@ -26,7 +26,7 @@ class Average:
         """Begin with the weights as they are. decay: d."""
         (self._inner,) = optimizer.chained_optimizers
         self._chunks, self._decay = chunks, decay
-        self._places = list(places_of(self._inner))
+        self._places = list(places(self._inner))
         self._weights = [weights for *_, weights in self._places]
         self._values = [weights.detach().clone() for weights in self._weights]
 
@@ -64,7 +64,7 @@ class Average:
                 chunk.start_param_sync(force_sync=True)
 
 
-def places_of(inner: object) -> Iterator[Range]:
+def places(inner: object) -> Iterator[Range]:
     """Each parameter with the part of it that this rank's optimizer updates, as that holds it."""
     if isinstance(inner, DistributedOptimizer):
         for ranges in inner.gbuf_ranges:

@@ -178,9 +178,9 @@ class _Part:
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[_Part]:
-    from megatron_synth.parallel.average import places_of
+    from megatron_synth.parallel.average import places
 
-    for parameter, _, _, weights in places_of(optimizer):
+    for parameter, _, _, weights in places(optimizer):
         if hasattr(parameter, MATRIX):
             yield _Part(parameter, weights, getattr(parameter, MATRIX))
 

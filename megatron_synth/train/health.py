@@ -21,7 +21,7 @@ from megatron_synth.model import observer
 from megatron_synth.model.architecture import LAYERS
 from megatron_synth.model.fp8.statistics import Statistics
 from megatron_synth.model.observer import Observer
-from megatron_synth.parallel.average import places_of
+from megatron_synth.parallel.average import places
 from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.grad_norm import square_sum
 
@@ -47,7 +47,7 @@ class Health:
         self._weights: dict[str, list[Tensor]] = {part: [] for part in self._parts}
         """By part of the model: what this rank updates of it, without what another rank has too."""
         for inner in optimizer.chained_optimizers:
-            for parameter, _, _, weights in places_of(inner):
+            for parameter, _, _, weights in places(inner):
                 counted = param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter)
                 if counted:
                     self._weights[names[parameter]].append(weights)

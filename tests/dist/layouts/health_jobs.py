@@ -11,7 +11,7 @@ def train_and_compute_health(arguments: list[str], step: int) -> dict[str, Any]:
 
     from megatron_synth.cli import main as cli
     from megatron_synth.train.step import Stepper
-    from tests.dist import health_reference
+    from tests.dist.layouts import health_reference
 
     original = Stepper.step
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ def gradients(arguments: list[str], fault: str = "") -> dict[str, Any]:
 
     from megatron_synth.cli import main as cli
     from megatron_synth.model.architecture import LAYERS
-    from megatron_synth.parallel.average import places_of
+    from megatron_synth.parallel.average import places
     from megatron_synth.train.step import Stepper
 
     found: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def gradients(arguments: list[str], fault: str = "") -> dict[str, Any]:
                 names[parameter] = ".".join(words)
         tensors: dict[str, Sums] = {}
         for inner in self.optimizer.chained_optimizers:
-            for parameter, _, _, weights in places_of(inner):
+            for parameter, _, _, weights in places(inner):
                 values = weights.grad.double()
                 shared = getattr(parameter, "tensor_model_parallel", False)
                 tensors[names[parameter]] = (shared, float(values.square().sum()), float(values.sum()))

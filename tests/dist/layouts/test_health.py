@@ -27,7 +27,7 @@ def health(record: dict[str, Any]) -> dict[str, float]:
 def test_it_is_right(ranks: RankPool, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", str(config), *COMMON, "optim.clip_grad=0", "--run-dir", str(run)]
-    (result,) = ranks.run(1, "tests.dist.health_jobs.train_and_compute_health", arguments, 2)
+    (result,) = ranks.run(1, "tests.dist.layouts.health_jobs.train_and_compute_health", arguments, 2)
     records = read_metrics(run)
     assert [bool(health(record)) for record in records] == [False, True, False, True]
     found = health(records[1])

@@ -14,7 +14,7 @@ import pytest
 from tests.dist.pool import RankPool
 from tests.support import LAYOUTS
 
-JOB = "tests.dist.gradient_jobs.gradients"
+JOB = "tests.dist.layouts.gradient_jobs.gradients"
 COMMON = ("train.steps=1", "optim.warmup_steps=0", "eval.interval=null", "checkpoint.interval=null")
 FAMILIES = {
     "tied": ("model.share_embeddings_and_output_weights=true", "model.add_qkv_bias=true", "model.qk_norm=head"),
