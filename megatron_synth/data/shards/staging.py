@@ -23,6 +23,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.indexed import file_size, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
 
@@ -56,7 +57,8 @@ def stage(source: Path, folder: Path, progress: Progress | None = None) -> Path:
     tokenizer = source / manifest.tokenizer.path
     wanted: list[_File] = []
     for shard in manifest.shards:
-        for suffix, size in ((".idx", shard.idx_bytes), (".bin", shard.bin_bytes)):
+        for suffix in reversed(shard.suffixes):
+            size = _size(shard, suffix)
             path = with_suffix(source / shard.name, suffix)
             if file_size(path) != size:
                 raise UserError(f"{path}: {FILE_NAME} announces {size} bytes, found {file_size(path)}; copy it again")
@@ -132,7 +134,15 @@ class _File:
         if isinstance(checksum, BlockHasher):
             return checksum.finish() == self.shard.bin_blocks
         digest: str = checksum.hexdigest()
-        return digest == (self.shard.bin_sha256 if self.path.suffix == ".bin" else self.shard.idx_sha256)
+        known = {".bin": self.shard.bin_sha256, ".idx": self.shard.idx_sha256, COLUMNS: self.shard.columns_sha256}
+        return digest == known[self.path.suffix]
+
+
+def _size(shard: ShardInfo, suffix: str) -> int:
+    """What the manifest announces of one of its files."""
+    size = {".bin": shard.bin_bytes, ".idx": shard.idx_bytes, COLUMNS: shard.columns_bytes}[suffix]
+    assert size is not None
+    return size
 
 
 def _own_folder(target: Path) -> None:
