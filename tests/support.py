@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_synth.config.schema import ModelConfig
 from megatron_synth.data.shards import native
-from megatron_synth.data.shards.indexed import ShardWriter
+from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content, missing_values, text_id
+from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.tokenizer import Tokenizer
 from megatron_synth.train.record import metrics
@@ -142,6 +144,36 @@ def write_source(
         shards=tuple(infos),
         made=Provenance(program="tests", config_digest="0" * 64, inputs={}, holdout="0"),
     ).save(folder)
+    return folder
+
+
+COLUMNS = (
+    ColumnInfo(name="score", type="float32"),
+    ColumnInfo(name="year", type="int32"),
+    ColumnInfo(name="kind", type="category", categories=("code", "qa", "text")),
+    ColumnInfo(name="parent", type="id", parent=True),
+    ColumnInfo(name="own", type="id"),
+)
+
+
+def with_columns(folder: Path, seed: int, tokens: int = 40_000, shards: int = 3) -> Path:
+    """A prepared source with the columns above: a part of the documents has no value of some of them."""
+    write_source(folder, seed, tokens, shards=shards)
+    manifest = Manifest.load(folder)
+    generator, infos = np.random.default_rng(seed), []
+    for info in manifest.shards:
+        values = missing_values(COLUMNS, info.documents)
+        known = generator.random(info.documents) < 0.9
+        values["score"][known] = generator.random(int(known.sum()))
+        values["year"] = generator.integers(1990, 2026, info.documents)
+        values["kind"] = generator.integers(-1, 3, info.documents)
+        values["parent"] = [text_id(str(n % 17)) for n in range(info.documents)]
+        values["own"] = [text_id(str(seed + n % 3)) for n in range(info.documents)]
+        content = file_content(COLUMNS, values)
+        with_suffix(folder / info.name, SUFFIX).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        infos.append(info.model_copy(update={"columns_bytes": len(content), "columns_sha256": digest}))
+    manifest.model_copy(update={"columns": COLUMNS, "shards": tuple(infos)}).save(folder)
     return folder
 
 

@@ -22,9 +22,10 @@ from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards import places
+from megatron_synth.data.shards.selection import SelectedSource
 from megatron_synth.train.checkpoint import branch, files
 from megatron_synth.train.checkpoint.branch import Trunk
-from megatron_synth.train.dryrun import open_if_prepared
+from megatron_synth.train.dryrun import prepared_sources
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.shapes import LedgerInfo
@@ -135,7 +136,7 @@ def _samples(text: str) -> range:
 def _plan(config: Config, progress: Progress) -> None:
     """Print the tables, then refuse what a training run would refuse."""
     length, total = config.window_length, config.samples_at_end(progress)
-    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
+    sources, domains = prepared_sources(config)
     prepared = [name for name, source in sources.items() if source is not None]
     order = plan_of(config, {name: source.num_tokens if source else None for name, source in sources.items()})
     number = config.data.windows_per_sequence
@@ -145,7 +146,10 @@ def _plan(config: Config, progress: Progress) -> None:
     show(phase_tables(config, order, prepared, progress))
     show(f"\nin all\n{source_table(config, order, prepared, progress)}")
     opened = [source for source in sources.values() if source is not None]
-    domains = {name: open_if_prepared(entry.path, name) for name, entry in config.data.validation.items()}
+    for source in opened:
+        if isinstance(source, SelectedSource):
+            chosen, all_ = source.num_documents, source.base.num_documents
+            show(f"{source.name}: {chosen:,} of {all_:,} documents of {source.path}, where {source.where}")
     for text in shared_content.notes(opened, {name: domain for name, domain in domains.items() if domain is not None}):
         show(f"note: {text}")
     order.check(total, length, progress.samples)

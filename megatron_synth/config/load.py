@@ -255,6 +255,11 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["data"], "windows_per_sequence", 1)
     for source in content["data"]["sources"].values():
         _drop_default(source, "shift_windows", False)
+        _drop_default(source, "where", None)
+    for domain in content["data"]["validation"].values():
+        _drop_default(domain, "where", None)
+    _drop_default(content["data"], "exclude_parents_of", None)
+    del content["data"]["cache"]
 
 
 def _drop_default(section: dict[str, Any], name: str, default: object) -> None:

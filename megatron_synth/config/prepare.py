@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section, Seed
 
@@ -18,6 +20,65 @@ BYTE_ALPHABET = 256
 def as_tuple(value: Any) -> Any:
     """A single string as a list of one, for settings that are mostly given one value."""
     return (value,) if isinstance(value, str) else value
+
+
+MAX_COLUMNS = 64
+MAX_CATEGORIES, MAX_CATEGORY_BYTES = 65_536, 1024
+ColumnType = Literal["int32", "float32", "category", "host", "id", "parent", "text_id"]
+_RESERVED = frozenset(keyword.kwlist)
+
+
+def column_name(name: str) -> str:
+    """`name`, if expressions of `where` can speak of it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _RESERVED:
+        raise ValueError(f"column {name!r:.80}: use a letter, then letters, digits and `_`, and no word of Python")
+    return name
+
+
+def as_column(value: Any) -> Any:
+    """A type alone as a column."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+class ColumnConfig(Section):
+    """A value of each document that is kept beside its tokens. In short, its type alone: `score: float32`."""
+
+    type: ColumnType
+    """int32 and float32; category, one of at most 65,536 texts; host, the category of a URL's host; id, a text of which a
+    number of 64 bits is kept; parent, the id of a document that this one was made from; text_id, the id that `synthesize`
+    gives a text as a parent, which takes no field."""
+    field: str | None = None
+    """Field or column that holds it, such as `url`; `meta.url` and `parents.0` look into objects and lists. Default: the name
+    of the column. Documents without it have no value."""
+
+
+class FimConfig(Section):
+    """Fill in the middle: documents cut in three, whose middle comes last, for models that complete code."""
+
+    share: Ratio
+    """Of the training documents, such as `1/2`; exact to within one of every 64."""
+    spm: Ratio = Fraction(1, 2)
+    """Of these, those with the suffix before the prefix (SPM); the others have the prefix first (PSM)."""
+    by: Literal["characters", "tokens"] = "characters"
+    """What documents are cut between: characters, so that a cut may lie within a word as where code is completed, or tokens."""
+    seed: Seed = 0
+    """Of which documents are cut, and where."""
+    prefix: str = "<|fim_prefix|>"
+    """Special token of the tokenizer before the prefix."""
+    suffix: str = "<|fim_suffix|>"
+    """Before the suffix."""
+    middle: str = "<|fim_middle|>"
+    """Before the middle."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FimConfig:
+        if len({self.prefix, self.suffix, self.middle}) < 3:
+            raise ValueError("prefix, suffix and middle need a token each")
+        return self
 
 
 class HubInput(Section):
@@ -50,8 +111,14 @@ class PrepareSource(Section):
     """The output of `megatron-synth synthesize`. Its record goes into the manifest, and its generator is that of the source."""
     text_key: str = "text"
     """Field or column that holds the text (.jsonl, .parquet, hf)."""
+    columns: dict[Annotated[str, AfterValidator(column_name)], Annotated[ColumnConfig, BeforeValidator(as_column)]] = Field(
+        {}, max_length=MAX_COLUMNS
+    )
+    """Values of each document that are kept beside its tokens, by name: what `where` of a training source chooses by."""
     text_as: Literal["file", "line"] = "file"
     """.txt: a document is the whole file, or one line."""
+    fim: FimConfig | None = None
+    """Fill in the middle. What the source holds out for validation is left as it is."""
     split: Split = "train"
     """What the source is for."""
     holdout: Ratio | None = None
@@ -69,10 +136,15 @@ class PrepareSource(Section):
         given = [key for key in ("input", "hf", "builtin", "synthesized") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of input, hf, builtin and synthesized, found {' and '.join(given) or 'none'}")
+        named = [name for name, column in self.columns.items() if column.type == "text_id" and column.field is not None]
+        if named:
+            raise ValueError(f"columns.{named[0]}.field: type text_id is made from the text itself; leave the field out")
         if self.input == ():
             raise ValueError("input names no file")
         if self.holdout is not None and self.split == "validation":
             raise ValueError("a validation source has no holdout: drop one of `holdout` and `split: validation`")
+        if self.fim is not None and self.split == "validation":
+            raise ValueError("text for validation is not cut: drop one of `fim` and `split: validation`")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie between 0 and 1, got {self.holdout}; leave it out for none")
         return self
@@ -149,6 +221,9 @@ class PrepareConfig(Section):
                 raise ValueError(f"source name {name!r}: use letters, digits, `.`, `_` and `-`, as in a folder's name")
             if source.holdout is not None and name + VALID_SUFFIX in self.sources:
                 raise ValueError(f"source {name + VALID_SUFFIX!r} has the name that the holdout of {name!r} gets")
+        cut = [name for name, source in self.sources.items() if source.fim is not None]
+        if cut and self.tokenizer.train is not None:
+            raise ValueError(f"sources.{cut[0]}.fim: a tokenizer that is trained has no tokens for it; give one as path")
         if self.tokenizer.train is not None:
             training = [name for name, source in self.sources.items() if source.split == "train"]
             unknown = [name for name in self.tokenizer.train.sources if name not in training]

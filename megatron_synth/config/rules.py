@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_/-]*")
 
 def check(config: Config) -> list[Problem]:
     """Everything in `config` that contradicts something else in it; an empty list when it is sound."""
-    parts = (_model, _parallel, _data, _optimizer, _schedule, _loss, _precision, _attention, _saving)
+    parts = (_model, _parallel, _data, _columns, _optimizer, _schedule, _loss, _precision, _attention, _saving)
     return [problem for part in parts for problem in part(config)]
 
 
@@ -200,6 +200,11 @@ def _phases(config: Config) -> Iterator[Problem]:
     else:
         message = "has no effect: every phase of data.phases has its own ratios; set it to null"
         yield from (Problem(f"data.sources.{name}.ratio", message) for name in stated)
+
+
+def _columns(config: Config) -> Iterator[Problem]:
+    if config.data.exclude_parents_of is not None and not config.data.validation:
+        yield Problem("data.exclude_parents_of", "validation: there is no domain in data.validation; set it to null")
 
 
 def _shares(config: Config, path: str, ratios: Mapping[str, Fraction]) -> Iterator[Problem]:

@@ -10,11 +10,22 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from megatron_synth.config.expression import parse
 from megatron_synth.config.model import ModelConfig as ModelConfig
 from megatron_synth.config.section import Amount, NonNegativeInt, PositiveInt, Ratio, Section, Seed
 
+
+def _expression(value: str) -> str:
+    try:
+        parse(value)
+    except ValueError as error:
+        raise ValueError(f"{value!r:.200}: {error}") from None
+    return value
+
+
+Where = Annotated[str, AfterValidator(_expression)]
 SampleNumber = Annotated[int, Field(ge=0, le=2**60)]
 
 
@@ -77,6 +88,9 @@ class SourceConfig(Section):
     unique_tokens: Amount | None = None
     """Use only so many tokens of the source, in whole windows chosen by the data seed; a smaller number chooses a part of
     what a larger one does. Epochs are then passes over these. Default: all."""
+    where: Where | None = None
+    """Only the documents that an expression over the source's columns means, such as `score >= 0.8 and kind == 'qa'`: a source
+    of its own, with its own ratio and epochs, read without a copy. Default: all. Not for a source that was packed."""
     shift_windows: bool = False
     """Cut each epoch into windows at an offset of its own, chosen by the data seed: documents that come again are then cut
     elsewhere. Not with unique_tokens, nor for a source that was packed."""
@@ -94,6 +108,8 @@ class ValidationConfig(Section):
 
     path: str
     """A prepared source, as for training."""
+    where: Where | None = None
+    """Documents of it, as for training."""
 
 
 class AnswersConfig(Section):
@@ -173,6 +189,12 @@ class DataConfig(Section):
     eod_mask_loss: bool = False
     """No loss where the label is the first token of the next document: a row of tokens is then trained on fewer labels, and
     losses are means over those (Megatron's --eod-mask-loss)."""
+    exclude_parents_of: Literal["validation"] | None = None
+    """validation: of every source that has a column of type parent, leave out the documents of which a parent is a document of
+    a validation domain, by its id. The domains need a column of type id or text_id."""
+    cache: str | None = None
+    """Folder for the indexes that `where` and `exclude_parents_of` need. Default: megatron-synth in $XDG_CACHE_HOME, or in
+    ~/.cache."""
     tokenizer: str | None = None
     """tokenizer.json for sources without a manifest. Default: the one that the manifests name."""
 

@@ -13,8 +13,8 @@ from megatron_synth.train.schedule import learning_rate
 
 _NOTICEABLE = 0.01
 """Relative change of the learning rate that is reported."""
-_SHAPE: dict[str, Any] = {"windows_per_sequence": 1, "phases": [], "skip": []}
-_SOURCE: dict[str, Any] = {"ratio": None, "max_epochs": 1.0, "unique_tokens": None, "shift_windows": False}
+_SHAPE: dict[str, Any] = {"windows_per_sequence": 1, "phases": [], "skip": [], "exclude_parents_of": None}
+_SOURCE: dict[str, Any] = {"ratio": None, "max_epochs": 1.0, "unique_tokens": None, "shift_windows": False, "where": None}
 """Settings of data, and of a source in it, that decide what a sample holds, with what older versions meant."""
 
 

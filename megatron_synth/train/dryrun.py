@@ -8,7 +8,7 @@ from megatron_synth.config.load import digest
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import gib, human, scientific, table
 from megatron_synth.data.loading import shared_content
-from megatron_synth.data.loading.run_data import plan_of, vocab_size_of
+from megatron_synth.data.loading.run_data import check_chosen, chosen, chosen_domains, plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
@@ -30,8 +30,7 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
         UserError: a prepared source is damaged, was made with another tokenizer, or is too small for the run.
     """
     layout = plan(config, world_size)
-    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
-    validation = {name: open_if_prepared(domain.path, name) for name, domain in config.data.validation.items()}
+    sources, validation = prepared_sources(config)
     prepared = [source for source in (*sources.values(), *validation.values()) if source]
     vocab_size = vocab_size_of(config, check_compatible(prepared))
     sections = [
@@ -49,6 +48,19 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
     if notes := shared_content.notes(opened, domains):
         sections.append([f"note: {text}" for text in notes])
     return "\n\n".join("\n".join(section) for section in sections)
+
+
+def prepared_sources(config: Config) -> tuple[dict[str, Source | None], dict[str, Source | None]]:
+    """The sources and domains of a configuration, with the documents they choose; None for one that is not prepared yet."""
+    check_chosen(config)
+    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
+    domains = {name: open_if_prepared(domain.path, name) for name, domain in config.data.validation.items()}
+    evaluated = chosen_domains(config, {name: domain for name, domain in domains.items() if domain is not None})
+    opened = [source for source in sources.values() if source is not None]
+    # with a part of the sources it cannot be said that none has parents, nor which parents all domains have
+    if len(opened) + len(evaluated) < len(sources) + len(domains):
+        config = config.model_copy(update={"data": config.data.model_copy(update={"exclude_parents_of": None})})
+    return {**sources, **{source.name: source for source in chosen(config, opened, evaluated)}}, {**domains, **evaluated}
 
 
 def open_if_prepared(path: str, name: str) -> Source | None:

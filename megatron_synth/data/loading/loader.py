@@ -332,7 +332,8 @@ class Loader:
             codes = [token_code(source.dtype) for source in self.sources]
             vocab_sizes = [source.vocab_size for source in self.sources]
             length, wide = self.window_length + 1, self.dtype.itemsize == 8
-            copier = native.RowCopier(library, maps, codes, vocab_sizes, source_ids, shards, begins, length, wide=wide)
+            views, rows = [source.places.view for source in self.sources], (source_ids, shards, begins)
+            copier = native.RowCopier(library, maps, codes, vocab_sizes, *rows, length, wide=wide, views=views)
         return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:

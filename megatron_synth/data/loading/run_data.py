@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.expression import parse
 from megatron_synth.config.schema import Config, Progress, SourceConfig, ValidationConfig
 from megatron_synth.core.process_time import span
 from megatron_synth.data.answers import AnswerDomain, open_answers
@@ -22,6 +26,7 @@ from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.fingerprint import content_of
 from megatron_synth.data.shards.manifest import Manifest, TokenizerInfo
+from megatron_synth.data.shards.selection import Int64, ids_of, parents_of, select
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.data.shards.staging import copied_file, copy_name, head, stage
 from megatron_synth.data.shards.staging_limit import claim
@@ -119,12 +124,15 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     Raises:
         UserError: a file is missing or damaged, tokenizers differ, the vocabulary does not fit, a source is too small.
     """
+    check_chosen(config)
     sequence = config.train.sequence_length
     named = config.data.sources.items() if training else ()
     sources = tuple(open_or_head(config, entry.path, name) for name, entry in named)
     for source in sources:
         _check_packing(source, config)
     validation = {name: open_or_head(config, entry.path, name) for name, entry in config.data.validation.items()}
+    validation = chosen_domains(config, validation)
+    sources = chosen(config, sources, validation)
     info = check_compatible([*sources, *validation.values()])
     vocab_size = vocab_size_of(config, info)
     if vocab_size is None:
@@ -157,8 +165,8 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
             originals |= {source: _original(source, config.data.validation) for source in validation.values()}
             claim(folder, dict(_copy_of(source, place) for source, place in originals.items()), config.data.staging_bytes)
             copies = {source: _open(config, stage(place, folder), source.name) for source, place in originals.items()}
-            sources = tuple(copies[source] for source in sources)
-            validation = {name: copies[source] for name, source in validation.items()}
+            validation = chosen_domains(config, {name: copies[source] for name, source in validation.items()})
+            sources = chosen(config, [copies[source] for source in sources], validation)
     eod_id = info.eod_id if info else None
     answers = {
         name: open_answers(name, one, tokenizer, eod_id, vocab_size, sequence) for name, one in config.data.answers.items()
@@ -179,6 +187,64 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         answers=answers,
         notes=notes,
     )
+
+
+def check_chosen(config: Config) -> None:
+    """Refuse a choice of documents in object storage, as their values are not read from there.
+
+    Raises:
+        UserError: names the setting.
+    """
+    named: dict[str, SourceConfig | ValidationConfig] = {
+        f"data.sources.{name}": one for name, one in config.data.sources.items()
+    }
+    named |= {f"data.validation.{name}": entry for name, entry in config.data.validation.items()}
+    for key, entry in named.items():
+        all_of_it = entry.where is None and config.data.exclude_parents_of is None
+        if not all_of_it and isinstance(location_of(entry.path), Remote):
+            asked = "data.exclude_parents_of" if entry.where is None else f"{key}.where"
+            raise UserError(f"{asked}: {entry.path}: documents can be chosen of a source on a disk alone; copy it there")
+
+
+def chosen(config: Config, sources: Iterable[Source], domains: Mapping[str, Source]) -> tuple[Source, ...]:
+    """Sources of the configuration, each with the documents alone that it chooses. domains: those of validation.
+
+    Raises:
+        UserError: documents cannot be chosen so.
+    """
+    opened, without = tuple(sources), None
+    if opened and config.data.exclude_parents_of is not None:
+        key = "data.exclude_parents_of"
+        if not any(map(parents_of, opened)):
+            raise UserError(f"{key}: no source has a column of type parent; prepare one with it, or set it to null")
+        without = np.unique(np.concatenate([ids_of(domain, key) for domain in domains.values()]))
+    found = []
+    for source in opened:
+        where = config.data.sources[source.name].where
+        ids = without if parents_of(source) else None
+        key = f"data.sources.{source.name}.where" if where is not None else "data.exclude_parents_of"
+        found.append(_select(config, source, where, key, ids))
+    return tuple(found)
+
+
+def chosen_domains(config: Config, domains: Mapping[str, Source]) -> dict[str, Source]:
+    """Domains of the configuration, each with the documents alone that it chooses."""
+    return {
+        name: _select(config, source, config.data.validation[name].where, f"data.validation.{name}.where")
+        for name, source in domains.items()
+    }
+
+
+def _select(config: Config, source: Source, where: str | None, key: str, without: Int64 | None = None) -> Source:
+    if where is None and without is None:
+        return source
+    return select(source, None if where is None else parse(where), _cache(config), key, without)
+
+
+def _cache(config: Config) -> Path:
+    if config.data.cache is not None:
+        return Path(config.data.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "megatron-synth"
 
 
 def _check_staging(sources: Sequence[Source]) -> None:
@@ -306,11 +372,11 @@ def _shape(window_length: int, windows_per_sequence: int) -> list[int]:
 
 
 def _content(source: Source) -> str | int:
-    return source.manifest.digest() if source.manifest else content_of(source.shard(0)).digest
+    return source.digest or content_of(source.shard(0)).digest
 
 
 def _size(source: Source) -> str | int:
-    return source.manifest.digest() if source.manifest else source.num_tokens
+    return source.digest or source.num_tokens
 
 
 def _hash(content: Any) -> str:

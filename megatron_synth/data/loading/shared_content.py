@@ -8,6 +8,7 @@ from itertools import combinations
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.mixing.mixture import MixturePlan
+from megatron_synth.data.shards.selection import SelectedSource, shared_tokens
 from megatron_synth.data.shards.source import Source
 
 
@@ -22,19 +23,32 @@ def notes(sources: Sequence[Source], validation: Mapping[str, Source]) -> list[s
                 "trained on"
             )
     for one, two in combinations(sources, 2):
-        if shards[id(one)] & shards[id(two)]:
+        if _overlap(one, two, shards) and isinstance(one, SelectedSource) | isinstance(two, SelectedSource):
+            found.append(
+                f"data.sources.{one.name} and data.sources.{two.name} choose from the same text ({one.path}) and share "
+                f"{shared_tokens(one, two):,} tokens: an epoch of the one repeats a part of the other's"
+            )
+        elif _overlap(one, two, shards):
             found.append(
                 f"data.sources.{one.name} ({one.path}) and data.sources.{two.name} ({two.path}) hold the same text: an "
                 "epoch of the one repeats the other's"
             )
     for name, domain in validation.items():
         for source in sources:
-            if shards[id(domain)] & shards[id(source)]:
+            if _overlap(domain, source, shards):
                 found.append(
                     f"data.validation.{name} ({domain.path}) and data.sources.{source.name} ({source.path}) hold the same "
                     "text: what is evaluated is trained on"
                 )
     return found
+
+
+def _overlap(one: Source, two: Source, shards: Mapping[int, frozenset[Hashable]]) -> bool:
+    """Whether two sources hold the same text; of documents chosen from the same files, whether some are in both."""
+    if not shards[id(one)] & shards[id(two)]:
+        return False
+    chosen = isinstance(one, SelectedSource) or isinstance(two, SelectedSource)
+    return not chosen or one.manifest is None or two.manifest is None or shared_tokens(one, two) > 0
 
 
 def check_epochs(plan: MixturePlan, sources: Sequence[Source], total_samples: int) -> None:
@@ -63,7 +77,7 @@ def check_epochs(plan: MixturePlan, sources: Sequence[Source], total_samples: in
 
 
 def _content(source: Source) -> Hashable:
-    return source.manifest.digest() if source.manifest is not None else _shards(source)
+    return source.digest if source.digest is not None else _shards(source)
 
 
 def _shards(source: Source) -> frozenset[Hashable]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 from megatron_synth.core.files import sync_folder
 from megatron_synth.data.preparing.packing import arrange, pack
 from megatron_synth.data.preparing.shuffle import bucket_lengths, read_bucket
-from megatron_synth.data.preparing.token_runs import TokenRun, naming
+from megatron_synth.data.preparing.token_runs import TokenRun, naming, values_of_records
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, BlockHasher
+from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content, missing_values
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
 from megatron_synth.data.shards.manifest import ShardInfo
 from megatron_synth.data.tokenizer import Tokenizer
 
+Part = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 Position = tuple[int, int]  # unit (a token run, or a bucket of a shuffle) and document in it
 
 
@@ -41,6 +44,8 @@ class Assembly:
     runs: tuple[TokenRun, ...]
     buckets: int | None
     packing: Packing | None = None
+    columns: tuple[ColumnInfo, ...] = ()
+    """Of all documents, with the categories of all runs."""
 
     @property
     def units(self) -> int:
@@ -63,23 +68,53 @@ class Assembly:
             return lengths
         return bucket_lengths(self.runs, unit, self.buckets)
 
-    def read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [T] of documents (or bins) [first, last) of a unit, and lengths [N] of the documents among them."""
+    def read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> Part:
+        """Tokens [T] of documents (or bins) [first, last) of a unit, and of the documents among them lengths and columns."""
         if self.packing is None:
             return self._read(dtype, unit, first, last)
-        tokens, lengths = self._read(dtype, unit, 0, None)
+        tokens, lengths, values = self._read(dtype, unit, 0, None)
         packed = pack(lengths, self.packing.sequence_length)
-        return arrange(packed, first, last, tokens, lengths, self.packing.eod_id)
+        tokens, lengths, documents = arrange(packed, first, last, tokens, lengths, self.packing.eod_id)
+        if values is not None:
+            # padding is the last of all
+            values = np.concatenate([values, missing_values(self.columns, 1)])[documents]
+        return tokens, lengths, values
 
-    def _read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> Part:
         if self.buckets is None:
-            lengths = self.document_lengths(unit)
-            begin = int(lengths[:first].sum(dtype=np.int64))
-            lengths = lengths[first:last]
-            return self.runs[unit].read_tokens(dtype, begin, begin + int(lengths.sum(dtype=np.int64))), lengths
-        tokens, lengths = read_bucket(self.runs, dtype, unit, self.buckets)
+            run = self.runs[unit]
+            records = run.read_records()
+            begin = int(records["length"][:first].sum(dtype=np.int64))
+            records = records[first:last]
+            lengths = records["length"]
+            tokens = run.read_tokens(dtype, begin, begin + int(lengths.sum(dtype=np.int64)))
+            return tokens, lengths, self._values(run, records) if self.columns else None
+        tokens, lengths, values = read_bucket(self.runs, dtype, unit, self.buckets, self._values if self.columns else None)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return tokens[ends[first] : ends[lengths.size if last is None else last]], lengths[first:last]
+        tokens = tokens[ends[first] : ends[lengths.size if last is None else last]]
+        return tokens, lengths[first:last], None if values is None else values[first:last]
+
+    def _values(self, run: TokenRun, records: np.ndarray) -> np.ndarray:
+        """The columns of records of a run, structured [N]; categories are numbered as for all runs."""
+        values = values_of_records(records, run.columns)
+        for column, own in zip(self.columns, run.categories, strict=True):
+            if column.type == "category":
+                known = {text: number for number, text in enumerate(column.categories)}
+                numbers = np.array([known[text] for text in own], np.int32)
+                # what is not known, -1, is the last of all
+                values[column.name] = np.append(numbers, -1)[values[column.name]]
+        return values
+
+
+def columns_of(runs: Iterable[TokenRun], described: Sequence[ColumnInfo]) -> tuple[ColumnInfo, ...]:
+    """The columns of a source with the categories that are in any of its runs."""
+    found: list[set[str]] = [set() for _ in described]
+    for run in runs:
+        for known, own in zip(found, run.categories, strict=True):
+            known.update(own)
+    return tuple(
+        column.model_copy(update={"categories": tuple(sorted(own))}) for column, own in zip(described, found, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -127,26 +162,43 @@ def plan_shards(units: Iterable[np.ndarray], shard_tokens: int) -> list[tuple[Po
 def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
     """Assemble one shard; memory is bounded by a unit, and by the index of the shard."""
     writer = ShardWriter(task.prefix, task.dtype)
+    columns, values = task.assembly.columns, list[np.ndarray]()
     try:
         with naming(with_suffix(task.prefix, ".bin"), lambda: writer.tokens * task.dtype.itemsize):
             for unit in range(task.start[0], task.end[0] + 1):
                 first = task.start[1] if unit == task.start[0] else 0
                 last = task.end[1] if unit == task.end[0] else None
                 if last is None or last > first:
-                    writer.add(*task.assembly.read(task.dtype, unit, first, last))
+                    tokens, lengths, of_documents = task.assembly.read(task.dtype, unit, first, last)
+                    writer.add(tokens, lengths)
+                    if of_documents is not None:
+                        values.append(of_documents)
             if task.closed:
                 assert task.assembly.packing is not None
                 writer.add(np.array([task.assembly.packing.eod_id], task.dtype), np.array([1], np.int32))
+                values.append(missing_values(columns, 1))
             written = writer.finish()
-            sync_folder(task.prefix.parent)
+        about: dict[str, Any] = {}
+        if columns:
+            about = _write_columns(with_suffix(task.prefix, SUFFIX), file_content(columns, np.concatenate(values)))
+        sync_folder(task.prefix.parent)
     finally:
         writer.abandon()
-    return ShardInfo(name=task.prefix.name, **vars(written))
+    return ShardInfo(name=task.prefix.name, **vars(written), **about)
+
+
+def _write_columns(path: Path, content: bytes) -> dict[str, Any]:
+    """Write the columns of a shard; what its entry in the manifest says of them."""
+    with open(path, "wb") as file, naming(path, lambda: 0):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"columns_bytes": len(content), "columns_sha256": hashlib.sha256(content).hexdigest()}
 
 
 def is_whole(folder: Path, shard: ShardInfo) -> bool:
-    """Whether the two files of a shard are what was written, all of them."""
-    blocks, index = BlockHasher(), hashlib.sha256()
+    """Whether the files of a shard are what was written, all of them."""
+    blocks, index, columns = BlockHasher(), hashlib.sha256(), hashlib.sha256()
     size = 0
     try:
         with open(with_suffix(folder / shard.name, ".bin"), "rb") as file:
@@ -156,6 +208,10 @@ def is_whole(folder: Path, shard: ShardInfo) -> bool:
         with open(with_suffix(folder / shard.name, ".idx"), "rb") as file:
             while data := file.read(BLOCK_BYTES):
                 index.update(data)
+        if shard.columns_sha256 is not None:
+            columns.update(with_suffix(folder / shard.name, SUFFIX).read_bytes())
     except OSError:
+        return False
+    if shard.columns_sha256 not in (None, columns.hexdigest()):
         return False
     return (size, blocks.finish(), index.hexdigest()) == (shard.bin_bytes, shard.bin_blocks, shard.idx_sha256)

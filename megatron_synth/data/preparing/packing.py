@@ -82,8 +82,11 @@ def pack(lengths: np.ndarray, sequence_length: int) -> Packed:
 
 def arrange(
     packed: Packed, first: int, last: int | None, tokens: np.ndarray, lengths: np.ndarray, eod: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [T] and lengths of the entries of bins [first, last), from all tokens and lengths [N] of the documents."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [T], lengths [E] and documents [E] of the entries of bins [first, last), as `Packed` has them.
+
+    From all tokens and lengths [N] of the documents.
+    """
     last = len(packed.sizes) if last is None else last
     chosen = slice(int(packed.bins[first]), int(packed.bins[last]))
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
@@ -93,7 +96,7 @@ def arrange(
     for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
         out[filled : filled + size] = eod if begin == PADDING else tokens[begin : begin + size]
         filled += size
-    return out, sizes
+    return out, sizes, documents
 
 
 def cut_documents(lengths: np.ndarray, sequence_length: int, offset: int = 0) -> int:

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig, PrepareSource, Split
+from megatron_synth.config.prepare import MAX_CATEGORIES, VALID_SUFFIX, PrepareConfig, PrepareSource, Split
 from megatron_synth.core.files import sync_folder
 from megatron_synth.data.preparing.assembly import (
     Assembly,
     Packing,
     Position,
     ShardTask,
+    columns_of,
     is_whole,
     plan_shards,
     write_shard,
@@ -36,7 +37,15 @@ from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.data.preparing.shared import Told, take_over, tokenize_task
 from megatron_synth.data.preparing.shuffle import bucket_count
 from megatron_synth.data.preparing.token_runs import TokenRun, trim
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Job, Tokenized, Workers
+from megatron_synth.data.preparing.workers import (
+    CHUNK_CHARACTERS,
+    RUN_BYTES,
+    Job,
+    Tokenized,
+    Workers,
+    stored_columns,
+)
+from megatron_synth.data.shards.columns import ColumnInfo
 from megatron_synth.data.shards.manifest import (
     Counts,
     Manifest,
@@ -193,6 +202,7 @@ class SourceWork:
     def _plan(self, runs: list[TokenRun]) -> Plan:
         plan = Plan(tuple(runs), {target: _count(runs, target) for target in self.targets}, {}, {})
         self._refuse_empty(plan.counts)
+        self._refuse_bad_columns(runs)
         for target in self.targets:
             assembly = self._assembly(plan.runs, target)
             plan.cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
@@ -276,9 +286,29 @@ class SourceWork:
         # an evaluation reads a domain from front to back, and counts bits per byte of text: no padding there
         if self.config.packing is not None and self._split(target) == "train":
             packing = Packing(self.config.packing.sequence_length, self.tokenizer.eod_id)
+        columns = self._columns(runs)
         if self.config.shuffle is None:
-            return Assembly(chosen, None, packing)
-        return Assembly(chosen, bucket_count(sum(run.tokens for run in chosen), self.dtype.itemsize), packing)
+            return Assembly(chosen, None, packing, columns)
+        return Assembly(chosen, bucket_count(sum(run.tokens for run in chosen), self.dtype.itemsize), packing, columns)
+
+    def _columns(self, runs: Iterable[TokenRun]) -> tuple[ColumnInfo, ...]:
+        """The columns of the source and of its holdout, which share their categories."""
+        described = self.source.columns.items()
+        stored = zip(described, stored_columns(self.source.columns), strict=True)
+        columns = [ColumnInfo(name=name, type=kind, parent=one.type == "parent") for (name, one), (_, kind) in stored]
+        return columns_of(runs, columns)
+
+    def _refuse_bad_columns(self, runs: list[TokenRun]) -> None:
+        """Columns of which no document has a value, and categories that are too many: most likely a mistake."""
+        for column in self._columns(runs):
+            where = f"sources.{self.name}.columns.{column.name}"
+            if len(column.categories) > MAX_CATEGORIES:
+                raise UserError(
+                    f"{where}: {len(column.categories)} different texts, at most {MAX_CATEGORIES} are categories; set its type "
+                    "to id, by which documents can be told apart, or leave it out"
+                )
+            if all(column.is_missing(run.read_records()[f"c.{column.name}"]).all() for run in runs):
+                raise UserError(f"{where}: no document has it; set `field` to the field or column of the input that holds it")
 
     @staticmethod
     def _packing_info(assembly: Assembly) -> PackingInfo | None:
@@ -354,6 +384,7 @@ class SourceWork:
             ),
             counts=plan.counts[target],
             packing=plan.packing.get(target),
+            columns=self._columns(plan.runs),
             shards=tuple(shards),
             made=self.made.model_copy(update={"skipped_records": len(self._skipped()) if target == self.name else 0}),
         )
@@ -369,7 +400,7 @@ def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:
 
 
 def _files_of(shards: Iterable[ShardInfo]) -> set[str]:
-    return {shard.name + suffix for shard in shards for suffix in (".bin", ".idx")}
+    return {shard.name + suffix for shard in shards for suffix in shard.suffixes}
 
 
 def _count(runs: list[TokenRun], target: str) -> Counts:

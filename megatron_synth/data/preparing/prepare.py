@@ -25,6 +25,7 @@ from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
 from megatron_synth.core.files import sync_folder, write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.core.share import Share
+from megatron_synth.data.preparing.fim import special_ids
 from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
 from megatron_synth.data.preparing.output import is_clean, lock_of, partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
@@ -150,6 +151,9 @@ def _looked_at(config: PrepareConfig, force: bool) -> _Work | None:
     if output.exists() and _is_current(output, config, digest, force):
         return None
     settings = config.tokenizer.train
+    for name, source in config.sources.items():
+        if source.fim is not None and given is not None:
+            special_ids(given, source.fim, f"sources.{name}.fim")
     dtype = _stored_dtype(config, given.vocab_size if given is not None else settings.vocab_size if settings else 0)
     _check_space(config, readers, output, dtype)
     head = {
@@ -349,6 +353,10 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     for source in settings["sources"].values():
         if source["on_error"] == "fail":
             del source["on_error"], source["max_errors"]
+        if source["fim"] is None:
+            del source["fim"]
+        if not source["columns"]:
+            del source["columns"]
         if source["synthesized"] is None:
             del source["synthesized"]
     return {"version": RECORD_VERSION, "config_digest": digest, "config": settings}

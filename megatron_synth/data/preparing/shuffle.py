@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from megatron_synth.data.preparing.token_runs import TokenRun
+
+ValuesOf = Callable[[TokenRun, np.ndarray], np.ndarray]
 
 BUCKET_BYTES = 32 * 2**20  # of tokens, about: a shard needs a few times that in memory
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -43,15 +45,20 @@ def bucket_count(tokens: int, itemsize: int) -> int:
 
 def bucket_lengths(runs: Sequence[TokenRun], bucket: int, buckets: int) -> np.ndarray:
     """Lengths [N] of the documents of a bucket in shuffled order; reads no tokens."""
-    records = np.concatenate([_records(run, bucket, buckets) for run in runs])
+    records = np.concatenate([_records(run, bucket, buckets)[["length", "key"]] for run in runs])
     lengths: np.ndarray = records["length"][np.argsort(records["key"], kind="stable")]
     return lengths
 
 
-def read_bucket(runs: Sequence[TokenRun], dtype: np.dtype[Any], bucket: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [T] and lengths [N] of the documents of a bucket in shuffled order."""
+def read_bucket(
+    runs: Sequence[TokenRun], dtype: np.dtype[Any], bucket: int, buckets: int, values_of: ValuesOf | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens [T] and lengths [N] of the documents of a bucket in shuffled order, and what `values_of` tells of each.
+
+    values_of: given a token run and records of it, structured [N].
+    """
     parts = [_records(run, bucket, buckets) for run in runs]
-    found = np.concatenate(parts)
+    found = np.concatenate([part[["length", "start", "key"]] for part in parts])
     stored, filled = np.empty(int(found["length"].sum(dtype=np.int64)), dtype), 0
     for run, records in zip(runs, parts, strict=True):
         if records.size:
@@ -61,7 +68,10 @@ def read_bucket(runs: Sequence[TokenRun], dtype: np.dtype[Any], bucket: int, buc
     order = np.argsort(found["key"], kind="stable")
     starts = (np.cumsum(found["length"], dtype=np.int64) - found["length"])[order]
     lengths: np.ndarray = found["length"][order]
-    return gather(stored, starts, lengths), lengths
+    values = None
+    if values_of is not None:
+        values = np.concatenate([values_of(run, records) for run, records in zip(runs, parts, strict=True)])[order]
+    return gather(stored, starts, lengths), lengths, values
 
 
 def gather(stored: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,16 +1,16 @@
 """Token runs: tokenized documents on their way from the workers to the shards, one file each.
 
 Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
-bytes of its text, its place in the split, its first token in its run, and its sort key (0 without a shuffle).
-Documents stand in the order of the keys. A token run is written under a temporary name, forced to disk and renamed, and its
-checksum says whether it is whole.
+bytes of its text, its place in the split, its first token in its run, its sort key (0 without a shuffle) and, where the source
+has columns, its values of them. Documents stand in the order of the keys. A token run is written under a temporary name,
+forced to disk and renamed, and its checksum says whether it is whole.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +21,28 @@ import xxhash
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import sync_folder
+from megatron_synth.data.shards.columns import DTYPES
 
 HEADER = struct.Struct("<8sQQQ")  # magic, checksum of the rest, documents, tokens
 MAGIC = b"MSPIECE1"
 RECORD = np.dtype(
     [("length", np.int32), ("text_bytes", np.int32), ("place", np.int64), ("start", np.int64), ("key", np.uint64)]
 )
+
+
+def record_type(columns: Sequence[tuple[str, str]]) -> np.dtype[Any]:
+    """The type of records with columns, given name and stored type of each."""
+    return np.dtype(
+        [(name, RECORD[name]) for name in RECORD.names or ()] + [(f"c.{name}", DTYPES[kind]) for name, kind in columns]
+    )
+
+
+def values_of_records(records: np.ndarray, columns: Sequence[tuple[str, str]]) -> np.ndarray:
+    """The columns of records, structured [N]."""
+    values = np.empty(records.size, np.dtype([(name, DTYPES[kind]) for name, kind in columns]))
+    for name, _ in columns:
+        values[name] = records[f"c.{name}"]
+    return values
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,15 @@ class TokenRun:
     text_bytes: int
     checksum: int
     """XXH3 (64 bit) of what follows the header."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """Name and stored type of each column."""
+    categories: tuple[tuple[str, ...], ...] = ()
+    """Of each column of type category the texts that its numbers stand for, in this run; of others none."""
+
+    @property
+    def record(self) -> np.dtype[Any]:
+        """Type of the records."""
+        return record_type(self.columns) if self.columns else RECORD
 
     def to_json(self) -> dict[str, Any]:
         """The token run as a journal tells of it; the folder may have another name when it is read."""
@@ -50,22 +75,24 @@ class TokenRun:
     @classmethod
     def from_json(cls, folder: Path, entry: Mapping[str, Any]) -> TokenRun:
         """The token run that a journal tells of."""
-        return cls(**{**entry, "path": folder / entry["path"]})
+        columns = tuple((name, kind) for name, kind in entry.get("columns", ()))
+        categories = tuple(map(tuple, entry.get("categories", ())))
+        return cls(**{**entry, "path": folder / entry["path"], "columns": columns, "categories": categories})
 
     def mapped_records(self) -> np.ndarray:
-        """What is known of each document, RECORD [documents], mapped from disk: only what is looked at is read."""
-        return np.memmap(self.path, RECORD, "r", HEADER.size, (self.documents,))
+        """What is known of each document, `record` [documents], mapped from disk: only what is looked at is read."""
+        return np.memmap(self.path, self.record, "r", HEADER.size, (self.documents,))
 
     def read_records(self) -> np.ndarray:
         """The records, read and not kept."""
         with open(self.path, "rb") as file:
             file.seek(HEADER.size)
-            return np.fromfile(file, RECORD, self.documents)
+            return np.fromfile(file, self.record, self.documents)
 
     def read_tokens(self, dtype: np.dtype[Any], begin: int, end: int) -> np.ndarray:
         """Tokens [begin, end) of the token run."""
         with open(self.path, "rb") as file:
-            file.seek(HEADER.size + self.documents * RECORD.itemsize + begin * dtype.itemsize)
+            file.seek(HEADER.size + self.documents * self.record.itemsize + begin * dtype.itemsize)
             tokens = np.fromfile(file, dtype, end - begin)
         if tokens.size != end - begin:
             raise UserError(f"{self.path}: ends after {tokens.size} of {end - begin} tokens; start again with --force")
@@ -99,9 +126,18 @@ def naming(path: Path, position: Callable[[], int]) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error} at byte {position()}", str(path)) from error
 
 
-def write_run(folder: Path, target: str, split: int, part: int, records: np.ndarray, tokens: np.ndarray) -> TokenRun:
-    """Write documents that stand in their order already: records RECORD [N], tokens [T]."""
-    assert records.dtype == RECORD and int(records["length"].sum(dtype=np.int64)) == tokens.size
+def write_run(
+    folder: Path,
+    target: str,
+    split: int,
+    part: int,
+    records: np.ndarray,
+    tokens: np.ndarray,
+    columns: tuple[tuple[str, str], ...] = (),
+    categories: tuple[tuple[str, ...], ...] = (),
+) -> TokenRun:
+    """Write documents that stand in their order already: records [N] of `record_type`, tokens [T]."""
+    assert records.dtype == record_type(columns) and int(records["length"].sum(dtype=np.int64)) == tokens.size
     records = records.copy()
     records["start"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
     path = folder / f"{target}-{split:07d}-{part:04d}.run"
@@ -119,7 +155,7 @@ def write_run(folder: Path, target: str, split: int, part: int, records: np.ndar
     os.replace(temporary, path)
     sync_folder(folder)
     text_bytes = int(records["text_bytes"].sum(dtype=np.int64))
-    return TokenRun(path, target, split, part, records.size, tokens.size, text_bytes, total.intdigest())
+    return TokenRun(path, target, split, part, records.size, tokens.size, text_bytes, total.intdigest(), columns, categories)
 
 
 def trim(run: TokenRun, dtype: np.dtype[Any], end_place: int) -> TokenRun | None:
@@ -130,4 +166,4 @@ def trim(run: TokenRun, dtype: np.dtype[Any], end_place: int) -> TokenRun | None
     run.path.unlink()
     if not kept.any():
         return None
-    return write_run(run.path.parent, run.target, run.split, run.part, records[kept], tokens)
+    return write_run(run.path.parent, run.target, run.split, run.part, records[kept], tokens, run.columns, run.categories)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,12 +19,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.prepare import VALID_SUFFIX, PrepareSource
+from megatron_synth.config.prepare import VALID_SUFFIX, ColumnConfig, PrepareSource
+from megatron_synth.data.preparing import fim
 from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.data.preparing.readers.reader import InputSplit
+from megatron_synth.data.preparing.readers.values import Value, values_of
 from megatron_synth.data.preparing.shuffle import document_keys, gather
-from megatron_synth.data.preparing.token_runs import RECORD, TokenRun, write_run
+from megatron_synth.data.preparing.token_runs import TokenRun, record_type, write_run
+from megatron_synth.data.shards.columns import MISSING, text_id
 from megatron_synth.data.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 2**19  # of text that is tokenized at once
@@ -77,6 +80,28 @@ class _Held:
     tokens: list[np.ndarray] = field(default_factory=list)
     records: list[np.ndarray] = field(default_factory=list)
     size: int = 0
+    categories: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By column of that type, the number of each text."""
+
+    def take(self, columns: tuple[tuple[str, str], ...], values: list[tuple[Value, ...]]) -> None:
+        """Put the values of documents into the records that were added last."""
+        for (name, kind), of_column in zip(columns, zip(*values, strict=True), strict=True):
+            missing = MISSING[kind]
+            stored: list[Any]
+            if kind == "category":
+                known = self.categories.setdefault(name, {})
+                stored = [missing if one is None else known.setdefault(str(one), len(known)) for one in of_column]
+            elif kind == "id":
+                stored = [missing if one is None else text_id(str(one)) for one in of_column]
+            else:
+                stored = [missing if one is None else one for one in of_column]
+            self.records[-1][f"c.{name}"] = stored
+
+
+def stored_columns(columns: Mapping[str, ColumnConfig]) -> tuple[tuple[str, str], ...]:
+    """Name and stored type of each column of the settings."""
+    as_stored = {"host": "category", "parent": "id", "text_id": "id"}
+    return tuple((name, as_stored.get(column.type, column.type)) for name, column in columns.items())
 
 
 def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSplit) -> Tokenized:
@@ -87,7 +112,12 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
     """
     held: dict[str, _Held] = {}
     runs: list[TokenRun] = []
-    batch: list[tuple[str, str, int]] = []  # target, text, UTF-8 bytes
+    batch: list[tuple[str, str, int, tuple[Value, ...]]] = []  # target, text, UTF-8 bytes, values of the columns
+    columns = stored_columns(job.source.columns)
+    record = record_type(columns)
+    settings = job.source.fim
+    cutter = None if settings is None else fim.Cutter(settings, job.name, number)
+    ids = (0, 0, 0) if settings is None else fim.special_ids(tokenizer, settings, f"sources.{job.name}.fim")
     messages: list[str] = []
     skipped: list[tuple[int, str]] = []
     limit = job.source.max_bytes
@@ -95,18 +125,25 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
 
     def flush() -> None:
         nonlocal place, characters, waiting, kept
-        tokens, lengths = tokenizer.encode([text for _, text, _ in batch], job.dtype)
-        records = np.zeros(len(batch), RECORD)
-        records["length"], records["text_bytes"] = lengths, [size for _, _, size in batch]
+        texts = [text for _, text, _, _ in batch]
+        if settings is None or cutter is None:
+            tokens, lengths = tokenizer.encode(texts, job.dtype)
+        else:
+            cuts = [cutter.next() if target == job.name else None for target, _, _, _ in batch]
+            tokens, lengths = fim.encode(tokenizer, texts, cuts, settings, ids, job.dtype)
+        records = np.zeros(len(batch), record)
+        records["length"], records["text_bytes"] = lengths, [size for _, _, size, _ in batch]
         records["place"] = np.arange(place, place + len(batch))
-        targets = np.array([target for target, _, _ in batch])
-        for target in dict.fromkeys(target for target, _, _ in batch):
+        targets = np.array([target for target, _, _, _ in batch])
+        for target in dict.fromkeys(target for target, _, _, _ in batch):
             chosen = (targets == target) & (lengths > 1)
             if not chosen.any():
                 continue
             one = held.setdefault(target, _Held())
             one.tokens.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)])
             one.records.append(records[chosen])
+            if columns:
+                one.take(columns, [values for (*_, values), taken in zip(batch, chosen, strict=True) if taken])
             one.size += one.tokens[-1].nbytes
             if one.size >= job.run_bytes:
                 runs.append(_write(job, target, number, one))
@@ -121,7 +158,10 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
         skipped += [(place + len(batch), message) for message in messages]
         messages.clear()
         target = job.name + VALID_SUFFIX if holdout is not None and is_held_out(document.key, holdout) else job.name
-        batch.append((target, document.text, size))
+        values = document.values
+        if columns and values is None:  # of an input without records
+            values = values_of(job.source.columns, {}, document.text, job.name)
+        batch.append((target, document.text, size, values or ()))
         characters += len(document.text)
         waiting += size
         if characters >= job.chunk_characters or (limit is not None and kept + waiting >= limit):
@@ -144,8 +184,10 @@ def _write(job: Job, target: str, number: int, held: _Held) -> TokenRun:
         starts = np.cumsum(records["length"], dtype=np.int64) - records["length"]
         records = records[order]
         tokens = gather(tokens, starts[order], records["length"])
-    run = write_run(job.folder, target, number, held.part, records, tokens)
-    held.part, held.tokens, held.records, held.size = held.part + 1, [], [], 0
+    columns = stored_columns(job.source.columns)
+    categories = tuple(tuple(held.categories.get(name, {})) for name, _ in columns)
+    run = write_run(job.folder, target, number, held.part, records, tokens, columns, categories)
+    held.part, held.tokens, held.records, held.size, held.categories = held.part + 1, [], [], 0, {}
     return run
 
 

@@ -23,6 +23,8 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import open_regular, read_regular
 from megatron_synth.data.shards.block_hash import block_count, checksum, expected_blocks
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
+from megatron_synth.data.shards.columns import ColumnFile
 from megatron_synth.data.shards.indexed import AGAIN, HEADER, MAGIC, TOKEN_TYPES, VERSION, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
 
@@ -141,6 +143,8 @@ def verify(
         manifest, shard = manifests[source], manifests[source].shards[number]
         if kind == "index":
             read, wrong = _check_index(folders[source], manifest, shard)
+        elif kind == "columns":
+            read, wrong = _check_columns(folders[source], manifest, shard)
         elif kind == "sha256":
             read, wrong = _check_whole(folders[source], manifest, shard)
         else:
@@ -173,6 +177,8 @@ def verify(
 
 def _tasks(manifest: Manifest, shard: ShardInfo, sha256: bool) -> Iterator[tuple[int, int, str]]:
     yield 0, 0, "index"
+    if shard.columns_bytes is not None:
+        yield 0, 0, "columns"
     count = block_count(shard.bin_bytes, manifest.block_bytes)
     if shard.bin_blocks is None or sha256:
         yield 0, count, "sha256"
@@ -193,6 +199,16 @@ def _check_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[in
         return len(data), []
     at = _first_contradiction(data, np.dtype(manifest.dtype), shard.bin_bytes)
     return len(data), [Fault(str(path), "altered: its checksum is not the manifest's", None, at)]
+
+
+def _check_columns(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[int, list[Fault]]:
+    path = with_suffix(folder / shard.name, COLUMNS)
+    assert shard.columns_bytes is not None and shard.columns_sha256 is not None
+    try:
+        ColumnFile(path, manifest.columns, shard.documents, shard.columns_sha256, AGAIN)
+    except UserError as error:
+        return shard.columns_bytes, [Fault(str(path), str(error).removeprefix(f"{path}: ").removesuffix(f"; {AGAIN}"))]
+    return shard.columns_bytes, []
 
 
 def _first_contradiction(data: bytes, dtype: np.dtype[Any], bin_bytes: int) -> int | None:

@@ -37,10 +37,24 @@ class DocumentIndex:
             BusError: the file could not be read.
         """
         self.content = content
-        self._pointers = np.frombuffer(content, np.int64, num_sequences, at)
-        self._documents = np.frombuffer(content, np.int64, document_entries, at + self._pointers.nbytes)
-        self._num_tokens, self._token_bytes = num_tokens, token_bytes
-        self._entries = max(document_entries - 1, 0)
+        pointers = np.frombuffer(content, np.int64, num_sequences, at)
+        documents = np.frombuffer(content, np.int64, document_entries, at + pointers.nbytes)
+        self._prepare(pointers, documents, max(document_entries - 1, 0), num_tokens, token_bytes)
+
+    @classmethod
+    def of_starts(cls, starts: np.ndarray, num_tokens: int) -> DocumentIndex:
+        """Of documents that begin at `starts` [N], ascending, of a stream of so many tokens. int64, contiguous."""
+        index = cls.__new__(cls)
+        index.content = starts.view(np.uint8)
+        index._prepare(starts, None, len(starts), num_tokens, 1)
+        return index
+
+    def _prepare(
+        self, pointers: np.ndarray, documents: np.ndarray | None, entries: int, num_tokens: int, token_bytes: int
+    ) -> None:
+        """documents: None where each is one sequence."""
+        self._pointers, self._documents = pointers, documents
+        self._num_tokens, self._token_bytes, self._entries = num_tokens, token_bytes, entries
         self._step = -(-self._entries // SAMPLED) or 1
         sampled = np.arange(0, self._entries, self._step)
         self._compiled = native.library()
@@ -50,8 +64,8 @@ class DocumentIndex:
         self._sample = np.empty(len(sampled), np.int64)
         self._index = native.Index(
             native.address_of(self._pointers),
-            native.address_of(self._documents),
-            num_sequences,
+            None if documents is None else native.address_of(documents),
+            len(pointers),
             self._entries,
             num_tokens,
             token_bytes,
@@ -109,7 +123,7 @@ class DocumentIndex:
 
     def _offsets(self, entries: np.ndarray) -> np.ndarray:
         """Token offset at which each of these documents starts."""
-        sequences = self._documents[entries]
+        sequences = entries if self._documents is None else self._documents[entries]
         # documents without a sequence at the end of the shard start where it ends
         beyond = sequences >= len(self._pointers)
         offsets = self._pointers[np.where(beyond, 0, sequences)] // self._token_bytes

@@ -218,6 +218,8 @@ class Places:
     def __init__(self, shards: int):
         self.tokens = np.zeros(shards, np.int64)
         self.indexes = np.zeros(shards, np.int64)
+        self.view = 0
+        """Where compiled code finds which parts of the shards make the stream (selection.py); 0: all of them, in order."""
 
 
 class Shard:
@@ -382,6 +384,30 @@ class Shard:
             return self.open_index().starts(begins, np.maximum(begins, ends))
         except native.BusError as error:
             raise self.unreadable(error) from None
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 [num_documents], read from the index of a shard of one sequence per document.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        assert self._one_each, self.idx_path
+        self.check_index()
+        lengths = np.empty(self._sequences, np.int32)
+        view, done = lengths.data.cast("B") if lengths.size else memoryview(b""), 0
+        try:
+            file = open_regular(self.idx_path)
+            try:
+                while done < lengths.nbytes:
+                    read = os.preadv(file, [view[done:]], HEADER.size + done)
+                    if read == 0:
+                        raise UserError(f"{self.idx_path}: ends at byte {HEADER.size + done}: it was cut off; {AGAIN}")
+                    done += read
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
+        return lengths
 
     def unreadable(self, error: native.BusError) -> UserError:
         """What a failed read of a memory map of this shard means."""

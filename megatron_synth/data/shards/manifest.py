@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.prepare import Kind, Split
+from megatron_synth.config.prepare import MAX_COLUMNS, Kind, Split
 from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 from megatron_synth.core.files import write_json
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
+from megatron_synth.data.shards.columns import ColumnInfo, layout
 from megatron_synth.storage.faults import ObjectMissing
 from megatron_synth.storage.objects import read_location
 from megatron_synth.storage.remote import Location, Remote, remote
@@ -77,6 +79,14 @@ class ShardInfo(Section):
     idx_sha256: Sha256
     bin_blocks: str | None = None
     """XXH3 of each block of the .bin file, 16 hexadecimal digits each, joined; null in version 1."""
+    columns_bytes: Size | None = None
+    """Of the .columns file; null where the source has no columns."""
+    columns_sha256: Sha256 | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How the names of its files end."""
+        return (".bin", ".idx") if self.columns_bytes is None else (".bin", ".idx", COLUMNS)
 
 
 class PackingInfo(Section):
@@ -124,6 +134,8 @@ class Manifest(Section):
     counts: Counts
     packing: PackingInfo | None = None
     """Null when documents lie end to end."""
+    columns: tuple[ColumnInfo, ...] = Field((), max_length=MAX_COLUMNS)
+    """What each document has beside its tokens; not written where there are none."""
     block_bytes: Annotated[int, Field(ge=1, le=MAX_BLOCK_BYTES)] = BLOCK_BYTES
     """Size of the blocks that `bin_blocks` are the checksums of."""
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
@@ -139,6 +151,12 @@ class Manifest(Section):
         for shard in self.shards:
             if shard.bin_bytes != shard.tokens * token_bytes:
                 raise ValueError(f"{shard.name}: {shard.bin_bytes} bytes for {shard.tokens} tokens of {token_bytes} bytes each")
+        if len({column.name for column in self.columns}) < len(self.columns):
+            raise ValueError("a column is named twice")
+        for shard in self.shards:
+            size = layout(self.columns, shard.documents)[1] if self.columns else None
+            if shard.columns_bytes != size or (shard.columns_sha256 is None) != (size is None):
+                raise ValueError(f"{shard.name}: {shard.columns_bytes} bytes of columns, expected {size} and their checksum")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard is named twice")
         for what in ("documents", "tokens"):
@@ -166,6 +184,13 @@ class Manifest(Section):
         # what programs before these did not know is left out where there is none of it: they read the rest
         if self.packing is None:
             del data["packing"]
+        if not self.columns:
+            del data["columns"]
+            for shard in data["shards"]:
+                del shard["columns_bytes"], shard["columns_sha256"]
+        for column in data.get("columns", ()):
+            for name in [name for name in ("parent", "categories") if not column[name]]:
+                del column[name]
         if not self.made.skipped_records:
             del data["made"]["skipped_records"]
         write_json(folder / FILE_NAME, data)

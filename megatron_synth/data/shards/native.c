@@ -128,12 +128,66 @@ struct rows {
     const int64_t *begins;       /* [rows] first token in the shard */
     int64_t rows, length;        /* tokens of a row */
     int64_t wide;                /* 1: to int64, 0: to int32 */
+    const int64_t *views;        /* [sources] address of a struct view, 0 for a source whose rows lie in one shard each */
 };
 
-static const char *address(const struct rows *table, int64_t row) {
-    int64_t source = table->source_ids[row], shard = table->shards[row];
+/* Runs of tokens that make the stream of a source. `begins` of its rows are places in that stream. */
+struct view {
+    const int64_t *starts;       /* [runs + 1] first token of each run in the stream, and the end of the last */
+    const int64_t *shards;       /* [runs] */
+    const int64_t *begins;       /* [runs] first token in the shard */
+    int64_t runs;
+};
+
+/* A part of a row that lies in one place. */
+struct part {
+    int64_t row, at, run;        /* first token in the row; number of the run in a view, -1: not looked for yet */
+    int64_t count;               /* tokens */
+    const char *from;            /* NULL: it cannot be copied from a map */
+};
+
+static const char *address(const struct rows *table, int64_t source, int64_t shard, int64_t begin) {
     int64_t map = shard < 0 ? 0 : table->maps[source][shard];
-    return map ? (const char *)(intptr_t)map + table->begins[row] * BYTES_OF[table->codes[source]] : NULL;
+    return map ? (const char *)(intptr_t)map + begin * BYTES_OF[table->codes[source]] : NULL;
+}
+
+/* The last run that starts at `token` or before. */
+static int64_t run_of(const struct view *view, int64_t token) {
+    int64_t low = 0, high = view->runs - 1;
+    while (low < high) {
+        int64_t middle = (low + high + 1) >> 1;
+        if (view->starts[middle] <= token) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+/* Fill `count` and `from` of a part. */
+static void locate(const struct rows *table, struct part *part) {
+    int64_t source = table->source_ids[part->row], begin = table->begins[part->row];
+    const struct view *view = (const struct view *)(intptr_t)table->views[source];
+    part->count = table->length - part->at;
+    if (!view) {
+        part->from = address(table, source, table->shards[part->row], begin);
+        return;
+    }
+    int64_t token = begin + part->at;
+    if (part->run < 0) part->run = run_of(view, token);
+    int64_t left = view->starts[part->run + 1] - token;
+    if (left < part->count) part->count = left;
+    part->from = address(table, source, view->shards[part->run], view->begins[part->run] + token - view->starts[part->run]);
+}
+
+/* The part after this one. */
+static struct part following(const struct rows *table, const struct part *part) {
+    struct part next = {part->row, part->at + part->count, part->run + 1, 0, NULL};
+    if (next.at == table->length) {
+        next.row++;
+        next.at = 0;
+        next.run = -1;
+    }
+    if (next.row < table->rows) locate(table, &next);
+    return next;
 }
 
 struct copying {
@@ -146,19 +200,21 @@ struct copying {
 static void copy_some(void *task) {
     struct copying *copying = task;
     const struct rows *table = copying->table;
-    int64_t row_bytes = table->length * (table->wide ? 8 : 4);
-    int64_t row = copying->row;
-    const char *from = address(table, row);
-    for (char *out = copying->out; row < copying->end && from; row++, out += row_bytes) {
-        copying->row = row;
-        const char *next = row + 1 < table->rows ? address(table, row + 1) : NULL;
-        int64_t source = table->source_ids[row];
+    int64_t width = table->wide ? 8 : 4;
+    struct part part = {copying->row, 0, -1, 0, NULL};
+    locate(table, &part);
+    char *out = copying->out;
+    while (part.row < copying->end && part.from) {
+        copying->row = part.row;
+        struct part next = following(table, &part);
+        int64_t source = table->source_ids[part.row];
         copier copy = COPIER_OF[table->codes[source]][table->wide];
-        int beyond = copy(from, out, table->length, next ? next : from, table->lasts[source]);
+        int beyond = copy(part.from, out, part.count, next.from ? next.from : part.from, table->lasts[source]);
         if (beyond && table->lasts[source] >= 0) return;
-        from = next;
+        out += part.count * width;
+        part = next;
     }
-    copying->row = row;
+    copying->row = part.row;
 }
 
 /* Rows [begin, end) of a table into `out` [end - begin, length]. Returns `end`; or the first row that lies in no map, or that
@@ -190,7 +246,7 @@ EXPORT int64_t read_map(const char *from, char *to, int64_t bytes) {
 
 struct index {
     const char *pointers;        /* int64 [num_pointers] byte offset of each sequence, at any address */
-    const char *documents;       /* int64 [entries + 1] first sequence of each document, at any address */
+    const char *documents;       /* int64 [entries + 1] first sequence of each document, at any address; NULL: each is one */
     int64_t num_pointers, entries, num_tokens, token_bytes;
     int64_t *sample;             /* [samples] first token of every step-th document */
     int64_t samples, step;
@@ -204,7 +260,7 @@ static int64_t load(const char *array, int64_t at) {
 
 /* First token of a document; without a sequence at the end of the shard it starts where that ends. */
 static int64_t first_token(const struct index *index, int64_t entry) {
-    int64_t sequence = load(index->documents, entry);
+    int64_t sequence = index->documents ? load(index->documents, entry) : entry;
     /* unsigned: a negative number, in an index that was changed after it was checked, is beyond the end too */
     if ((uint64_t)sequence >= (uint64_t)index->num_pointers) return index->num_tokens;
     return load(index->pointers, sequence) / index->token_bytes;

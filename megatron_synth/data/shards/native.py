@@ -112,6 +112,7 @@ class _Rows(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("maps", "codes", "lasts", "source_ids", "shards", "begins")),
         *((name, ctypes.c_int64) for name in ("rows", "length", "wide")),
+        ("views", ctypes.c_void_p),
     ]
 
 
@@ -130,6 +131,7 @@ class RowCopier:
         length: int,
         *,
         wide: bool,
+        views: Sequence[int] | None = None,
     ):
         """What rows there are.
 
@@ -144,6 +146,7 @@ class RowCopier:
             begins: [N] its first token there.
             length: tokens of a row.
             wide: the copies are int64, else int32.
+            views: of each source, `Places.view`; None: all 0.
         """
         self._copy = compiled.copy_rows
         self._failed_address = compiled.failed_address
@@ -157,7 +160,9 @@ class RowCopier:
             *(np.ascontiguousarray(one, np.int64) for one in (source_ids, shards, begins)),
         ]
         self._keep = (arrays, tuple(maps))  # the structure holds addresses only
-        self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide))
+        of_sources = np.array([0] * len(maps) if views is None else views, np.int64)
+        self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide), address_of(of_sources))
+        arrays.append(of_sources)
         self._address = ctypes.addressof(self._rows)
 
     def copy(self, begin: int, end: int, out: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_synth.data.shards.indexed import Shard
+from megatron_synth.data.shards.selection import SelectedSource
 from megatron_synth.data.shards.source import Source
 
 
@@ -29,9 +30,18 @@ class Span:
 
 def spans(source: Source, begin: int, end: int) -> list[Span]:
     """Where the tokens [begin, end) of a source's stream lie. Opens the shards that hold them."""
+    found: list[Span] = []
+    if isinstance(source, SelectedSource):
+        at = 0
+        for _, number, first, count in source.pieces(begin, end):
+            shard = source.shard(number)
+            before = sum(info.documents for info in source.manifest.shards[:number]) if source.manifest else 0
+            found.append(Span(Shard(shard.prefix), before, first, first + count, at))
+            at += count
+        return found
     if source.manifest is None:
         return [Span(Shard(source.path), 0, begin, end, 0)]
-    found, tokens, documents = [], 0, 0
+    tokens, documents = 0, 0
     for info in source.manifest.shards:
         first, last = max(begin, tokens), min(end, tokens + info.tokens)
         if first < last:

@@ -19,6 +19,8 @@ import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.shards import native
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
+from megatron_synth.data.shards.columns import ColumnFile, ColumnInfo
 from megatron_synth.data.shards.indexed import AGAIN, Places, Shard, file_size, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, TokenizerInfo
 
@@ -50,6 +52,7 @@ class Source:
         self._begins: list[int] = self._begins_array.tolist()
         self.num_tokens: int = self._ends[-1]
         self._before_read: Callable[[int, int, int], None] | None = None
+        self._column_files: dict[int, ColumnFile] = {}
 
     @property
     def vocab_size(self) -> int | None:
@@ -73,6 +76,15 @@ class Source:
         return partial(open_source, memory_map=self.memory_map), (self.path, self.name)
 
     @property
+    def digest(self) -> str | None:
+        """What stands for the content of a source with a manifest; None without."""
+        return None if self.manifest is None else self.manifest.digest()
+
+    def first_token(self, shard: int) -> int:
+        """The first token of a shard, in the stream of all of them."""
+        return self._begins[shard]
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """Where the manifest says that tokenizer.json is; None without a manifest."""
         return None if self.manifest is None else self.path / self.manifest.tokenizer.path
@@ -93,6 +105,36 @@ class Source:
             shard = self._shards[number] = _open_checked(self, self.manifest, number)
             self._check_before_index(number, shard)
         return shard
+
+    def column(self, name: str) -> tuple[ColumnInfo, list[np.ndarray]]:
+        """A column of the source, and its values by shard, [documents] each. Reads and checks the files of all columns.
+
+        Raises:
+            UserError: there is no such column, or a file is missing or damaged.
+        """
+        columns = {column.name: column for column in self.columns}
+        if name not in columns:
+            known = ", ".join(columns) or "none"
+            raise UserError(
+                f"{self.path}: source {self.name!r} has no column {name!r}, its columns are: {known}; name it in `columns` of "
+                "the file of `megatron-synth prepare`, and prepare the source again"
+            )
+        return columns[name], [self._column_file(number).values(name) for number in range(len(self._shards))]
+
+    @property
+    def columns(self) -> tuple[ColumnInfo, ...]:
+        """What is known of its documents."""
+        return () if self.manifest is None else self.manifest.columns
+
+    def _column_file(self, number: int) -> ColumnFile:
+        found = self._column_files.get(number)
+        if found is None:
+            assert self.manifest is not None
+            info = self.manifest.shards[number]
+            assert info.columns_sha256 is not None
+            path = with_suffix(self.path / info.name, COLUMNS)
+            found = self._column_files[number] = ColumnFile(path, self.columns, info.documents, info.columns_sha256, AGAIN)
+        return found
 
     def check_before_reading(self, check: Callable[[int, int, int], None]) -> None:
         """Call `check(shard number, first byte, byte after the last)` before any tokens of the .bin file are handed out.
@@ -241,7 +283,7 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
     root = os.fspath(folder)
     for info in manifest.shards:
-        for suffix, expected in ((".bin", info.bin_bytes), (".idx", info.idx_bytes)):
+        for suffix, expected in zip(info.suffixes, (info.bin_bytes, info.idx_bytes, info.columns_bytes), strict=False):
             path = f"{root}/{info.name}{suffix}"
             found = file_size(path)
             if found != expected:

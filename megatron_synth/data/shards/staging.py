@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.indexed import file_size, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
 from megatron_synth.storage import objects
@@ -56,7 +57,7 @@ def stage(source: Location, folder: Path, progress: Progress | None = None) -> P
     """
     manifest = Manifest.load(source)
     target = folder / copy_name(source, manifest)
-    wanted = files_of(source, manifest, target, (".idx", ".bin"))
+    wanted = files_of(source, manifest, target)
     try:
         own_folder(target)
         with locked(target / LOCK):
@@ -72,13 +73,13 @@ def copy_name(source: Location, manifest: Manifest) -> str:
     return f"{name}-{manifest.digest()[:16]}"
 
 
-def files_of(source: Location, manifest: Manifest, target: Path, suffixes: Iterable[str]) -> list[StagedFile]:
+def files_of(source: Location, manifest: Manifest, target: Path) -> list[StagedFile]:
     """The files of a source and their copies in `target`; a UserError where one has not the size that is announced."""
     found = objects.listing(source)[0] if isinstance(source, Remote) else {}
     wanted: list[StagedFile] = []
     for shard in manifest.shards:
-        for suffix in suffixes:
-            size = shard.idx_bytes if suffix == ".idx" else shard.bin_bytes
+        for suffix in reversed(shard.suffixes):
+            size = _size(shard, suffix)
             path: Location
             if isinstance(source, Remote):
                 path = found.get(shard.name + suffix, source / (shard.name + suffix))
@@ -209,7 +210,15 @@ class StagedFile:
         if isinstance(checksum, BlockHasher):
             return checksum.finish() == self.shard.bin_blocks
         digest: str = checksum.hexdigest()
-        return digest == (self.shard.bin_sha256 if self.path.suffix == ".bin" else self.shard.idx_sha256)
+        known = {".bin": self.shard.bin_sha256, ".idx": self.shard.idx_sha256, COLUMNS: self.shard.columns_sha256}
+        return digest == known[self.path.suffix]
+
+
+def _size(shard: ShardInfo, suffix: str) -> int:
+    """What the manifest announces of one of its files."""
+    size = {".bin": shard.bin_bytes, ".idx": shard.idx_bytes, COLUMNS: shard.columns_bytes}[suffix]
+    assert size is not None
+    return size
 
 
 def own_folder(target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import ParentsConfig
 from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
+from megatron_synth.data.preparing.readers.values import document_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Parents:
         for name in self._sources:
             try:
                 for text in self._texts(name):
-                    parent = Parent(digest(text), order, name, text)
+                    parent = Parent(document_id(text), order, name, text)
                     order += 1
                     if self._chosen is None or parent.id in self._chosen.ids:
                         yield parent
@@ -119,11 +119,6 @@ class Parents:
             read += size
             if (settings.max_bytes is not None and read >= settings.max_bytes) or documents == settings.max_documents:
                 return
-
-
-def digest(text: str) -> str:
-    """32 hexadecimal digits that name a text."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
 def _as_parents(error: UserError) -> UserError:

@@ -275,7 +275,7 @@ def _contradictions(config: Config, before: _Before) -> Iterator[Problem]:
         yield Problem("train.sequence_length", f"{message}counted; keep it, or take the weights alone (checkpoint.init_from)")
     for name, source in config.data.sources.items():
         old = before.data.sources.get(name)
-        for key in ("unique_tokens", "shift_windows"):
+        for key in ("unique_tokens", "shift_windows", "where"):
             if old is not None and getattr(old, key) != getattr(source, key):
                 message = (
                     f"was {getattr(old, key)} in the trunk and is {getattr(source, key)}; keep it, or name the source anew"

@@ -21,7 +21,8 @@ from tests.support import LAYOUTS, read_metrics
 
 S = 24
 EOD = "<|endoftext|>"
-DOMAINS = ("plain", "multibyte", "short", "packed")
+DOMAINS = ("plain", "multibyte", "short", "packed", "chosen")
+WHERE = "score >= 0.5 and kind != 'b'"
 
 
 def _write_texts(folder: Path) -> None:
@@ -42,8 +43,10 @@ def _write_texts(folder: Path) -> None:
         "short": [text(1, scripts) if n else text(5, None) for n in generator.integers(0, 2, 150)],
         "packed": [text(int(n), None if n % 2 else scripts) for n in generator.integers(1, 60, 60)],
     }
+    kinds["chosen"] = [text(int(n), None if n % 2 else scripts) for n in generator.integers(5, 90, 120)]
     for name, texts in kinds.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        records = ({"text": one, "score": number * 7 % 10 / 10, "kind": "ab"[number % 3 % 2]} for number, one in enumerate(texts))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +57,23 @@ def exported(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {name: {"kind": "natural", "input": f"{folder}/{name}.jsonl", "split": "validation"} for name in DOMAINS}
     packed = {"packed": sources.pop("packed")}
     packed["packed"]["split"] = "train"  # sources for validation are never packed
-    train = {"kind": "natural", "input": f"{folder}/train.jsonl"}
+    columns = {"score": "float32", "kind": "category"}
+    train = {"kind": "natural", "input": f"{folder}/train.jsonl", "columns": columns}
+    sources["chosen"]["columns"] = columns  # type: ignore[assignment]
     first = {"output": f"{folder}/data", "tokenizer": {"train": {"vocab_size": 320}}, "sources": {"train": train, **sources}}
     tokenizer = {"path": f"{folder}/data/tokenizer.json"}
     second = {"output": f"{folder}/packed", "tokenizer": tokenizer, "sources": packed, "packing": {"sequence_length": S}}
     for name, content in (("first", first), ("second", second)):
         (folder / f"{name}.yaml").write_text(json.dumps(content))
         prepare(load_file(PrepareConfig, folder / f"{name}.yaml"))
+    domains = {name: {"path": f"{folder}/{'packed' if name == 'packed' else 'data'}/{name}"} for name in DOMAINS}
+    domains["chosen"]["where"] = WHERE
     run = {
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2},
         "data": {
-            "sources": {"train": {"path": f"{folder}/data/train", "ratio": 1, "max_epochs": 9}},
-            "validation": {name: {"path": f"{folder}/{'packed' if name == 'packed' else 'data'}/{name}"} for name in DOMAINS},
+            "sources": {"train": {"path": f"{folder}/data/train", "ratio": 1, "max_epochs": 9, "where": "score >= 0.3"}},
+            "validation": domains,
+            "cache": f"{folder}/cache",
         },
         "train": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 4, "sequence_length": S},
         "optim": {"lr": 1e-2, "warmup_steps": 1},
@@ -102,13 +110,23 @@ def _by_hand(folder: Path, model: Any, name: str, *, masks: bool, windows: int |
         shard = source.shard(number)
         starts |= {place + int(start) for start in shard.document_starts(0, shard.num_tokens)}
         place += shard.num_tokens
+    assert source.manifest is not None
+    text_bytes = source.manifest.counts.text_bytes
+    if name == "chosen":  # a plain loop over the documents that are meant
+        records = [json.loads(line) for line in (folder / "chosen.jsonl").read_text().splitlines()]
+        documents = np.split(tokens, sorted(starts)[1:])
+        kept = [at for at, record in enumerate(records) if record["score"] >= 0.5 and record["kind"] != "b"]
+        assert len(records) == len(documents) and 20 < len(kept) < len(documents) / 2
+        tokens = np.concatenate([documents[at] for at in kept])
+        starts = {0, *np.cumsum([len(documents[at]) for at in kept])[:-1].tolist()}
+        text_bytes = sum(len(records[at]["text"].encode()) for at in kept)
     vocab = json.loads((folder / "data" / "tokenizer.json").read_text())
     # a byte-level token has a letter for each of its bytes
     sizes = {number: len(token) for token, number in vocab["model"]["vocab"].items()}
     (eod,) = (entry["id"] for entry in vocab["added_tokens"] if entry["content"] == EOD)
     sizes[eod] = 0
     assert len(sizes) % 128, "with rows that pad the vocabulary"
-    assert sum(sizes[token] for token in tokens.tolist()) == source.manifest.counts.text_bytes
+    assert sum(sizes[token] for token in tokens.tolist()) == text_bytes
     found = Sums()
     for window in range(min((len(tokens) - 1) // S, windows or len(tokens))):
         begin, end = window * S, (window + 1) * S

@@ -14,14 +14,16 @@ import yaml
 
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.load import load_file, to_yaml
+from megatron_synth.config.load import digest, load_file, to_yaml
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.mixing.ledger import Ledger
+from megatron_synth.data.shards.columns import text_id
+from megatron_synth.data.shards.selection import SelectedSource
 from megatron_synth.train.dryrun import dry_run
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
-from tests.support import GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE, write_config, write_corpus
+from tests.support import GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE, with_columns, write_config, write_corpus
 
 PHASES: list[dict[str, Any]] = [
     {"tokens": 1200, "ratios": {"web": 1}},
@@ -343,3 +345,77 @@ def test_show_refuses_what_comes_after_the_run(plain: Path, capsys: pytest.Captu
     for asked in (f"{total}", f"0-{total}"):
         assert cli.main(["mix", "show", str(plain), asked]) == 2
         assert f"sample {total}: the run has samples 0 to {total - 1}" in capsys.readouterr().err
+
+
+def test_documents_that_are_chosen_are_a_source_like_others(
+    plain: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_columns(tmp_path / "scored", 4, 30_000)
+    changes = [
+        "data.sources.web={path: " + str(tmp_path / "scored") + ", ratio: 2/3, where: score >= 0.5}",
+        "data.sources.qa={path: " + str(tmp_path / "scored") + ", ratio: 1/3, max_epochs: 2, where: score < 0.1}",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+    assert cli.main(["mix", "plan", str(plain), *changes]) == 0
+    out = capsys.readouterr().out
+    data = open_data(load_file(Config, plain, changes))
+    web = data.sources[0]
+    assert isinstance(web, SelectedSource)
+    assert f"web: {web.num_documents:,} of {web.base.num_documents:,} documents of" in out and "where score >= 0.5" in out
+    assert rows(out, "web")[-1][1:4] == ["2/3", f"{data.plan.counts(160)[0] * 32:,}", f"{web.num_windows(32) * 32:,}"]
+    for sample in (0, 77, 159):
+        assert cli.main(["mix", "show", str(plain), str(sample), *changes]) == 0
+        out = capsys.readouterr().out
+        [[source_id], [window]] = (part.tolist() for part in data.plan.locate([sample]))
+        expected = np.empty(SEQUENCE_LENGTH + 1, dtype=np.int64)
+        data.sources[source_id].read_window(window, expected)
+        found = [
+            np.fromfile(file, dtype=np.uint16)[int(first) : int(last) + 1]
+            for file, first, last in re.findall(r"file +(\S+): tokens (\d+) to (\d+) of", out)
+        ]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+    # another choice is another run, another spelling is not
+    spelled = [changes[0].replace("score >= 0.5", "(score >= 0.50)"), *changes[1:]]
+    other = [changes[0].replace("0.5", "0.6"), *changes[1:]]
+    assert open_data(load_file(Config, plain, spelled)).digest == data.digest
+    assert open_data(load_file(Config, plain, other)).digest != data.digest
+    # without it the digest of a configuration is what it was; the cache never counts
+    assert digest(load_file(Config, plain)) == digest(load_file(Config, plain, changes[2:]))
+    assert cli.main(["mix", "plan", str(plain), "data.sources.web.where=score >"]) == 2
+    assert "data.sources.web.where: 'score >': no expression" in capsys.readouterr().err
+
+
+def test_documents_whose_parent_is_evaluated_are_left_out(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # parents are named 0 to 16, and the documents of the domain 4 to 6
+    with_columns(tmp_path / "rephrased", 1, 30_000)
+    with_columns(tmp_path / "valid", 4, 3_000)
+    changes = [
+        "data.sources.web={path: " + str(tmp_path / "rephrased") + ", ratio: 2/3}",
+        "data.validation=null",
+        "data.validation.valid.path=" + str(tmp_path / "valid"),
+        "data.exclude_parents_of=validation",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+    data = open_data(load_file(Config, plain, changes))
+    web, qa = data.sources
+    assert isinstance(web, SelectedSource) and not isinstance(qa, SelectedSource)
+    gone = [text_id(str(number)) for number in (4, 5, 6)]
+    _, parents = web.base.column("parent")
+    assert web.num_documents == sum(int((~np.isin(values, gone)).sum()) for values in parents) < web.base.num_documents
+    # with `where`, both hold
+    changes[0] = changes[0].replace("2/3", "2/3, where: score >= 0.5")
+    web = open_data(load_file(Config, plain, changes)).sources[0]
+    assert isinstance(web, SelectedSource)
+    _, scores = web.base.column("score")
+    kept = [(~np.isin(ids, gone)) & (values >= 0.5) for ids, values in zip(parents, scores, strict=True)]
+    assert web.num_documents == sum(int(mask.sum()) for mask in kept)
+    # the same is left out of what is planned, and without the domain nothing can be said
+    assert cli.main(["mix", "plan", str(plain), *changes]) == 0
+    assert "and no parent is evaluated" in capsys.readouterr().out
+    assert cli.main(["mix", "plan", str(plain), "data.validation=null", "eval.interval=null", changes[3]]) == 2
+    assert "data.exclude_parents_of: validation: there is no domain" in capsys.readouterr().err
+    for changed in (changes[1:], [*changes, "data.validation.val.path=" + str(plain.parent / "none")]):
+        with pytest.raises(UserError, match=r"data\.exclude_parents_of: no source has a column of type parent|not found"):
+            open_data(load_file(Config, plain, changed))

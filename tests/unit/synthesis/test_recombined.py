@@ -12,7 +12,7 @@ from benchmarks.synthesis.stub import RunningStub
 from megatron_synth.cli.main import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import to_yaml
-from megatron_synth.synthesis.documents.parents import digest
+from megatron_synth.data.preparing.readers.values import document_id
 from megatron_synth.synthesis.recombined import concepts_of, extraction_record, graph_of
 from megatron_synth.synthesis.report import write_report
 from megatron_synth.synthesis.run import run
@@ -66,7 +66,7 @@ def test_concepts_become_walks_and_walks_texts_with_several_parents(texts):
             {"coast": math.log(2), "gravity": math.log(3), "sea": math.log(2), "orbit": math.log(2), "tides": math.log(2)}
         )
         documents = [json.loads(line) for line in (config.folder / "corpus" / "part-00000.jsonl").read_text().splitlines()]
-        ids = {digest(text): name for name, text in TEXTS.items()}
+        ids = {document_id(text): name for name, text in TEXTS.items()}
         assert Counter(len(one["parents"]) for one in documents)[2] > 0
         for document in documents:
             assert all(any(part in document["text"] for part in TEXTS[ids[one]].split(", ")) for one in document["parents"][:1])
@@ -134,11 +134,11 @@ def test_parents_are_those_of_the_highest_loss(texts, model, capsys):  # noqa: F
         assert found.record is not None
         assert found.record.parent_documents == 2
         documents = [json.loads(line) for line in (config.folder / "corpus" / "part-00000.jsonl").read_text().splitlines()]
-        assert {parent for one in documents for parent in one["parents"]} == {digest(TEXTS[name]) for name in ranked[:2]}
+        assert {parent for one in documents for parent in one["parents"]} == {document_id(TEXTS[name]) for name in ranked[:2]}
         (file,) = (config.folder / "hardest").glob("losses-*.jsonl")
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         for line, (text, loss) in zip(lines, ((text, expected[text]) for text in TEXTS.values()), strict=True):
-            assert line["id"] == digest(text)
+            assert line["id"] == document_id(text)
             assert line["loss"] / line["tokens"] == pytest.approx(loss, rel=1e-5)
         before = file.stat().st_mtime_ns
         assert run(config).made == 0

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.synthesis import SamplingConfig
+from megatron_synth.data.preparing.readers.values import document_id
 from megatron_synth.synthesis import licenses
 from megatron_synth.synthesis.documents.chunks import Skipped, chunks, cut
 from megatron_synth.synthesis.documents.counting import ByteCounter
 from megatron_synth.synthesis.documents.escape import USUAL, Escape
-from megatron_synth.synthesis.documents.parents import Parent, digest
+from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.generator import _license
 from megatron_synth.synthesis.kinds.keywords import Keywords, words
 from megatron_synth.synthesis.kinds.template import SHIPPED, Kinds, Template, load_template
@@ -25,7 +26,7 @@ KINDS = ("hq-rephrase", "qa-rephrase", "textbook", "concepts", "recombined")
 
 
 def parent(text: str, order: int = 0) -> Parent:
-    return Parent(digest(text), order, "web", text)
+    return Parent(document_id(text), order, "web", text)
 
 
 def template(**changes: object) -> Template:

@@ -20,10 +20,14 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """text: what is tokenized; key: what decides its split. Documents that share a key go to the same split."""
+    """text: what is tokenized; key: what decides its split. Documents that share a key go to the same split.
+
+    values: of the columns of the source, in their order; None: the input has no records to take them from.
+    """
 
     text: str
     key: str
+    values: tuple[int | float | str | None, ...] | None = None
 
 
 class BadRecord(UserError):

@@ -156,8 +156,8 @@ class Files(Reader):
             yield from map(_as_document, self._format(segment.path).texts(segment))
 
 
-def _as_document(text: str | BadRecord) -> Document | BadRecord:
-    return text if isinstance(text, BadRecord) else Document(text, text)
+def _as_document(found: str | Document | BadRecord) -> Document | BadRecord:
+    return Document(found, found) if isinstance(found, str) else found
 
 
 def _streamed(file: Location) -> Iterator[InputSplit]:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareSource
-from megatron_synth.data.preparing.readers.documents import SAMPLE_BYTES, BadRecord, Place
+from megatron_synth.data.preparing.readers.documents import SAMPLE_BYTES, BadRecord, Document, Place
 from megatron_synth.storage import remote
 from megatron_synth.storage.objects import open_binary
 
@@ -50,14 +50,14 @@ class FileFormat(ABC):
         """The file of `size` bytes in parts of at most `limit` bytes that are read alone, and the weight of each in bytes."""
 
     @abstractmethod
-    def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
+    def texts(self, segment: Segment) -> Iterator[str | Document | BadRecord]:
         """The texts of a part, one per document, empty ones included."""
 
     def text_bytes(self, path: remote.Location, size: int) -> int:
         """Roughly how much text a file of `size` bytes holds."""
         return round(size * TYPICAL_COMPRESSION) if is_compressed(path) else size
 
-    def texts_of_lines(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | BadRecord] | None:
+    def texts_of_lines(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | Document | BadRecord] | None:
         """The texts of lines that were read already; None when documents are not lines."""
         return None
 
@@ -77,7 +77,7 @@ class LineFormat(FileFormat):
         for begin in range(0, size, limit):
             yield Segment(path, begin, min(begin + limit, size)), min(limit, size - begin)
 
-    def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
+    def texts(self, segment: Segment) -> Iterator[str | Document | BadRecord]:
         """The texts of the lines that start in the range."""
         found = self.texts_of_lines(
             read_lines(segment.path, segment.begin, None if is_compressed(segment.path) else segment.end)
@@ -85,11 +85,11 @@ class LineFormat(FileFormat):
         assert found is not None
         yield from found
 
-    def texts_of_lines(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | BadRecord] | None:
+    def texts_of_lines(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | Document | BadRecord] | None:
         """The texts of lines."""
         return self._texts(lines) if self.by_lines() else None
 
-    def _texts(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | BadRecord]:
+    def _texts(self, lines: Iterable[tuple[Place, bytes]]) -> Iterator[str | Document | BadRecord]:
         for place, line in lines:
             try:
                 text = self.text_of(place, line)
@@ -100,8 +100,8 @@ class LineFormat(FileFormat):
                 yield text
 
     @abstractmethod
-    def text_of(self, place: Place, line: bytes) -> str | None:
-        """The text of a line; None where there is no record. Raises BadRecord."""
+    def text_of(self, place: Place, line: bytes) -> str | Document | None:
+        """The text of a line, or a document with values of its columns; None where there is no record. Raises BadRecord."""
 
 
 def is_compressed(path: remote.Location) -> bool:

@@ -11,6 +11,7 @@ from megatron_synth.config.prepare import HubInput, PrepareSource
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, check_column, checked_text
 from megatron_synth.data.preparing.readers.files import fingerprint
 from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
+from megatron_synth.data.preparing.readers.values import values_of
 from megatron_synth.data.preparing.splits import splits_of_documents
 
 
@@ -66,10 +67,12 @@ class HubDataSet(Reader):
                 if key not in record:
                     raise BadRecord(f"{where}, record {number}: no field {key!r}, found {sorted(record)}; set text_key")
                 text = checked_text(record[key], f"{where}, record {number}", key)
+                columns = self.source.columns
+                values = values_of(columns, record, text, f"{where}, record {number}") if columns else None
             except BadRecord as error:
                 yield error
                 continue
-            yield Document(text, text)
+            yield Document(text, text, values)
 
 
 def _records(data: Any, where: str) -> Iterator[dict[str, Any]]:

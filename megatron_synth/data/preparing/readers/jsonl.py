@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_synth.data.preparing.readers.documents import BadRecord, Place, checked_text, decoded
+from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Place, checked_text, decoded
 from megatron_synth.data.preparing.readers.formats import LineFormat
+from megatron_synth.data.preparing.readers.values import values_of
 
 
 class JsonLines(LineFormat):
@@ -14,8 +15,8 @@ class JsonLines(LineFormat):
 
     ending = ".jsonl"
 
-    def text_of(self, place: Place, line: bytes) -> str | None:
-        """The field of the text; None for an empty line."""
+    def text_of(self, place: Place, line: bytes) -> str | Document | None:
+        """The field of the text, with values where the source has columns; None for an empty line."""
         if not line.strip():
             return None
         key = self.source.text_key
@@ -31,7 +32,9 @@ class JsonLines(LineFormat):
         if not isinstance(record, dict) or key not in record:
             keys = sorted(record) if isinstance(record, dict) else []
             raise BadRecord(f"{place}: no field {key!r}, found {keys}; set text_key to the field of the text")
-        return checked_text(record[key], place, key)
+        found = checked_text(record[key], place, key)
+        columns = self.source.columns
+        return Document(found, found, values_of(columns, record, found, place)) if columns else found
 
     def _parsed(self, place: Place, text: str) -> Any:
         key = self.source.text_key

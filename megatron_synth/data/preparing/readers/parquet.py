@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.preparing.readers.documents import BadRecord, check_column, checked_text
+from megatron_synth.data.preparing.readers.documents import BadRecord, Document, check_column, checked_text
 from megatron_synth.data.preparing.readers.formats import TYPICAL_COMPRESSION, FileFormat, Segment
+from megatron_synth.data.preparing.readers.values import fields_of, values_of
 from megatron_synth.storage.objects import open_binary
 from megatron_synth.storage.remote import Location
 
@@ -45,7 +46,7 @@ class Parquet(FileFormat):
         for group, weight in enumerate(weights):
             yield Segment(path, group, group + 1), weight
 
-    def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
+    def texts(self, segment: Segment) -> Iterator[str | Document | BadRecord]:
         """The column of row groups [begin, end)."""
         import pyarrow
         from pyarrow import parquet
@@ -56,11 +57,20 @@ class Parquet(FileFormat):
                 check_column(path, file.schema_arrow.names, key)
                 row = sum(file.metadata.row_group(group).num_rows for group in range(segment.begin))
                 groups = list(range(segment.begin, segment.end))
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key]):
-                    for value in batch.column(0).to_pylist():
+                columns, held = self.source.columns, set(file.schema_arrow.names)
+                fields = [field for field in fields_of(columns) if field in held]
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys([key, *fields]))):
+                    texts, others = batch.column(key).to_pylist(), [batch.column(field).to_pylist() for field in fields]
+                    for place, value in enumerate(texts):
                         row += 1
+                        where = f"{path}, row {row}"
                         try:
-                            yield checked_text(value, f"{path}, row {row}", key)
+                            text = checked_text(value, where, key)
+                            if not columns:
+                                yield text
+                                continue
+                            record = {field: other[place] for field, other in zip(fields, others, strict=True)}
+                            yield Document(text, text, values_of(columns, record, text, where))
                         except BadRecord as error:
                             yield error
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

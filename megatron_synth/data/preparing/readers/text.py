@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_synth.data.preparing.readers.documents import BadRecord, Place, decoded
+from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Place, decoded
 from megatron_synth.data.preparing.readers.formats import LineFormat, Segment, read_lines
 
 
@@ -17,7 +17,7 @@ class Text(LineFormat):
         """Whether a document is a line."""
         return self.source.text_as == "line"
 
-    def texts(self, segment: Segment) -> Iterator[str | BadRecord]:
+    def texts(self, segment: Segment) -> Iterator[str | Document | BadRecord]:
         """The lines, or the whole file as one text."""
         if self.by_lines():
             yield from super().texts(segment)

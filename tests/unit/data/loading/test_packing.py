@@ -28,7 +28,7 @@ def test_every_token_once_and_short_documents_whole(lengths, sequence_length):
     packed = pack(lengths, sequence_length)
     # token t of document d is the number d * 100 + t + 1
     tokens = np.concatenate([np.arange(length) + 100 * d + 1 for d, length in enumerate(lengths)] or [np.empty(0, np.int64)])
-    stream, entries = arrange(packed, 0, None, tokens, lengths, EOD)
+    stream, entries, _ = arrange(packed, 0, None, tokens, lengths, EOD)
     assert sorted(stream[stream != EOD].tolist()) == sorted(tokens.tolist())
     assert entries.sum() == stream.size == packed.sizes.sum() and not (packed.sizes % sequence_length).any()
     windows = [set((row[row != EOD] - 1) // 100) for row in stream.reshape(-1, sequence_length)]
@@ -43,7 +43,7 @@ def test_every_token_once_and_short_documents_whole(lengths, sequence_length):
     # bins can be asked for in any parts
     cut = len(packed.sizes) // 2
     parts = [arrange(packed, 0, cut, tokens, lengths, EOD), arrange(packed, cut, None, tokens, lengths, EOD)]
-    np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), stream)
+    np.testing.assert_array_equal(np.concatenate([part for part, *_ in parts]), stream)
     # no two bins could have been one
     rests = packed.sizes - np.add.reduceat(np.append(packed.documents == PADDING, False), packed.bins[:-1])
     used = np.sort(rests[packed.sizes == sequence_length])
