@@ -260,7 +260,7 @@ def _tests(name: str, smoke: bool, chosen: Sequence[str], budget_s: float) -> Pa
     """Tests of the clone, or, on a smoke run, one quick file of tests in the same way."""
     folder = Path(__file__).resolve().parents[2] / "tests"
     if smoke:
-        chosen = ("unit/data/test_permutation.py",)
+        chosen = ("unit/data/mixing/test_permutation.py",)
     paths = [str(folder / one) if one.startswith(("gpu/", "unit/")) else one for one in chosen]
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths)
     return Part(name, command, budget_s, "" if folder.is_dir() else "no tests beside the package: run it from a clone")
