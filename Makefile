@@ -64,7 +64,7 @@ help:
 	@echo "real-server  llama.cpp's server and a small model, for the slow test of synthesize over HTTP: 140 MB"
 	@echo "collapse     a study whose models write the text of the next ones, for three rounds: ten minutes of two cores"
 	@echo "kinds        a study of kinds of synthetic text, an arm each: ten minutes of two cores"
-	@echo "check        lint, types and unit tests: under two minutes on 2 cores"
+	@echo "check        lint, types and unit tests: a few minutes on 2 cores"
 	@echo "test         everything that needs no GPU: under 25 minutes on 2 cores"
 	@echo "coverage     unit and kernel tests with the lines that they miss"
 	@echo "gpu-rehearsal  the GPU path on a machine without one: launches, waits, memory; downloads 5 GB the first time"
