@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from multiprocessing import forkserver
 
 import pytest
 
@@ -14,8 +13,6 @@ from tests.object_store import BUCKET, Store, running
 @pytest.fixture(scope="session")
 def server() -> Iterator[Store]:
     with pytest.MonkeyPatch.context() as patch, running(patch) as store:
-        # workers have the environment in which it began, perhaps in another test: the next one begins with the credentials
-        forkserver._forkserver._stop()
         # pauses that a test need not wait for
         patch.setattr(objects, "FIRST_PAUSE_S", 0.001)
         patch.setattr(objects, "ATTEMPTS", 4)

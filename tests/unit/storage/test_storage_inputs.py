@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -19,7 +21,14 @@ from megatron_synth.storage import objects
 from megatron_synth.storage.remote import remote
 from megatron_synth.train.dryrun import dry_run
 from tests.object_store import BUCKET, SECRET, Reply, first
-from tests.support import write_config, write_corpus
+from tests.support import child_environment, write_config, write_corpus
+
+PREPARE = """
+import sys
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.data.preparing.prepare import prepare
+prepare(PrepareConfig.model_validate_json(sys.argv[1]), workers=int(sys.argv[2]))
+"""
 
 TEXTS = [f"Document {n}: the {n * n} quick foxes jump over {'naïve ' * (n % 7)}dogs. 狐 {n}" for n in range(400)]
 
@@ -60,7 +69,12 @@ def uploaded(folder, at):
 def test_text_in_a_bucket_becomes_the_same_shards(store, tmp_path, workers) -> None:
     uploaded(written(tmp_path / "in"), "in")
     prepare(config_for(tmp_path / "local", str(tmp_path / "in" / "*")), workers=workers)
-    prepare(config_for(tmp_path / "remote", f"s3://{BUCKET}/in/*"), workers=workers)
+    # workers have the environment in which their parent began, which in this process may have been another test's
+    config = config_for(tmp_path / "remote", f"s3://{BUCKET}/in/*").model_dump_json()
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, config, str(workers)], env=child_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "remote") == shards(tmp_path / "local") and len(shards(tmp_path / "local")) == 4
     record = json.loads((tmp_path / "remote" / "s" / "manifest.json").read_text())["made"]["inputs"]
     assert record["files"] == [f"s3://{BUCKET}/in/*"] and record["count"] == 5
