@@ -7,24 +7,19 @@ have ended, however that was, the last job does what is lacking and puts the out
 from __future__ import annotations
 
 import shlex
-import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_synth.cluster import slurm, snapshot
-from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter, render, render_array, submit, submit_array
+from megatron_synth.cluster import shares, slurm
+from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter
+from megatron_synth.cluster.shares import JOBS, SHARES, Jobs
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.load import to_yaml
 from megatron_synth.config.prepare import PrepareConfig
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
-from megatron_synth.core.records import read_text
 from megatron_synth.core.share import MAX_SHARES
 
-JOBS = "slurm"
-SHARES, ASSEMBLY = "shares", "assembly"
+ASSEMBLY = "assembly"
 
 
 @dataclass(frozen=True)
@@ -46,30 +41,13 @@ def submit_preparation(config: PrepareConfig, options: JobOptions) -> str | None
     if options.tasks > MAX_SHARES:
         raise UserError(f"--tasks: at most {MAX_SHARES:,}, found {options.tasks:,}")
     output = Path(config.output)
-    folder = (_jobs_of(output) / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]).resolve()
-    tasks, last, commands = _specs(config, options, folder)
+    folder = shares.new_folder(_jobs_of(output))
+    jobs = _jobs(config, options, folder)
     if options.dry_run:
-        _show(tasks, last, commands)
+        shares.show(jobs)
         return None
-    for job, state in job_states(output).items():
-        if state.active:
-            raise UserError(
-                f"{output}: job {job} of this output is {state.state} already, and goes on by itself; `scancel {job}` ends it, "
-                "or choose another output"
-            )
-    folder.mkdir(parents=True)
-    try:
-        write_atomic(folder / "config.yaml", to_yaml(config))
-        code = snapshot.take(folder / "code")
-        array = submit_array(tasks, commands)
-        try:
-            assembly = submit(_after(last, array))
-        except BaseException:
-            slurm.cancel(array)
-            raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    shares.refuse_active(_jobs_of(output), output)
+    array, assembly, code = shares.enqueue(jobs, config, folder)
     say(f"job {array} is in the queue: {options.tasks} shares of {output}, code {code}; job {assembly} then assembles it")
     say(f"  {folder}")
     say(f"  megatron-synth prepare {folder / 'config.yaml'} --status")
@@ -84,14 +62,10 @@ def _jobs_of(output: Path) -> Path:
 
 def job_states(output: Path) -> dict[str, slurm.JobState]:
     """What SLURM knows of the jobs that were submitted for an output, those of arrays by task."""
-    files = sorted(_jobs_of(output).glob("*/*/job.id"))
-    if not files or not slurm.available():
-        return {}
-    return slurm.states([read_text(file, 128).strip() for file in files])
+    return shares.job_states(_jobs_of(output))
 
 
-def _specs(config: PrepareConfig, options: JobOptions, folder: Path) -> tuple[JobSpec, JobSpec, list[str]]:
-    """The array, the job after it (without its dependency), and the commands of the tasks."""
+def _jobs(config: PrepareConfig, options: JobOptions, folder: Path) -> Jobs:
     run = [interpreter(options.cluster), "-m", "megatron_synth", "prepare", str(folder / "config.yaml")]
     run += [] if options.workers is None else ["--workers", str(options.workers)]
     name = f"prepare-{Path(config.output).resolve().name}"
@@ -110,20 +84,4 @@ def _specs(config: PrepareConfig, options: JobOptions, folder: Path) -> tuple[Jo
         )
 
     commands = [shlex.join([*run, "--share", f"{number}/{options.tasks}"]) for number in range(options.tasks)]
-    return spec(SHARES), spec(ASSEMBLY, tuple(run)), commands
-
-
-def _after(last: JobSpec, array: str) -> JobSpec:
-    """The job, once all tasks of an array have ended, however that was."""
-    options = (*last.cluster.sbatch, f"--dependency=afterany:{array}")
-    return JobSpec(**{**vars(last), "cluster": changed(last.cluster, sbatch=options)})
-
-
-def _show(tasks: JobSpec, last: JobSpec, commands: list[str]) -> None:
-    scripts = {f"{SHARES}/array.sbatch": render_array(tasks, len(commands)), f"{ASSEMBLY}/train.sbatch": render(last)}
-    for name, script in scripts.items():
-        if slurm.available():
-            say(f"{name}: {slurm.test(script)}")
-        say(f"would be {tasks.folder.parent / name}:\n\n{script}")
-    listed = "\n".join(f"  {command}" for command in commands)
-    say(f"tasks of the array:\n{listed}\nnothing was submitted; the second job would wait for the first")
+    return Jobs(spec(SHARES), spec(ASSEMBLY, tuple(run)), commands)

@@ -8,29 +8,23 @@ goes back into the queue alone and asks what is left. When all have ended, a job
 from __future__ import annotations
 
 import shlex
-import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_synth.cluster import slurm, snapshot
-from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter, render, render_array, submit, submit_array
+from megatron_synth.cluster import shares, slurm
+from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter
+from megatron_synth.cluster.shares import JOBS, SHARES, Jobs
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.load import to_yaml
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.lock import refuse_alive
 from megatron_synth.core.log import say
-from megatron_synth.core.records import read_text
+from megatron_synth.core.share import MAX_SHARES
 from megatron_synth.synthesis.filters.base import Filters
 from megatron_synth.synthesis.recombined import extraction, is_extracted
 from megatron_synth.synthesis.run import LOCK
 from megatron_synth.synthesis.setup import Setup
-from megatron_synth.synthesis.shares import MAX_SHARES, Share
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
-JOBS = "slurm"
-SHARES = "shares"
 JUDGE = "judge"
 
 
@@ -58,25 +52,14 @@ def submit_synthesis(config: SynthesisConfig, options: JobOptions) -> str | None
     setup.warn()
     setup.check_key()
     Filters(config.filters)
-    folder = (config.folder / JOBS / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]).resolve()
-    tasks, judge, commands = _specs(config, options, folder)
+    folder = shares.new_folder(config.folder / JOBS)
+    jobs = _jobs(config, options, folder)
     if options.dry_run:
-        _show(tasks, judge, commands)
+        shares.show(jobs)
         return None
-    _refuse_second(config)
-    folder.mkdir(parents=True)
-    try:
-        write_atomic(folder / "config.yaml", to_yaml(config))
-        code = snapshot.take(folder / "code")
-        array = submit_array(tasks, commands)
-        try:
-            last = submit(_after(judge, array))
-        except BaseException:
-            slurm.cancel(array)
-            raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    refuse_alive(config.folder / LOCK)  # two on one output would ask the same
+    shares.refuse_active(config.folder / JOBS, config.output)
+    array, last, code = shares.enqueue(jobs, config, folder)
     say(
         f"job {array} is in the queue: {options.nodes} shares of {config.output}, code {code}; job {last} then makes the corpus"
     )
@@ -98,8 +81,7 @@ def _check_nodes(config: SynthesisConfig, options: JobOptions) -> None:
         )
 
 
-def _specs(config: SynthesisConfig, options: JobOptions, folder: Path) -> tuple[JobSpec, JobSpec, list[str]]:
-    """The array, the job after it (without its dependency), and the commands of the tasks."""
+def _jobs(config: SynthesisConfig, options: JobOptions, folder: Path) -> Jobs:
     run = (interpreter(options.cluster), "-m", "megatron_synth", "synthesize", "run", str(folder / "config.yaml"))
     name = f"synthesize-{config.folder.resolve().name}"
     mounts = (config.folder.resolve(), folder)
@@ -118,41 +100,10 @@ def _specs(config: SynthesisConfig, options: JobOptions, folder: Path) -> tuple[
             code=folder / "code",
         )
 
-    shares = [Share(number, options.nodes) for number in range(options.nodes)]
-    commands = [shlex.join([*run, "--share", f"{share.number}/{share.of}"]) for share in shares]
-    return spec(SHARES, options.gpus_per_node), spec(JUDGE, 0, (*run, "--judge")), commands
-
-
-def _after(judge: JobSpec, array: str) -> JobSpec:
-    """The job, once all tasks of an array have ended, however that was: what then has no answer is told by it."""
-    options = (*judge.cluster.sbatch, f"--dependency=afterany:{array}")
-    return JobSpec(**{**vars(judge), "cluster": changed(judge.cluster, sbatch=options)})
-
-
-def _show(tasks: JobSpec, judge: JobSpec, commands: list[str]) -> None:
-    scripts = {f"{SHARES}/array.sbatch": render_array(tasks, len(commands)), f"{JUDGE}/train.sbatch": render(judge)}
-    for name, script in scripts.items():
-        if slurm.available():
-            say(f"{name}: {slurm.test(script)}")
-        say(f"would be {tasks.folder.parent / name}:\n\n{script}")
-    listed = "\n".join(f"  {command}" for command in commands)
-    say(f"tasks of the array:\n{listed}\nnothing was submitted; the second job would wait for the first")
-
-
-def _refuse_second(config: SynthesisConfig) -> None:
-    """Two jobs on one output would ask the same."""
-    refuse_alive(config.folder / LOCK)
-    for job, state in job_states(config).items():
-        if state.active:
-            raise UserError(
-                f"{config.output}: job {job} of this output is {state.state} already, and goes on by itself; "
-                f"`scancel {job}` ends it, or choose another output"
-            )
+    commands = [shlex.join([*run, "--share", f"{number}/{options.nodes}"]) for number in range(options.nodes)]
+    return Jobs(spec(SHARES, options.gpus_per_node), spec(JUDGE, 0, (*run, "--judge")), commands)
 
 
 def job_states(config: SynthesisConfig) -> dict[str, slurm.JobState]:
     """What SLURM knows of the jobs that were submitted for an output, those of arrays by task."""
-    files = sorted((config.folder / JOBS).glob("*/*/job.id"))
-    if not files or not slurm.available():
-        return {}
-    return slurm.states([read_text(file, 128).strip() for file in files])
+    return shares.job_states(config.folder / JOBS)

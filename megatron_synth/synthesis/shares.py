@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_synth.core import share
-from megatron_synth.core.share import MAX_SHARES as MAX_SHARES
 
 FOLDERS = "share-*"
 _DIGITS = 8  # hexadecimal ones of a parent's id, which is a digest
