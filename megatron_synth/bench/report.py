@@ -7,7 +7,6 @@ would call a noisy machine a regression, the second alone a difference that nobo
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import gib
 from megatron_synth.core.records import read_text
 
@@ -167,6 +165,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from megatron_synth.train.record.plot import save
+
     matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(records)), layout="constrained")
     names = [f"{record.model}, {record.settings}" for record in records]
@@ -179,7 +179,5 @@ def draw(records: Sequence[Record], path: Path) -> None:
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s per rank; whiskers: slowest and fastest step")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    save(figure, path, dpi=120)
     pyplot.close(figure)
-    write_atomic(path, buffer.getvalue())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import one_line
 from megatron_synth.train.record import metrics
-from megatron_synth.train.record.plot import GREY, INK, PALETTE, STYLE, frame_of_steps, label_ends, say_in
+from megatron_synth.train.record.plot import GREY, INK, PALETTE, STYLE, frame_of_steps, label_ends, save, say_in
 from megatron_synth.train.record.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -42,16 +40,20 @@ def write_health(run_dir: Path) -> Path | None:
         line = f"{len(records)} measured steps, {records[0][metrics.STEP]:,} to {records[-1][metrics.STEP]:,}; run {run.id}"
         figure.text(0.045, 0.915, line, fontsize=11, color=GREY, va="center")
         grid = figure.add_gridspec(2, 3, left=0.045, right=0.91, top=0.825, bottom=0.07, wspace=0.46, hspace=0.42)
-        panels: Sequence[Callable[[Axes, list[metrics.Record]], None]] = (
-            _gradients, _weights, _updates, _activations, _logits, _output,
-        )  # fmt: skip
-        for position, panel in enumerate(panels):
-            panel(figure.add_subplot(grid[divmod(position, 3)]), records)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    path = run.path / NAME
-    write_atomic(path, buffer.getvalue())
-    return path
+        panels = (
+            ("Gradient norm", "by layer, before clipping", _values(records, metrics.GRAD_NORMS), True),
+            ("Weight norm", "by layer", _values(records, metrics.WEIGHT_NORMS), True),
+            ("Update / weight", "ratio of norms by layer", _update_ratios(records), True),
+            ("Activations", "root mean square of each layer's output", _values(records, metrics.ACTIVATIONS), True),
+            ("Largest attention logit", "by layer, of a sampled row", _values(records, metrics.MAX_LOGITS), False),
+        )
+        for position, (title, unit, values, log) in enumerate(panels):
+            ax = figure.add_subplot(grid[divmod(position, 3)])
+            frame_of_steps(ax, title, unit, records)
+            _by_part(ax, values, log=log)
+        _output(figure.add_subplot(grid[1, 2]), records)
+        save(figure, run.path / NAME)
+    return run.path / NAME
 
 
 def _values(records: Sequence[metrics.Record], prefix: str) -> Values:
@@ -99,35 +101,15 @@ def _by_part(ax: Axes, values: Values, *, log: bool) -> None:
         label_ends(ax, labels)
 
 
-def _gradients(ax: Axes, records: list[metrics.Record]) -> None:
-    frame_of_steps(ax, "Gradient norm", "by layer, before clipping", records)
-    _by_part(ax, _values(records, metrics.GRAD_NORMS), log=True)
-
-
-def _weights(ax: Axes, records: list[metrics.Record]) -> None:
-    frame_of_steps(ax, "Weight norm", "by layer", records)
-    _by_part(ax, _values(records, metrics.WEIGHT_NORMS), log=True)
-
-
-def _updates(ax: Axes, records: list[metrics.Record]) -> None:
-    frame_of_steps(ax, "Update / weight", "ratio of norms by layer", records)
+def _update_ratios(records: Sequence[metrics.Record]) -> Values:
+    """Norm of the update over that of the weights, where these are not zero."""
     updates, weights = _values(records, metrics.UPDATE_NORMS), _values(records, metrics.WEIGHT_NORMS)
     of_step = {part: dict(values) for part, values in weights.items()}
     ratios = {
         part: [(step, value / of_step[part][step]) for step, value in values if of_step.get(part, {}).get(step)]
         for part, values in updates.items()
     }
-    _by_part(ax, {part: values for part, values in ratios.items() if values}, log=True)
-
-
-def _activations(ax: Axes, records: list[metrics.Record]) -> None:
-    frame_of_steps(ax, "Activations", "root mean square of each layer's output", records)
-    _by_part(ax, _values(records, metrics.ACTIVATIONS), log=True)
-
-
-def _logits(ax: Axes, records: list[metrics.Record]) -> None:
-    frame_of_steps(ax, "Largest attention logit", "by layer, of a sampled row", records)
-    _by_part(ax, _values(records, metrics.MAX_LOGITS), log=False)
+    return {part: values for part, values in ratios.items() if values}
 
 
 def _output(ax: Axes, records: list[metrics.Record]) -> None:

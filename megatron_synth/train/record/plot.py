@@ -68,10 +68,15 @@ def write_report(run_dir: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 10), dpi=100)
         report.draw(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_atomic(run.report, buffer.getvalue())
+        save(figure, run.report)
     return run.report
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as PNG, whole or not at all. options: of matplotlib's `savefig`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    write_atomic(path, buffer.getvalue())
 
 
 class _Report:

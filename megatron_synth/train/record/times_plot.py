@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import duration, one_line
 from megatron_synth.train.record.goodput import KINDS, PRODUCTIVE, Goodput
-from megatron_synth.train.record.plot import ACCENT, FAINT, GREY, PALETTE, STYLE
+from megatron_synth.train.record.plot import ACCENT, FAINT, GREY, PALETTE, STYLE, save
 
 NAME = "times.png"
 _COLORS = dict(zip(KINDS, (PALETTE[2], ACCENT, PALETTE[1], PALETTE[3], PALETTE[0], *PALETTE[4:8], FAINT), strict=True))
@@ -50,7 +48,5 @@ def write_times(run: Path, name: str, found: Goodput) -> Path:
         texts = [f"{kind}  {100 * s / found.wall_s:.1f} %  {duration(s)}" for kind, s in found.seconds.items()]
         assert PRODUCTIVE in _COLORS
         ax.legend(handles, texts, loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=9.5)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_atomic(run / NAME, buffer.getvalue())
+        save(figure, run / NAME)
     return run / NAME

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import human, one_line
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.report.answers import compute_optimal
-from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE, STYLE
+from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE, STYLE, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +42,7 @@ def three_panels(
         figure.text(0.05, 0.94, one_line(title), fontsize=18, fontweight="bold", va="center")
         figure.text(0.985, 0.94, law, fontsize=11, color=GREY, va="center", ha="right")
         yield first, second, third
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
+        save(figure, path)
 
 
 def write_figure(fit: Fit, path: Path, title: str) -> None:
