@@ -373,11 +373,6 @@ class Config(Section):
         """Tokens of a sample: a window of one source. `rules.check` sees to it that whole windows make a sequence."""
         return self.train.sequence_length // self.data.windows_per_sequence
 
-    @property
-    def samples_per_step(self) -> int:
-        """Windows per optimizer step after the batch ramp, over all ranks."""
-        return self.train.global_batch_size * self.data.windows_per_sequence
-
     def samples_of_step(self, step: int) -> int:
         """Windows of optimizer step `step`, counted from 0, over all ranks."""
         return self.train.batch_size_of(step) * self.data.windows_per_sequence

@@ -134,7 +134,7 @@ class Trainer:
         self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"])) if ranks.rank == 0 else None
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
-        self._bucket, self.uploader = bucket, None
+        self.uploader = None
         if bucket is not None and ranks.rank == 0:
             self.uploader = Uploader(bucket, config.checkpoint, self._warn)
         self.watch = Watch(
@@ -247,10 +247,8 @@ class Trainer:
 
     def _upload_if_lacking(self, start: Start) -> None:
         """Upload the checkpoint that the run goes on from, where a start before this one did not come to it."""
-        if self.uploader is None or self._bucket is None or start.resumed is None or start.branches:
-            return
-        if start.resumed.name not in self._bucket.candidates()[:1]:
-            self.uploader.offer(start.resumed)
+        if self.uploader is not None and start.resumed is not None and not start.branches:
+            self.uploader.offer_if_lacking(start.resumed)
 
     def _start_tracker(self) -> Tracker:
         return Tracker.start(
@@ -444,7 +442,7 @@ class Trainer:
 
     def _wait_for_upload(self) -> None:
         """Raises a UserError, on all ranks, where the last checkpoint could not be uploaded."""
-        if self._bucket is not None:
+        if self.config.checkpoint.upload_to is not None:
             done = False
             while not done:
                 self.watch.enter("upload", self.step, slow=True)

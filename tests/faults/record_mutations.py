@@ -201,7 +201,7 @@ def _write_run(config_file: Path, path: Path) -> None:
         {"start": 2, "phase": "steps", "begin": 20.0, "end": 30.0, "first": 11, "last": STEPS, "data_s": 0.0},
     ]
     (path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    writer, batch = metrics.MetricsFile(path / "metrics.jsonl"), config.samples_per_step
+    writer, batch = metrics.MetricsFile(path / "metrics.jsonl"), config.samples_of_step(0)
     for step in range(1, STEPS + 1):
         counted = Ledger.planned(data.plan, SEQUENCE_LENGTH, step * batch).to_json()
         record: dict[str, Any] = {metrics.STEP: step, metrics.LOSS: 5 - 0.1 * step, metrics.GRAD_NORM: 1.0, metrics.LR: 1e-3}

@@ -238,6 +238,17 @@ def _distinct(x: Tensor) -> bool:
     return True
 
 
+def _forward(
+    ctx: Any, query: Tensor, key: Tensor, base: float | ScaledBase, positions: Tensor | None, inplace: bool, length: int | None
+) -> tuple[Tensor, ...]:
+    """Both rotated, and what a backward pass needs kept in `ctx`."""
+    ctx.base, ctx.length = base, length
+    ctx.save_for_backward(positions)
+    # new tensor objects, so that autograd takes the rotated ones for outputs and not for its inputs
+    rotated = _rotate(query.detach(), key.detach(), base, positions, 1, inplace, length)
+    return tuple(x.view_as(x) if inplace else x for x in rotated)
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -249,11 +260,7 @@ class _Rope(torch.autograd.Function):
         inplace: bool,
         length: int | None,
     ) -> Any:
-        ctx.base, ctx.length = base, length
-        ctx.save_for_backward(positions)
-        # new tensor objects, so that autograd takes the rotated ones for outputs and not for its inputs
-        rotated = _rotate(query.detach(), key.detach(), base, positions, 1, inplace, length)
-        return tuple(x.view_as(x) if inplace else x for x in rotated)
+        return _forward(ctx, query, key, base, positions, inplace, length)
 
     @staticmethod
     @once_differentiable
@@ -275,10 +282,7 @@ class _JoinedRope(torch.autograd.Function):
         inplace: bool,
         length: int | None,
     ) -> Any:
-        ctx.base, ctx.length = base, length
-        ctx.save_for_backward(positions)
-        rotated = _rotate(query.detach(), key.detach(), base, positions, 1, inplace, length)
-        return *(x.view_as(x) if inplace else x for x in rotated), value.detach()
+        return *_forward(ctx, query, key, base, positions, inplace, length), value.detach()
 
     @staticmethod
     @once_differentiable

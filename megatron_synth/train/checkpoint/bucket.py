@@ -230,6 +230,11 @@ class Uploader:
                 self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
                 self._thread.start()
 
+    def offer_if_lacking(self, checkpoint: Path) -> None:
+        """Upload this one, unless a start would resume from it there. Raises StorageError."""
+        if checkpoint.name not in self._bucket.candidates()[:1]:
+            self.offer(checkpoint)
+
     def wait(self, timeout: float) -> bool:
         """Whether all is uploaded, within `timeout` seconds.
 

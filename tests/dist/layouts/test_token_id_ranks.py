@@ -66,7 +66,7 @@ def test_ranks_that_read_no_such_id_leave_the_message_to_the_one_that_does(
     config = load_file(Config, file)
     data = open_data(config)
     dealt = {"micro_batch_size": config.train.micro_batch_size, "data_parallel_rank": reader[0], "data_parallel_size": reader[1]}
-    samples = deal(config.data_seed, 6 * config.samples_per_step, config.train.global_batch_size, **dealt).ravel()
+    samples = deal(config.data_seed, 6 * config.samples_of_step(0), config.train.global_batch_size, **dealt).ravel()
     sources, windows, _ = data.plan.places(samples)
     source = data.sources[data.plan.names.index("web")]
     place = int(windows[list(sources).index(data.plan.names.index("web"))]) * data.window_length + 16

@@ -306,6 +306,6 @@ def run(content: dict[str, Any], reference: Reference, progress: Progress, ranks
                 for batch, wanted in zip(batches, expected, strict=True):
                     held = to_device(batch, place.device, config.data)
                     check(held, wanted, reference.length, masks, loss, bool(reference.packed))
-                end = Progress(end.step + 1, end.samples + config.samples_per_step)
+                end = Progress(end.step + 1, end.samples + config.samples_of_step(end.step))
     assert end.samples == config.samples_at_end(progress)
     return end
