@@ -13,8 +13,8 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.model import architecture
 from megatron_synth.parallel.average import Average, Range
 from megatron_synth.train.checkpoint import resume
+from megatron_synth.train.checkpoint.format.stored import Stored
 from megatron_synth.train.checkpoint.sharding import AVERAGE, average_pieces, sharded_model
-from megatron_synth.train.checkpoint.stored import Stored
 
 
 def load_average(checkpoint: Path, chunks: list[DistributedDataParallel], average: Average) -> bool:

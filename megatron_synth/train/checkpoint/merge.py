@@ -25,9 +25,9 @@ from megatron_synth.core.lock import Lock
 from megatron_synth.data.tokenizer import FILE_NAME
 from megatron_synth.model import architecture
 from megatron_synth.train.checkpoint import companions, files, resume
-from megatron_synth.train.checkpoint.boxes import boxes
+from megatron_synth.train.checkpoint.format.boxes import boxes
+from megatron_synth.train.checkpoint.format.stored import Stored
 from megatron_synth.train.checkpoint.sharding import METADATA
-from megatron_synth.train.checkpoint.stored import Stored
 from megatron_synth.train.checkpoint.writer import TensorFile, seal
 
 RECORD = "merge.json"

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.train.checkpoint import index
-from megatron_synth.train.checkpoint.extra_state import check_extra_state, first_line
-from megatron_synth.train.checkpoint.pickles import Refused
+from megatron_synth.train.checkpoint.format import index
+from megatron_synth.train.checkpoint.format.extra_state import check_extra_state, first_line
+from megatron_synth.train.checkpoint.format.pickles import Refused
 
 _COMMON = "common.pt"
 _EXTRA = "_extra_state"

@@ -34,7 +34,7 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
 from megatron_synth.parallel.average import Average, Range
 from megatron_synth.parallel.muon import MATRIX, uses_muon
-from megatron_synth.train.checkpoint.boxes import boxes
+from megatron_synth.train.checkpoint.format.boxes import boxes
 
 # Optimizer states are stored by parameter, not by buffer, so that tensor-, pipeline- and data-parallel sizes may change.
 # Handed out in copies: megatron-core puts process groups into it.

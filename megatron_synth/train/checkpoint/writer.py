@@ -32,9 +32,10 @@ from torch.utils.serialization import config as serialization
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import human, say
-from megatron_synth.train.checkpoint import files, index
+from megatron_synth.train.checkpoint import files
 from megatron_synth.train.checkpoint.files import FileInfo
-from megatron_synth.train.checkpoint.index import Entry
+from megatron_synth.train.checkpoint.format import index
+from megatron_synth.train.checkpoint.format.index import Entry
 from megatron_synth.train.checkpoint.mailbox import Mailbox
 from megatron_synth.train.checkpoint.sharding import LocalState, Piece
 

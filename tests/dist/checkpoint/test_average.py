@@ -22,7 +22,7 @@ EMA = f"optim.ema_decay={DECAY}"
 
 
 def stored(run: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:
-    from megatron_synth.train.checkpoint.stored import Stored
+    from megatron_synth.train.checkpoint.format.stored import Stored
 
     with Stored(run / "checkpoints" / files.name_of(step)) as opened:
         beside = () if prefix else ("optimizer.", "ema.")

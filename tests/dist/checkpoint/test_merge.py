@@ -25,7 +25,7 @@ MAIN = "megatron_synth.cli.main.main"
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of the newest checkpoint, in whole."""
-    from megatron_synth.train.checkpoint.stored import Stored
+    from megatron_synth.train.checkpoint.format.stored import Stored
 
     with Stored(files.candidates(folder)[0]) as stored:
         keys = [key for key in stored.shapes if not key.startswith("optimizer.")]

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_synth.train.checkpoint.boxes import boxes
+from megatron_synth.train.checkpoint.format.boxes import boxes
 
 
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())

@@ -18,9 +18,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_synth.core.names import plain_name
-from megatron_synth.train.checkpoint import extra_state, index
-from megatron_synth.train.checkpoint.index import Entry
-from megatron_synth.train.checkpoint.pickles import Refused
+from megatron_synth.train.checkpoint.format import extra_state, index
+from megatron_synth.train.checkpoint.format.index import Entry
+from megatron_synth.train.checkpoint.format.pickles import Refused
 
 ENTRIES = [
     Entry("embedding.weight", (4, 8), (0, 0), (3, 8), torch.float32, "__0_0.distcp", 0, 96),

@@ -15,7 +15,7 @@ import torch
 
 from megatron_synth.cluster import agent
 from megatron_synth.train.checkpoint import mailbox
-from megatron_synth.train.checkpoint.index import Entry
+from megatron_synth.train.checkpoint.format.index import Entry
 from megatron_synth.train.checkpoint.mailbox import Mailbox
 
 

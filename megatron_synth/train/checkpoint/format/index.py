@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_synth.core.names import plain_name
-from megatron_synth.train.checkpoint.pickles import Inert, Refused, read_inert
+from megatron_synth.train.checkpoint.format.pickles import Inert, Refused, read_inert
 
 FILE = ".metadata"
 _DCP = "torch.distributed.checkpoint."

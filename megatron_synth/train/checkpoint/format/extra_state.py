@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_synth.train.checkpoint.pickles import Inert, Refused, read_inert
+from megatron_synth.train.checkpoint.format.pickles import Inert, Refused, read_inert
 
 _CLASSES = {
     "collections.OrderedDict",

@@ -20,9 +20,9 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.train.checkpoint import index
-from megatron_synth.train.checkpoint.extra_state import first_line
-from megatron_synth.train.checkpoint.pickles import Refused
+from megatron_synth.train.checkpoint.format import index
+from megatron_synth.train.checkpoint.format.extra_state import first_line
+from megatron_synth.train.checkpoint.format.pickles import Refused
 
 Shape = tuple[int, ...]
 
