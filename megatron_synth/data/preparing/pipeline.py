@@ -241,8 +241,7 @@ class SourceWork:
         return known
 
     def _tell(self, number: int, found: Tokenized) -> None:
-        told = {"runs": [run.to_json() for run in found.runs], "skipped": found.skipped}
-        self.journal.append({"kind": "split", "source": self.name, "number": number, **told})
+        self.journal.append(found.entry(self.name, number))
         self._refuse_too_many_errors()
 
     def _tokenize(self) -> list[TokenRun]:

@@ -146,8 +146,7 @@ def run_share(
                 closing(pool.run(tokenize_task, tasks)) as results,
             ):
                 for (_, number, _), result in results:
-                    told = {"runs": [run.to_json() for run in result.runs], "skipped": result.skipped}
-                    journal.append({"kind": "split", "source": name, "number": number, **told})
+                    journal.append(result.entry(name, number))
                     made += 1
                     bar.update(result.text_bytes)
             journal.drop(journal.of("done", source=name))

@@ -21,6 +21,7 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, ColumnConfig, PrepareSource
 from megatron_synth.data.preparing import fim
+from megatron_synth.data.preparing.journal import Entry
 from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.data.preparing.readers.reader import InputSplit
@@ -70,6 +71,11 @@ class Tokenized:
     def text_bytes(self) -> int:
         """Of all token runs."""
         return sum(run.text_bytes for run in self.runs)
+
+    def entry(self, source: str, number: int) -> Entry:
+        """What a journal tells of it. number: of the split."""
+        runs = [run.to_json() for run in self.runs]
+        return {"kind": "split", "source": source, "number": number, "runs": runs, "skipped": self.skipped}
 
 
 @dataclass
