@@ -60,6 +60,17 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def fill(descriptor: int, out: memoryview | bytearray, offset: int) -> int:
+    """Read from byte `offset` of a file until `out` is full or the file ends. Returns the bytes read."""
+    view, done = memoryview(out), 0
+    if not view.nbytes:
+        return 0
+    view = view.cast("B")
+    while done < len(view) and (read := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += read
+    return done
+
+
 def _cut(name: str) -> str:
     """As much of a name as leaves room for more; the limit is 255 bytes."""
     return name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")

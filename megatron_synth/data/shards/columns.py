@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import MAX_CATEGORIES, MAX_CATEGORY_BYTES, column_name
 from megatron_synth.config.section import Section
-from megatron_synth.core.files import open_regular
+from megatron_synth.core.files import fill, open_regular
 
 SUFFIX = ".columns"
 
@@ -131,12 +131,9 @@ class ColumnFile:
                 if found != size:
                     raise UserError(f"{path}: {size} bytes expected, found {found} bytes; {again}")
                 content = np.empty(size, np.uint8)
-                view, done = content.data, 0
-                while done < size:
-                    read = os.preadv(file, [view[done:]], done)
-                    if read == 0:
-                        raise UserError(f"{path}: ends at byte {done}: it was cut off after it was opened; {again}")
-                    done += read
+                done = fill(file, content.data, 0)
+                if done < size:
+                    raise UserError(f"{path}: ends at byte {done}: it was cut off after it was opened; {again}")
             finally:
                 os.close(file)
         except OSError as error:

@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import open_regular
+from megatron_synth.core.files import fill, open_regular
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.document_index import DocumentIndex
@@ -394,19 +394,16 @@ class Shard:
         assert self._one_each, self.idx_path
         self.check_index()
         lengths = np.empty(self._sequences, np.int32)
-        view, done = lengths.data.cast("B") if lengths.size else memoryview(b""), 0
         try:
             file = open_regular(self.idx_path)
             try:
-                while done < lengths.nbytes:
-                    read = os.preadv(file, [view[done:]], HEADER.size + done)
-                    if read == 0:
-                        raise UserError(f"{self.idx_path}: ends at byte {HEADER.size + done}: it was cut off; {AGAIN}")
-                    done += read
+                done = fill(file, lengths.data, HEADER.size)
             finally:
                 os.close(file)
         except OSError as error:
             raise UserError(f"{self.idx_path}: {error.strerror}; {AGAIN}") from None
+        if done < lengths.nbytes:
+            raise UserError(f"{self.idx_path}: ends at byte {HEADER.size + done}: it was cut off; {AGAIN}")
         return lengths
 
     def unreadable(self, error: native.BusError) -> UserError:

@@ -253,12 +253,7 @@ def select(
     asked = () if expression is None else expression.columns
     parents = () if without_parents is None else parents_of(source)
     for name in asked:
-        if name not in {column.name for column in source.columns}:
-            known = ", ".join(column.name for column in source.columns) or "none"
-            raise UserError(
-                f"{key}: {source.path} has no column {name!r}, its columns are: {known}; name it in `columns` of the file of "
-                "`megatron-synth prepare`, and prepare the source again"
-            )
+        source.column_named(name, f"{key}: {source.path}")
     columns = [column.model_dump(mode="json") for column in source.columns if column.name in (*asked, *parents)]
     where = "" if expression is None else expression.canonical
     content: list[Any] = [1, manifest.digest(), columns, [shard.columns_sha256 for shard in manifest.shards], where]

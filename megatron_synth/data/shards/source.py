@@ -112,14 +112,23 @@ class Source:
         Raises:
             UserError: there is no such column, or a file is missing or damaged.
         """
-        columns = {column.name: column for column in self.columns}
-        if name not in columns:
-            known = ", ".join(columns) or "none"
-            raise UserError(
-                f"{self.path}: source {self.name!r} has no column {name!r}, its columns are: {known}; name it in `columns` of "
-                "the file of `megatron-synth prepare`, and prepare the source again"
-            )
-        return columns[name], [self._column_file(number).values(name) for number in range(len(self._shards))]
+        found = self.column_named(name, f"{self.path}: source {self.name!r}")
+        return found, [self._column_file(number).values(name) for number in range(len(self._shards))]
+
+    def column_named(self, name: str, where: str) -> ColumnInfo:
+        """What is known of a column. where: how a message begins.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        for column in self.columns:
+            if column.name == name:
+                return column
+        known = ", ".join(column.name for column in self.columns) or "none"
+        raise UserError(
+            f"{where} has no column {name!r}, its columns are: {known}; name it in `columns` of the file of "
+            "`megatron-synth prepare`, and prepare the source again"
+        )
 
     @property
     def columns(self) -> tuple[ColumnInfo, ...]:

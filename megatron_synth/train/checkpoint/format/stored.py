@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import fill
 from megatron_synth.train.checkpoint.format import index
 from megatron_synth.train.checkpoint.format.extra_state import first_line
 from megatron_synth.train.checkpoint.format.pickles import Refused
@@ -141,12 +142,8 @@ class Stored:
         return self._files[name]
 
     def _fill(self, piece: _Piece, begin: int, out: bytearray) -> None:
-        view, done = memoryview(out), 0
-        while done < len(view):
-            count = os.preadv(self._open(piece.file), [view[done:]], begin + done)
-            if count <= 0:
-                raise Refused(f"{piece.file} ends before byte {begin + len(view)}")
-            done += count
+        if fill(self._open(piece.file), out, begin) < len(out):
+            raise Refused(f"{piece.file} ends before byte {begin + len(out)}")
 
     def _refusal(self, error: BaseException) -> UserError:
         text = first_line(error) if isinstance(error, pickle.UnpicklingError) else str(error)
