@@ -47,6 +47,8 @@ class Behavior:
     """Whether every answer is the same, so that the server costs little."""
     status: int | None = None
     """Of every answer, where it is set."""
+    gate: Callable[[int], int | None] = lambda number: None
+    """The status of the answer to the request of this number, from 1; None: it is answered; 0: nothing ever comes."""
     refuse: str | None = None
     """Prompts that hold this get the status 400."""
     finish: str | None = None
@@ -107,9 +109,11 @@ class Stub(asyncio.Protocol):
         seen.requests += 1
         seen.in_flight += 1
         seen.most = max(seen.most, seen.in_flight)
-        if behavior.status is not None:
+        status = behavior.status if behavior.status is not None else behavior.gate(seen.requests)
+        if status is not None:
             self._done()
-            self._send(behavior.status, {"error": {"message": "always"}})
+            if status:
+                self._send(status, {"error": {"message": "always"}})
             return
         fault = _fault(behavior.faults, seen.requests)
         loop = asyncio.get_running_loop()

@@ -104,6 +104,8 @@ class Connection:
             raise NotConnected(f"no connection within {timeout:g} s") from None
         except (OSError, ssl.SSLError, UnicodeError) as error:
             raise NotConnected(str(error) or type(error).__name__) from None
+        if not wire.is_open:  # lost between its beginning and now, by a server that is ending
+            raise NotConnected("the connection was closed as it was made")
         return wire
 
     def close(self) -> None:

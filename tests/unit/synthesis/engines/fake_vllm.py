@@ -9,6 +9,9 @@ from pathlib import Path
 
 from benchmarks.synthesis.stub import RunningStub
 
+LAST = 20
+HELD_FROM = 15
+
 
 def main(argv: list[str]) -> None:
     assert argv[0] == "serve", argv
@@ -23,9 +26,17 @@ def main(argv: list[str]) -> None:
     starts = int(mark.read_text()) if mark.exists() else 0
     mark.write_text(str(starts + 1))
     hold = Path(os.environ.get("FAKE_HOLD", ""))
+    dies = starts < int(os.environ.get("FAKE_DEATHS", "0"))
+
+    def gate(number: int) -> int | None:
+        """It answers no more once it is to die, or is held: a client that is faster than the loop below gets no further."""
+        if dies and number > LAST:
+            return 0
+        return 429 if number > HELD_FROM and hold.is_file() else None
+
     with RunningStub(int(options["--port"]), model=options["--served-model-name"], key=key) as stub:
-        while starts >= int(os.environ.get("FAKE_DEATHS", "0")) or stub.seen.requests < 20:
-            stub.behavior.status = 429 if stub.seen.requests > 15 and hold.is_file() else None  # it works no more until then
+        stub.behavior.gate = gate
+        while not dies or stub.seen.requests < LAST:
             time.sleep(0.005)
         os._exit(3)
 

@@ -134,3 +134,29 @@ def test_a_server_that_is_not_there_has_not_seen_the_request():
 
     with pytest.raises(NotConnected):
         asyncio.run(ask())
+
+
+def test_a_connection_that_ends_as_it_is_made_is_none(monkeypatch):
+    """A server that dies between the two: the request was not sent, so it can be sent again."""
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(saying(OK, b"hi"), "127.0.0.1", 0)
+        connect = loop.create_connection
+
+        async def connect_and_lose(*args: object, **options: object) -> object:
+            transport, wire = await connect(*args, **options)
+            transport.abort()
+            await asyncio.sleep(0)
+            wire.connection_lost(None)
+            return transport, wire
+
+        monkeypatch.setattr(loop, "create_connection", connect_and_lose)
+        connection = Connection(Address(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"))
+        with pytest.raises(NotConnected, match="closed as it was made"):
+            await connection.ask(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n", 20.0)
+        monkeypatch.undo()
+        assert (await connection.ask(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n", 20.0)).body == b"hi"
+        server.close()
+
+    asyncio.run(ask())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,13 @@ def config(synthesis, **engine: object):
     return synthesis(None, engine={"name": "vllm", "backoff_s": 0.02, "attempts": 100, "breaker": 3, "startup_s": 60, **engine})
 
 
-def running(output: Path) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in listed if "fake_vllm serve" in line]
+def running() -> list[str]:
+    """What anyone on the machine sees of the servers: their whole command lines (`ps` cuts lines at the width of a terminal)."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if "fake_vllm serve" in line]
 
 
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(synthesis, fake, monkeypatch):
@@ -48,7 +52,7 @@ def test_a_server_that_dies_is_started_again_and_ends_with_the_run(synthesis, fa
     assert found.record.account.unanswered == 0
     assert found.record.generator["engine"] == "vllm"
     assert fake.read_text() == "2"
-    assert not running(settings.folder)
+    assert not running()
     assert run(settings).made == 0
     assert fake.read_text() == "2"
 
@@ -83,7 +87,7 @@ def test_a_server_has_a_key_that_others_do_not_see(synthesis, fake, monkeypatch)
     monkeypatch.setattr(vllm.secrets, "token_hex", made)
     settings = config(synthesis)
     seen: list[str] = []
-    assert run(settings, lambda: bool(seen.extend(running(settings.folder)))).record is not None
+    assert run(settings, lambda: bool(seen.extend(running()))).record is not None
     assert seen and not any(keys[-1] in line for line in seen)  # fake_vllm itself refuses another address than the loopback
     files = [file for file in settings.folder.rglob("*") if file.is_file()]
     assert len(files) > 5
@@ -104,4 +108,4 @@ def test_copies_have_gpus_of_their_own(synthesis, fake, monkeypatch):
     found = run(config(synthesis, copies=2))
     assert found.record is not None
     assert fake.read_text() in ("1", "2")  # they start side by side
-    assert not running(Path())
+    assert not running()
