@@ -132,7 +132,7 @@ def test_two_rounds_to_their_page(whole: Path, capsys: pytest.CaptureFixture[str
         assert result is not None and manifest is not None
         account = result["account"]
         assert account["asked"] == account["kept"] + sum(account["rejected"].values()) > 20
-        assert result["tokens"] == manifest.counts.tokens and result["cost"]["flops"]
+        assert result["tokens"] == manifest.counts.tokens and result["cost"]["flops"] and result["seconds"] > 0
         # who wrote it stands in the manifest, and its run is the one of the round before
         assert manifest.generator == f"run {by_arm[writer].name}"
         record = manifest.made.inputs["record"]
