@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +161,12 @@ def plan_shards(units: Iterable[np.ndarray], shard_tokens: int) -> list[tuple[Po
 
 
 def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
-    """Assemble one shard; memory is bounded by a unit, and by the index of the shard."""
-    writer = ShardWriter(task.prefix, task.dtype)
+    """Assemble one shard; memory is bounded by a unit, and by the index of the shard.
+
+    Its files get their names when they are whole: a process that is thought dead, and writes, spoils nothing.
+    """
+    own = task.prefix.with_name(f"{task.prefix.name}.{secrets.token_hex(4)}")
+    writer = ShardWriter(own, task.dtype)
     columns, values = task.assembly.columns, list[np.ndarray]()
     try:
         with naming(with_suffix(task.prefix, ".bin"), lambda: writer.tokens * task.dtype.itemsize):
@@ -180,7 +185,9 @@ def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
             written = writer.finish()
         about: dict[str, Any] = {}
         if columns:
-            about = _write_columns(with_suffix(task.prefix, SUFFIX), file_content(columns, np.concatenate(values)))
+            about = _write_columns(with_suffix(own, SUFFIX), file_content(columns, np.concatenate(values)))
+        for suffix in (".bin", ".idx", *([SUFFIX] if columns else ())):
+            with_suffix(own, suffix).replace(with_suffix(task.prefix, suffix))
         sync_folder(task.prefix.parent)
     finally:
         writer.abandon()

@@ -41,8 +41,8 @@ from megatron_synth.data.preparing.workers import (
     CHUNK_CHARACTERS,
     RUN_BYTES,
     Job,
+    Pool,
     Tokenized,
-    Workers,
     stored_columns,
 )
 from megatron_synth.data.shards.columns import ColumnInfo
@@ -114,7 +114,7 @@ class SourceWork:
     dtype: np.dtype[Any]
     folder: Path
     journal: Journal
-    pool: Workers
+    pool: Pool
     made: Provenance
     shares: Mapping[tuple[str, int], Told] = field(default_factory=dict)
     """What shares have come to (shared.py)."""
@@ -353,6 +353,8 @@ class SourceWork:
                 while assembly.buckets is None and gone < task.end[0]:
                     assembly.runs[gone].path.unlink(missing_ok=True)
                     gone += 1
+        # a task that died, and was done again by another process, may have left something
+        remove_strays(folder, _files_of(shards.values()))
         return [shards[number] for number in range(len(plan.cuts[target]))]
 
     def _refuse_empty(self, counts: dict[str, Counts]) -> None:

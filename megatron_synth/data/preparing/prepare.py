@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
 from megatron_synth.data.preparing.shared import folder_of, run_share, shared_lock, told_by_all, wait_for
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Workers
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Pool, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -51,11 +51,22 @@ JOURNAL_VERSION = 3  # 3 added checksums to the lines of the journal, and number
 TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
 
 
-def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> list[Prepared] | None:
+StartPool = Callable[[Tokenizer, Path], Pool]
+"""Given the tokenizer and the folder that tasks write to, what runs them."""
+
+
+def prepare(
+    config: PrepareConfig, *, workers: int = 1, force: bool = False, start: StartPool | None = None
+) -> list[Prepared] | None:
     """Make `config.output`. None when it is there already, made from the same settings and inputs.
 
-    force: replace a finished output, whatever it was made from.
+    Args:
+        config: what to make.
+        workers: processes of this machine that do the work; 1: this one.
+        force: replace a finished output, whatever it was made from.
+        start: what does the work instead of processes of this machine.
     """
+    start = start or (lambda tokenizer, folder: Workers(tokenizer, workers))
     output = Path(config.output)
     if not is_clean(output):  # what stands there is another's at work, or a dead one's
         with lock_of(output):
@@ -72,7 +83,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         with lock_of(output):
             if output.exists() and _is_current(output, config, work.head["config_digest"], force):  # made just now
                 return None
-            return _make(config, work, workers)
+            return _make(config, work, start)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
 
@@ -92,6 +103,16 @@ def check_inputs(config: PrepareConfig) -> bool:
         limited = config.sources[name].max_bytes is not None
         show(f"{name}: {'has max_bytes, read by the last job' if limited else reader.splitting()}")
     return True
+
+
+def input_files(config: PrepareConfig) -> list[Path]:
+    """The files of text on disks, of all sources.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    readers = [reader_of(name, source) for name, source in config.sources.items()]
+    return [path for reader in readers for path in reader.files() if isinstance(path, Path)]
 
 
 def prepare_share(config: PrepareConfig, share: Share, *, workers: int = 1) -> tuple[int, int] | None:
@@ -167,7 +188,7 @@ def _looked_at(config: PrepareConfig, force: bool) -> _Work | None:
     return _Work(readers, inputs, given, dtype, head)
 
 
-def _make(config: PrepareConfig, work: _Work, workers: int) -> list[Prepared]:
+def _make(config: PrepareConfig, work: _Work, start: StartPool) -> list[Prepared]:
     """Write the output beside its place, and put it there; under its lock."""
     output, digest, given = Path(config.output), work.head["config_digest"], work.given
     with partial_folder(output, work.head) as (folder, journal):
@@ -181,7 +202,7 @@ def _make(config: PrepareConfig, work: _Work, workers: int) -> list[Prepared]:
         tokenizer.save(folder / TOKENIZER)
         done = told_by_all(output, work.head, _sha256(tokenizer.content.encode()))
         prepared: list[Prepared] = []
-        with closing(Workers(tokenizer, workers)) as pool:
+        with closing(start(tokenizer, folder)) as pool:
             for name, source in config.sources.items():
                 made = Provenance(
                     program=f"megatron-synth {megatron_synth.__version__}",

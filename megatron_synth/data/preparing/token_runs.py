@@ -9,6 +9,7 @@ forced to disk and renamed, and its checksum says whether it is whole.
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,8 @@ def write_run(
     records = records.copy()
     records["start"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
     path = folder / f"{target}-{split:07d}-{part:04d}.run"
-    temporary = path.with_suffix(".tmp")
+    # a task that is done again, because its process is thought dead, may still write
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     arrays = [np.ascontiguousarray(array).view(np.uint8).data for array in (records, tokens) if array.size]
     total = xxhash.xxh3_64()
     for array in arrays:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, ColumnConfig, PrepareSource
 from megatron_synth.data.preparing import fim
 from megatron_synth.data.preparing.journal import Entry
+from megatron_synth.data.preparing.output import Unfinished
 from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.data.preparing.readers.reader import InputSplit
@@ -197,6 +197,24 @@ def _write(job: Job, target: str, number: int, held: _Held) -> TokenRun:
     return run
 
 
+class Pool(Protocol):
+    """Whatever runs the tasks of a preparation."""
+
+    def run(
+        self, function: Callable[[Tokenizer, Task], Result], tasks: Iterable[Task]
+    ) -> Generator[tuple[Task, Result], None, None]:
+        """(task, function(tokenizer, task)) of each task, in the order of the tasks; `function` is importable.
+
+        When the generator is closed no task runs any more.
+
+        Raises:
+            Unfinished: what ran a task has died.
+        """
+
+    def close(self) -> None:
+        """Nothing more will be run."""
+
+
 class Workers:
     """Runs tasks in this process or in `count` others, each on one thread; results come in the order of the tasks."""
 
@@ -229,7 +247,7 @@ class Workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise UserError(
+            raise Unfinished(
                 "a worker process died, most likely for want of memory; use fewer --workers: what is done is kept, and the "
                 "same command goes on"
             ) from None
