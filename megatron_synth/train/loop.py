@@ -46,7 +46,7 @@ from megatron_synth.train.signals import StopRequest, listen
 from megatron_synth.train.watchdog import Watch
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import and must find the device prepared
-    from megatron_synth.train.checkpoint.resume import Start
+    from megatron_synth.train.checkpoint.start import Start
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
     group = process_group(layout, config.train.seed, tensor_across_nodes=tensor_across_nodes)
     with stop.before_failing(), group as ranks, RunLock(run_path) as lock:
         kernels.check_same_on_all_ranks(plan.kernels)
-        from megatron_synth.train.checkpoint.resume import starting_point
+        from megatron_synth.train.checkpoint.start import starting_point
 
         # from here on what is in the run directory is ours; all that can be refused is refused before it is changed
         on_main(ranks, lock.take)

@@ -51,6 +51,17 @@ def _to_be_weights(chunks: list[DistributedDataParallel]) -> Iterator[Range]:
             parameter.data.copy_(values.view(parameter.shape))
 
 
+def check_average(checkpoint: Path) -> None:
+    """Refuse a checkpoint without an average of the weights, by its index alone.
+
+    Raises:
+        UserError: it has none, or its index cannot be read.
+    """
+    with Stored(checkpoint) as stored:
+        if not _holds_average(stored):
+            raise _no_average(checkpoint)
+
+
 def full_average(checkpoint: Path) -> dict[str, torch.Tensor]:
     """As `full_weights`, the average that the run kept of its weights, in fp32.
 
@@ -79,7 +90,7 @@ def full_average(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def _read_average(checkpoint: Path, chunks: list[DistributedDataParallel], ranges: Iterable[Range]) -> bool:
     with Stored(checkpoint) as stored:
-        if not any(key.startswith(AVERAGE) for key in stored.shapes):
+        if not _holds_average(stored):
             return False
         for piece in average_pieces(sharded_model(chunks), ranges):
             whole = stored.shapes.get(piece.key, ())
@@ -90,6 +101,10 @@ def _read_average(checkpoint: Path, chunks: list[DistributedDataParallel], range
                 box = stored.read(piece.key, piece.offset, (rows, *piece.shape[1:]))
                 piece.data[: box.numel()].copy_(box.reshape(-1))
     return True
+
+
+def _holds_average(stored: Stored) -> bool:
+    return any(key.startswith(AVERAGE) for key in stored.shapes)
 
 
 def _no_average(checkpoint: Path) -> UserError:

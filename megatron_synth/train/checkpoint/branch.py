@@ -81,6 +81,8 @@ class Trunk(NamedTuple):
     """Of the trunk, as plain data."""
     unlearned: dict[str, int]
     """Of the ledger, the samples of skipped steps."""
+    file: Path
+    """Where this was read: trainer.json of the trunk's checkpoint, or the branch's own branch.json."""
 
     @property
     def name(self) -> str:
@@ -95,6 +97,7 @@ class Trunk(NamedTuple):
     def save(self, run: Path) -> None:
         """Write branch.json into the branch's run directory."""
         content = {**self._asdict(), "checkpoint": str(self.checkpoint.absolute())}
+        del content["file"]
         write_json(run / FILE, content)
 
 
@@ -137,7 +140,7 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
         raise UserError(f"{_KEY}: {checkpoint} holds weights alone, made by convert or merge; use checkpoint.init_from")
     if state["step"] != step:
         raise UserError(f"{_KEY}: {checkpoint} is of step {state['step']} by its {files.TRAINER}, expected {step}")
-    return _trunk(checkpoint.absolute(), state)
+    return _trunk(checkpoint.absolute(), state, checkpoint / files.TRAINER)
 
 
 def split(text: str, key: str = _KEY) -> tuple[Path, int]:
@@ -155,10 +158,10 @@ def split(text: str, key: str = _KEY) -> tuple[Path, int]:
 def kept(run: Path) -> Trunk | None:
     """What the branch in a run directory has kept of its trunk; None: it is none. UserError if that is damaged."""
     found = _RECORD.read_optional(run / FILE)
-    return None if found is None else _trunk(Path(found["checkpoint"]), found)
+    return None if found is None else _trunk(Path(found["checkpoint"]), found, run / FILE)
 
 
-def _trunk(checkpoint: Path, state: TrunkState) -> Trunk:
+def _trunk(checkpoint: Path, state: TrunkState, file: Path) -> Trunk:
     own = (
         state["run_id"],
         state["step"],
@@ -168,7 +171,7 @@ def _trunk(checkpoint: Path, state: TrunkState) -> Trunk:
         state["prefix_digest"],
         state["config"],
     )
-    return Trunk(checkpoint, *own, state.get("unlearned", {}))
+    return Trunk(checkpoint, *own, state.get("unlearned", {}), file)
 
 
 def _run_id(checkpoint: Path) -> str | None:
@@ -235,7 +238,8 @@ class _Before(NamedTuple):
 
     @classmethod
     def of(cls, trunk: Trunk) -> _Before:
-        where = f"{trunk.checkpoint / files.TRAINER}: config"
+        where = f"{trunk.file}: config"
+        hint = _RECORD.remedy if trunk.file.name == FILE else "branch with the version that wrote it"
         try:
             content = dict(trunk.config["data"])
             # infinity is no JSON, and is read as null
@@ -247,11 +251,13 @@ class _Before(NamedTuple):
             data = DataConfig.model_validate(content)
             seed, length = trunk.config["train"]["seed"], trunk.config["train"]["sequence_length"]
         except ValidationError as error:
-            raise UserError(f"{where}.data: {first_fault(error)}; branch with the version that wrote it") from None
+            raise UserError(f"{where}.data: {first_fault(error)}; {hint}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: expected the configuration of a run ({error!r})") from None
+            raise UserError(f"{where}: expected the configuration of a run ({error!r}); {hint}") from None
         if type(seed) is not int or type(length) is not int or length < 1 or length % data.windows_per_sequence:
-            raise UserError(f"{where}.train: expected a seed and a sequence length, found {seed!r:.40} and {length!r:.40}")
+            raise UserError(
+                f"{where}.train: expected a seed and a sequence length, found {seed!r:.40} and {length!r:.40}; {hint}"
+            )
         return cls(data, seed if data.seed is None else data.seed, length // data.windows_per_sequence)
 
 

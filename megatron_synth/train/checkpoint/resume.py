@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, Progress
+from megatron_synth.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_synth.core.files import read_regular
 from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
@@ -26,9 +26,8 @@ from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
 from megatron_synth.model import architecture
 from megatron_synth.model.fp8 import recipe
 from megatron_synth.parallel import fp8_params
-from megatron_synth.train.changes import check_steps, mixture_differences, rate_jump
+from megatron_synth.train.changes import mixture_differences
 from megatron_synth.train.checkpoint import companions, files, reading, vocabulary
-from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.sharding import (
     AVERAGE,
     collect_tensors,
@@ -115,54 +114,6 @@ def newest_sound(path: Path, verify: str, warn: Callable[[str], None] | None = N
 
 def _warn(text: str) -> None:
     say(f"warning: {text}")
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run begins from; nothing, with neither of the two checkpoints."""
-
-    resumed: Path | None = None
-    """The checkpoint that it goes on from."""
-    saved: TrainerState | None = None
-    """The trainer's part of it."""
-    weights: Path | None = None
-    """The checkpoint of another run whose weights it takes."""
-    trunk: Trunk | None = None
-    """What the run is a branch of, if it is one."""
-    branches: bool = False
-    """`resumed` is the trunk's: the branch has no checkpoint of its own yet."""
-    warnings: tuple[str, ...] = ()
-    """Of checkpoints that are damaged and passed over, and of a rate that jumps; on rank 0."""
-
-
-def starting_point(config: Config, data: RunData, run_path: Path, trunk: Trunk | None = None) -> Start:
-    """What the run in a directory begins from, checked. Called by all ranks; changes nothing.
-
-    trunk: what it is a branch of.
-
-    Raises:
-        UserError: it cannot go on from its newest checkpoint, or cannot take the weights that it names.
-    """
-    warnings: list[str] = []
-    found = newest_sound(run_path, config.checkpoint.verify, warnings.append)
-    branches = found is None and trunk is not None
-    if branches:
-        assert trunk is not None
-        found = newest_sound(trunk.checkpoint, config.checkpoint.verify)
-        if found is None:
-            raise UserError(f"checkpoint.branch_from: {trunk.checkpoint} is not there any more; restore it from a copy")
-        check_tokenizer(found, read_trainer(found), data)
-    if found is not None:
-        saved = read_trainer(found)
-        check_resumable(found, saved, config, data)
-        check_steps(found, saved.step, config.train.steps)
-        data.check_length(config, Progress(saved.step, saved.samples))
-        jump = rate_jump(saved.config, config, saved.step)
-        if jump is not None and torch.distributed.get_rank() == 0:
-            warnings.append(jump)
-        return Start(found, saved, trunk=trunk, branches=branches, warnings=tuple(warnings))
-    weights = None if config.checkpoint.init_from is None else to_start_from(config, data)
-    return Start(weights=weights, warnings=tuple(warnings))
 
 
 def read_trainer(checkpoint: Path) -> TrainerState:
@@ -288,30 +239,6 @@ def _lasting(precision: PrecisionConfig, parallel: ParallelConfig, optimizer: An
         "parallel.use_distributed_optimizer": parallel.use_distributed_optimizer,
         "optim.name": optimizer,
     }
-
-
-def to_start_from(config: Config, data: RunData) -> Path:
-    """The checkpoint that `checkpoint.init_from` names. Called by all ranks.
-
-    Raises:
-        UserError: there is none, or it holds another model, or one of another tokenizer.
-    """
-    assert config.checkpoint.init_from is not None
-    path = newest_sound(Path(config.checkpoint.init_from), config.checkpoint.verify)
-    if path is None:
-        raise UserError(
-            f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
-        )
-    saved = read_trainer(path)
-    extends = config.checkpoint.init_vocabulary == "extend"
-    if extends and data.vocab_size < saved.vocab_size:
-        raise UserError(
-            f"{path}: has {saved.vocab_size} tokens, and checkpoint.init_vocabulary: extend can only add to them, found "
-            f"{data.vocab_size}; set model.vocab_size to {saved.vocab_size} or more"
-        )
-    check_architecture(path, saved, config.model, saved.vocab_size if extends else data.vocab_size)
-    check_tokenizer(path, saved, data, extends=extends)
-    return path
 
 
 def extend_vocabulary(

@@ -88,3 +88,4 @@ def test_resumed_and_in_another_layout_it_is_the_same(
         assert found["eval/loss"] == pytest.approx(expected["ema/loss"], rel=1e-5)
     (result,) = train(tmp_path / "none", "single", f"checkpoint.init_from={tmp_path / 'back'}", *taken, code=2)
     assert "holds no average of the weights" in result.stderr
+    assert not (tmp_path / "none" / "run.json").exists()  # refused before a run begins

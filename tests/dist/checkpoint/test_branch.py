@@ -143,6 +143,25 @@ def test_wrong_branches_are_refused_in_one_message(
     assert "the branch's own run directory" in result.stderr and snapshot(trunk) == before
 
 
+def test_damage_is_told_of_the_file_that_it_is_in(
+    trained: Callable[..., Run], train: Train, ranks: RankPool, tmp_path: Path
+) -> None:
+    trunk, run = tmp_path / "trunk", tmp_path / "branch"
+    shutil.copytree(trained("single").path, trunk)
+    train(run, "single", of(trunk), f"train.steps={HALF + 1}")
+    record = json.loads((run / branch.FILE).read_text())
+    record["config"]["data"]["sources"] = 5
+    (run / branch.FILE).write_text(json.dumps(record))
+    (result,) = train(run, "single", of(trunk), f"train.steps={HALF + 2}", code=2)
+    assert f"{run / branch.FILE}: config" in result.stderr and "restore it from a copy of the run" in result.stderr
+    state = trunk / "checkpoints" / f"step_{HALF:08d}" / "trainer.json"
+    saved = json.loads(state.read_text())
+    del saved["config"]["train"]["seed"]
+    state.write_text(json.dumps(saved))
+    (result,) = train(tmp_path / "other", "single", of(trunk), code=2)
+    assert f"{state}: config" in result.stderr and "branch with the version that wrote it" in result.stderr
+
+
 def test_steps_for_branches_are_saved_and_kept(train: Train, tmp_path: Path) -> None:
     settings = ("train.steps=9", "checkpoint.interval=2", "checkpoint.keep_last=1", "checkpoint.keep_steps=[3, 4]")
     train(tmp_path / "run", "single", *settings, "eval.interval=null")
