@@ -130,15 +130,15 @@ def to_device(
 
     sources = move(batch.source_ids)
     weights = torch.ones(sources.shape, dtype=torch.float64, device=device) if valid is None else move(valid).double()
-    documents = loss_mask = None
+    documents, counting = None, batch.learned
     if batch.boundaries is not None and data.document_masks:
         bounds = batch.boundaries
         positions = part.take(move(bounds.position_ids().reshape(rows, -1)))
         documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, positions)
     if batch.boundaries is not None:
         bounds = batch.boundaries
-        counting = bounds.loss_mask() if data.eod_mask_loss else bounds.padding_mask()
-        loss_mask = None if counting is None else move(counting.reshape(rows, -1))
+        counting = bounds.loss_mask(counting) if data.eod_mask_loss else bounds.padding_mask(counting)
+    loss_mask = None if counting is None else move(counting.reshape(rows, -1))
     return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part, batch.samples)
 
 

@@ -57,6 +57,13 @@ class WindowSource(Protocol):
     def read(self, begin: int, out: npt.NDArray[np.integer]) -> None:
         """Fill `out` [N] with the tokens from `begin` on."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens are read and not learned."""
+
+    def read_learned(self, begin: int, out: npt.NDArray[np.bool_]) -> None:
+        """Fill `out` [N] with whether the tokens from `begin` on are learned."""
+
     def read_window(self, window: int, out: npt.NDArray[np.integer]) -> None:
         """Fill `out` [L + 1] with the tokens from window x L on."""
 
@@ -103,6 +110,8 @@ class Batch:
     """[B k] sample number of each window in the plan."""
     boundaries: Boundaries | None = None
     """Where documents begin and end, in B k rows of L. None unless asked for."""
+    learned: npt.NDArray[np.bool_] | None = None
+    """[B k, L] which labels are learned; None where all are: no source says, or none of the tokens is read."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -267,6 +276,7 @@ class Loader:
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
         self._readers = [source.read for source in sources]
         self._packed = np.array([is_packed(source) for source in sources])
+        self._masked = with_tokens and any(source.masked for source in sources)
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
@@ -333,7 +343,13 @@ class Loader:
             vocab_sizes = [source.vocab_size for source in self.sources]
             length, wide = self.window_length + 1, self.dtype.itemsize == 8
             views, rows = [source.places.view for source in self.sources], (source_ids, shards, begins)
-            copier = native.RowCopier(library, maps, codes, vocab_sizes, *rows, length, wide=wide, views=views)
+            learned = [source.places.learned if source.masked else None for source in self.sources]
+            try:
+                copier = native.RowCopier(
+                    library, maps, codes, vocab_sizes, *rows, length, wide=wide, views=views, learned=learned
+                )
+            except native.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
         return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
 
     def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
@@ -381,27 +397,36 @@ class Loader:
             return Batch(np.empty((self.micro_batch_size, 0), self.dtype), source_ids, table.samples[part], boundaries)
         length = self.window_length + 1
         tokens = allocate((self.micro_batch_size, self.windows_per_sequence * length), self.dtype)
-        self._fill(table, row, tokens.reshape(rows, length))
-        return Batch(tokens, source_ids, table.samples[part], boundaries)
+        learned = np.empty((rows, length - 1), np.bool_) if self._masked else None
+        self._fill(table, row, tokens.reshape(rows, length), learned)
+        return Batch(tokens, source_ids, table.samples[part], boundaries, learned)
 
     def _unreadable(self, source_ids: Int64, shards: Int64, error: native.BusError) -> UserError:
         return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
 
-    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
-        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains.
+    def _fill(self, table: _Table, row: int, tokens: Tokens, learned: npt.NDArray[np.bool_] | None) -> None:
+        """Rows from `row` on into `tokens` and `learned`: all at once those whose shards are mapped, else each by itself.
 
         So is a row with an id beyond the vocabulary, which the source then refuses with its file and byte.
         """
         done, end, begin = row, row + len(tokens), native.address_of(tokens)
+        mask_at = None if learned is None else native.address_of(learned)
         while True:
             if table.copier is not None:
                 try:
-                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                    at = None if mask_at is None else mask_at + (done - row) * self.window_length
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0], at)
                 except native.BusError as error:
                     raise self._unreadable(table.source_ids, table.shards, error) from None
             if done == end:
                 return
-            self._readers[int(table.source_ids[done])](int(table.firsts[done]), tokens[done - row])
+            source_id, first = int(table.source_ids[done]), int(table.firsts[done])
+            self._readers[source_id](first, tokens[done - row])
+            if learned is not None:
+                if self.sources[source_id].masked:
+                    self.sources[source_id].read_learned(first + 1, learned[done - row])
+                else:
+                    learned[done - row] = True
             done += 1
 
 
@@ -455,15 +480,19 @@ def validation_batches(
         slots = first + np.arange(micro_batch_size)
         windows = np.minimum(slots, total - 1)
         tokens = np.empty((micro_batch_size, sequence_length + 1 if with_tokens else 0), dtype=np.int64)
+        learned = np.empty((micro_batch_size, sequence_length), np.bool_) if with_tokens and source.masked else None
         for row, window in enumerate(windows.tolist() if with_tokens else []):
             source.read_window(window, tokens[row])
+            if learned is not None:
+                source.read_learned(window * sequence_length + 1, learned[row])
         boundaries = None
         if with_boundaries:
             starts = source.document_starts_of(windows * sequence_length, sequence_length)
             packed = np.ones(micro_batch_size, np.bool_) if is_packed(source) else None
             table = BoundaryTable(*starts, sequence_length, micro_batch_size, packed)
             boundaries = table.batch(0)
-        return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
+        source_ids = np.zeros(micro_batch_size, dtype=np.int64)
+        return ValidationBatch(tokens, source_ids, windows, boundaries, learned, valid=slots < total)
 
     rounds = range(0, total, stride)
     return (read(first + data_parallel_rank * micro_batch_size) for first in rounds)

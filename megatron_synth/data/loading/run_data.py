@@ -265,7 +265,7 @@ def _original(source: Source, settings: Mapping[str, SourceConfig] | Mapping[str
 def _copy_of(source: Source, place: Location) -> tuple[str, int]:
     """The name of a source's copy, and its bytes."""
     assert source.manifest is not None
-    return copy_name(place, source.manifest), sum(shard.bin_bytes + shard.idx_bytes for shard in source.manifest.shards)
+    return copy_name(place, source.manifest), sum(sum(shard.sizes.values()) for shard in source.manifest.shards)
 
 
 def _tokenizer(config: Config) -> Path | None:

@@ -264,7 +264,7 @@ class Recorder:
         losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
         expected = self._config.samples_of_step(record[metrics.STEP] - 1)
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
-        self._ledger.merge([int(count) for count in samples], learned=learned)
+        self._ledger.merge([int(count) for count in samples], learned=learned, labels=[int(count) for count in labels])
         number = sum(labels)  # 0 where all are masked: a mean over nothing stays None
         record[metrics.LOSS] = math.fsum(losses) / number if number else None
         if self._config.train.z_loss:
