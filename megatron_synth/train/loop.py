@@ -174,6 +174,7 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self._part = part_of(ranks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
+        self.stepper.num_values = 0 if data.values is None else len(data.values.names)
         self.health = None
         if config.log.health_interval is not None:
             self.health = Health(config, self.chunks, self.optimizer, ranks, self.stepper.gradient_copies)

@@ -406,6 +406,25 @@ static int64_t first_from(const struct index *index, int64_t position) {
     return low;
 }
 
+struct numbering {
+    const struct index *index;
+    const int64_t *positions;    /* [number] */
+    int64_t number;
+    int64_t *found;              /* [number] out */
+};
+
+static void number_some(void *task) {
+    const struct numbering *numbering = task;
+    for (int64_t i = 0; i < numbering->number; i++)
+        numbering->found[i] = first_from(numbering->index, numbering->positions[i]);
+}
+
+/* Of each position the first document that starts there or later. 1, or 0 when reading the index failed. */
+EXPORT int64_t first_documents(const struct index *index, const int64_t *positions, int64_t number, int64_t *found) {
+    struct numbering numbering = {index, positions, number, found};
+    return guarded(number_some, &numbering);
+}
+
 struct searching {
     const int64_t *const *indexes; /* [sources] of each: [shards] address of a struct index, 0 for one that is not open */
     const int64_t *source_ids;   /* [rows] */

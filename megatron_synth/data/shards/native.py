@@ -83,6 +83,7 @@ def _loaded(path: Path) -> Library:
         "read_map": [pointer, pointer, integer],
         "sample_documents": [pointer],
         "document_starts": [pointer],
+        "first_documents": [pointer, pointer, integer, pointer],
         "lay_out": [pointer],
         "mask_out": [pointer, integer, pointer, integer, integer],
         "count_up": [pointer, integer, pointer],
@@ -217,6 +218,20 @@ def sample_documents(compiled: Library, index: int) -> None:
     """Fill the sample of the `Index` at this address. BusError when the file cannot be read."""
     if not compiled.sample_documents(index):
         raise BusError(compiled.failed_address())
+
+
+def first_documents(compiled: Library, index: int, positions: Int64) -> Int64:
+    """Of each position [N] the first document that starts there or later, of the `Index` at this address: [N].
+
+    Raises:
+        BusError: the index could not be read.
+    """
+    positions, found = np.ascontiguousarray(positions, np.int64), np.empty(len(positions), np.int64)
+    with MAPS:
+        sound = compiled.first_documents(index, address_of(positions), len(positions), address_of(found))
+    if not sound:
+        raise BusError(compiled.failed_address())
+    return found
 
 
 class _Search(ctypes.Structure):

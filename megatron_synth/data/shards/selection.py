@@ -170,6 +170,22 @@ class SelectedSource(Source):
             self.base.read(self.base.first_token(shard) + at, out[filled : filled + count])
             filled += count
 
+    def documents_of(self, tokens: np.ndarray) -> np.ndarray:
+        """As of any source."""
+        try:
+            return self._documents.containing(tokens)
+        except native.BusError as error:
+            raise self.unreadable(0, error) from None
+
+    def document_numbers(self) -> np.ndarray:
+        """Of each chosen document its number in the source that it is chosen from, int64 [documents]."""
+        index, (_, documents) = self.index, _sizes(self.base)
+        before = np.cumsum(documents) - documents
+        firsts = before[index.shards] + index.documents
+        edges = np.searchsorted(index.document_starts, index.starts)
+        counts = np.diff(edges)
+        return np.arange(edges[-1]) + np.repeat(firsts - edges[:-1], counts)
+
     def read_learned(self, begin: int, out: np.ndarray) -> None:
         """As of any source."""
         filled = 0

@@ -52,6 +52,8 @@ class Source:
         self._ends: list[int] = self._ends_array.tolist()
         self._begins: list[int] = self._begins_array.tolist()
         self.num_tokens: int = self._ends[-1]
+        counts = [bare.num_documents] if bare is not None else [info.documents for info in manifest.shards] if manifest else []
+        self._documents_before: list[int] = (np.cumsum(counts, dtype=np.int64) - counts).tolist()
         self._before_read: Callable[[int, int, int], None] | None = None
         self._column_files: dict[int, ColumnFile] = {}
 
@@ -259,6 +261,19 @@ class Source:
         rows = np.concatenate([rows for rows, _ in pieces])
         by_row = np.argsort(rows, kind="stable")
         return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(begins))
+
+    def documents_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Of each token [N] of the stream the document that it is in, counted from its start: int64 [N]. Reads the indexes."""
+        numbers = np.searchsorted(self._ends_array, tokens, side="right")
+        found = np.empty(len(tokens), np.int64)
+        for number in np.unique(numbers).tolist():
+            of_shard = numbers == number
+            try:
+                own = self.shard(number).open_index().containing(tokens[of_shard] - self._begins[number])
+            except native.BusError as error:
+                raise self.shard(number).unreadable(error) from None
+            found[of_shard] = own + self._documents_before[number]
+        return found
 
     def unreadable(self, shard: int, error: native.BusError) -> UserError:
         """What a failed read of one of the shards means."""
