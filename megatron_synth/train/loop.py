@@ -174,19 +174,22 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self._part = part_of(ranks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
+        self.stepper.num_values = 0 if data.values is None else len(data.values.names)
         self.health = None
         if config.log.health_interval is not None:
             self.health = Health(config, self.chunks, self.optimizer, ranks, self.stepper.gradient_copies)
         self.step = self.samples = 0
         self.branched = start.branches
         self.ledger = Ledger.of(data.plan, config.window_length)
+        if any(source.masked for source in data.sources):
+            self.ledger.count_labels()
         if start.trunk is not None:
             self.ledger.begin_branch(start.trunk.run_id, start.trunk.step, start.trunk.ledger)
         if saved is not None:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
-            self.ledger.load_state_dict(saved.ledger, saved.unlearned)
+            self.ledger.load_state_dict(saved.ledger, saved.unlearned, saved.labels)
             if self.stepper.guard is not None:
                 self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
@@ -406,6 +409,7 @@ class Trainer:
             prefix_digest=self.data.prefix_digest(self.samples),
             contents=dict(self.data.contents),
             unlearned=self.ledger.unlearned,
+            labels=self.ledger.labels,
             consecutive=self.recorder.consecutive,
             window={} if self.stepper.guard is None else self.stepper.guard.state(),
             noted=self.recorder.noted,

@@ -26,7 +26,7 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.groups import Ranks
-from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_per_source
+from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_by_value, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
 from megatron_synth.train.health import Health
 from megatron_synth.train.spikes import Guard
@@ -48,6 +48,8 @@ class StepResult:
         sequence over those of its part; None on ranks that do not report the loss.
     rows: [R] number of each of these windows in the plan.
     why: the step was skipped, where train.skip says.
+    by_value: [2, V] fp64 on the device, by value of documents (log.loss_by): sums over labels of the loss, and how many these
+        are; as `sums` of this rank's share. None where losses are not told apart.
     """
 
     sums: Tensor
@@ -59,15 +61,19 @@ class StepResult:
     row_losses: Tensor | None = None
     rows: npt.NDArray[np.int64] | None = None
     why: str = ""
+    by_value: Tensor | None = None
 
 
-def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _loss(
+    losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int, num_values: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """What the schedule asks of the last stage: the scalar to differentiate, and data to keep."""
     z_losses = None
     if z_loss:
         assert losses.log_sum_exp is not None
         z_losses = z_loss * losses.log_sum_exp.square()
-    return losses.total, sums_per_source(losses.per_token, z_losses, batch, num_sources)
+    by_value = sums_by_value(losses.per_token, batch, num_values) if batch.values is not None else None
+    return losses.total, (*sums_per_source(losses.per_token, z_losses, batch, num_sources), by_value)
 
 
 def _forward_step(
@@ -96,6 +102,10 @@ class Pipeline:
         self.config, self.chunks, self.ranks = config, chunks, ranks
         self.row_losses: Tensor | None = None
         """[R] fp64: of the windows of the last `forward`, in their order, the loss summed over labels; None: another's."""
+        self.by_value: Tensor | None = None
+        """[2, V] fp64, `by_value` of StepResult, of the last `forward`; None: losses are not told apart."""
+        self.num_values = 0
+        """V; 0: losses are not told apart by values of documents."""
         self._schedule = get_forward_backward_func()
 
     def forward(self, batches: Sequence[TensorBatch], num_sources: int, *, backward: bool) -> Tensor:
@@ -103,13 +113,17 @@ class Pipeline:
         kept = self._run(
             batches,
             self._objectives(batches) if backward and self.ranks.is_last_stage else lambda batch: None,
-            partial(_loss, z_loss=self.config.train.z_loss, num_sources=num_sources),
+            partial(_loss, z_loss=self.config.train.z_loss, num_sources=num_sources, num_values=self.num_values),
             backward=backward,
         )
         self.row_losses = None
+        if self.num_values:
+            self.by_value = torch.zeros((2, self.num_values), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.reports_loss:
-            self.row_losses = torch.cat([of_windows for _, of_windows in kept])
-            return torch.stack([sums for sums, _ in kept]).sum(dim=0)
+            self.row_losses = torch.cat([of_windows for _, of_windows, _ in kept])
+            if self.num_values:
+                self.by_value = torch.stack([by_value for *_, by_value in kept]).sum(dim=0)
+            return torch.stack([sums for sums, *_ in kept]).sum(dim=0)
         return torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=self.ranks.device)
 
     @torch.no_grad()
@@ -265,7 +279,16 @@ class Stepper(Pipeline):
             self.fp8.end_step(skipped)
         rows = [batch.samples for batch in batches if batch.samples is not None]
         return StepResult(
-            sums, norm, skipped, stop, self._clock.seconds(), save, self.row_losses, np.concatenate(rows) if rows else None, why
+            sums,
+            norm,
+            skipped,
+            stop,
+            self._clock.seconds(),
+            save,
+            self.row_losses,
+            np.concatenate(rows) if rows else None,
+            why,
+            self.by_value,
         )
 
     @torch.no_grad()

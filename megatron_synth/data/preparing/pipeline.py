@@ -203,6 +203,7 @@ class SourceWork:
         plan = Plan(tuple(runs), {target: _count(runs, target) for target in self.targets}, {}, {})
         self._refuse_empty(plan.counts)
         self._refuse_bad_columns(runs)
+        self._refuse_unused_parts(runs)
         for target in self.targets:
             assembly = self._assembly(plan.runs, target)
             plan.cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
@@ -296,6 +297,17 @@ class SourceWork:
         stored = zip(described, stored_columns(self.source.columns), strict=True)
         columns = [ColumnInfo(name=name, type=kind, parent=one.type == "parent") for (name, one), (_, kind) in stored]
         return columns_of(runs, columns)
+
+    def _refuse_unused_parts(self, runs: list[TokenRun]) -> None:
+        """A prompt that no record has, or chats of which all is learned: most likely a mistake."""
+        if self.source.masked and all(run.learned == run.tokens for run in runs):
+            setting, field = "messages.field", self.source.main_key
+            if self.source.prompt is not None:
+                setting, field = "prompt.field", self.source.prompt.field
+            raise UserError(
+                f"sources.{self.name}.{setting}: no document has a part that is not learned; set it to the field or column of "
+                f"the input that holds it, {field!r} is none, or leave it out"
+            )
 
     def _refuse_bad_columns(self, runs: list[TokenRun]) -> None:
         """Columns of which no document has a value, and categories that are too many: most likely a mistake."""
@@ -401,7 +413,7 @@ def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:
 
 
 def _files_of(shards: Iterable[ShardInfo]) -> set[str]:
-    return {shard.name + suffix for shard in shards for suffix in shard.suffixes}
+    return {shard.name + suffix for shard in shards for suffix in shard.sizes}
 
 
 def _count(runs: list[TokenRun], target: str) -> Counts:

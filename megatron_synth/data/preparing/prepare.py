@@ -27,6 +27,7 @@ from megatron_synth.core.log import human, show
 from megatron_synth.core.share import Share
 from megatron_synth.data.preparing.fim import special_ids
 from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
+from megatron_synth.data.preparing.masks import with_templates
 from megatron_synth.data.preparing.output import is_clean, lock_of, partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
 from megatron_synth.data.preparing.progress import progress
@@ -67,7 +68,7 @@ def prepare(
         start: what does the work instead of processes of this machine.
     """
     start = start or (lambda tokenizer, folder: Workers(tokenizer, workers))
-    output = Path(config.output)
+    output, config = Path(config.output), _resolved(config)
     if not is_clean(output):  # what stands there is another's at work, or a dead one's
         with lock_of(output):
             restore(output)
@@ -94,6 +95,7 @@ def check_inputs(config: PrepareConfig) -> bool:
     Raises:
         UserError: settings or inputs are wrong.
     """
+    config = _resolved(config)
     work = _looked_at(config, force=False)
     if work is None:
         return False
@@ -120,7 +122,7 @@ def prepare_share(config: PrepareConfig, share: Share, *, workers: int = 1) -> t
 
     The same preparation without a share takes over what all of them have done, and puts the output in its place.
     """
-    output = Path(config.output)
+    output, config = Path(config.output), _resolved(config)
     work = _looked_at(config, force=False)
     if work is None:
         return None
@@ -246,6 +248,13 @@ def _check_unchanged(readers: Mapping[str, Reader], inputs: Mapping[str, Mapping
             raise StorageError(
                 f"sources.{name}: objects of its input changed while they were read; leave them alone, and start again"
             )
+
+
+def _resolved(config: PrepareConfig) -> PrepareConfig:
+    """The settings with the templates of chats, which then are part of what an output is known by."""
+    if all(source.messages is None for source in config.sources.values()):
+        return config
+    return with_templates(config, _given_tokenizer(config))
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -374,8 +383,8 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     for source in settings["sources"].values():
         if source["on_error"] == "fail":
             del source["on_error"], source["max_errors"]
-        if source["fim"] is None:
-            del source["fim"]
+        for key in [key for key in ("fim", "prompt", "messages") if source[key] is None]:
+            del source[key]
         if not source["columns"]:
             del source["columns"]
         if source["synthesized"] is None:

@@ -145,12 +145,19 @@ class Recorder:
             own = torch.zeros((2, self._ranks.world_size), dtype=torch.float64)
             own[0, self._ranks.rank] = sum(self._own_s) / len(self._own_s)
             own[1, self._ranks.rank] = _peak_memory_gib(self._ranks.device)
-            both = torch.cat([sums.flatten(), own.flatten().to(sums.device)])
+            parts = [sums.flatten(), own.flatten().to(sums.device)]
+            parts += [result.by_value.flatten() for _, result in self._pending if result.by_value is not None]
+            both = torch.cat(parts)
             torch.distributed.all_reduce(both)
-            host = both.cpu()
-            own_s, memory = host[sums.numel() :].view(2, -1).tolist()
+            of_sums, of_ranks, by_value = both.cpu().split(
+                [sums.numel(), own.numel(), both.numel() - sums.numel() - own.numel()]
+            )
+            own_s, memory = of_ranks.view(2, -1).tolist()
             records = [record for record, _ in self._pending]
-            reduced = host[: sums.numel()].view(sums.shape).tolist()
+            reduced = of_sums.view(sums.shape).tolist()
+            if self._data.values is not None:
+                for record, (losses, labels) in zip(records, by_value.view(len(records), 2, -1).tolist(), strict=True):
+                    record |= metrics.losses_by(metrics.LOSS_BY, self._data.values.names, losses, labels)
             for (record, result), end, of_step in zip(self._pending, self._ends, reduced, strict=True):
                 self._complete(record, of_step, max(memory), learned=not result.skipped)
                 what = self._notes.look(record, result.why)  # alike on all ranks
@@ -264,7 +271,7 @@ class Recorder:
         losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
         expected = self._config.samples_of_step(record[metrics.STEP] - 1)
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
-        self._ledger.merge([int(count) for count in samples], learned=learned)
+        self._ledger.merge([int(count) for count in samples], learned=learned, labels=[int(count) for count in labels])
         number = sum(labels)  # 0 where all are masked: a mean over nothing stays None
         record[metrics.LOSS] = math.fsum(losses) / number if number else None
         if self._config.train.z_loss:
