@@ -159,8 +159,9 @@ def tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, InputSplit]) -> To
     return tokenize_split(tokenizer, *task)
 
 
-def take_over(told: Told, staging: Path) -> list[TokenRun] | None:
+def take_over_task(_: Tokenizer, task: tuple[Told, Path]) -> list[TokenRun] | None:
     """The token runs of a split, in the preparation's own folder; None where one is missing or damaged."""
+    told, staging = task
     taken: list[TokenRun] = []
     for run in told.runs():
         if not run.is_whole():
