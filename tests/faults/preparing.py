@@ -140,10 +140,12 @@ def torment(
             row.starts += 1
         journals.look()
         row.splits = max(row.splits, len(journals.told))
+        now = time.monotonic()
+        found = list(victims(output)) if row.kills < kills else []
         time.sleep(0.05)
-        pause -= 0.05
-        found = list(victims(output)) if pause < 0 and row.kills < kills else []
-        if found:
+        if found:  # time in which nobody is at work is none to kill in
+            pause -= time.monotonic() - now
+        if found and pause < 0:
             pid, last = chosen.choice(found)
             try:
                 os.kill(pid, signal.SIGKILL)
