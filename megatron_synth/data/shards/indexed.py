@@ -228,10 +228,13 @@ class Shard:
         number: int = 0,
         one_each: bool = False,
         learned: bool = False,
+        index_alone: bool = False,
     ):
         """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards.
 
         one_each: its documents are one sequence each, as `prepare` writes them. learned: a file says which tokens are learned.
+
+        index_alone: the file of tokens need not be there, and none is read.
         """
         self.places, self._number, self._one_each = places or Places(1), number, one_each
         self._index_checked = False
@@ -241,7 +244,7 @@ class Shard:
         """Called before the index is first used; what it raises reaches the reader."""
         self.prefix, self.memory_map = prefix, memory_map
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
-        bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
+        idx_bytes = file_size(self.idx_path)
         try:
             descriptor = open_regular(self.idx_path)
         except OSError as error:
@@ -275,6 +278,7 @@ class Shard:
             os.close(descriptor)
         if end % self.dtype.itemsize or end >= 2**62:
             raise UserError(f"{self.idx_path}: its last sequence ends at byte {end}, which no token does; {AGAIN}")
+        bin_bytes = end if index_alone else file_size(self.bin_path)
         if bin_bytes != end:
             raise UserError(f"{self.bin_path}: its index announces {end} bytes, found {bin_bytes} bytes; {AGAIN}")
         self.num_tokens = end // self.dtype.itemsize

@@ -35,8 +35,21 @@ class Source:
     Any number of threads may read.
     """
 
-    def __init__(self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True):
-        """bare: the only shard of a source without a manifest; with one they are opened as it says."""
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        manifest: Manifest | None,
+        bare: Shard | None = None,
+        *,
+        memory_map: bool = True,
+        index_alone: bool = False,
+    ):
+        """bare: the only shard of a source without a manifest; with one they are opened as it says.
+
+        index_alone: the files of tokens need not be there, and none is read.
+        """
+        self.index_alone = index_alone
         self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
         self._shards: list[Shard | None]
         if manifest is None:
@@ -339,8 +352,15 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
     prefix = source.path / info.name
-    places, masked = source.places, manifest.masked
-    shard = Shard(prefix, memory_map=source.memory_map, places=places, number=number, one_each=True, learned=masked)
+    shard = Shard(
+        prefix,
+        memory_map=source.memory_map,
+        places=source.places,
+        number=number,
+        one_each=True,
+        learned=manifest.masked and not source.index_alone,
+        index_alone=source.index_alone,
+    )
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

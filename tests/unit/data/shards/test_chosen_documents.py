@@ -14,11 +14,8 @@ import pytest
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.expression import parse
-from megatron_synth.config.schema import Config
-from megatron_synth.config.validation import validate
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import Loader
-from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.shards import native, places
 from megatron_synth.data.shards.checksums import BlockChecker, verify
@@ -315,16 +312,3 @@ def test_a_bare_pair_and_a_packed_source_are_refused(tmp_path):
     ShardInfo(name="x", **vars(writer.finish()))
     with pytest.raises(UserError, match="bare pair without columns"):
         select(open_source(tmp_path / "x", "x"), parse("year > 1"), tmp_path, "w")
-
-
-@pytest.mark.parametrize("key", ["data.sources.web.where", "data.exclude_parents_of"])
-def test_a_choice_in_object_storage_is_refused_before_anything_is_asked(key):
-    where = {"where": "score >= 0.5"} if key.endswith("where") else {}
-    data = {"sources": {"web": {"path": "s3://none-such/web", "ratio": 1, **where}}, "staging": "copies"}
-    if not where:
-        data |= {"exclude_parents_of": "validation", "validation": {"held": {"path": "s3://none-such/held"}}}
-    model = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1, "vocab_size": 64}
-    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 64}
-    config = validate(Config, {"model": model, "data": data, "train": train, "optim": {"lr": 1e-3}}, "test")
-    with pytest.raises(UserError, match=rf"^{key}: s3://none-such/web: documents can be chosen of a source on a disk alone"):
-        open_data(config)
