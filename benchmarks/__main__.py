@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),
     "synthesis": ("benchmarks.synthesis.cli:main", "how much of a server's speed the client of `synthesize` leaves unused"),
     "mup": ("benchmarks.mup:main", "whether a learning rate carries from narrow models to wide ones"),
+    "scale": ("benchmarks.scale.cli:main", "start-up at 1e13 tokens, doctor and launch on 512 nodes, simulated"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 
