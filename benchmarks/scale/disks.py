@@ -62,8 +62,8 @@ def slow_disk(folder: Path, mount: Path, control: Path) -> Iterator[None]:
             if serving.poll() is not None:
                 assert serving.stderr is not None
                 raise UserError(
-                    f"no slow disk: {serving.stderr.read().strip().splitlines()[-1]}; needs /dev/fuse, root, mfusepy and libfuse "
-                    "(FUSE_LIBRARY_PATH names its file)"
+                    f"no slow disk: {serving.stderr.read().strip().splitlines()[-1]}; needs /dev/fuse, root, mfusepy and "
+                    "libfuse (FUSE_LIBRARY_PATH names its file)"
                 )
             time.sleep(0.05)
         yield
