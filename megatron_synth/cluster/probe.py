@@ -3,7 +3,8 @@
     python -m megatron_synth.cluster.probe node --shared FOLDER --token T ...
     python -m megatron_synth.cluster.probe ranks --master-addr A --master-port P ...    # RANK, WORLD_SIZE, LOCAL_RANK are set
 
-Each prints its answer, JSON, in lines that begin with `PROBE ` (`answer_lines`): standard output reaches the caller also from a node that lacks the shared folder.
+Each prints its answer, JSON, in lines that begin with `PROBE ` (`answer_lines`): standard output reaches the caller also from a
+node that lacks the shared folder.
 """
 
 from __future__ import annotations
