@@ -37,7 +37,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import fill, open_regular
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
-from megatron_synth.data.shards.document_index import DocumentIndex
+from megatron_synth.data.shards.document_index import SAMPLED, SAMPLED_OF_MANY, DocumentIndex
 from megatron_synth.data.shards.index_check import check_index
 from megatron_synth.data.shards.learned import SUFFIX as LEARNED
 from megatron_synth.data.shards.learned import LearnedFile
@@ -50,6 +50,8 @@ TOKEN_TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32
 UINT16_VOCAB_LIMIT = 65500  # megatron-core's: smaller vocabularies are stored as uint16
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
+MANY_SHARDS = 256
+"""A source of more is opened with less work for each of its shards."""
 MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
 
 
@@ -460,10 +462,15 @@ class Shard:
             content = map_file(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
             whole = np.frombuffer(content, np.uint8)
             at = HEADER.size + 4 * self._sequences
+            entries, size = (self._sequences, self._document_entries), self.dtype.itemsize
+            sampled = SAMPLED if len(self.places.indexes) <= MANY_SHARDS else SAMPLED_OF_MANY
             try:
-                index = DocumentIndex(whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize)
+                index = DocumentIndex(whole, at, *entries, self.num_tokens, size, sampled)
             except native.BusError as error:
                 raise unreadable(self.idx_path, whole, error) from None
+            # the sample has touched each page; what is searched later is a page here and there
+            content.madvise(mmap.MADV_DONTNEED)
+            content.madvise(mmap.MADV_RANDOM)
             with native.MAPS:
                 self._index = index
                 self.places.indexes[self._number] = index.address
