@@ -131,7 +131,7 @@ class Trainer:
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
         on_main(ranks, lambda: lock.begin(self.run_dir))
-        self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"])) if ranks.rank == 0 else None
+        self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"]), writes=ranks.rank == 0)
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
         self.uploader = None
@@ -150,8 +150,7 @@ class Trainer:
     def enter(self, phase: str, step: int = 0, *, slow: bool = False) -> None:
         """Tell who watches, and who counts the time, what begins; see `Watch.enter`."""
         self.watch.enter(phase, step, slow=slow)
-        if self.times is not None:
-            self.times.enter(phase, step)
+        self.times.enter(phase, step)
 
     def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
@@ -219,6 +218,7 @@ class Trainer:
             skipped=saved.skipped if saved else 0,
             consecutive=saved.consecutive if saved else 0,
             noted=saved.noted if saved else (),
+            waited=self.times.waited,
         )
 
     def _new_attempt(self) -> str:

@@ -29,6 +29,7 @@ from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
 from megatron_synth.train.health import Health
+from megatron_synth.train.qk_clip import QkClip
 from megatron_synth.train.spikes import Guard
 
 
@@ -48,6 +49,8 @@ class StepResult:
         sequence over those of its part; None on ranks that do not report the loss.
     rows: [R] number of each of these windows in the plan.
     why: the step was skipped, where train.skip says.
+    clipped: heads of this rank that QK-clip has scaled since the start, a number on the device that goes on counting; None
+        without it.
     """
 
     sums: Tensor
@@ -59,6 +62,7 @@ class StepResult:
     row_losses: Tensor | None = None
     rows: npt.NDArray[np.int64] | None = None
     why: str = ""
+    clipped: Tensor | None = None
 
 
 def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -214,6 +218,8 @@ class Stepper(Pipeline):
         """Of the weights, where one is kept."""
         self.health: Health | None = None
         """What measures the next step, if it is measured."""
+        threshold = config.optim.qk_clip
+        self.qk_clip = None if threshold is None else QkClip(threshold, chunks, optimizer)
         skip = config.train.skip
         self.guard = None if skip is None else Guard(skip)
         # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
@@ -237,10 +243,14 @@ class Stepper(Pipeline):
         self._clock.start()
         if self.health is not None:
             self.health.begin()
+        if self.qk_clip is not None:
+            self.qk_clip.begin()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward(batches, num_sources, backward=True)
+        if self.qk_clip is not None:
+            self.qk_clip.end()
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
@@ -255,6 +265,8 @@ class Stepper(Pipeline):
         if self.health is not None:
             self.health.before_update()
         if not skipped:
+            if self.qk_clip is not None:
+                self.qk_clip.apply()
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
             if self.average is not None:
@@ -264,9 +276,9 @@ class Stepper(Pipeline):
         if self.fp8 is not None:
             self.fp8.end_step(skipped)
         rows = [batch.samples for batch in batches if batch.samples is not None]
-        return StepResult(
-            sums, norm, skipped, stop, self._clock.seconds(), save, self.row_losses, np.concatenate(rows) if rows else None, why
-        )
+        own_s, numbers = self._clock.seconds(), np.concatenate(rows) if rows else None
+        clipped = None if self.qk_clip is None else self.qk_clip.clipped
+        return StepResult(sums, norm, skipped, stop, own_s, save, self.row_losses, numbers, why, clipped)
 
     @torch.no_grad()
     def _agree(self, sums: Tensor, stop_requested: bool, save_requested: bool) -> tuple[float, bool, bool, bool, float | None]:

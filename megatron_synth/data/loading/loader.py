@@ -28,8 +28,9 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.boundaries import Boundaries, BoundaryTable
 from megatron_synth.data.mixing.mixture import MixturePlan, windows_in
 from megatron_synth.data.mixing.permutation import derive_key, keyed_hash, permute
-from megatron_synth.data.shards import native
+from megatron_synth.data.shards import native, places
 from megatron_synth.data.shards.indexed import Places, token_code
+from megatron_synth.data.shards.source import Source
 
 Int64 = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
@@ -401,8 +402,20 @@ class Loader:
                     raise self._unreadable(table.source_ids, table.shards, error) from None
             if done == end:
                 return
-            self._readers[int(table.source_ids[done])](int(table.firsts[done]), tokens[done - row])
+            source_id, first = int(table.source_ids[done]), int(table.firsts[done])
+            try:
+                self._readers[source_id](first, tokens[done - row])
+            except UserError as error:
+                raise UserError(f"{error}; read for sample {table.samples[done]}{self._where(source_id, first)}") from None
             done += 1
+
+    def _where(self, source_id: int, first: int) -> str:
+        """Documents of the window that begins at a token of a source, in words; empty where what is damaged does not tell."""
+        source = self.sources[source_id]
+        try:
+            return f", {places.described(source, first, first + self.window_length + 1)}" if isinstance(source, Source) else ""
+        except (UserError, OSError):
+            return ""
 
 
 def is_packed(source: WindowSource) -> bool:
