@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
     "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),
     "synthesis": ("benchmarks.synthesis.cli:main", "how much of a server's speed the client of `synthesize` leaves unused"),
+    "synthesis-vllm": ("benchmarks.synthesis.vllm:main", "tokens/s of the client of `synthesize` beside `vllm bench serve`"),
     "mup": ("benchmarks.mup:main", "whether a learning rate carries from narrow models to wide ones"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }

@@ -312,7 +312,7 @@ def kinds() -> str:
     rows = [[*heads, "at equal compute [90 %]"]]
     for one in content["costs"]:
         share = "n/a" if one["generation_flops"] is None else f"{one['generation_flops'] / one['train_flops']:.3f}"
-        made = [f"{one['kept']:,.0f} of {one['asked']:,.0f}", f"{one['tokens_out']:,.0f}", f"{one['seconds']:.0f}", share]
+        made = [f"{one['kept']:,.0f} of {one['asked']:,.0f}", f"{one['tokens_out']:,.0f}", f"{one['seconds']:.1f}", share]
         rows.append([one["arm"], *made, f"{one['loss']:.3f}", _change(one["equal_tokens"]), _change(one["equal_compute"])])
     return f"{markdown(rows)}\n\n{_foot('kinds', content)}"
 

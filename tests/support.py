@@ -20,7 +20,10 @@ from megatron_synth.config.schema import ModelConfig
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content, missing_values, text_id
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import LearnedWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.tokenizer import Tokenizer
 from megatron_synth.train.record import metrics
 
@@ -144,6 +147,29 @@ def write_source(
         shards=tuple(infos),
         made=Provenance(program="tests", config_digest="0" * 64, inputs={}, holdout="0"),
     ).save(folder)
+    return folder
+
+
+def with_mask(folder: Path, info: ShardInfo, learned: np.ndarray) -> ShardInfo:
+    """A shard with a file that says which of its tokens are learned, bool [tokens]."""
+    writer = LearnedWriter(with_suffix(folder / info.name, LEARNED))
+    for part in np.array_split(learned, 3):
+        writer.add(part)
+    sha256, tokens = writer.finish()
+    return info.model_copy(update={"learned_sha256": sha256, "learned_tokens": tokens})
+
+
+def with_masks(folder: Path, seed: int) -> Path:
+    """The prepared source in `folder`, of whose documents about a half begin with a prompt that is not learned."""
+    manifest, generator, infos = Manifest.load(folder), np.random.default_rng([seed, 2]), []
+    source = open_source(folder, folder.name)
+    for number, info in enumerate(manifest.shards):
+        learned = np.ones(info.tokens, np.bool_)
+        starts = source.shard(number).document_starts(0, info.tokens)
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), info.tokens], strict=True):
+            learned[start : start + int(generator.integers(0, 2)) * int(generator.integers(0, end - start))] = False
+        infos.append(with_mask(folder, info, learned))
+    manifest.model_copy(update={"shards": tuple(infos)}).save(folder)
     return folder
 
 

@@ -6,10 +6,12 @@ import argparse
 import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_synth.cli.argparse_types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -208,10 +210,30 @@ def show_sample(config: Config, data: RunData, sample: int, steps: Steps, *, tex
     if tokenizer is not None:
         tokens = np.empty(length + 1, dtype=np.int64)
         source.read(start, tokens)
+        learned = np.ones(length + 1, dtype=np.bool_)
+        if source.masked:
+            source.read_learned(start, learned)
+            lines += [
+                "",
+                f"{int(learned[1:].sum())} of the {length} labels are learned; {NOT_LEARNED[0]}text{NOT_LEARNED[1]} is not",
+            ]
         for name, (first, last) in zip(numbers, parts, strict=True):
-            decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
-            lines += ["", f"--- document {name}", decoded]
+            lines += ["", f"--- document {name}", _marked(tokenizer, tokens[first:last], learned[first:last])]
     return "\n".join(lines)
+
+
+NOT_LEARNED = "⟦", "⟧"
+"""Around what is read and not learned."""
+
+
+def _marked(tokenizer: Tokenizer, tokens: npt.NDArray[np.int64], learned: npt.NDArray[np.bool_]) -> str:
+    """The text of tokens [T], with marks around those that are not learned."""
+    text = []
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(tokens)]
+    for first, last in pairwise(edges):
+        decoded = tokenizer.decode(tokens[first:last].tolist(), skip_special_tokens=False)
+        text.append(decoded if learned[first] else f"{NOT_LEARNED[0]}{decoded}{NOT_LEARNED[1]}")
+    return "".join(text)
 
 
 def _tokenizer(data: RunData) -> Tokenizer:
@@ -323,7 +345,12 @@ def audit_ledger(
     if unlearned and "unlearned" in recorded:  # older versions did not count them
         ledger.load_state_dict(ledger.state_dict(), unlearned)
     planned = ledger.to_json()
-    found = [(file.name, *difference) for difference in _leaves(planned, recorded)]
+    delivered = {key: value for key, value in recorded.items() if key != "learned"}
+    found = [(file.name, *difference) for difference in _leaves(planned, delivered)]
+    for name, labels in recorded["learned"]["sources"].items() if "learned" in recorded else ():
+        most = (ledger.state_dict().get(name, 0) - (unlearned or {}).get(name, 0)) * window_length
+        if labels > most:
+            found.append((file.name, name, "learned", f"at most {most}", str(labels)))
     for spec, count in zip(plan.sources, plan.counts(samples).tolist(), strict=True):
         if spec.allowed_samples is not None and count > spec.allowed_samples:
             limit = f"at most {spec.allowed_samples}, max_epochs {spec.max_epochs:g}"

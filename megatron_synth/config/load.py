@@ -248,6 +248,7 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["train"], "skip", None)
     _drop_default(content["train"], "batch_ramp", [])
     _drop_default(content["log"], "health_interval", None)
+    _drop_default(content["log"], "loss_by", [])
     _drop_default(content["eval"], "at_start", False)
     for phase in content["data"]["phases"]:
         if phase["ramp"] is not None:

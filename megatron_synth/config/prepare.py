@@ -81,6 +81,52 @@ class FimConfig(Section):
         return self
 
 
+class PromptConfig(Section):
+    """What comes before the text of a record, and is read but not learned. In short, its field alone: `prompt: question`."""
+
+    field: str
+    """Field or column of the prompt; a record without it is text, all of which is learned."""
+    before: str = ""
+    """Text before it, such as `"Question: "`; not learned."""
+    after: str = ""
+    """Text between it and the answer, such as `"\\nAnswer: "`; not learned."""
+
+
+PLAIN_TURNS = {"system": ("", "\n\n"), "user": ("User: ", "\n"), "assistant": ("Assistant: ", "\n")}
+
+
+class MessagesConfig(Section):
+    """Records that are chats. In short, their field alone: `messages: messages`."""
+
+    field: str = "messages"
+    """Field or column with the list of `{"role": ..., "content": ...}`; one without it is text, all of which is learned."""
+    learned: tuple[str, ...] = Field(("assistant",), min_length=1)
+    """Roles whose messages are learned, with what ends them; those of the others are read."""
+    turns: dict[str, tuple[str, str]] | None = Field(None, min_length=1)
+    """A plain template: by role what stands before a message, which is not learned, and after it. Default: the chat template of
+    the tokenizer; of one that has none `User: ` and `Assistant: ` before, and the end of the line after."""
+    jinja: str | None = None
+    """A chat template in Jinja, in place of the tokenizer's."""
+    tokens: dict[str, str] = {}
+    """Special tokens by the names that the template has for them, such as bos_token. Default: the tokenizer's."""
+    special: tuple[str, ...] = ()
+    """Texts that no message may hold, as the template's tokens are spelled so. Default: the tokenizer's special tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MessagesConfig:
+        if self.turns is not None and self.jinja is not None:
+            raise ValueError("one template is enough: drop one of turns and jinja")
+        unknown = [role for role in self.learned if self.turns is not None and role not in self.turns]
+        if unknown:
+            raise ValueError(f"learned: {unknown[0]!r} is no role of turns, which has {', '.join(self.turns or ())}")
+        return self
+
+
+def as_field(value: Any) -> Any:
+    """The name of a field alone as settings."""
+    return {"field": value} if isinstance(value, str) else value
+
+
 class HubInput(Section):
     """A data set of the `datasets` library."""
 
@@ -115,6 +161,10 @@ class PrepareSource(Section):
         {}, max_length=MAX_COLUMNS
     )
     """Values of each document that are kept beside its tokens, by name: what `where` of a training source chooses by."""
+    prompt: Annotated[PromptConfig | None, BeforeValidator(as_field)] = None
+    """What is read before the text of each record and is not learned (.jsonl, .parquet, hf)."""
+    messages: Annotated[MessagesConfig | None, BeforeValidator(as_field)] = None
+    """Records are chats, of which some roles are learned (.jsonl, .parquet, hf)."""
     text_as: Literal["file", "line"] = "file"
     """.txt: a document is the whole file, or one line."""
     fim: FimConfig | None = None
@@ -139,6 +189,12 @@ class PrepareSource(Section):
         named = [name for name, column in self.columns.items() if column.type == "text_id" and column.field is not None]
         if named:
             raise ValueError(f"columns.{named[0]}.field: type text_id is made from the text itself; leave the field out")
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("a record is an answer to a prompt or a chat: drop one of `prompt` and `messages`")
+        if self.masked and self.input is None and self.hf is None:
+            raise ValueError("`prompt` and `messages` are of records: give them as input or hf")
+        if self.masked and self.fim is not None:
+            raise ValueError("a document that is cut has no prompt: drop one of `fim` and `prompt` or `messages`")
         if self.input == ():
             raise ValueError("input names no file")
         if self.holdout is not None and self.split == "validation":
@@ -148,6 +204,16 @@ class PrepareSource(Section):
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie between 0 and 1, got {self.holdout}; leave it out for none")
         return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether parts of its documents are read and not learned."""
+        return self.prompt is not None or self.messages is not None
+
+    @property
+    def main_key(self) -> str:
+        """The field that makes a record a document."""
+        return self.text_key if self.messages is None else self.messages.field
 
 
 class TrainTokenizer(Section):

@@ -336,6 +336,9 @@ class LogConfig(Section):
     health_interval: PositiveInt | None = None
     """Every so many steps, record the norms of gradients, weights, updates and activations, the largest attention logit and the
     share of saturated FP8 values, all by layer, and entropy and padding of the output. Default: never."""
+    loss_by: Annotated[tuple[str, ...], Field(max_length=8)] = ()
+    """Columns of categories, such as `[kind, generator]`: training and evaluation also record the loss by their values, the 16
+    most frequent of each and the rest together."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

@@ -200,6 +200,9 @@ class WalksConfig(Section):
     """Concepts of a walk at most."""
     parents: Annotated[int, Field(ge=1, le=8)] = 3
     """Documents at most whose passages are shown with them."""
+    concepts: Literal["generator", "keywords"] = "generator"
+    """generator: it lists those of each document, in a synthesis of its own. keywords: words of the document, drawn as those of
+    `textbook`: for models that follow no instructions, and to see what the lists add. They cost no request."""
 
 
 class HardestConfig(Section):

@@ -109,6 +109,25 @@ class Tokenizer:
             )
         return tokens, lengths
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """What its special tokens are spelled like."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
+    @cached_property
+    def _markup_backend(self) -> Backend:
+        backend = open_backend(self.content, self.where)
+        backend.encode_special_tokens = False
+        return backend
+
+    def encode_markup(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
+        """Tokens of each text [T]: what spells a special token is one. Nothing is added at the end."""
+        if not texts:
+            return []
+        return [
+            np.array(one.ids, dtype) for one in self._markup_backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
     def loses_characters(self) -> bool:
         """Whether characters that are not in the vocabulary vanish, with no token in their place."""
         model = json.loads(self.content).get("model") or {}

@@ -25,7 +25,7 @@ from megatron_synth.synthesis.answers.parts import REFUSED, Answers, Line
 from megatron_synth.synthesis.documents.counting import TokenCounter
 from megatron_synth.synthesis.filters.base import Candidate, Filters, Verdict
 from megatron_synth.synthesis.kinds.template import as_json
-from megatron_synth.synthesis.recombined import extraction_record
+from megatron_synth.synthesis.recombined import extraction_record, is_asked
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import Counted, Setup
 
@@ -270,7 +270,7 @@ def _record(
 def _cost(setup: Setup, tally: Tally) -> Cost:
     """What generation took, that of the concepts before it included."""
     cost = tally.cost(setup.parameters)
-    if setup.config.walks is None:
+    if not is_asked(setup.config):
         return cost
     first = extraction_record(setup.config).cost
     return Cost(

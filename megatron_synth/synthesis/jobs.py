@@ -20,7 +20,7 @@ from megatron_synth.core.lock import refuse_alive
 from megatron_synth.core.log import say
 from megatron_synth.core.share import MAX_SHARES
 from megatron_synth.synthesis.filters.base import Filters
-from megatron_synth.synthesis.recombined import extraction, is_extracted
+from megatron_synth.synthesis.recombined import extraction, is_missing
 from megatron_synth.synthesis.run import LOCK
 from megatron_synth.synthesis.setup import Setup
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -44,7 +44,7 @@ def submit_synthesis(config: SynthesisConfig, options: JobOptions) -> str | None
     Raises:
         UserError: the file is wrong, a run or a job works on the output already, or SLURM refuses. Nothing is left then.
     """
-    if config.walks is not None and not is_extracted(config):
+    if is_missing(config):
         config = extraction(config)
         say(f"the concepts of the parents come first, in {config.output}; give the same command again when they are there")
     _check_nodes(config, options)

@@ -3,14 +3,14 @@
 Concepts are a synthesis of their own, of the kind `concepts`, in the folder `concepts` of the output: with answers, account and
 record as any other. Its corpus has a list for each document. From the lists comes the graph, from the graph the walks, each
 with the concepts that it met and the documents that together hold most of them (`selection/concepts.py`), whose passages are
-shown.
+shown. With `walks.concepts: keywords` the lists are keywords of the documents, and there is no such synthesis.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, SynthesisRecord, read_record
@@ -18,7 +18,9 @@ from megatron_synth.synthesis.documents.chunks import Chunk, cut
 from megatron_synth.synthesis.documents.counting import TokenCounter
 from megatron_synth.synthesis.documents.parents import Parent
 from megatron_synth.synthesis.filters.base import REASONS, FiltersConfig
+from megatron_synth.synthesis.kinds.keywords import Keywords
 from megatron_synth.synthesis.kinds.template import Template
+from megatron_synth.synthesis.requests import digest
 from megatron_synth.synthesis.selection.concepts import ConceptGraph
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
 
@@ -45,9 +47,14 @@ def extraction(config: SynthesisConfig) -> SynthesisConfig:
     return config.model_copy(update=changes)
 
 
-def is_extracted(config: SynthesisConfig) -> bool:
-    """Whether the concepts are there."""
-    return (config.folder / FOLDER / RECORD).is_file()
+def is_asked(config: SynthesisConfig) -> bool:
+    """Whether the generator lists the concepts that this file's requests are about."""
+    return config.walks is not None and config.walks.concepts == "generator"
+
+
+def is_missing(config: SynthesisConfig) -> bool:
+    """Whether the concepts must be listed before anything else."""
+    return is_asked(config) and not (config.folder / FOLDER / RECORD).is_file()
 
 
 def extraction_record(config: SynthesisConfig) -> SynthesisRecord:
@@ -90,27 +97,43 @@ def graph_of(config: SynthesisConfig) -> ConceptGraph:
     return ConceptGraph(lists)
 
 
+def keyword_graph(seed: int, parents: Iterable[Parent]) -> ConceptGraph:
+    """The same graph of keywords of the documents, drawn with a seed. parents: is read twice."""
+    keywords = Keywords(parent.text for parent in parents)
+    return ConceptGraph(
+        {
+            parent.id: keywords.draw(parent.text, MOST_CONCEPTS, int(digest([KIND, seed, parent.id])[:16], 16))
+            for parent in parents
+        }
+    )
+
+
 def walk_chunks(
-    config: SynthesisConfig, template: Template, counter: TokenCounter, documents: Iterable[Parent]
+    config: SynthesisConfig, template: Template, counter: TokenCounter, parents: Iterable[Parent], counted: Callable[[], None]
 ) -> Iterator[Chunk]:
     """A chunk for each walk, in the order of the walks, with the documents that it goes over as parents.
 
-    Memory holds the concepts of all documents, and the text of those that walks go over.
+    Memory holds the concepts of all documents, and the text of those that walks go over. counted: called for each document.
 
     Raises:
         UserError: the concepts have not been made, or no two of them stand in one document.
     """
     assert config.walks is not None
-    graph = graph_of(config)
+    graph = graph_of(config) if is_asked(config) else keyword_graph(config.seed, parents)
     try:
         walks = [graph.walk(config.seed, at, config.walks.length, config.walks.parents) for at in range(config.walks.count)]
     except ValueError as error:
+        where = f"{config.folder / FOLDER}: " if is_asked(config) else "walks.concepts: keywords: "
         raise UserError(
-            f"{config.folder / FOLDER}: {error}: there is nothing to walk over; a generator that follows instructions lists "
-            f"concepts, and more parents have more of them in common"
+            f"{where}{error}: there is nothing to walk over; a generator that follows instructions lists concepts, and more "
+            f"parents have more of them in common"
         ) from None
     wanted = {parent for walk in walks for parent in walk.parents}
-    found = {parent.id: parent for parent in documents if parent.id in wanted}
+    found: dict[str, Parent] = {}
+    for parent in parents:
+        counted()
+        if parent.id in wanted:
+            found[parent.id] = parent
     for number, walk in enumerate(walks):
         parents = tuple(found[parent] for parent in walk.parents if parent in found)
         if not parents:

@@ -25,7 +25,7 @@ from megatron_synth.synthesis.corpus import make_corpus
 from megatron_synth.synthesis.engines.base import Engine, EngineGone, StopAsking
 from megatron_synth.synthesis.filters.base import Filters
 from megatron_synth.synthesis.generator import MARK
-from megatron_synth.synthesis.recombined import FOLDER, extraction, extraction_record, is_extracted
+from megatron_synth.synthesis.recombined import FOLDER, extraction, extraction_record, is_asked, is_missing
 from megatron_synth.synthesis.requests import Request
 from megatron_synth.synthesis.setup import ANSWERS, Counted, Setup
 from megatron_synth.synthesis.shares import FOLDERS, Share
@@ -81,7 +81,7 @@ def run(
     folder = config.folder / ANSWERS / ("" if share is None else share.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(config.folder, folder, share):
-        if config.walks is not None and not (before := _concepts(config, stop, share, ask)).is_complete:
+        if is_asked(config) and not (before := _concepts(config, stop, share, ask)).is_complete:
             return before
         # a share, and who only judges, take what was exported when the answers began
         setup = Setup.of(config, export=(share is None and ask) or not (config.folder / MARK).is_dir())
@@ -116,7 +116,7 @@ def _concepts(config: SynthesisConfig, stop: Callable[[], bool], share: Share | 
     if share is None and ask:
         show(f"{first.output}: the concepts of the parents come first", error=True)
         return run(first, stop)
-    if not is_extracted(config):
+    if is_missing(config):
         raise UserError(
             f"{first.output}: the concepts come first: `synthesize run --slurm` or without --share, or the shares of "
             f"{config.folder / FOLDER}, whose settings are those of this file with `kind: concepts`"

@@ -107,14 +107,17 @@ class Setup:
         """All requests in order, the same each time; with a share those of its parents. Parents of others are not counted."""
         config = self.config
 
+        def count() -> None:
+            counted.documents += 1
+
         def documents() -> Iterator[Parent]:
             for parent in self.parents:
-                counted.documents += 1
+                count()
                 yield parent
 
         wanted = (lambda parent: True) if share is None else share.has_parent
         if config.walks is not None:
-            walks = walk_chunks(config, self.template, self.counter, documents())
+            walks = walk_chunks(config, self.template, self.counter, self.parents, count)
             found: Iterator[Chunk] = (chunk for chunk in walks if wanted(chunk.parents[0].id))
         else:
             found = chunks(documents(), self.template, self.counter, counted.skipped, wanted)

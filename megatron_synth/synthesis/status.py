@@ -13,7 +13,7 @@ from megatron_synth.core.log import duration, human, one_line, table
 from megatron_synth.data.preparing.readers.synthesized import CORPUS, RECORD, Account, read_record
 from megatron_synth.synthesis.answers.parts import REFUSED, lines, parts_of
 from megatron_synth.synthesis.jobs import job_states
-from megatron_synth.synthesis.recombined import extraction, is_extracted
+from megatron_synth.synthesis.recombined import extraction, is_missing
 from megatron_synth.synthesis.setup import ANSWERS
 from megatron_synth.synthesis.shares import FOLDERS
 from megatron_synth.synthesis.synthesis_file import SynthesisConfig
@@ -47,7 +47,7 @@ def totals(folder: Path) -> Totals:
 def status_text(config: SynthesisConfig) -> str:
     """Where an output stands."""
     folder = config.folder
-    if config.walks is not None and not is_extracted(config):
+    if is_missing(config):
         return status_text(extraction(config))
     if not (folder / ANSWERS).is_dir():
         return f"{folder}: nothing has been made yet"

@@ -25,7 +25,10 @@ class SynthesisConfig(SynthesisSettings):
 
     def described(self) -> dict[str, Any]:
         """Settings that decide the text: not where it goes and not what serves the model."""
-        return self.model_dump(mode="json", exclude={"output", "engine", "max_unanswered", "study_tokenizer"})
+        found = self.model_dump(mode="json", exclude={"output", "engine", "max_unanswered", "study_tokenizer"})
+        if self.walks is not None and self.walks.concepts == "generator":
+            del found["walks"]["concepts"]  # as before there was a choice: the digest stays
+        return found
 
     def settings_digest(self) -> str:
         """SHA-256 of these."""

@@ -20,6 +20,7 @@ from megatron_synth.config.schema import NOT_BEGUN, Config, DataConfig, Progress
 from megatron_synth.data.loading.loader import Batch, Loader, Tokens, WindowSource, is_packed
 from megatron_synth.data.loading.prefetch import Prefetcher
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.loading.values import SourceValues
 from megatron_synth.model.documents import Documents
 from megatron_synth.model.sequence_part import WHOLE, SequencePart
 from megatron_synth.parallel.groups import Ranks
@@ -47,6 +48,8 @@ class TensorBatch:
     """[B, S] bool: labels that count; None: all of them."""
     part: SequencePart = WHOLE
     """Which of the S tokens of a row are this rank's, of c that share it."""
+    values: Tensor | None = None
+    """[columns, B, S] uint8: number of the value of each label's document; None: losses are not told apart by any."""
     samples: npt.NDArray[np.int64] | None = None
     """[B k] number of each window in the plan, on the host; None for a batch that is not of a plan."""
 
@@ -92,6 +95,12 @@ def needs_boundaries(data: DataConfig, sources: Iterable[WindowSource]) -> bool:
     return data.document_masks or data.eod_mask_loss or any(map(is_packed, sources))
 
 
+def values_for(ranks: Ranks, data: RunData) -> list[SourceValues] | None:
+    """Of each source the values of its documents, where this rank reports losses by them."""
+    values = data.values
+    return None if values is None or not ranks.reports_loss else [values.of(source) for source in data.sources]
+
+
 @contextmanager
 def reading(layout: Layout) -> Iterator[None]:
     """Around reads of data. Where ranks read different rows, what one cannot read is an error of that rank, which tells it.
@@ -130,16 +139,17 @@ def to_device(
 
     sources = move(batch.source_ids)
     weights = torch.ones(sources.shape, dtype=torch.float64, device=device) if valid is None else move(valid).double()
-    documents = loss_mask = None
+    documents, counting = None, batch.learned
     if batch.boundaries is not None and data.document_masks:
         bounds = batch.boundaries
         positions = part.take(move(bounds.position_ids().reshape(rows, -1)))
         documents = Documents(move(bounds.cu_seqlens), bounds.max_seqlen, positions)
     if batch.boundaries is not None:
         bounds = batch.boundaries
-        counting = bounds.loss_mask() if data.eod_mask_loss else bounds.padding_mask()
-        loss_mask = None if counting is None else move(counting.reshape(rows, -1))
-    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part, batch.samples)
+        counting = bounds.loss_mask(counting) if data.eod_mask_loss else bounds.padding_mask(counting)
+    values = None if batch.values is None else move(batch.values.reshape(len(batch.values), rows, -1))
+    loss_mask = None if counting is None else move(counting.reshape(rows, -1))
+    return TensorBatch(move(batch.tokens).long(), sources, weights, documents, loss_mask, part, values, batch.samples)
 
 
 def prefetcher_of(
@@ -157,6 +167,7 @@ def prefetcher_of(
         windows_per_sequence=config.data.windows_per_sequence,
         with_boundaries=needs_boundaries(config.data, data.sources),
         with_tokens=ranks.needs_tokens,
+        values=values_for(ranks, data),
         dtype=np.int32 if on_gpu else np.int64,  # a copy in place of a widening, where none is made
     )
 
@@ -187,7 +198,7 @@ def labels_that_count(batch: TensorBatch) -> Tensor:
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> tuple[Tensor, Tensor]:
-    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source, and of the loss by window [B k] fp64.
+    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source, and [B k, 2] fp64 by window: loss and labels.
 
     Of c ranks that share the sequence each sums up its own tokens, and the first counts the samples.
     """
@@ -201,7 +212,25 @@ def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch,
             kept = batch.part.put(values.detach()).reshape(windows).where(counts, 0.0)
             of_windows.append(kept.sum(dim=1, dtype=torch.float64))
             sums[row].index_add_(0, batch.sources, of_windows[-1])
-    sums[LABELS].index_add_(0, batch.sources, counts.sum(dim=1, dtype=torch.float64))
+    labels = counts.sum(dim=1, dtype=torch.float64)
+    sums[LABELS].index_add_(0, batch.sources, labels)
     if batch.part.rank == 0:
         sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
-    return sums, of_windows[0]
+    return sums, torch.stack([of_windows[0], labels], dim=1)
+
+
+def sums_by_value(losses: Tensor, batch: TensorBatch, num_values: int) -> Tensor:
+    """Per-token losses [B, S / c] -> sums [2, V] fp64 by value: of the loss over labels that count, and their number.
+
+    V values of all columns: a label is counted once in each column that its source has.
+    """
+    assert batch.values is not None
+    counts = labels_that_count(batch).reshape(-1)
+    kept = batch.part.put(losses.detach()).reshape(-1).where(counts, 0.0).double()
+    # one place more, for labels whose source does not have the column
+    sums = torch.zeros((2, num_values + 1), dtype=torch.float64, device=losses.device)
+    for of_column in batch.values:
+        numbers = of_column.reshape(-1).long().clamp(max=num_values)
+        sums[0].index_add_(0, numbers, kept)
+        sums[1].index_add_(0, numbers, counts.double())
+    return sums[:, :-1]

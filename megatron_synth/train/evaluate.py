@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_synth.core.log import say
 from megatron_synth.data.loading.loader import validation_batches, validation_windows
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.loading.values import Values
 from megatron_synth.data.shards.source import Source
 from megatron_synth.data.token_bytes import token_bytes
 from megatron_synth.parallel.average import Average
@@ -107,11 +108,14 @@ def evaluate(
 def _evaluate(pipeline: Pipeline, data: RunData, layout: Layout, stop: _Stop) -> metrics.Record | None:
     """`evaluate` of the weights as they are, with whole weights."""
     result: metrics.Record = {}
-    total = _Sums(0.0, 0, 0.0)
+    total, by_value = _Sums(0.0, 0, 0.0), None
     for name, source in data.validation.items():
-        sums = _domain(pipeline, source, layout, _table(data, pipeline.ranks.device), stop)
-        if sums is None:
+        found = _domain(pipeline, source, layout, data.values, _table(data, pipeline.ranks.device), stop)
+        if found is None:
             return None
+        sums, of_domain = found
+        if of_domain is not None:
+            by_value = of_domain if by_value is None else by_value + of_domain
         result[metrics.EVAL_DOMAIN_LOSS + name] = sums.mean
         result[metrics.EVAL_DOMAIN_TOKENS + name] = sums.labels
         if sums.bits_per_byte is not None:
@@ -133,6 +137,8 @@ def _evaluate(pipeline: Pipeline, data: RunData, layout: Layout, stop: _Stop) ->
                 result[prefix + name] = value
     if data.validation:
         result[metrics.EVAL_LOSS] = total.mean
+    if data.values is not None and by_value is not None:
+        result |= metrics.losses_by(metrics.EVAL_LOSS_BY, data.values.names, *by_value.tolist())
     if total.bits_per_byte is not None:
         result[metrics.EVAL_BPB] = total.bits_per_byte
     return result
@@ -153,8 +159,10 @@ class _Stop:
         return answer is not None and answer.item() > 0
 
 
-def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | None, stop: _Stop) -> _Sums | None:
-    """Sums over all ranks; None: some rank was asked to stop."""
+def _domain(
+    pipeline: Pipeline, source: Source, layout: Layout, values: Values | None, table: Tensor | None, stop: _Stop
+) -> tuple[_Sums, Tensor | None] | None:
+    """Sums over all ranks, and by value of the documents where these are told apart; None: some rank was asked to stop."""
     train, data, batches = pipeline.config.train, pipeline.config.data, pipeline.config.eval.batches
     limit = batches * train.global_batch_size if batches else None
     windows, _ = validation_windows(source, train.sequence_length, limit)
@@ -169,7 +177,10 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
         limit,
         with_boundaries=needs_boundaries(data, [source]),
         with_tokens=ranks.needs_tokens,
+        values=None if values is None or not ranks.reports_loss else values.of(source),
     )
+    by_value = None if values is None else torch.zeros((2, len(values.names)), dtype=torch.float64, device=ranks.device)
+    pipeline.num_values = 0 if values is None else len(values.names)
     sums = torch.zeros((NUM_SUMS + 1, 1), dtype=torch.float64, device=ranks.device)
     while True:
         with reading(layout):
@@ -180,13 +191,17 @@ def _domain(pipeline: Pipeline, source: Source, layout: Layout, table: Tensor | 
         if stop.asked():
             return None
         sums[:NUM_SUMS] += pipeline.forward(filled(rounds, layout.pipeline if layout.virtual > 1 else 1), 1, backward=False)
+        if by_value is not None and pipeline.by_value is not None:
+            by_value += pipeline.by_value
         if ranks.reports_loss:
             for batch in rounds:
                 sums[BYTES] += _text_bytes(batch, table)
     torch.distributed.all_reduce(sums)
+    if by_value is not None:
+        torch.distributed.all_reduce(by_value)
     rows, labels = int(sums[SAMPLES]), int(sums[LABELS])
     assert rows == windows, f"{source.name}: {rows} windows evaluated, {windows} expected"
-    return _Sums(float(sums[LOSS]), labels, float(sums[BYTES]))
+    return _Sums(float(sums[LOSS]), labels, float(sums[BYTES])), by_value
 
 
 # ---- bytes

@@ -11,11 +11,8 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.schema import Config, Progress
@@ -27,7 +24,7 @@ from megatron_synth.data.shards import native
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.model import kernels
 from megatron_synth.model.run_plan import RunPlan, decide
-from megatron_synth.parallel.groups import Ranks, process_group
+from megatron_synth.parallel.groups import Ranks, on_main, on_main_only, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint import branch, files
@@ -47,8 +44,6 @@ from megatron_synth.train.watchdog import Watch
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import and must find the device prepared
     from megatron_synth.train.checkpoint.start import Start
-
-T = TypeVar("T")
 
 _LAST_WRITE_S = 600.0
 """How long a run that ends with an error waits for the checkpoint that is being written."""
@@ -101,20 +96,6 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
                 raise
             trainer.enter("end", slow=True)
             return code
-
-
-def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
-    answer: list[object] = [None]
-    if ranks.rank == 0:
-        try:
-            answer = [action()]
-        except UserError as error:
-            answer = [UserError(str(error))]  # a subclass with arguments of its own may not travel
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]  # type: ignore[return-value]
 
 
 class Trainer:
@@ -173,19 +154,22 @@ class Trainer:
         self.precision_text = self.chunks[0].module.precision_text
         self._part = part_of(ranks, config)
         self.stepper = Stepper(config, self.chunks, self.optimizer, ranks, layout.replicas)
+        self.stepper.num_values = 0 if data.values is None else len(data.values.names)
         self.health = None
         if config.log.health_interval is not None:
             self.health = Health(config, self.chunks, self.optimizer, ranks, self.stepper.gradient_copies)
         self.step = self.samples = 0
         self.branched = start.branches
         self.ledger = Ledger.of(data.plan, config.window_length)
+        if any(source.masked for source in data.sources):
+            self.ledger.count_labels()
         if start.trunk is not None:
             self.ledger.begin_branch(start.trunk.run_id, start.trunk.step, start.trunk.ledger)
         if saved is not None:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
-            self.ledger.load_state_dict(saved.ledger, saved.unlearned)
+            self.ledger.load_state_dict(saved.ledger, saved.unlearned, saved.labels)
             if self.stepper.guard is not None:
                 self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
@@ -406,6 +390,7 @@ class Trainer:
             prefix_digest=self.data.prefix_digest(self.samples),
             contents=dict(self.data.contents),
             unlearned=self.ledger.unlearned,
+            labels=self.ledger.labels,
             consecutive=self.recorder.consecutive,
             window={} if self.stepper.guard is None else self.stepper.guard.state(),
             noted=self.recorder.noted,
@@ -486,13 +471,6 @@ class Trainer:
 def _fetched(bucket: Bucket, run_path: Path) -> None:
     """Have the newest checkpoint in the run directory."""
     bucket.fetch_newest(run_path, lambda text: say(f"warning: {text}"))
-
-
-def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:
-    """Run `action` on rank 0; its UserError reaches all ranks, its result stays there."""
-    kept: list[T] = []
-    on_main(ranks, lambda: kept.append(action()))
-    return kept[0] if kept else None
 
 
 def _due(step: int, interval: int | None) -> bool:

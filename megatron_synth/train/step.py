@@ -26,7 +26,7 @@ from megatron_synth.model.fp8 import recipe
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth.parallel.average import Average
 from megatron_synth.parallel.groups import Ranks
-from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_per_source
+from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_by_value, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
 from megatron_synth.train.health import Health
 from megatron_synth.train.qk_clip import QkClip
@@ -45,12 +45,14 @@ class StepResult:
     own_s: from the begin of the step to the reduction of its gradients, in which data-parallel ranks wait for each other: a
         slow rank is slow before it. Ranks of one replica wait for each other all along, and have about the same.
     save: some rank's clock asks for a checkpoint; equal on every rank.
-    row_losses: [R] fp64 on the device: sum of the loss over the labels of each window of this rank, where ranks share the
-        sequence over those of its part; None on ranks that do not report the loss.
+    row_losses: [R, 2] fp64 on the device: sum of the loss over the labels of each window of this rank, and how many these are,
+        where ranks share the sequence over those of its part; None on ranks that do not report the loss.
     rows: [R] number of each of these windows in the plan.
     why: the step was skipped, where train.skip says.
     clipped: heads of this rank that QK-clip has scaled since the start, a number on the device that goes on counting; None
         without it.
+    by_value: [2, V] fp64 on the device, by value of documents (log.loss_by): sums over labels of the loss, and how many these
+        are; as `sums` of this rank's share. None where losses are not told apart.
     """
 
     sums: Tensor
@@ -63,15 +65,19 @@ class StepResult:
     rows: npt.NDArray[np.int64] | None = None
     why: str = ""
     clipped: Tensor | None = None
+    by_value: Tensor | None = None
 
 
-def _loss(losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _loss(
+    losses: Losses, *, batch: TensorBatch, z_loss: float, num_sources: int, num_values: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """What the schedule asks of the last stage: the scalar to differentiate, and data to keep."""
     z_losses = None
     if z_loss:
         assert losses.log_sum_exp is not None
         z_losses = z_loss * losses.log_sum_exp.square()
-    return losses.total, sums_per_source(losses.per_token, z_losses, batch, num_sources)
+    by_value = sums_by_value(losses.per_token, batch, num_values) if batch.values is not None else None
+    return losses.total, (*sums_per_source(losses.per_token, z_losses, batch, num_sources), by_value)
 
 
 def _forward_step(
@@ -99,7 +105,11 @@ class Pipeline:
     def __init__(self, config: Config, chunks: list[DistributedDataParallel], ranks: Ranks):
         self.config, self.chunks, self.ranks = config, chunks, ranks
         self.row_losses: Tensor | None = None
-        """[R] fp64: of the windows of the last `forward`, in their order, the loss summed over labels; None: another's."""
+        """[R, 2] fp64, `row_losses` of StepResult, of the last `forward`; None: another rank's."""
+        self.by_value: Tensor | None = None
+        """[2, V] fp64, `by_value` of StepResult, of the last `forward`; None: losses are not told apart."""
+        self.num_values = 0
+        """V; 0: losses are not told apart by values of documents."""
         self._schedule = get_forward_backward_func()
 
     def forward(self, batches: Sequence[TensorBatch], num_sources: int, *, backward: bool) -> Tensor:
@@ -107,13 +117,17 @@ class Pipeline:
         kept = self._run(
             batches,
             self._objectives(batches) if backward and self.ranks.is_last_stage else lambda batch: None,
-            partial(_loss, z_loss=self.config.train.z_loss, num_sources=num_sources),
+            partial(_loss, z_loss=self.config.train.z_loss, num_sources=num_sources, num_values=self.num_values),
             backward=backward,
         )
         self.row_losses = None
+        if self.num_values:
+            self.by_value = torch.zeros((2, self.num_values), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.reports_loss:
-            self.row_losses = torch.cat([of_windows for _, of_windows in kept])
-            return torch.stack([sums for sums, _ in kept]).sum(dim=0)
+            self.row_losses = torch.cat([of_windows for _, of_windows, _ in kept])
+            if self.num_values:
+                self.by_value = torch.stack([by_value for *_, by_value in kept]).sum(dim=0)
+            return torch.stack([sums for sums, *_ in kept]).sum(dim=0)
         return torch.zeros((NUM_SUMS, num_sources), dtype=torch.float64, device=self.ranks.device)
 
     @torch.no_grad()
@@ -278,7 +292,9 @@ class Stepper(Pipeline):
         rows = [batch.samples for batch in batches if batch.samples is not None]
         own_s, numbers = self._clock.seconds(), np.concatenate(rows) if rows else None
         clipped = None if self.qk_clip is None else self.qk_clip.clipped
-        return StepResult(sums, norm, skipped, stop, own_s, save, self.row_losses, numbers, why, clipped)
+        return StepResult(
+            sums, norm, skipped, stop, own_s, save, self.row_losses, numbers, why, clipped=clipped, by_value=self.by_value
+        )
 
     @torch.no_grad()
     def _agree(self, sums: Tensor, stop_requested: bool, save_requested: bool) -> tuple[float, bool, bool, bool, float | None]:

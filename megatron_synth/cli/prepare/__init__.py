@@ -107,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--status", action="store_true", help="how far the shares are, and their jobs")
     parser.add_argument("--slurm", action="store_true", help="the shares as an array of SLURM, and then the rest")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="by the nodes of a Ray cluster, of which this machine is one: HOST:PORT of its head, or auto",
+    )
     group = parser.add_argument_group("with --slurm")
     group.add_argument(
         "--tasks", type=count, metavar="N", help="shares, each on a node; --workers: of each, default all its cores"
@@ -147,6 +152,18 @@ def _status(config: PrepareConfig) -> int:
     return EXIT_OK
 
 
+def _prepared(config: PrepareConfig, arguments: argparse.Namespace, workers: int) -> list[Prepared] | None:
+    if arguments.ray is None:
+        return prepare(config, workers=workers, force=arguments.force)
+    if arguments.workers is not None:
+        raise UserError(
+            "--workers: not with --ray, which uses the processors that the cluster gives; see `ray start --num-cpus`"
+        )
+    from megatron_synth.cluster.ray_tasks import prepare_on_ray
+
+    return prepare_on_ray(config, arguments.ray, force=arguments.force)
+
+
 def _share(config: PrepareConfig, text: str, workers: int) -> int:
     share = Share.parse(text)
     found = prepare_share(config, share, workers=workers)
@@ -165,6 +182,9 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_intermixed_args(argv)
 
     config = load_file(PrepareConfig, arguments.file, arguments.overrides)
+    chosen = [f"--{name}" for name in ("share", "slurm", "ray", "status") if getattr(arguments, name) not in (None, False)]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: one of them at a time")
     if arguments.status:
         return _status(config)
     if arguments.slurm:
@@ -179,7 +199,7 @@ def main(argv: list[str]) -> int:
             if arguments.share is not None:
                 return _share(config, arguments.share, workers)
             with interruptible(lambda: _kept(Path(config.output))):
-                prepared = prepare(config, workers=workers, force=arguments.force)
+                prepared = _prepared(config, arguments, workers)
     except _Stopped:
         show(f"{config.output}: stopped on request; what is done is kept, and the same command goes on", error=True)
         return EXIT_STOPPED

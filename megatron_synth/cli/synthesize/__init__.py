@@ -58,14 +58,15 @@ def main(argv: list[str]) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from megatron_synth.synthesis.plan import count as count_requests
     from megatron_synth.synthesis.plan import plan_text
-    from megatron_synth.synthesis.recombined import extraction, is_extracted
+    from megatron_synth.synthesis.recombined import extraction, is_missing
     from megatron_synth.synthesis.setup import Setup
     from megatron_synth.synthesis.synthesis_file import load_synthesis
 
     if arguments.price is not None and not 0 <= arguments.price < float("inf"):
         raise UserError(f"--price: expected a number from 0, got {arguments.price}")
     config = load_synthesis(arguments.file, arguments.overrides)
-    if config.walks is not None and not is_extracted(config):
+    if is_missing(config):
+        assert config.walks is not None
         texts = config.walks.count * config.per_parent
         show(f"{config.output}: the concepts come first, and then {texts:,} requests about them; `plan` counts these later")
         config = extraction(config)

@@ -48,13 +48,18 @@ class Boundaries:
         """[B, S] distance of each input from the start of its stretch."""
         return native.counting(self.cu_seqlens, (self.rows, self.sequence_length))
 
-    def loss_mask(self) -> npt.NDArray[np.bool_]:
-        """[B, S] False where the label belongs to another document than the input."""
-        return native.loss_mask((self.rows, self.sequence_length), self.ends, self.ends_at)
+    def loss_mask(self, learned: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+        """[B, S] False where the label belongs to another document than the input, or not `learned` [B, S], which changes."""
+        return native.loss_mask((self.rows, self.sequence_length), self.ends, self.ends_at, learned)
 
-    def padding_mask(self) -> npt.NDArray[np.bool_] | None:
-        """[B, S] False where the label is padding of a packed window; None where no source of the run is packed."""
-        return None if self.padding is None else native.loss_mask((self.rows, self.sequence_length), self.padding)
+    def padding_mask(self, learned: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_] | None:
+        """[B, S] False where the label is padding of a packed window, or is not `learned` [B, S], which changes.
+
+        `learned` where no source of the run is packed.
+        """
+        if self.padding is None:
+            return learned
+        return native.loss_mask((self.rows, self.sequence_length), self.padding, counting=learned)
 
 
 class BoundaryTable:

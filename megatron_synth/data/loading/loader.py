@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.loading.boundaries import Boundaries, BoundaryTable
+from megatron_synth.data.loading.values import SourceValues
 from megatron_synth.data.mixing.mixture import MixturePlan, windows_in
 from megatron_synth.data.mixing.permutation import derive_key, keyed_hash, permute
 from megatron_synth.data.shards import native, places
@@ -57,6 +58,13 @@ class WindowSource(Protocol):
 
     def read(self, begin: int, out: npt.NDArray[np.integer]) -> None:
         """Fill `out` [N] with the tokens from `begin` on."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens are read and not learned."""
+
+    def read_learned(self, begin: int, out: npt.NDArray[np.bool_]) -> None:
+        """Fill `out` [N] with whether the tokens from `begin` on are learned."""
 
     def read_window(self, window: int, out: npt.NDArray[np.integer]) -> None:
         """Fill `out` [L + 1] with the tokens from window x L on."""
@@ -104,6 +112,10 @@ class Batch:
     """[B k] sample number of each window in the plan."""
     boundaries: Boundaries | None = None
     """Where documents begin and end, in B k rows of L. None unless asked for."""
+    learned: npt.NDArray[np.bool_] | None = None
+    """[B k, L] which labels are learned; None where all are: no source says, or none of the tokens is read."""
+    values: npt.NDArray[np.uint8] | None = None
+    """[columns, B k, L] number of the value that each label's document has (values.py). None unless asked for."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -199,6 +211,8 @@ class _Table:
     copier: native.RowCopier | None
     """Copies rows out of their shards' memory maps; None where nothing is compiled."""
     boundaries: BoundaryTable | None
+    starts: tuple[Int64, Int64] | None
+    """Where documents start in each row, and where each row's begin among these: [N + 1]. Where values are asked for."""
 
     @property
     def end(self) -> int:
@@ -228,6 +242,7 @@ class Loader:
         with_boundaries: bool = False,
         with_tokens: bool = True,
         dtype: npt.DTypeLike = np.int64,
+        values: Sequence[SourceValues] | None = None,
     ):
         """One rank's loader.
 
@@ -243,6 +258,7 @@ class Loader:
             with_tokens: read tokens; without, batches carry sources and samples only, for pipeline stages that look at
                 neither inputs nor labels.
             dtype: of the tokens delivered, int64 or int32.
+            values: of each source; also tell the value of each label's document.
         """
         _check_rank(data_parallel_rank, data_parallel_size)
         length, rest = divmod(sequence_length, windows_per_sequence)
@@ -268,6 +284,8 @@ class Loader:
         assert self.dtype in (np.dtype(np.int64), np.dtype(np.int32)), self.dtype
         self._readers = [source.read for source in sources]
         self._packed = np.array([is_packed(source) for source in sources])
+        self._values = values
+        self._masked = with_tokens and any(source.masked for source in sources)
         # replaced as a whole, by a value that depends on its key alone: threads may share the object
         self._table: _Table | None = None
 
@@ -322,9 +340,11 @@ class Loader:
         source_ids, windows, offsets = self.plan.places(samples)
         firsts = windows * self.window_length + offsets
         shards, begins = self._places(source_ids, firsts)
-        boundaries = None
-        if self.with_boundaries:
+        boundaries, found = None, None
+        if self.with_boundaries or self._values is not None:
             starts, counts = self._document_starts(source_ids, firsts, shards, begins)
+            found = starts, np.concatenate([[0], np.cumsum(counts)])
+        if self.with_boundaries:
             packed = self._packed[source_ids] if self._packed.any() else None
             boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number, packed)
         library, copier = native.library(), None
@@ -334,8 +354,14 @@ class Loader:
             vocab_sizes = [source.vocab_size for source in self.sources]
             length, wide = self.window_length + 1, self.dtype.itemsize == 8
             views, rows = [source.places.view for source in self.sources], (source_ids, shards, begins)
-            copier = native.RowCopier(library, maps, codes, vocab_sizes, *rows, length, wide=wide, views=views)
-        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries)
+            learned = [source.places.learned if source.masked else None for source in self.sources]
+            try:
+                copier = native.RowCopier(
+                    library, maps, codes, vocab_sizes, *rows, length, wide=wide, views=views, learned=learned
+                )
+            except native.BusError as error:
+                raise self._unreadable(source_ids, shards, error) from None
+        return _Table(first_sample, step_samples, steps, samples, source_ids, firsts, shards, copier, boundaries, found)
 
     def _places(self, source_ids: Int64, firsts: Int64) -> tuple[Int64, Int64]:
         """`places_of` for rows of any sources."""
@@ -382,22 +408,44 @@ class Loader:
             return Batch(np.empty((self.micro_batch_size, 0), self.dtype), source_ids, table.samples[part], boundaries)
         length = self.window_length + 1
         tokens = allocate((self.micro_batch_size, self.windows_per_sequence * length), self.dtype)
-        self._fill(table, row, tokens.reshape(rows, length))
-        return Batch(tokens, source_ids, table.samples[part], boundaries)
+        learned = np.empty((rows, length - 1), np.bool_) if self._masked else None
+        self._fill(table, row, tokens.reshape(rows, length), learned)
+        values = None if self._values is None else self._values_of(table, row, rows, self._values)
+        return Batch(tokens, source_ids, table.samples[part], boundaries, learned, values)
+
+    def _values_of(self, table: _Table, row: int, rows: int, values: Sequence[SourceValues]) -> npt.NDArray[np.uint8]:
+        """`Batch.values` of rows [row, row + rows) of a table."""
+        assert table.starts is not None
+        offsets, edges = table.starts
+        found: npt.NDArray[np.uint8] | None = None
+        of_rows = table.source_ids[row : row + rows]
+        for source_id in np.unique(of_rows).tolist():
+            own = np.flatnonzero(of_rows == source_id)
+            parts = [offsets[edges[one] : edges[one + 1]] for one in (row + own).tolist()]
+            counts = np.array([len(one) for one in parts])
+            firsts = table.firsts[row + own]
+            numbers = values[source_id].of_labels(firsts, self.window_length, np.concatenate(parts), counts)
+            if found is None:
+                found = np.empty((len(numbers), rows, self.window_length), np.uint8)
+            found[:, own] = numbers
+        assert found is not None
+        return found
 
     def _unreadable(self, source_ids: Int64, shards: Int64, error: native.BusError) -> UserError:
         return self.sources[int(source_ids[error.row])].unreadable(int(shards[error.row]), error)
 
-    def _fill(self, table: _Table, row: int, tokens: Tokens) -> None:
-        """Rows from `row` on into `tokens`: all at once those whose shards are mapped, each by itself what remains.
+    def _fill(self, table: _Table, row: int, tokens: Tokens, learned: npt.NDArray[np.bool_] | None) -> None:
+        """Rows from `row` on into `tokens` and `learned`: all at once those whose shards are mapped, else each by itself.
 
         So is a row with an id beyond the vocabulary, which the source then refuses with its file and byte.
         """
         done, end, begin = row, row + len(tokens), native.address_of(tokens)
+        mask_at = None if learned is None else native.address_of(learned)
         while True:
             if table.copier is not None:
                 try:
-                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0])
+                    at = None if mask_at is None else mask_at + (done - row) * self.window_length
+                    done = table.copier.copy(done, end, begin + (done - row) * tokens.strides[0], at)
                 except native.BusError as error:
                     raise self._unreadable(table.source_ids, table.shards, error) from None
             if done == end:
@@ -407,6 +455,11 @@ class Loader:
                 self._readers[source_id](first, tokens[done - row])
             except UserError as error:
                 raise UserError(f"{error}; read for sample {table.samples[done]}{self._where(source_id, first)}") from None
+            if learned is not None:
+                if self.sources[source_id].masked:
+                    self.sources[source_id].read_learned(first + 1, learned[done - row])
+                else:
+                    learned[done - row] = True
             done += 1
 
     def _where(self, source_id: int, first: int) -> str:
@@ -452,13 +505,14 @@ def validation_batches(
     *,
     with_boundaries: bool = False,
     with_tokens: bool = True,
+    values: SourceValues | None = None,
 ) -> Iterator[ValidationBatch]:
     """Every window of a domain once, in order, dealt to the ranks; the first `max_windows` if given.
 
     Each rank gets the same number of batches, as all must take part in collectives: the rows that are lacking at the
     end repeat the last window and are marked as not valid. Over all ranks the valid rows are each window once, whatever
     the layout. The tail that does not fill a window (fewer than S labels) is left out; `validation_windows` counts it.
-    with_boundaries, with_tokens: as for a Loader.
+    with_boundaries, with_tokens, values: as for a Loader.
     """
     _check_rank(data_parallel_rank, data_parallel_size)
     total, _ = validation_windows(source, sequence_length, max_windows)
@@ -468,15 +522,22 @@ def validation_batches(
         slots = first + np.arange(micro_batch_size)
         windows = np.minimum(slots, total - 1)
         tokens = np.empty((micro_batch_size, sequence_length + 1 if with_tokens else 0), dtype=np.int64)
+        learned = np.empty((micro_batch_size, sequence_length), np.bool_) if with_tokens and source.masked else None
         for row, window in enumerate(windows.tolist() if with_tokens else []):
             source.read_window(window, tokens[row])
-        boundaries = None
-        if with_boundaries:
+            if learned is not None:
+                source.read_learned(window * sequence_length + 1, learned[row])
+        boundaries, numbers = None, None
+        if with_boundaries or (values is not None and with_tokens):
             starts = source.document_starts_of(windows * sequence_length, sequence_length)
+        if values is not None and with_tokens:
+            numbers = values.of_labels(windows * sequence_length, sequence_length, *starts)
+        if with_boundaries:
             packed = np.ones(micro_batch_size, np.bool_) if is_packed(source) else None
             table = BoundaryTable(*starts, sequence_length, micro_batch_size, packed)
             boundaries = table.batch(0)
-        return ValidationBatch(tokens, np.zeros(micro_batch_size, dtype=np.int64), windows, boundaries, valid=slots < total)
+        source_ids = np.zeros(micro_batch_size, dtype=np.int64)
+        return ValidationBatch(tokens, source_ids, windows, boundaries, learned, numbers, valid=slots < total)
 
     rounds = range(0, total, stride)
     return (read(first + data_parallel_rank * micro_batch_size) for first in rounds)

@@ -21,6 +21,7 @@ from megatron_synth.core.process_time import span
 from megatron_synth.data.answers import AnswerDomain, open_answers
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import validation_windows
+from megatron_synth.data.loading.values import Values, check_column, values_of
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.mixing.schedule import phases_of
 from megatron_synth.data.shards.checksums import BlockChecker
@@ -62,6 +63,8 @@ class RunData:
     """Of the tokenizer that made the tokens, where a manifest tells."""
     answers: Mapping[str, AnswerDomain] = field(default_factory=dict)
     """Domains of questions, by name."""
+    values: Values | None = None
+    """Of the documents of sources and domains, where losses are told apart by them and files were opened to be read."""
     notes: tuple[str, ...] = ()
     """What is likely a mistake in the choice of sources, to be said before training."""
 
@@ -171,6 +174,10 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     answers = {
         name: open_answers(name, one, tokenizer, eod_id, vocab_size, sequence) for name, one in config.data.answers.items()
     }
+    opened = [*sources, *validation.values()]
+    for name in config.log.loss_by:
+        check_column(name, opened)
+    values = values_of(config.log.loss_by, sources, validation.values()) if staged and config.log.loss_by else None
     return RunData(
         plan=plan,
         sources=sources,
@@ -185,6 +192,7 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         contents=contents,
         tokenizer_fingerprint=info.fingerprint if info else None,
         answers=answers,
+        values=values,
         notes=notes,
     )
 
@@ -265,7 +273,7 @@ def _original(source: Source, settings: Mapping[str, SourceConfig] | Mapping[str
 def _copy_of(source: Source, place: Location) -> tuple[str, int]:
     """The name of a source's copy, and its bytes."""
     assert source.manifest is not None
-    return copy_name(place, source.manifest), sum(shard.bin_bytes + shard.idx_bytes for shard in source.manifest.shards)
+    return copy_name(place, source.manifest), sum(sum(shard.sizes.values()) for shard in source.manifest.shards)
 
 
 def _tokenizer(config: Config) -> Path | None:

@@ -37,6 +37,8 @@ class Ledger:
         self._total = np.zeros(len(self.names), dtype=np.int64)
         self._unlearned = np.zeros(len(self.names), dtype=np.int64)
         """Of `_total`, the samples of steps that were skipped."""
+        self._labels: Int64 | None = None
+        """Labels of each source that were learned, where some tokens are read alone; None: they are not counted."""
         self._trunk: tuple[str, int, Int64] | None = None
         """Of a branch: id and step of the trunk, and what it had delivered by then."""
 
@@ -55,6 +57,10 @@ class Ledger:
         ledger.merge(plan.counts(samples))
         return ledger
 
+    def count_labels(self) -> None:
+        """Count the labels that are learned, too: some tokens of the sources are read and not learned."""
+        self._labels = np.zeros(len(self.names), dtype=np.int64)
+
     def begin_branch(self, run_id: str, step: int, counts: Mapping[str, int]) -> None:
         """Count as a branch of a run that had delivered `counts` samples by source at `step`; they are kept apart."""
         self._trunk = run_id, step, self._by_source(counts)
@@ -64,13 +70,19 @@ class Ledger:
         """int64 [K]: merged samples of each source (a copy)."""
         return self._total.copy()
 
-    def merge(self, global_delta: npt.ArrayLike, *, learned: bool = True) -> None:
-        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]; learned: the step was not skipped."""
+    def merge(self, global_delta: npt.ArrayLike, *, learned: bool = True, labels: npt.ArrayLike | None = None) -> None:
+        """Add what all data-parallel ranks together delivered. global_delta: int64 [K]; learned: the step was not skipped.
+
+        labels: int64 [K], those in the loss; they are counted after `count_labels`.
+        """
         delta = np.asarray(global_delta, dtype=np.int64)
         assert delta.shape == self._total.shape and np.all(delta >= 0)
         self._total += delta
         if not learned:
             self._unlearned += delta
+        elif self._labels is not None:
+            assert labels is not None
+            self._labels += np.asarray(labels, dtype=np.int64)
 
     def verify(self, plan: MixturePlan, samples_consumed: int) -> None:
         """Raise LedgerMismatch unless the merged counts are those of the plan's first `samples_consumed` samples."""
@@ -94,8 +106,8 @@ class Ledger:
         A sample has `sequence_length` tokens: those of a window. Per source: tokens = samples x sequence_length,
         epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
         share that the phases so far give it, as a fraction. unlearned: of the samples, those of steps that were skipped, where
-        there are any. Of a branch all this counts the trunk's part too; `trunk` and
-        `branch` tell the parts apart.
+        there are any. learned: labels that were in the loss, where some tokens are read and not learned; tokens, and with them
+        the ratios, are those read. Of a branch all this counts the trunk's part too; `trunk` and `branch` tell the parts apart.
         """
         total = int(self._total.sum())
         ratios = self.ratios if self._overall is None else self._overall(total)
@@ -109,12 +121,15 @@ class Ledger:
             }
             for name, ratio, windows, samples in zip(self.names, ratios, self.num_windows, self._total.tolist(), strict=True)
         }
-        content = {
+        content: dict[str, Any] = {
             "samples": total,
             "tokens": total * self.window_length,
             "sequence_length": self.window_length,
             "sources": sources,
         }
+        if self._labels is not None:
+            by_source = dict(zip(self.names, self._labels.tolist(), strict=True))
+            content["learned"] = {"tokens": sum(by_source.values()), "sources": by_source}
         if self._unlearned.any():
             content["unlearned"] = self._part(self._unlearned)
         if self._trunk is not None:
@@ -139,9 +154,18 @@ class Ledger:
         """Of the samples, those of steps that were skipped, by name of the sources that gave some."""
         return {name: count for name, count in zip(self.names, self._unlearned.tolist(), strict=True) if count}
 
-    def load_state_dict(self, state: Mapping[str, int], unlearned: Mapping[str, int] | None = None) -> None:
+    @property
+    def labels(self) -> dict[str, int]:
+        """Labels that were learned, by source; empty where they are not counted."""
+        return {} if self._labels is None else dict(zip(self.names, self._labels.tolist(), strict=True))
+
+    def load_state_dict(
+        self, state: Mapping[str, int], unlearned: Mapping[str, int] | None = None, labels: Mapping[str, int] | None = None
+    ) -> None:
         """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
         self._total = self._by_source(state)
+        if self._labels is not None:
+            self._labels = self._by_source(labels or {})
         self._unlearned = self._by_source(unlearned or {})
 
     def _by_source(self, counts: Mapping[str, int]) -> Int64:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.shards.indexed import AGAIN, HEADER, Shard
+from megatron_synth.data.shards.indexed import HEADER, Shard
 from megatron_synth.data.shards.manifest import Manifest
+from megatron_synth.data.shards.open_files import AGAIN
 
 BATCH_TOKENS = 2**20  # a longer document is a batch of its own, and beyond LONGEST its rest is left out
 BATCH_DOCUMENTS = 2**14  # what is kept of a document is larger than a short document

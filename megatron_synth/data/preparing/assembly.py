@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from megatron_synth.data.preparing.token_runs import TokenRun, naming, values_of
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, BlockHasher
 from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content, missing_values
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import LearnedWriter
 from megatron_synth.data.shards.manifest import ShardInfo
 from megatron_synth.data.tokenizer import Tokenizer
 
-Part = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+Part = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 Position = tuple[int, int]  # unit (a token run, or a bucket of a shuffle) and document in it
 
 
@@ -69,16 +72,21 @@ class Assembly:
         return bucket_lengths(self.runs, unit, self.buckets)
 
     def read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> Part:
-        """Tokens [T] of documents (or bins) [first, last) of a unit, and of the documents among them lengths and columns."""
+        """Tokens [T] of documents (or bins) [first, last) of a unit, and of the documents among them lengths and columns.
+
+        Last, bool [T], which tokens are learned, where that is known.
+        """
         if self.packing is None:
             return self._read(dtype, unit, first, last)
-        tokens, lengths, values = self._read(dtype, unit, 0, None)
-        packed = pack(lengths, self.packing.sequence_length)
-        tokens, lengths, documents = arrange(packed, first, last, tokens, lengths, self.packing.eod_id)
+        tokens, whole, values, learned = self._read(dtype, unit, 0, None)
+        packed = pack(whole, self.packing.sequence_length)
+        tokens, lengths, documents = arrange(packed, first, last, tokens, whole, self.packing.eod_id)
+        if learned is not None:
+            learned, _, _ = arrange(packed, first, last, learned, whole, False)
         if values is not None:
             # padding is the last of all
             values = np.concatenate([values, missing_values(self.columns, 1)])[documents]
-        return tokens, lengths, values
+        return tokens, lengths, values, learned
 
     def _read(self, dtype: np.dtype[Any], unit: int, first: int, last: int | None) -> Part:
         if self.buckets is None:
@@ -87,12 +95,15 @@ class Assembly:
             begin = int(records["length"][:first].sum(dtype=np.int64))
             records = records[first:last]
             lengths = records["length"]
-            tokens = run.read_tokens(dtype, begin, begin + int(lengths.sum(dtype=np.int64)))
-            return tokens, lengths, self._values(run, records) if self.columns else None
-        tokens, lengths, values = read_bucket(self.runs, dtype, unit, self.buckets, self._values if self.columns else None)
+            end = begin + int(lengths.sum(dtype=np.int64))
+            values = self._values(run, records) if self.columns else None
+            return run.read_tokens(dtype, begin, end), lengths, values, run.read_learned(dtype, begin, end)
+        values_of = self._values if self.columns else None
+        tokens, lengths, values, learned = read_bucket(self.runs, dtype, unit, self.buckets, values_of)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        tokens = tokens[ends[first] : ends[lengths.size if last is None else last]]
-        return tokens, lengths[first:last], None if values is None else values[first:last]
+        chosen = slice(ends[first], ends[lengths.size if last is None else last])
+        learned = None if learned is None else learned[chosen]
+        return tokens[chosen], lengths[first:last], None if values is None else values[first:last], learned
 
     def _values(self, run: TokenRun, records: np.ndarray) -> np.ndarray:
         """The columns of records of a run, structured [N]; categories are numbered as for all runs."""
@@ -160,8 +171,14 @@ def plan_shards(units: Iterable[np.ndarray], shard_tokens: int) -> list[tuple[Po
 
 
 def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
-    """Assemble one shard; memory is bounded by a unit, and by the index of the shard."""
-    writer = ShardWriter(task.prefix, task.dtype)
+    """Assemble one shard; memory is bounded by a unit, and by the index of the shard.
+
+    Its files get their names when they are whole: a process that is thought dead, and writes, spoils nothing.
+    """
+    own = task.prefix.with_name(f"{task.prefix.name}.{secrets.token_hex(4)}")
+    writer = ShardWriter(own, task.dtype)
+    masked = any(run.masked for run in task.assembly.runs)
+    mask = LearnedWriter(with_suffix(own, LEARNED)) if masked else None
     columns, values = task.assembly.columns, list[np.ndarray]()
     try:
         with naming(with_suffix(task.prefix, ".bin"), lambda: writer.tokens * task.dtype.itemsize):
@@ -169,21 +186,32 @@ def write_shard(_: Tokenizer, task: ShardTask) -> ShardInfo:
                 first = task.start[1] if unit == task.start[0] else 0
                 last = task.end[1] if unit == task.end[0] else None
                 if last is None or last > first:
-                    tokens, lengths, of_documents = task.assembly.read(task.dtype, unit, first, last)
+                    tokens, lengths, of_documents, learned = task.assembly.read(task.dtype, unit, first, last)
                     writer.add(tokens, lengths)
+                    if mask is not None:
+                        assert learned is not None
+                        mask.add(learned)
                     if of_documents is not None:
                         values.append(of_documents)
             if task.closed:
                 assert task.assembly.packing is not None
                 writer.add(np.array([task.assembly.packing.eod_id], task.dtype), np.array([1], np.int32))
                 values.append(missing_values(columns, 1))
+                if mask is not None:
+                    mask.add(np.zeros(1, np.bool_))
             written = writer.finish()
-        about: dict[str, Any] = {}
+            about: dict[str, Any] = {}
+            if mask is not None:
+                about["learned_sha256"], about["learned_tokens"] = mask.finish()
         if columns:
-            about = _write_columns(with_suffix(task.prefix, SUFFIX), file_content(columns, np.concatenate(values)))
+            about |= _write_columns(with_suffix(own, SUFFIX), file_content(columns, np.concatenate(values)))
+        for suffix in (".bin", ".idx", *([SUFFIX] if columns else ()), *([LEARNED] if masked else ())):
+            with_suffix(own, suffix).replace(with_suffix(task.prefix, suffix))
         sync_folder(task.prefix.parent)
     finally:
         writer.abandon()
+        if mask is not None:
+            mask.abandon()
     return ShardInfo(name=task.prefix.name, **vars(written), **about)
 
 
@@ -198,7 +226,7 @@ def _write_columns(path: Path, content: bytes) -> dict[str, Any]:
 
 def is_whole(folder: Path, shard: ShardInfo) -> bool:
     """Whether the files of a shard are what was written, all of them."""
-    blocks, index, columns = BlockHasher(), hashlib.sha256(), hashlib.sha256()
+    blocks, index = BlockHasher(), hashlib.sha256()
     size = 0
     try:
         with open(with_suffix(folder / shard.name, ".bin"), "rb") as file:
@@ -208,10 +236,11 @@ def is_whole(folder: Path, shard: ShardInfo) -> bool:
         with open(with_suffix(folder / shard.name, ".idx"), "rb") as file:
             while data := file.read(BLOCK_BYTES):
                 index.update(data)
-        if shard.columns_sha256 is not None:
-            columns.update(with_suffix(folder / shard.name, SUFFIX).read_bytes())
+        for suffix, sha256 in shard.checksums.items():
+            if suffix not in (".bin", ".idx"):
+                with open(with_suffix(folder / shard.name, suffix), "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        return False
     except OSError:
-        return False
-    if shard.columns_sha256 not in (None, columns.hexdigest()):
         return False
     return (size, blocks.finish(), index.hexdigest()) == (shard.bin_bytes, shard.bin_blocks, shard.idx_sha256)

@@ -14,11 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import sync_folder
 from megatron_synth.core.lock import Lock
 from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
 
 OLD = "-old"  # after the name of a hidden folder: the output that it is about to replace
+
+
+class Unfinished(UserError):
+    """A preparation ends though nothing is wrong with its settings and its text: what is done is kept."""
 
 
 def remove_strays(folder: Path, kept: Collection[str]) -> None:
@@ -66,7 +71,7 @@ def restore(output: Path) -> None:
 
 @contextmanager
 def partial_folder(output: Path, head: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
-    """A hidden folder beside `output` and its journal, gone on failure; kept when the run is killed or interrupted.
+    """A hidden folder beside `output` and its journal, gone on failure; kept when the run is killed, interrupted or unfinished.
 
     What a killed run left is taken over when its journal begins with the same head, and removed otherwise. Under the lock.
     """
@@ -81,7 +86,7 @@ def partial_folder(output: Path, head: Mapping[str, Any]) -> Iterator[tuple[Path
     sync_folder(output.parent)
     try:
         yield folder, Journal(folder, head)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Unfinished):
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -41,8 +41,8 @@ from megatron_synth.data.preparing.workers import (
     CHUNK_CHARACTERS,
     RUN_BYTES,
     Job,
+    Pool,
     Tokenized,
-    Workers,
     stored_columns,
 )
 from megatron_synth.data.shards.columns import ColumnInfo
@@ -114,7 +114,7 @@ class SourceWork:
     dtype: np.dtype[Any]
     folder: Path
     journal: Journal
-    pool: Workers
+    pool: Pool
     made: Provenance
     shares: Mapping[tuple[str, int], Told] = field(default_factory=dict)
     """What shares have come to (shared.py)."""
@@ -203,6 +203,7 @@ class SourceWork:
         plan = Plan(tuple(runs), {target: _count(runs, target) for target in self.targets}, {}, {})
         self._refuse_empty(plan.counts)
         self._refuse_bad_columns(runs)
+        self._refuse_unused_parts(runs)
         for target in self.targets:
             assembly = self._assembly(plan.runs, target)
             plan.cuts[target] = plan_shards(map(assembly.lengths, range(assembly.units)), self.config.shard_tokens)
@@ -297,6 +298,17 @@ class SourceWork:
         columns = [ColumnInfo(name=name, type=kind, parent=one.type == "parent") for (name, one), (_, kind) in stored]
         return columns_of(runs, columns)
 
+    def _refuse_unused_parts(self, runs: list[TokenRun]) -> None:
+        """A prompt that no record has, or chats of which all is learned: most likely a mistake."""
+        if self.source.masked and all(run.learned == run.tokens for run in runs):
+            setting, field = "messages.field", self.source.main_key
+            if self.source.prompt is not None:
+                setting, field = "prompt.field", self.source.prompt.field
+            raise UserError(
+                f"sources.{self.name}.{setting}: no document has a part that is not learned; set it to the field or column of "
+                f"the input that holds it, {field!r} is none, or leave it out"
+            )
+
     def _refuse_bad_columns(self, runs: list[TokenRun]) -> None:
         """Columns of which no document has a value, and categories that are too many: most likely a mistake."""
         for column in self._columns(runs):
@@ -353,6 +365,8 @@ class SourceWork:
                 while assembly.buckets is None and gone < task.end[0]:
                     assembly.runs[gone].path.unlink(missing_ok=True)
                     gone += 1
+        # a task that died, and was done again by another process, may have left something
+        remove_strays(folder, _files_of(shards.values()))
         return [shards[number] for number in range(len(plan.cuts[target]))]
 
     def _refuse_empty(self, counts: dict[str, Counts]) -> None:
@@ -399,7 +413,7 @@ def targets_of(name: str, source: PrepareSource) -> tuple[str, ...]:
 
 
 def _files_of(shards: Iterable[ShardInfo]) -> set[str]:
-    return {shard.name + suffix for shard in shards for suffix in shard.suffixes}
+    return {shard.name + suffix for shard in shards for suffix in shard.sizes}
 
 
 def _count(runs: list[TokenRun], target: str) -> Counts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from megatron_synth.core.log import human, show
 from megatron_synth.core.share import Share
 from megatron_synth.data.preparing.fim import special_ids
 from megatron_synth.data.preparing.journal import JOURNAL, Journal, read_journal
+from megatron_synth.data.preparing.masks import with_templates
 from megatron_synth.data.preparing.output import is_clean, lock_of, partial_folder, remove_strays, replace, restore
 from megatron_synth.data.preparing.pipeline import STAGING, Prepared, SourceWork, targets_of
 from megatron_synth.data.preparing.progress import progress
@@ -34,7 +35,7 @@ from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
 from megatron_synth.data.preparing.shared import folder_of, run_share, shared_lock, told_by_all, wait_for
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Workers
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Pool, Workers
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -51,12 +52,23 @@ JOURNAL_VERSION = 3  # 3 added checksums to the lines of the journal, and number
 TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
 
 
-def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> list[Prepared] | None:
+StartPool = Callable[[Tokenizer, Path], Pool]
+"""Given the tokenizer and the folder that tasks write to, what runs them."""
+
+
+def prepare(
+    config: PrepareConfig, *, workers: int = 1, force: bool = False, start: StartPool | None = None
+) -> list[Prepared] | None:
     """Make `config.output`. None when it is there already, made from the same settings and inputs.
 
-    force: replace a finished output, whatever it was made from.
+    Args:
+        config: what to make.
+        workers: processes of this machine that do the work; 1: this one.
+        force: replace a finished output, whatever it was made from.
+        start: what does the work instead of processes of this machine.
     """
-    output = Path(config.output)
+    start = start or (lambda tokenizer, folder: Workers(tokenizer, workers))
+    output, config = Path(config.output), _resolved(config)
     if not is_clean(output):  # what stands there is another's at work, or a dead one's
         with lock_of(output):
             restore(output)
@@ -72,7 +84,7 @@ def prepare(config: PrepareConfig, *, workers: int = 1, force: bool = False) -> 
         with lock_of(output):
             if output.exists() and _is_current(output, config, work.head["config_digest"], force):  # made just now
                 return None
-            return _make(config, work, workers)
+            return _make(config, work, start)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}; nothing was kept") from error
 
@@ -83,6 +95,7 @@ def check_inputs(config: PrepareConfig) -> bool:
     Raises:
         UserError: settings or inputs are wrong.
     """
+    config = _resolved(config)
     work = _looked_at(config, force=False)
     if work is None:
         return False
@@ -94,12 +107,22 @@ def check_inputs(config: PrepareConfig) -> bool:
     return True
 
 
+def input_files(config: PrepareConfig) -> list[Path]:
+    """The files of text on disks, of all sources.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    readers = [reader_of(name, source) for name, source in config.sources.items()]
+    return [path for reader in readers for path in reader.files() if isinstance(path, Path)]
+
+
 def prepare_share(config: PrepareConfig, share: Share, *, workers: int = 1) -> tuple[int, int] | None:
     """Do a share of `config.output`: the splits that were tokenized now, and before. None: the output is there already.
 
     The same preparation without a share takes over what all of them have done, and puts the output in its place.
     """
-    output = Path(config.output)
+    output, config = Path(config.output), _resolved(config)
     work = _looked_at(config, force=False)
     if work is None:
         return None
@@ -167,7 +190,7 @@ def _looked_at(config: PrepareConfig, force: bool) -> _Work | None:
     return _Work(readers, inputs, given, dtype, head)
 
 
-def _make(config: PrepareConfig, work: _Work, workers: int) -> list[Prepared]:
+def _make(config: PrepareConfig, work: _Work, start: StartPool) -> list[Prepared]:
     """Write the output beside its place, and put it there; under its lock."""
     output, digest, given = Path(config.output), work.head["config_digest"], work.given
     with partial_folder(output, work.head) as (folder, journal):
@@ -181,7 +204,7 @@ def _make(config: PrepareConfig, work: _Work, workers: int) -> list[Prepared]:
         tokenizer.save(folder / TOKENIZER)
         done = told_by_all(output, work.head, _sha256(tokenizer.content.encode()))
         prepared: list[Prepared] = []
-        with closing(Workers(tokenizer, workers)) as pool:
+        with closing(start(tokenizer, folder)) as pool:
             for name, source in config.sources.items():
                 made = Provenance(
                     program=f"megatron-synth {megatron_synth.__version__}",
@@ -225,6 +248,13 @@ def _check_unchanged(readers: Mapping[str, Reader], inputs: Mapping[str, Mapping
             raise StorageError(
                 f"sources.{name}: objects of its input changed while they were read; leave them alone, and start again"
             )
+
+
+def _resolved(config: PrepareConfig) -> PrepareConfig:
+    """The settings with the templates of chats, which then are part of what an output is known by."""
+    if all(source.messages is None for source in config.sources.values()):
+        return config
+    return with_templates(config, _given_tokenizer(config))
 
 
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -353,8 +383,8 @@ def _record(config: PrepareConfig, digest: str) -> dict[str, Any]:
     for source in settings["sources"].values():
         if source["on_error"] == "fail":
             del source["on_error"], source["max_errors"]
-        if source["fim"] is None:
-            del source["fim"]
+        for key in [key for key in ("fim", "prompt", "messages") if source[key] is None]:
+            del source[key]
         if not source["columns"]:
             del source["columns"]
         if source["synthesized"] is None:

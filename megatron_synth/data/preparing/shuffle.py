@@ -52,18 +52,24 @@ def bucket_lengths(runs: Sequence[TokenRun], bucket: int, buckets: int) -> np.nd
 
 def read_bucket(
     runs: Sequence[TokenRun], dtype: np.dtype[Any], bucket: int, buckets: int, values_of: ValuesOf | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Tokens [T] and lengths [N] of the documents of a bucket in shuffled order, and what `values_of` tells of each.
+
+    Last, bool [T], which tokens are learned; None where the runs do not say.
 
     values_of: given a token run and records of it, structured [N].
     """
     parts = [_records(run, bucket, buckets) for run in runs]
     found = np.concatenate([part[["length", "start", "key"]] for part in parts])
     stored, filled = np.empty(int(found["length"].sum(dtype=np.int64)), dtype), 0
+    masked = any(run.masked for run in runs)
+    learned = np.empty(stored.size if masked else 0, np.bool_)
     for run, records in zip(runs, parts, strict=True):
         if records.size:
             begin, end = int(records["start"][0]), int(records["start"][-1] + records["length"][-1])
             stored[filled : filled + end - begin] = run.read_tokens(dtype, begin, end)
+            if masked:
+                learned[filled : filled + end - begin] = run.read_learned(dtype, begin, end)
             filled += end - begin
     order = np.argsort(found["key"], kind="stable")
     starts = (np.cumsum(found["length"], dtype=np.int64) - found["length"])[order]
@@ -71,7 +77,7 @@ def read_bucket(
     values = None
     if values_of is not None:
         values = np.concatenate([values_of(run, records) for run, records in zip(runs, parts, strict=True)])[order]
-    return gather(stored, starts, lengths), lengths, values
+    return gather(stored, starts, lengths), lengths, values, gather(learned, starts, lengths) if masked else None
 
 
 def gather(stored: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Token runs: tokenized documents on their way from the workers to the shards, one file each.
 
-Layout: header, then a record of each document, then the tokens. A record is the document's length in tokens, the UTF-8
+Layout: header, then a record of each document, then the tokens, then, where some are not learned, a bit for each, the
+lowest first. A record is the document's length in tokens, the UTF-8
 bytes of its text, its place in the split, its first token in its run, its sort key (0 without a shuffle) and, where the source
 has columns, its values of them. Documents stand in the order of the keys. A token run is written under a temporary name,
 forced to disk and renamed, and its checksum says whether it is whole.
@@ -9,6 +10,7 @@ forced to disk and renamed, and its checksum says whether it is whole.
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,13 @@ class TokenRun:
     """Name and stored type of each column."""
     categories: tuple[tuple[str, ...], ...] = ()
     """Of each column of type category the texts that its numbers stand for, in this run; of others none."""
+    learned: int | None = None
+    """Tokens that are learned; None: all, and it does not say which."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says which tokens are learned."""
+        return self.learned is not None
 
     @property
     def record(self) -> np.dtype[Any]:
@@ -97,6 +106,19 @@ class TokenRun:
         if tokens.size != end - begin:
             raise UserError(f"{self.path}: ends after {tokens.size} of {end - begin} tokens; start again with --force")
         return tokens
+
+    def read_learned(self, dtype: np.dtype[Any], begin: int, end: int) -> np.ndarray | None:
+        """Bool [end - begin] which of these tokens are learned; None where the run does not say. dtype: of the tokens."""
+        if not self.masked:
+            return None
+        first = begin // 8
+        with open(self.path, "rb") as file:
+            file.seek(HEADER.size + self.documents * self.record.itemsize + self.tokens * dtype.itemsize + first)
+            bits = np.fromfile(file, np.uint8, -(-end // 8) - first)
+        found = np.unpackbits(bits, bitorder="little")[begin % 8 :][: end - begin].astype(np.bool_)
+        if found.size != end - begin:
+            raise UserError(f"{self.path}: ends within what tells the learned tokens; start again with --force")
+        return found
 
     def is_whole(self) -> bool:
         """Whether the file is what was written, all of it."""
@@ -135,14 +157,20 @@ def write_run(
     tokens: np.ndarray,
     columns: tuple[tuple[str, str], ...] = (),
     categories: tuple[tuple[str, ...], ...] = (),
+    learned: np.ndarray | None = None,
 ) -> TokenRun:
-    """Write documents that stand in their order already: records [N] of `record_type`, tokens [T]."""
+    """Write documents that stand in their order already: records [N] of `record_type`, tokens [T].
+
+    learned: bool [T] which of these are; None: all.
+    """
     assert records.dtype == record_type(columns) and int(records["length"].sum(dtype=np.int64)) == tokens.size
     records = records.copy()
     records["start"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
     path = folder / f"{target}-{split:07d}-{part:04d}.run"
-    temporary = path.with_suffix(".tmp")
-    arrays = [np.ascontiguousarray(array).view(np.uint8).data for array in (records, tokens) if array.size]
+    # a task that is done again, because its process is thought dead, may still write
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    parts = [records, tokens] if learned is None else [records, tokens, np.packbits(learned, bitorder="little")]
+    arrays = [np.ascontiguousarray(array).view(np.uint8).data for array in parts if array.size]
     total = xxhash.xxh3_64()
     for array in arrays:
         total.update(array)
@@ -155,15 +183,20 @@ def write_run(
     os.replace(temporary, path)
     sync_folder(folder)
     text_bytes = int(records["text_bytes"].sum(dtype=np.int64))
-    return TokenRun(path, target, split, part, records.size, tokens.size, text_bytes, total.intdigest(), columns, categories)
+    counted = None if learned is None else int(np.count_nonzero(learned))
+    about = (records.size, tokens.size, text_bytes, total.intdigest())
+    return TokenRun(path, target, split, part, *about, columns, categories, counted)
 
 
 def trim(run: TokenRun, dtype: np.dtype[Any], end_place: int) -> TokenRun | None:
     """Write the token run again without the documents from place `end_place` of the split on; None when none is left."""
     records = run.read_records()
     kept = records["place"] < end_place
-    tokens = run.read_tokens(dtype, 0, run.tokens)[np.repeat(kept, records["length"])]
+    of_tokens = np.repeat(kept, records["length"])
+    tokens, learned = run.read_tokens(dtype, 0, run.tokens)[of_tokens], run.read_learned(dtype, 0, run.tokens)
     run.path.unlink()
     if not kept.any():
         return None
-    return write_run(run.path.parent, run.target, run.split, run.part, records[kept], tokens, run.columns, run.categories)
+    learned = None if learned is None else learned[of_tokens]
+    named = (run.path.parent, run.target, run.split, run.part)
+    return write_run(*named, records[kept], tokens, run.columns, run.categories, learned)

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import VALID_SUFFIX, ColumnConfig, PrepareSource
-from megatron_synth.data.preparing import fim
+from megatron_synth.data.preparing import fim, masks
 from megatron_synth.data.preparing.journal import Entry
-from megatron_synth.data.preparing.readers.documents import is_held_out, with_text
+from megatron_synth.data.preparing.output import Unfinished
+from megatron_synth.data.preparing.readers.documents import Document, Part, is_held_out, with_text
 from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.data.preparing.readers.reader import InputSplit
 from megatron_synth.data.preparing.readers.values import Value, values_of
@@ -85,6 +85,7 @@ class _Held:
     part: int = 0
     tokens: list[np.ndarray] = field(default_factory=list)
     records: list[np.ndarray] = field(default_factory=list)
+    learned: list[np.ndarray] = field(default_factory=list)
     size: int = 0
     categories: dict[str, dict[str, int]] = field(default_factory=dict)
     """By column of that type, the number of each text."""
@@ -118,7 +119,7 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
     """
     held: dict[str, _Held] = {}
     runs: list[TokenRun] = []
-    batch: list[tuple[str, str, int, tuple[Value, ...]]] = []  # target, text, UTF-8 bytes, values of the columns
+    batch: list[tuple[str, Document, int, tuple[Value, ...]]] = []  # target, document, UTF-8 bytes, values of the columns
     columns = stored_columns(job.source.columns)
     record = record_type(columns)
     settings = job.source.fim
@@ -131,8 +132,11 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
 
     def flush() -> None:
         nonlocal place, characters, waiting, kept
-        texts = [text for _, text, _, _ in batch]
-        if settings is None or cutter is None:
+        texts, learned = [document.text for _, document, _, _ in batch], None
+        if job.source.masked:
+            parts = [document.parts or (Part(document.text, True),) for _, document, _, _ in batch]
+            tokens, lengths, learned = masks.encode(tokenizer, parts, job.dtype)
+        elif settings is None or cutter is None:
             tokens, lengths = tokenizer.encode(texts, job.dtype)
         else:
             cuts = [cutter.next() if target == job.name else None for target, _, _, _ in batch]
@@ -146,7 +150,10 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
             if not chosen.any():
                 continue
             one = held.setdefault(target, _Held())
-            one.tokens.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)])
+            of_tokens = slice(None) if chosen.all() else np.repeat(chosen, lengths)
+            one.tokens.append(tokens[of_tokens])
+            if learned is not None:
+                one.learned.append(learned[of_tokens])
             one.records.append(records[chosen])
             if columns:
                 one.take(columns, [values for (*_, values), taken in zip(batch, chosen, strict=True) if taken])
@@ -167,7 +174,7 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
         values = document.values
         if columns and values is None:  # of an input without records
             values = values_of(job.source.columns, {}, document.text, job.name)
-        batch.append((target, document.text, size, values or ()))
+        batch.append((target, document, size, values or ()))
         characters += len(document.text)
         waiting += size
         if characters >= job.chunk_characters or (limit is not None and kept + waiting >= limit):
@@ -184,17 +191,37 @@ def tokenize_split(tokenizer: Tokenizer, job: Job, number: int, split: InputSpli
 
 def _write(job: Job, target: str, number: int, held: _Held) -> TokenRun:
     tokens, records = np.concatenate(held.tokens), np.concatenate(held.records)
+    learned = np.concatenate(held.learned) if held.learned else None
     if job.shuffle_seed is not None:
         records["key"] = document_keys(job.shuffle_seed, target, number, records["place"])
         order = np.argsort(records["key"], kind="stable")
         starts = np.cumsum(records["length"], dtype=np.int64) - records["length"]
         records = records[order]
         tokens = gather(tokens, starts[order], records["length"])
+        learned = None if learned is None else gather(learned, starts[order], records["length"])
     columns = stored_columns(job.source.columns)
     categories = tuple(tuple(held.categories.get(name, {})) for name, _ in columns)
-    run = write_run(job.folder, target, number, held.part, records, tokens, columns, categories)
-    held.part, held.tokens, held.records, held.size, held.categories = held.part + 1, [], [], 0, {}
+    run = write_run(job.folder, target, number, held.part, records, tokens, columns, categories, learned)
+    held.part, held.tokens, held.records, held.learned, held.size, held.categories = held.part + 1, [], [], [], 0, {}
     return run
+
+
+class Pool(Protocol):
+    """Whatever runs the tasks of a preparation."""
+
+    def run(
+        self, function: Callable[[Tokenizer, Task], Result], tasks: Iterable[Task]
+    ) -> Generator[tuple[Task, Result], None, None]:
+        """(task, function(tokenizer, task)) of each task, in the order of the tasks; `function` is importable.
+
+        When the generator is closed no task runs any more.
+
+        Raises:
+            Unfinished: what ran a task has died.
+        """
+
+    def close(self) -> None:
+        """Nothing more will be run."""
 
 
 class Workers:
@@ -229,7 +256,7 @@ class Workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise UserError(
+            raise Unfinished(
                 "a worker process died, most likely for want of memory; use fewer --workers: what is done is kept, and the "
                 "same command goes on"
             ) from None

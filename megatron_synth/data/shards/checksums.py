@@ -25,8 +25,11 @@ from megatron_synth.core.files import open_regular, read_regular
 from megatron_synth.data.shards.block_hash import block_count, checksum, expected_blocks
 from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.columns import ColumnFile
-from megatron_synth.data.shards.indexed import AGAIN, HEADER, MAGIC, TOKEN_TYPES, VERSION, with_suffix
+from megatron_synth.data.shards.indexed import HEADER, MAGIC, TOKEN_TYPES, VERSION, with_suffix
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import check_file
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
+from megatron_synth.data.shards.open_files import AGAIN
 
 BLOCKS_PER_TASK = 64  # large enough to cost nothing, small enough to share one shard among all threads
 
@@ -115,6 +118,8 @@ class BlockChecker:
     def _open(self, shard_number: int) -> bytearray:
         shard = self._manifest.shards[shard_number]
         _, faults = _check_index(self._folder, self._manifest, shard)
+        if shard.learned_tokens is not None:
+            faults += _check_learned(self._folder, shard)[1]
         if faults:
             raise UserError(f"{faults[0]}; {AGAIN}")
         with self._lock:
@@ -145,6 +150,8 @@ def verify(
             read, wrong = _check_index(folders[source], manifest, shard)
         elif kind == "columns":
             read, wrong = _check_columns(folders[source], manifest, shard)
+        elif kind == "learned":
+            read, wrong = _check_learned(folders[source], shard)
         elif kind == "sha256":
             read, wrong = _check_whole(folders[source], manifest, shard)
         else:
@@ -179,6 +186,8 @@ def _tasks(manifest: Manifest, shard: ShardInfo, sha256: bool) -> Iterator[tuple
     yield 0, 0, "index"
     if shard.columns_bytes is not None:
         yield 0, 0, "columns"
+    if shard.learned_tokens is not None:
+        yield 0, 0, "learned"
     count = block_count(shard.bin_bytes, manifest.block_bytes)
     if shard.bin_blocks is None or sha256:
         yield 0, count, "sha256"
@@ -204,11 +213,25 @@ def _check_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[in
 def _check_columns(folder: Path, manifest: Manifest, shard: ShardInfo) -> tuple[int, list[Fault]]:
     path = with_suffix(folder / shard.name, COLUMNS)
     assert shard.columns_bytes is not None and shard.columns_sha256 is not None
+    return shard.columns_bytes, _faults_of(
+        path, lambda: ColumnFile(path, manifest.columns, shard.documents, shard.columns_sha256 or "", AGAIN)
+    )
+
+
+def _check_learned(folder: Path, shard: ShardInfo) -> tuple[int, list[Fault]]:
+    path = with_suffix(folder / shard.name, LEARNED)
+    learned, sha256 = shard.learned_tokens, shard.learned_sha256
+    assert learned is not None and sha256 is not None
+    return shard.sizes[LEARNED], _faults_of(path, lambda: check_file(path, shard.tokens, learned, sha256))
+
+
+def _faults_of(path: Path, check: Callable[[], object]) -> list[Fault]:
+    """What a check of a whole file finds."""
     try:
-        ColumnFile(path, manifest.columns, shard.documents, shard.columns_sha256, AGAIN)
+        check()
     except UserError as error:
-        return shard.columns_bytes, [Fault(str(path), str(error).removeprefix(f"{path}: ").removesuffix(f"; {AGAIN}"))]
-    return shard.columns_bytes, []
+        return [Fault(str(path), str(error).removeprefix(f"{path}: ").removesuffix(f"; {AGAIN}"))]
+    return []
 
 
 def _first_contradiction(data: bytes, dtype: np.dtype[Any], bin_bytes: int) -> int | None:

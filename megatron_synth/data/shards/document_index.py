@@ -108,6 +108,16 @@ class DocumentIndex:
             offsets = offsets[~again]
         return offsets, counts
 
+    def containing(self, positions: np.ndarray) -> np.ndarray:
+        """Of each token [N] of the shard the document that it is in, int64 [N].
+
+        Raises:
+            BusError: the file could not be read.
+        """
+        if self._compiled is not None:
+            return native.first_documents(self._compiled, self.address, positions + 1) - 1
+        return self._first_from(positions + 1) - 1
+
     def _first_from(self, positions: np.ndarray) -> np.ndarray:
         """Of each position, the first document that starts there or later: int64 [N]."""
         after = np.searchsorted(self._sample, positions)  # the first sampled one that does

@@ -17,7 +17,8 @@ import xxhash
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import open_regular
-from megatron_synth.data.shards.indexed import AGAIN, Shard, beyond_vocabulary
+from megatron_synth.data.shards.indexed import Shard, beyond_vocabulary
+from megatron_synth.data.shards.open_files import AGAIN
 
 READ_BYTES = 4 << 20
 

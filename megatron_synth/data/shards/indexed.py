@@ -39,6 +39,9 @@ from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.document_index import DocumentIndex
 from megatron_synth.data.shards.index_check import check_index
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import LearnedFile
+from megatron_synth.data.shards.open_files import AGAIN, OpenFile, file_size, map_file, unreadable
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -48,8 +51,6 @@ UINT16_VOCAB_LIMIT = 65500  # megatron-core's: smaller vocabularies are stored a
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
 MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
-
-AGAIN = "prepare the source again, or copy it again"
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path, offset: int) -> None:
@@ -162,22 +163,6 @@ def _sync_and_close(file: BinaryIO) -> None:
     file.close()
 
 
-class OpenFile:
-    """A descriptor of a file that is read at random; closed when nobody holds the object any more."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, path: Path):
-        self.fd = open_regular(path)
-        # windows come in random order: what read-ahead would fetch beside them is not wanted
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        fd = getattr(self, "fd", None)
-        if fd is not None:
-            os.close(fd)
-
-
 class OpenShards:
     """Which shards have files open: so many files at most, the shard that opened first gives way."""
 
@@ -218,6 +203,7 @@ class Places:
     def __init__(self, shards: int):
         self.tokens = np.zeros(shards, np.int64)
         self.indexes = np.zeros(shards, np.int64)
+        self.learned = np.zeros(shards, np.int64)
         self.view = 0
         """Where compiled code finds which parts of the shards make the stream (selection.py); 0: all of them, in order."""
 
@@ -241,10 +227,11 @@ class Shard:
         places: Places | None = None,
         number: int = 0,
         one_each: bool = False,
+        learned: bool = False,
     ):
         """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards.
 
-        one_each: its documents are one sequence each, as `prepare` writes them.
+        one_each: its documents are one sequence each, as `prepare` writes them. learned: a file says which tokens are learned.
         """
         self.places, self._number, self._one_each = places or Places(1), number, one_each
         self._index_checked = False
@@ -293,6 +280,8 @@ class Shard:
         self.num_tokens = end // self.dtype.itemsize
         self.num_documents = max(document_entries - 1, 0)
         self._sequences, self._document_entries = sequences, document_entries
+        path = with_suffix(prefix, LEARNED)
+        self._learned = LearnedFile(path, self.num_tokens, memory_map=memory_map) if learned else None
         self._file: OpenFile | None = None
         self.mapped: np.ndarray | None = None
         self._index: DocumentIndex | None = None
@@ -360,6 +349,18 @@ class Shard:
             )
         return stored
 
+    def read_learned(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` [N] of bools with whether tokens [begin, begin + N) are learned.
+
+        Raises:
+            UserError: the file cannot be opened or read there, or has become shorter.
+        """
+        if self._learned is None:
+            out[:] = True
+            return
+        self.check_index()
+        self._learned.read(begin, out)
+
     def will_need(self, begin: int, count: int) -> None:
         """Ask the system to fetch tokens [begin, begin + count) from disk in the background."""
         size = self.dtype.itemsize
@@ -410,14 +411,19 @@ class Shard:
         """What a failed read of a memory map of this shard means."""
         index = self._index
         if index is not None and 0 <= error.address - native.address_of(index.content) < index.content.nbytes:
-            return _unreadable(self.idx_path, index.content, error)
-        return _unreadable(self.bin_path, self.mapped, error)
+            return unreadable(self.idx_path, index.content, error)
+        mask = None if self._learned is None else self._learned.mapped
+        if self._learned is not None and mask is not None and 0 <= error.address - native.address_of(mask) < mask.nbytes:
+            return unreadable(self._learned.path, mask, error)
+        return unreadable(self.bin_path, self.mapped, error)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         with native.MAPS:
-            self.places.tokens[self._number] = self.places.indexes[self._number] = 0
+            self.places.tokens[self._number] = self.places.indexes[self._number] = self.places.learned[self._number] = 0
             self._file = self.mapped = self._index = None
+            if self._learned is not None:
+                self._learned.close()
 
     def _opened(self) -> OpenFile:
         self.check_index()
@@ -430,11 +436,14 @@ class Shard:
         tokens = self.mapped
         if tokens is None:
             self.check_index()
-            content = _mapped(self.bin_path, self.num_tokens * self.dtype.itemsize)
+            content = map_file(self.bin_path, self.num_tokens * self.dtype.itemsize)
             content.madvise(mmap.MADV_RANDOM)  # windows come in random order: what lies beside them is not wanted
             tokens = np.frombuffer(content, self.dtype, self.num_tokens)
+            learned = None if self._learned is None else self._learned.map()
             with native.MAPS:
                 self.mapped = tokens
+                if learned is not None:
+                    self.places.learned[self._number] = native.address_of(learned)
                 self.places.tokens[self._number] = native.address_of(tokens)
             _open_shards.add(self)
         return tokens
@@ -444,50 +453,15 @@ class Shard:
         index = self._index
         if index is None:
             self.check_index()
-            content = _mapped(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
+            content = map_file(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
             whole = np.frombuffer(content, np.uint8)
             at = HEADER.size + 4 * self._sequences
             try:
                 index = DocumentIndex(whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize)
             except native.BusError as error:
-                raise _unreadable(self.idx_path, whole, error) from None
+                raise unreadable(self.idx_path, whole, error) from None
             with native.MAPS:
                 self._index = index
                 self.places.indexes[self._number] = index.address
             _open_shards.add(self)
         return index
-
-
-def _unreadable(path: Path, content: np.ndarray | None, error: native.BusError) -> UserError:
-    """content: what was mapped; None when it is not any more."""
-    offset = None if content is None else error.address - native.address_of(content)
-    where = "" if offset is None else f" at offset {offset}"
-    try:
-        size = path.stat().st_size
-        cut = offset is not None and size <= offset
-        why = f"the file has {size} bytes now: it was cut off after it was opened" if cut else "check the disk"
-    except OSError as gone:
-        why = f"the file cannot be found now: {gone.strerror}"
-    return UserError(f"{path}: the system could not read it{where} (bus error); {why}; then {AGAIN}")
-
-
-def _mapped(path: Path, size: int) -> mmap.mmap:
-    try:
-        descriptor = open_regular(path)
-        try:
-            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:  # an empty file is a ValueError
-        raise UserError(f"{path}: {error} while mapping it; {AGAIN}") from error
-    if len(content) < size:
-        raise UserError(f"{path}: {size} bytes expected, found {len(content)}: the file was cut off; {AGAIN}")
-    return content
-
-
-def file_size(path: Path | str) -> int:
-    """Bytes of `path`; a UserError when it is not there."""
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {AGAIN}") from None

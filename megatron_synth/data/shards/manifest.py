@@ -17,6 +17,8 @@ from megatron_synth.core.names import plain_name
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
 from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.columns import ColumnInfo, layout
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import mask_bytes
 from megatron_synth.storage.faults import ObjectMissing
 from megatron_synth.storage.objects import read_location
 from megatron_synth.storage.remote import Location, Remote, remote
@@ -83,10 +85,26 @@ class ShardInfo(Section):
     """Of the .columns file; null where the source has no columns."""
     columns_sha256: Sha256 | None = None
 
+    learned_tokens: Size | None = None
+    """Tokens that are learned; null where all of them are and there is no .learned file."""
+    learned_sha256: Sha256 | None = None
+    """Of the .learned file."""
+
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """How the names of its files end."""
-        return (".bin", ".idx") if self.columns_bytes is None else (".bin", ".idx", COLUMNS)
+    def sizes(self) -> dict[str, int]:
+        """Bytes of its files, by how their names end."""
+        found = {".bin": self.bin_bytes, ".idx": self.idx_bytes}
+        if self.columns_bytes is not None:
+            found[COLUMNS] = self.columns_bytes
+        if self.learned_tokens is not None:
+            found[LEARNED] = mask_bytes(self.tokens)
+        return found
+
+    @property
+    def checksums(self) -> dict[str, str | None]:
+        """SHA-256 of its files, likewise."""
+        known = {".bin": self.bin_sha256, ".idx": self.idx_sha256, COLUMNS: self.columns_sha256, LEARNED: self.learned_sha256}
+        return {suffix: known[suffix] for suffix in self.sizes}
 
 
 class PackingInfo(Section):
@@ -157,6 +175,13 @@ class Manifest(Section):
             size = layout(self.columns, shard.documents)[1] if self.columns else None
             if shard.columns_bytes != size or (shard.columns_sha256 is None) != (size is None):
                 raise ValueError(f"{shard.name}: {shard.columns_bytes} bytes of columns, expected {size} and their checksum")
+        for shard in self.shards:
+            if (shard.learned_tokens is None) != (shard.learned_sha256 is None):
+                raise ValueError(f"{shard.name}: expected both learned_tokens and learned_sha256, or none")
+            if (shard.learned_tokens is None) == self.masked or (shard.learned_tokens or 0) > shard.tokens:
+                raise ValueError(
+                    f"{shard.name}: {shard.learned_tokens} learned tokens of {shard.tokens}, or of some shards alone"
+                )
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard is named twice")
         for what in ("documents", "tokens"):
@@ -168,14 +193,26 @@ class Manifest(Section):
             raise ValueError(f"tokenizer.eod_id is {self.tokenizer.eod_id}, the vocabulary has {self.tokenizer.vocab_size}")
         return self
 
+    @property
+    def masked(self) -> bool:
+        """Whether files say which tokens are learned."""
+        return self.shards[0].learned_tokens is not None
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that are learned."""
+        return sum(shard.tokens if shard.learned_tokens is None else shard.learned_tokens for shard in self.shards)
+
     def digest(self) -> str:
-        """SHA-256 that two sources share exactly when they hold the same tokens of the same tokenizer."""
-        content = {
+        """SHA-256 that two sources share exactly when they hold the same tokens of the same tokenizer, and learn the same."""
+        content: dict[str, Any] = {
             "tokenizer": self.tokenizer.fingerprint,
             "eod_id": self.tokenizer.eod_id,
             "dtype": self.dtype,
             "shards": [[shard.bin_sha256, shard.idx_sha256] for shard in self.shards],
         }
+        if self.masked:
+            content["learned"] = [shard.learned_sha256 for shard in self.shards]
         return canonical_digest(content)
 
     def save(self, folder: Path) -> None:
@@ -188,6 +225,9 @@ class Manifest(Section):
             del data["columns"]
             for shard in data["shards"]:
                 del shard["columns_bytes"], shard["columns_sha256"]
+        if not self.masked:
+            for shard in data["shards"]:
+                del shard["learned_tokens"], shard["learned_sha256"]
         for column in data.get("columns", ()):
             for name in [name for name in ("parent", "categories") if not column[name]]:
                 del column[name]

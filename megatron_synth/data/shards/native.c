@@ -42,9 +42,12 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
     }
 }
 
+static void fill_bytes_of_bits(void);
+
 /* Once per process. 0, or -1 where the system does not allow it. */
 EXPORT int64_t catch_bus_errors(void) {
     struct sigaction own;
+    fill_bytes_of_bits();
     memset(&own, 0, sizeof own);
     own.sa_sigaction = on_bus_error;
     /* NODEFER: the handler is left by a jump, after which the signal must not stay blocked */
@@ -97,6 +100,19 @@ typedef int (*copier)(const char *from, char *to, int64_t count, const char *nex
                 to[i + k] = (TO)from[i + k];                                                               \
             }                                                                                              \
         }                                                                                                  \
+        if (i < count && i) { /* the rest once more in a whole round, with some tokens before it */        \
+            __builtin_prefetch(next + i * (int64_t)sizeof(FROM));                                          \
+            __builtin_prefetch(next + (count - 1) * (int64_t)sizeof(FROM));                                \
+            from += count - STEP;                                                                          \
+            to += count - STEP;                                                                            \
+            for (int k = 0; k < STEP; k++) {                                                               \
+                negative |= (WIDE)from[k];                                                                 \
+                above |= last - (WIDE)from[k];                                                             \
+                to[k] = (TO)from[k];                                                                       \
+            }                                                                                              \
+            return (int)((negative | above) >> (8 * sizeof(WIDE) - 1));                                    \
+        }                                                                                                  \
+        __builtin_prefetch(next);                                                                          \
         for (; i < count; i++) {                                                                           \
             negative |= (WIDE)from[i];                                                                     \
             above |= last - (WIDE)from[i];                                                                 \
@@ -129,6 +145,9 @@ struct rows {
     int64_t rows, length;        /* tokens of a row */
     int64_t wide;                /* 1: to int64, 0: to int32 */
     const int64_t *views;        /* [sources] address of a struct view, 0 for a source whose rows lie in one shard each */
+    const int64_t *runs;         /* [rows] run of the view that holds the first token, 0 for a row of a source without */
+    const int64_t *learned;      /* [sources] address of where the files of learned tokens of its shards lie in memory: [shards],
+                                    0 for one that does not; 0 for a source whose tokens are all learned */
 };
 
 /* Runs of tokens that make the stream of a source. `begins` of its rows are places in that stream. */
@@ -141,53 +160,129 @@ struct view {
 
 /* A part of a row that lies in one place. */
 struct part {
-    int64_t row, at, run;        /* first token in the row; number of the run in a view, -1: not looked for yet */
+    int64_t row, at, run;        /* first token in the row; number of the run in a view */
     int64_t count;               /* tokens */
     const char *from;            /* NULL: it cannot be copied from a map */
+    const unsigned char *bits;   /* the file of learned tokens; NULL: all are learned */
+    int64_t bit;                 /* of the first token in it */
+    int64_t width;               /* bytes of a token */
 };
 
-static const char *address(const struct rows *table, int64_t source, int64_t shard, int64_t begin) {
-    int64_t map = shard < 0 ? 0 : table->maps[source][shard];
-    return map ? (const char *)(intptr_t)map + begin * BYTES_OF[table->codes[source]] : NULL;
-}
+enum { TOGETHER = 16 };
 
-/* The last run that starts at `token` or before. */
-static int64_t run_of(const struct view *view, int64_t token) {
-    int64_t low = 0, high = view->runs - 1;
-    while (low < high) {
-        int64_t middle = (low + high + 1) >> 1;
-        if (view->starts[middle] <= token) low = middle;
-        else high = middle - 1;
+struct finding {
+    const struct rows *table;
+    int64_t *runs;
+    volatile int64_t row;
+};
+
+static void find_some(void *task) {
+    struct finding *finding = task;
+    const struct rows *table = finding->table;
+    int64_t *runs = finding->runs;
+    for (int64_t first = 0; first < table->rows; first += TOGETHER) {
+        finding->row = first;
+        const int64_t *starts[TOGETHER];
+        int64_t tokens[TOGETHER], low[TOGETHER], high[TOGETHER];
+        int number = (int)(table->rows - first < TOGETHER ? table->rows - first : TOGETHER), open = 0;
+        for (int i = 0; i < number; i++) {
+            const struct view *view = (const struct view *)(intptr_t)table->views[table->source_ids[first + i]];
+            starts[i] = view ? view->starts : NULL;
+            tokens[i] = table->begins[first + i];
+            low[i] = 0;
+            high[i] = view ? view->runs - 1 : 0;
+            open |= low[i] < high[i];
+        }
+        while (open) {
+            for (int i = 0; i < number; i++)
+                if (low[i] < high[i]) __builtin_prefetch(&starts[i][(low[i] + high[i] + 1) >> 1]);
+            open = 0;
+            for (int i = 0; i < number; i++) {
+                if (low[i] >= high[i]) continue;
+                int64_t middle = (low[i] + high[i] + 1) >> 1;
+                if (starts[i][middle] <= tokens[i]) low[i] = middle;
+                else high[i] = middle - 1;
+                open |= low[i] < high[i];
+            }
+        }
+        for (int i = 0; i < number; i++) runs[first + i] = low[i];
     }
-    return low;
+    finding->row = table->rows;
 }
 
-/* Fill `count` and `from` of a part. */
+/* Fill `runs` [rows]: of each row the last run that starts at its first token or before. Rows are looked for in step, so
+ * that what one waits for in memory the others wait for at the same time. The number of rows, or -1 - row where a read failed. */
+EXPORT int64_t find_runs(const struct rows *table, int64_t *runs) {
+    struct finding finding = {table, runs, 0};
+    return guarded(find_some, &finding) ? finding.row : -1 - finding.row;
+}
+
+/* Fill what is missing of a part that has row, place and run. */
 static void locate(const struct rows *table, struct part *part) {
-    int64_t source = table->source_ids[part->row], begin = table->begins[part->row];
+    int64_t source = table->source_ids[part->row], shard = table->shards[part->row], begin = table->begins[part->row] + part->at;
     const struct view *view = (const struct view *)(intptr_t)table->views[source];
     part->count = table->length - part->at;
-    if (!view) {
-        part->from = address(table, source, table->shards[part->row], begin);
-        return;
+    part->width = BYTES_OF[table->codes[source]];
+    if (view) {
+        int64_t within = begin - view->starts[part->run], left = view->starts[part->run + 1] - begin;
+        if (left < part->count) part->count = left;
+        shard = view->shards[part->run];
+        begin = view->begins[part->run] + within;
     }
-    int64_t token = begin + part->at;
-    if (part->run < 0) part->run = run_of(view, token);
-    int64_t left = view->starts[part->run + 1] - token;
-    if (left < part->count) part->count = left;
-    part->from = address(table, source, view->shards[part->run], view->begins[part->run] + token - view->starts[part->run]);
+    int64_t map = shard < 0 ? 0 : table->maps[source][shard];
+    const int64_t *learned = (const int64_t *)(intptr_t)table->learned[source];
+    part->bits = NULL;
+    part->bit = begin;
+    if (map && learned) {
+        part->bits = (const unsigned char *)(intptr_t)learned[shard];
+        if (!part->bits) map = 0;
+    }
+    part->from = map ? (const char *)(intptr_t)map + begin * part->width : NULL;
 }
 
-/* The part after this one. */
-static struct part following(const struct rows *table, const struct part *part) {
-    struct part next = {part->row, part->at + part->count, part->run + 1, 0, NULL};
-    if (next.at == table->length) {
-        next.row++;
-        next.at = 0;
-        next.run = -1;
+static void begin_row(const struct rows *table, struct part *part, int64_t row) {
+    part->row = row;
+    part->at = 0;
+    if (row >= table->rows) return;
+    part->run = table->runs[row];
+    locate(table, part);
+}
+
+/* Go on by `count` tokens of a part, to the next part where these are all. */
+static void go_on(const struct rows *table, struct part *part, int64_t count) {
+    part->at += count;
+    part->count -= count;
+    part->bit += count;
+    if (part->from) part->from += count * part->width;
+    if (part->count) return;
+    if (part->at == table->length) {
+        begin_row(table, part, part->row + 1);
+        return;
     }
-    if (next.row < table->rows) locate(table, &next);
-    return next;
+    part->run++;
+    locate(table, part);
+}
+
+/* Eight bytes of 0 or 1 for each value of a byte, the lowest bit first. */
+static uint64_t bytes_of_bits[256];
+
+static void fill_bytes_of_bits(void) {
+    for (int value = 0; value < 256; value++) {
+        unsigned char bytes[8];
+        for (int bit = 0; bit < 8; bit++) bytes[bit] = (unsigned char)(value >> bit & 1);
+        memcpy(&bytes_of_bits[value], bytes, 8);
+    }
+}
+
+/* `count` bits of a file, from `bit` on, into bytes of 0 or 1. No byte beyond the last bit is read. */
+static void spread(const unsigned char *bits, int64_t bit, int64_t count, unsigned char *out) {
+    const unsigned char *from = bits + (bit >> 3);
+    int shift = (int)(bit & 7);
+    for (; count >= 8; count -= 8, out += 8, from++) {
+        unsigned value = shift ? (unsigned)(from[0] >> shift) | (unsigned)from[1] << (8 - shift) : from[0];
+        memcpy(out, &bytes_of_bits[value & 255], 8);
+    }
+    for (int64_t i = 0; i < count; i++) out[i] = (unsigned char)(from[(shift + i) >> 3] >> ((shift + i) & 7) & 1);
 }
 
 struct copying {
@@ -195,32 +290,50 @@ struct copying {
     volatile int64_t row;
     int64_t end;
     char *out;
+    unsigned char *learned;      /* [end - begin, length - 1] whether each label is learned, NULL: not asked for */
 };
 
+/* One cursor copies, another is a row ahead of it and fetches into the cache: in step, token for token. */
 static void copy_some(void *task) {
     struct copying *copying = task;
     const struct rows *table = copying->table;
     int64_t width = table->wide ? 8 : 4;
-    struct part part = {copying->row, 0, -1, 0, NULL};
-    locate(table, &part);
+    struct part part = {0}, ahead = {0};
+    begin_row(table, &part, copying->row);
+    begin_row(table, &ahead, copying->row + 1);
     char *out = copying->out;
+    unsigned char *learned = copying->learned;
     while (part.row < copying->end && part.from) {
         copying->row = part.row;
-        struct part next = following(table, &part);
-        int64_t source = table->source_ids[part.row];
-        copier copy = COPIER_OF[table->codes[source]][table->wide];
-        int beyond = copy(part.from, out, part.count, next.from ? next.from : part.from, table->lasts[source]);
+        int64_t source = table->source_ids[part.row], count = part.count;
+        const char *next = part.from;
+        if (ahead.row < table->rows) {
+            if (ahead.count < count) count = ahead.count;
+            /* where tokens are wider there, what is left over is fetched as it is read */
+            if (ahead.from) next = ahead.from;
+            if (ahead.bits && learned)
+                for (int64_t at = ahead.bit >> 3; at <= (ahead.bit + count - 1) >> 3; at += 64) __builtin_prefetch(ahead.bits + at);
+        }
+        int beyond = COPIER_OF[table->codes[source]][table->wide](part.from, out, count, next, table->lasts[source]);
         if (beyond && table->lasts[source] >= 0) return;
-        out += part.count * width;
-        part = next;
+        if (learned) {
+            int64_t skip = part.at == 0; /* the first token of a row is no label */
+            if (part.bits) spread(part.bits, part.bit + skip, count - skip, learned);
+            else memset(learned, 1, (size_t)(count - skip));
+            learned += count - skip;
+        }
+        out += count * width;
+        if (ahead.row < table->rows) go_on(table, &ahead, count);
+        go_on(table, &part, count);
     }
     copying->row = part.row;
 }
 
-/* Rows [begin, end) of a table into `out` [end - begin, length]. Returns `end`; or the first row that lies in no map, or that
- * holds an id beyond its vocabulary, and is not to be used; or -1 - row for one whose read failed. */
-EXPORT int64_t copy_rows(const struct rows *table, int64_t begin, int64_t end, char *out) {
-    struct copying copying = {table, begin, end, out};
+/* Rows [begin, end) of a table into `out` [end - begin, length], and which labels are learned into `learned`, unless it is NULL.
+ * Returns `end`; or the first row that lies in no map, or that holds an id beyond its vocabulary, and is not to be used; or
+ * -1 - row for one whose read failed. */
+EXPORT int64_t copy_rows(const struct rows *table, int64_t begin, int64_t end, char *out, unsigned char *learned) {
+    struct copying copying = {table, begin, end, out, learned};
     if (begin >= end) return end;
     return guarded(copy_some, &copying) ? copying.row : -1 - copying.row;
 }
@@ -291,6 +404,25 @@ static int64_t first_from(const struct index *index, int64_t position) {
         else low = middle + 1;
     }
     return low;
+}
+
+struct numbering {
+    const struct index *index;
+    const int64_t *positions;    /* [number] */
+    int64_t number;
+    int64_t *found;              /* [number] out */
+};
+
+static void number_some(void *task) {
+    const struct numbering *numbering = task;
+    for (int64_t i = 0; i < numbering->number; i++)
+        numbering->found[i] = first_from(numbering->index, numbering->positions[i]);
+}
+
+/* Of each position the first document that starts there or later. 1, or 0 when reading the index failed. */
+EXPORT int64_t first_documents(const struct index *index, const int64_t *positions, int64_t number, int64_t *found) {
+    struct numbering numbering = {index, positions, number, found};
+    return guarded(number_some, &numbering);
 }
 
 struct searching {
@@ -374,9 +506,9 @@ EXPORT void lay_out(const struct layout *layout) {
     layout->ends_split[layout->batches] = end - layout->ends;
 }
 
-/* `mask` [count] is 1, but 0 at each of `places` [number]. */
-EXPORT void mask_out(char *mask, int64_t count, const int64_t *places, int64_t number) {
-    memset(mask, 1, (size_t)count);
+/* `mask` [count] is 1, or what it was where `kept`, but 0 at each of `places` [number]. */
+EXPORT void mask_out(char *mask, int64_t count, const int64_t *places, int64_t number, int64_t kept) {
+    if (!kept) memset(mask, 1, (size_t)count);
     for (int64_t i = 0; i < number; i++) mask[places[i]] = 0;
 }
 

@@ -78,12 +78,14 @@ def _loaded(path: Path) -> Library:
     for name, arguments in {
         "catch_bus_errors": [],
         "failed_address": [],
-        "copy_rows": [pointer, integer, integer, pointer],
+        "find_runs": [pointer, pointer],
+        "copy_rows": [pointer, integer, integer, pointer, pointer],
         "read_map": [pointer, pointer, integer],
         "sample_documents": [pointer],
         "document_starts": [pointer],
+        "first_documents": [pointer, pointer, integer, pointer],
         "lay_out": [pointer],
-        "mask_out": [pointer, integer, pointer, integer],
+        "mask_out": [pointer, integer, pointer, integer, integer],
         "count_up": [pointer, integer, pointer],
     }.items():
         function = getattr(loaded, name)
@@ -112,7 +114,7 @@ class _Rows(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("maps", "codes", "lasts", "source_ids", "shards", "begins")),
         *((name, ctypes.c_int64) for name in ("rows", "length", "wide")),
-        ("views", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("views", "runs", "learned")),
     ]
 
 
@@ -132,6 +134,7 @@ class RowCopier:
         *,
         wide: bool,
         views: Sequence[int] | None = None,
+        learned: Sequence[Int64 | None] | None = None,
     ):
         """What rows there are.
 
@@ -147,6 +150,10 @@ class RowCopier:
             length: tokens of a row.
             wide: the copies are int64, else int32.
             views: of each source, `Places.view`; None: all 0.
+            learned: of each source, as `maps` for its files of learned tokens; None: all its tokens are. None: so are all.
+
+        Raises:
+            BusError: a view could not be read.
         """
         self._copy = compiled.copy_rows
         self._failed_address = compiled.failed_address
@@ -161,12 +168,20 @@ class RowCopier:
         ]
         self._keep = (arrays, tuple(maps))  # the structure holds addresses only
         of_sources = np.array([0] * len(maps) if views is None else views, np.int64)
-        self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide), address_of(of_sources))
-        arrays.append(of_sources)
+        masks = list(learned or [None] * len(maps))
+        mask_array = np.array([0 if one is None else address_of(one) for one in masks], np.int64)
+        runs = np.zeros(len(source_ids), np.int64)
+        self._rows = _Rows(*map(address_of, arrays), len(source_ids), length, int(wide))
+        self._rows.views, self._rows.runs, self._rows.learned = map(address_of, (of_sources, runs, mask_array))
+        arrays += [of_sources, runs, mask_array, *(one for one in masks if one is not None)]
+        if of_sources.any():
+            found = compiled.find_runs(ctypes.addressof(self._rows), address_of(runs))
+            if found < 0:
+                raise BusError(self._failed_address(), -1 - found)
         self._address = ctypes.addressof(self._rows)
 
-    def copy(self, begin: int, end: int, out: int) -> int:
-        """Copy rows [begin, end) to address `out` on.
+    def copy(self, begin: int, end: int, out: int, learned: int | None = None) -> int:
+        """Copy rows [begin, end) to address `out` on, and to `learned` on whether their labels are, a byte each.
 
         Returns `end`, or the first row that is not copied: it lies in no map, or holds an id that its source's vocabulary does
         not have.
@@ -175,7 +190,7 @@ class RowCopier:
             BusError: a read failed.
         """
         with MAPS:
-            done: int = self._copy(self._address, begin, end, out)
+            done: int = self._copy(self._address, begin, end, out, learned)
         if done < 0:
             raise BusError(self._failed_address(), -1 - done)
         return done
@@ -203,6 +218,20 @@ def sample_documents(compiled: Library, index: int) -> None:
     """Fill the sample of the `Index` at this address. BusError when the file cannot be read."""
     if not compiled.sample_documents(index):
         raise BusError(compiled.failed_address())
+
+
+def first_documents(compiled: Library, index: int, positions: Int64) -> Int64:
+    """Of each position [N] the first document that starts there or later, of the `Index` at this address: [N].
+
+    Raises:
+        BusError: the index could not be read.
+    """
+    positions, found = np.ascontiguousarray(positions, np.int64), np.empty(len(positions), np.int64)
+    with MAPS:
+        sound = compiled.first_documents(index, address_of(positions), len(positions), address_of(found))
+    if not sound:
+        raise BusError(compiled.failed_address())
+    return found
 
 
 class _Search(ctypes.Structure):
@@ -293,16 +322,21 @@ def lay_out(
     return edges, splits[0], ends, splits[1]
 
 
-def loss_mask(shape: tuple[int, int], places: Int64, places_at: int | None = None) -> npt.NDArray[np.bool_]:
-    """`shape` True, but False at `places` of the flat array. places_at: their address, where it is known."""
+def loss_mask(
+    shape: tuple[int, int], places: Int64, places_at: int | None = None, counting: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
+    """`shape` True, but False at `places` of the flat array.
+
+    places_at: their address, where it is known. counting: [shape], contiguous, in place of all True; it is changed.
+    """
     compiled = library()
     if compiled is None:
-        mask = np.ones(shape, dtype=np.bool_)
-        mask.ravel()[places] = False
+        mask = np.ones(shape, dtype=np.bool_) if counting is None else counting.reshape(shape)
+        mask.reshape(-1)[places] = False
         return mask
-    mask = np.empty(shape, dtype=np.bool_)
+    mask = np.empty(shape, dtype=np.bool_) if counting is None else counting.reshape(shape)
     at = address_of(places) if places_at is None else places_at
-    compiled.mask_out(address_of(mask), shape[0] * shape[1], at, len(places))
+    compiled.mask_out(address_of(mask), shape[0] * shape[1], at, len(places), int(counting is not None))
     return mask
 
 

@@ -132,7 +132,8 @@ class SelectedSource(Source):
         )
         # rows are found in the index and copied from the shards of the source
         self.places = Places(1)
-        self.places.tokens, self.places.view = base.places.tokens, ctypes.addressof(self._view)
+        self.places.tokens, self.places.learned = base.places.tokens, base.places.learned
+        self.places.view = ctypes.addressof(self._view)
         self.places.indexes[0] = self._documents.address
 
     def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
@@ -167,6 +168,29 @@ class SelectedSource(Source):
         filled = 0
         for _, shard, at, count in self.pieces(begin, begin + len(out)):
             self.base.read(self.base.first_token(shard) + at, out[filled : filled + count])
+            filled += count
+
+    def documents_of(self, tokens: np.ndarray) -> np.ndarray:
+        """As of any source."""
+        try:
+            return self._documents.containing(tokens)
+        except native.BusError as error:
+            raise self.unreadable(0, error) from None
+
+    def document_numbers(self) -> np.ndarray:
+        """Of each chosen document its number in the source that it is chosen from, int64 [documents]."""
+        index, (_, documents) = self.index, _sizes(self.base)
+        before = np.cumsum(documents) - documents
+        firsts = before[index.shards] + index.documents
+        edges = np.searchsorted(index.document_starts, index.starts)
+        counts = np.diff(edges)
+        return np.arange(edges[-1]) + np.repeat(firsts - edges[:-1], counts)
+
+    def read_learned(self, begin: int, out: np.ndarray) -> None:
+        """As of any source."""
+        filled = 0
+        for _, shard, at, count in self.pieces(begin, begin + len(out)):
+            self.base.read_learned(self.base.first_token(shard) + at, out[filled : filled + count])
             filled += count
 
     def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

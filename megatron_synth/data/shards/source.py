@@ -21,8 +21,9 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.columns import ColumnFile, ColumnInfo
-from megatron_synth.data.shards.indexed import AGAIN, Places, Shard, file_size, with_suffix
+from megatron_synth.data.shards.indexed import Places, Shard, with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, TokenizerInfo
+from megatron_synth.data.shards.open_files import AGAIN, file_size
 
 EAGER_SHARDS = 256
 """The indexes of up to so many shards are opened and checked at once; of more, when their tokens are first asked for."""
@@ -51,6 +52,8 @@ class Source:
         self._ends: list[int] = self._ends_array.tolist()
         self._begins: list[int] = self._begins_array.tolist()
         self.num_tokens: int = self._ends[-1]
+        counts = [bare.num_documents] if bare is not None else [info.documents for info in manifest.shards] if manifest else []
+        self._documents_before: list[int] = (np.cumsum(counts, dtype=np.int64) - counts).tolist()
         self._before_read: Callable[[int, int, int], None] | None = None
         self._column_files: dict[int, ColumnFile] = {}
 
@@ -186,6 +189,27 @@ class Source:
             filled += len(part)
             number += 1
 
+    @property
+    def masked(self) -> bool:
+        """Whether some of its tokens are read and not learned."""
+        return self.manifest is not None and self.manifest.masked
+
+    def read_learned(self, begin: int, out: np.ndarray) -> None:
+        """Fill `out` [N] of bools with whether tokens [begin, begin + N) of the stream are learned.
+
+        Raises:
+            UserError: a file cannot be read there.
+        """
+        assert 0 <= begin <= self.num_tokens - len(out), (self.name, begin, out.shape)
+        number, filled = bisect_right(self._ends, begin), 0
+        while filled < len(out):
+            local = begin + filled - self._begins[number]
+            part = out[filled : filled + self._ends[number] - self._begins[number] - local]
+            if len(part):  # shards may be empty
+                self.shard(number).read_learned(local, part)
+            filled += len(part)
+            number += 1
+
     def read_window(self, window: int, out: np.ndarray) -> None:
         """`read` of window `window`; out: [L + 1]."""
         self.read(window * (len(out) - 1), out)
@@ -237,6 +261,19 @@ class Source:
         rows = np.concatenate([rows for rows, _ in pieces])
         by_row = np.argsort(rows, kind="stable")
         return np.concatenate([offsets for _, offsets in pieces])[by_row], np.bincount(rows, minlength=len(begins))
+
+    def documents_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Of each token [N] of the stream the document that it is in, counted from its start: int64 [N]. Reads the indexes."""
+        numbers = np.searchsorted(self._ends_array, tokens, side="right")
+        found = np.empty(len(tokens), np.int64)
+        for number in np.unique(numbers).tolist():
+            of_shard = numbers == number
+            try:
+                own = self.shard(number).open_index().containing(tokens[of_shard] - self._begins[number])
+            except native.BusError as error:
+                raise self.shard(number).unreadable(error) from None
+            found[of_shard] = own + self._documents_before[number]
+        return found
 
     def unreadable(self, shard: int, error: native.BusError) -> UserError:
         """What a failed read of one of the shards means."""
@@ -292,7 +329,7 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
     root = os.fspath(folder)
     for info in manifest.shards:
-        for suffix, expected in zip(info.suffixes, (info.bin_bytes, info.idx_bytes, info.columns_bytes), strict=False):
+        for suffix, expected in info.sizes.items():
             path = f"{root}/{info.name}{suffix}"
             found = file_size(path)
             if found != expected:
@@ -302,7 +339,8 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
     prefix = source.path / info.name
-    shard = Shard(prefix, memory_map=source.memory_map, places=source.places, number=number, one_each=True)
+    places, masked = source.places, manifest.masked
+    shard = Shard(prefix, memory_map=source.memory_map, places=places, number=number, one_each=True, learned=masked)
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

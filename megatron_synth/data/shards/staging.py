@@ -23,9 +23,9 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
-from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
-from megatron_synth.data.shards.indexed import file_size, with_suffix
+from megatron_synth.data.shards.indexed import with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
+from megatron_synth.data.shards.open_files import file_size
 from megatron_synth.storage import objects
 from megatron_synth.storage.faults import ObjectMissing
 from megatron_synth.storage.remote import Location, Remote
@@ -78,8 +78,7 @@ def files_of(source: Location, manifest: Manifest, target: Path) -> list[StagedF
     found = objects.listing(source)[0] if isinstance(source, Remote) else {}
     wanted: list[StagedFile] = []
     for shard in manifest.shards:
-        for suffix in reversed(shard.suffixes):
-            size = _size(shard, suffix)
+        for suffix, size in reversed(shard.sizes.items()):
             path: Location
             if isinstance(source, Remote):
                 path = found.get(shard.name + suffix, source / (shard.name + suffix))
@@ -210,15 +209,7 @@ class StagedFile:
         if isinstance(checksum, BlockHasher):
             return checksum.finish() == self.shard.bin_blocks
         digest: str = checksum.hexdigest()
-        known = {".bin": self.shard.bin_sha256, ".idx": self.shard.idx_sha256, COLUMNS: self.shard.columns_sha256}
-        return digest == known[self.path.suffix]
-
-
-def _size(shard: ShardInfo, suffix: str) -> int:
-    """What the manifest announces of one of its files."""
-    size = {".bin": shard.bin_bytes, ".idx": shard.idx_bytes, COLUMNS: shard.columns_bytes}[suffix]
-    assert size is not None
-    return size
+        return digest == self.shard.checksums[self.path.suffix]
 
 
 def own_folder(target: Path) -> None:

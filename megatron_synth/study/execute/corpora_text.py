@@ -73,5 +73,5 @@ def _flops(corpus: Corpus, vocab_size: int) -> float | None:
     if corpus.generator is None:
         given = corpus.settings.generator.parameters
         return None if given is None else float(_FORWARD_FLOPS_PER_PARAMETER * given * corpus.tokens)
-    parameters = sum(count_parameters(run.config.model, vocab_size).total for run in corpus.needs)
+    parameters = sum(count_parameters(run.config.model, vocab_size).total for run in corpus.writers)
     return float(_FORWARD_FLOPS_PER_PARAMETER * parameters * corpus.tokens)

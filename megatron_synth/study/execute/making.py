@@ -160,7 +160,7 @@ def _result(
         "tokens": source.num_tokens,
         "account": record.account.model_dump(mode="json"),
         "cost": record.cost.model_dump(mode="json"),
-        "seconds": totals(corpus.folder / "text").seconds,
+        "seconds": totals(corpus.folder / "text" / ANSWERS).seconds,
         "processor_seconds": processor_s,
         "unigrams": asdict(compare_unigrams(count_tokens(source, vocab_size), counts)),
         "fingerprint": record.fingerprint,

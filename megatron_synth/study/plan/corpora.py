@@ -29,12 +29,14 @@ class Corpus:
     """A source that the study makes.
 
     seed: of the synthesis. generator, against: the runs whose models write it; None where it is another model, or none.
+    hardest: the run by whose losses its parents are chosen, if they are by one of the study.
     settings: the synthesis file, but for its output and the directories of these runs. tokens: as many as are expected.
     """
 
     seed: int
     generator: Run | None
     against: Run | None
+    hardest: Run | None
     settings: SynthesisConfig
     template: Template
     folder_of_all: Path
@@ -57,6 +59,8 @@ class Corpus:
         content |= {"kind": None, "template": self.template.digest}
         for key, run in (("generator", self.generator), ("against", self.against)):
             content[f"{key}_run"] = None if run is None else run.id
+        if self.hardest is not None:  # ids of corpora from before there was this stay
+            content["hardest_run"] = self.hardest.id
         return canonical_digest([_IDENTITY_VERSION, content])[:12]
 
     @property
@@ -75,9 +79,15 @@ class Corpus:
         return self.folder / "prepared" / self.template.name
 
     @property
+    def writers(self) -> tuple[Run, ...]:
+        """Runs with whose models each token of the text is computed."""
+        return tuple(run for run in (self.generator, self.against) if run is not None)
+
+    @property
     def needs(self) -> tuple[Run, ...]:
         """Runs that must be finished."""
-        return tuple(run for run in (self.generator, self.against) if run is not None)
+        chooses = () if self.hardest is None else (self.hardest,)
+        return tuple({run.id: run for run in (*self.writers, *chooses)}.values())
 
     def synthesis(self, folders: Sequence[Path]) -> SynthesisConfig:
         """The synthesis file. folders: run directories of `needs`."""
@@ -89,6 +99,9 @@ class Corpus:
             assert self.settings.decoding is not None and self.settings.decoding.against is not None
             worse = self.settings.decoding.against.model_copy(update={"run": where[self.against.id]})
             update["decoding"] = self.settings.decoding.model_copy(update={"against": worse})
+        if self.hardest is not None:
+            assert self.settings.hardest is not None
+            update["hardest"] = self.settings.hardest.model_copy(update={"run": where[self.hardest.id]})
         return self.settings.model_copy(update=update)
 
     def describe(self) -> str:
@@ -104,13 +117,13 @@ def corpus_of(name: str, source: Generated, seed: int, runs: Sequence[Run | None
         name: of the source, for messages.
         source: its settings, with the synthesis file read in.
         seed: of the run that reads it.
-        runs: that of the generator and that of the worse model.
+        runs: that of the generator, that of the worse model, and that whose losses choose parents.
         folder: of all corpora.
 
     Raises:
         ConfigError: the synthesis is wrong, in the study's keys.
     """
-    generator, against = runs
+    generator, against, hardest = runs
     seed = seed if source.seed is None else source.seed
     path = f"generated.{name}"
     problems = [
@@ -125,12 +138,14 @@ def corpus_of(name: str, source: Generated, seed: int, runs: Sequence[Run | None
         decided["generator"] = {"api": "completions", "run": _BY_RUN}
     if against is not None:
         decided["decoding"] = {"against": {"api": "completions", "run": _BY_RUN}}
+    if hardest is not None:
+        decided["hardest"] = {"run": _BY_RUN}
     settings = validate(SynthesisConfig, merge(source.settings, decided), path)
     try:
         template = template_of(settings.kind, settings.template)
     except UserError as error:
         raise ConfigError(path, [Problem(f"{path}.settings", str(error))]) from None
-    return Corpus(seed, generator, against, settings, template, folder, source.tokens)
+    return Corpus(seed, generator, against, hardest, settings, template, folder, source.tokens)
 
 
 def corpora_of(runs: Iterable[Run]) -> list[Corpus]:

@@ -50,6 +50,14 @@ class Generated(Section):
     """The run that generates. Default: `settings.generator`, which may name any model."""
     against: RunOf | None = None
     """Contrastive decoding: the run of the worse model."""
+    hardest: RunOf | None = None
+    """Parents by loss: the run that is weakest on them. `settings.hardest.count` says how many."""
+
+    @property
+    def models(self) -> tuple[tuple[str, RunOf | None], ...]:
+        """The runs of the study that it needs, by the key of each."""
+        return (("generator", self.generator), ("against", self.against), ("hardest", self.hardest))
+
     seed: Seed | None = None
     """Of the synthesis. Default: that of the run which reads the text."""
     seeds: tuple[Seed, ...] = ()
@@ -202,7 +210,7 @@ def check_generated(study: Study) -> Iterator[Problem]:
         path = f"generated.{name}"
         if name in study.sources:
             yield Problem(path, "a source has this name already; rename one")
-        for key, run in (("generator", one.generator), ("against", one.against)):
+        for key, run in one.models:
             if run is None:
                 continue
             if run.arm not in study.arms:

@@ -199,7 +199,7 @@ class _Expansion:
             if share is None or not share.ratio:
                 continue
             runs, before = [], len(self.problems)
-            for key, run in (("generator", source.generator), ("against", source.against)):
+            for key, run in source.models:
                 runs.append(None if run is None else self._generator(f"generated.{name}.{key}", run, size, budget, seed))
                 if run is not None and runs[-1] is None and len(self.problems) == before:
                     return None  # its own problems are noted already

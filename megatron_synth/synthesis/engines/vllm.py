@@ -42,7 +42,7 @@ class VllmServer:
             raise UserError(
                 "engine.name: vllm is not installed here (no `vllm` on the path); install it, or use another engine"
             )
-        self._key, self._engine = key, engine
+        self.key, self._engine = key, engine
         self.log = log if number == 0 else log.with_stem(f"{log.stem}-{number}")
         self._devices = _devices(engine, number)
         self._port = _free_port()
@@ -64,7 +64,7 @@ class VllmServer:
         # others may not read it: nobody knows what a server of some version writes
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(descriptor, "ab")
-        environment = {**os.environ, **self._devices, KEY_VARIABLE: self._key}
+        environment = {**os.environ, **self._devices, KEY_VARIABLE: self.key}
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -152,23 +152,23 @@ class Vllm:
     def __init__(self, model: str, revision: str | None, engine: EngineConfig, shape: Shape, log: Path):
         key = secrets.token_hex(16)
         self._engine = engine
-        self._servers = [VllmServer(model, revision, engine, log, key, number) for number in range(engine.copies)]
-        self._client = HttpEngine(shape, engine, tuple(server.url for server in self._servers), key, self._revive)
+        self.servers = [VllmServer(model, revision, engine, log, key, number) for number in range(engine.copies)]
+        self._client = HttpEngine(shape, engine, tuple(server.url for server in self.servers), key, self._revive)
         self._started = False
         self._reviving = threading.Lock()
 
     def _revive(self) -> None:
         with self._reviving:  # each server that is down asks, and all of them are looked at
-            for server in self._servers:
+            for server in self.servers:
                 server.revive()
 
     def check(self) -> Capabilities:
         """Start the servers and ask them for their model."""
         if not self._started:
-            show(f"vllm: starting, its log is {self._servers[0].log}", error=True)
-            for server in self._servers:  # they load the model side by side
+            show(f"vllm: starting, its log is {self.servers[0].log}", error=True)
+            for server in self.servers:  # they load the model side by side
                 server.start()
-            for server in self._servers:
+            for server in self.servers:
                 server.wait()
             self._started = True
         return self._client.check()
@@ -183,7 +183,7 @@ class Vllm:
 
     def close(self) -> None:
         """Stop the servers."""
-        for server in self._servers:
+        for server in self.servers:
             server.stop()
 
 

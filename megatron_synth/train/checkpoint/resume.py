@@ -73,6 +73,8 @@ class TrainerState:
     """Of the tokenizer, where the data tells."""
     unlearned: dict[str, int] = field(default_factory=dict)
     """Of the ledger, the samples of skipped steps."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Of the ledger, the labels that were learned by source, where some tokens are read and not learned."""
     consecutive: int = 0
     """Steps skipped in a row just before."""
     window: dict[str, list[float]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ STEP = "step"
 LOSS = "train/loss"
 Z_LOSS = "train/z_loss"  # what it adds to the loss; only where there is one
 SOURCE_LOSS = "train/loss/"  # + source
+LOSS_BY = "train/loss_by/"  # + column/value of the documents (log.loss_by)
 GRAD_NORM = "optim/grad_norm"  # before clipping
 LR = "optim/lr"
 SKIPPED = "optim/skipped"  # steps skipped since step 0, for a loss or gradient that was not finite
@@ -56,6 +57,7 @@ EVAL = "eval/"
 EMA = "ema/"  # the same of the average of the weights (optim.ema_decay)
 EVAL_LOSS = "eval/loss"  # mean over domains, weighted by tokens
 EVAL_DOMAIN_LOSS = "eval/loss/"  # + domain
+EVAL_LOSS_BY = "eval/loss_by/"  # + column/value: over the documents of all domains
 EVAL_BPB = "eval/bpb"  # over all domains' bytes
 EVAL_DOMAIN_BPB = "eval/bpb/"  # + domain
 EVAL_DOMAIN_TOKENS = "eval/tokens/"  # + domain: tokens evaluated
@@ -78,6 +80,11 @@ Record = dict[str, Any]
 def parts(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """What follows `prefix` in the names of `record`, in their order: `parts(r, "train/loss/")` is loss by source."""
     return {name[len(prefix) :]: value for name, value in record.items() if name.startswith(prefix)}
+
+
+def losses_by(prefix: str, names: Sequence[str], losses: Sequence[float], labels: Sequence[float]) -> Record:
+    """Mean losses by name, of those that have labels."""
+    return {prefix + name: loss / count for name, loss, count in zip(names, losses, labels, strict=True) if count}
 
 
 # ---- metrics.jsonl

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_synth.config.errors import RankError, TrainingFailed, UserError
@@ -37,6 +38,11 @@ if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepar
 
 _NAMED = 4
 """Rows that the note of an odd step names."""
+_LABELS = 0.25
+"""Part of a row's labels that must count for it to be held against others."""
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 
 
 class Recorder:
@@ -160,12 +166,19 @@ class Recorder:
             said.append(0.0 if clipped is None else float(clipped))
             own = torch.zeros((len(said), self._ranks.world_size), dtype=torch.float64)
             own[:, self._ranks.rank] = torch.tensor(said, dtype=torch.float64)
-            both = torch.cat([sums.flatten(), own.flatten().to(sums.device)])
+            parts = [sums.flatten(), own.flatten().to(sums.device)]
+            parts += [result.by_value.flatten() for _, result in self._pending if result.by_value is not None]
+            both = torch.cat(parts)
             torch.distributed.all_reduce(both)
-            host = both.cpu()
-            own_s, memory, odd_rows, *waits, heads = host[sums.numel() :].view(len(said), -1).tolist()
+            of_sums, of_ranks, by_value = both.cpu().split(
+                [sums.numel(), own.numel(), both.numel() - sums.numel() - own.numel()]
+            )
+            own_s, memory, odd_rows, *waits, heads = of_ranks.view(len(said), -1).tolist()
             records = [record for record, _ in self._pending]
-            reduced = host[: sums.numel()].view(sums.shape).tolist()
+            reduced = of_sums.view(sums.shape).tolist()
+            if self._data.values is not None:
+                for record, (losses, labels) in zip(records, by_value.view(len(records), 2, -1).tolist(), strict=True):
+                    record |= metrics.losses_by(metrics.LOSS_BY, self._data.values.names, losses, labels)
             for place, ((record, result), end, of_step) in enumerate(zip(self._pending, self._ends, reduced, strict=True)):
                 self._complete(record, of_step, max(memory), learned=not result.skipped)
                 what = self._notes.look(record, result.why)  # alike on all ranks
@@ -215,23 +228,31 @@ class Recorder:
         if self._rows is None:
             return odd
         for found, (_, result) in zip(odd, self._pending, strict=True):
-            losses = self._row_losses(result)
-            if losses is not None and result.rows is not None and not result.skipped:
-                source_ids, *_ = self._plan.places(result.rows)
-                found += self._rows.look(np.array(losses), source_ids, result.rows)
+            rows = self._of_rows(result)
+            if rows is None or result.skipped:
+                continue
+            losses, labels, samples = rows
+            enough = labels >= _LABELS * self._config.window_length  # a mean over a few labels says little
+            source_ids, *_ = self._plan.places(samples[enough])
+            found += self._rows.look(losses[enough], source_ids, samples[enough])
         return odd
 
-    def _row_losses(self, result: StepResult) -> list[float] | None:
-        """Of this rank's rows, nats per label; None: it does not report the loss. Called by all ranks that share its rows."""
-        if result.row_losses is None:
+    def _of_rows(self, result: StepResult) -> tuple[Float64, Float64, Int64] | None:
+        """Of this rank's rows with labels: nats per label, labels and sample; None: it does not report the loss.
+
+        Called by all ranks that share its rows.
+        """
+        if result.row_losses is None or result.rows is None:
             return None
-        losses = result.row_losses
+        sums = result.row_losses
         if self._config.parallel.context_parallel_size > 1:  # each has the labels of its own part of the row
             from megatron.core import parallel_state
 
-            losses = losses.clone()
-            torch.distributed.all_reduce(losses, group=parallel_state.get_context_parallel_group())
-        return [loss / self._config.window_length for loss in losses.tolist()]
+            sums = sums.clone()
+            torch.distributed.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        losses, labels = sums.cpu().numpy().T
+        some = labels > 0
+        return losses[some] / labels[some], labels[some], result.rows[some]
 
     def _tell_rows(self, records: Sequence[metrics.Record], odd: Sequence[Sequence[Row]]) -> None:
         """Note rows that stand out in steps that do not. Called by all ranks."""
@@ -249,9 +270,10 @@ class Recorder:
     def _tell(self, record: metrics.Record, what: str, rows: dict[str, int], end: int, result: StepResult) -> None:
         """Note a step that is odd, and name the rows of largest loss. Called by all ranks."""
         own: list[tuple[float, int]] = []
-        losses = self._row_losses(result)
-        if losses is not None and result.rows is not None:
-            own = sorted(zip(losses, result.rows.tolist(), strict=True), key=_largest_first)[:_NAMED]
+        rows_of_rank = self._of_rows(result)
+        if rows_of_rank is not None:
+            losses, _, samples_of_rank = rows_of_rank
+            own = sorted(zip(losses.tolist(), samples_of_rank.tolist(), strict=True), key=_largest_first)[:_NAMED]
         found: list[Any] = [None] * self._ranks.world_size
         torch.distributed.all_gather_object(found, own)
         if self._ranks.rank:
@@ -318,7 +340,7 @@ class Recorder:
         losses, labels, samples = sums[LOSS], sums[LABELS], sums[SAMPLES]
         expected = self._config.samples_of_step(record[metrics.STEP] - 1)
         assert sum(samples) == expected, f"{sum(samples)} samples in a step of {expected}"
-        self._ledger.merge([int(count) for count in samples], learned=learned)
+        self._ledger.merge([int(count) for count in samples], learned=learned, labels=[int(count) for count in labels])
         number = sum(labels)  # 0 where all are masked: a mean over nothing stays None
         record[metrics.LOSS] = math.fsum(losses) / number if number else None
         if self._config.train.z_loss:

@@ -74,6 +74,14 @@ class SourceCounts(TypedDict):
 
 
 @with_config(OPEN)
+class LearnedCounts(TypedDict):
+    """Labels that were in the loss."""
+
+    tokens: Count
+    sources: dict[str, Count]
+
+
+@with_config(OPEN)
 class LedgerInfo(TypedDict):
     """ledger.json."""
 
@@ -81,6 +89,7 @@ class LedgerInfo(TypedDict):
     tokens: Count
     sequence_length: Positive
     sources: dict[str, SourceCounts]
+    learned: NotRequired[LearnedCounts]
 
 
 # ---- config.yaml: what is read of it without being valid in this version

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_synth.cli.study import main
+from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.data.shards.source import open_source
@@ -84,6 +85,33 @@ def submit(file: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
 
 
+def test_a_run_of_the_study_chooses_parents(natural: Path, tmp_path: Path) -> None:
+    file = write(natural, tmp_path / "study")
+    content = yaml.safe_load(file.read_text())
+    (loop,) = content.pop("rounds").values()
+    plain = {**loop["corpus"], "generator": {"arm": "natural"}}
+    chosen = {**plain, "settings": {**plain["settings"], "hardest": {"count": 5}}, "hardest": {"arm": "natural", "seed": 2}}
+    content |= {
+        "generated": {"plain": plain, "chosen": chosen},
+        "arms": {**content["arms"], "plain": {"plain": 1}, "chosen": {"chosen": 1}},
+        "seeds": [1, 2],
+    }
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    _, runs, corpora, _ = opened(file)
+    by_name = {(run.arm, run.seed): run for run in runs}
+    (one,) = by_name["chosen", 1].corpora.values()
+    assert [run.seed for run in one.needs] == [1, 2] and [run.seed for run in one.writers] == [1]
+    assert one.synthesis([Path("writer"), Path("judge")]).hardest == one.settings.hardest.model_copy(update={"run": "judge"})
+    (same,) = by_name["chosen", 2].corpora.values()
+    assert [run.seed for run in same.needs] == [2], "a run that writes and chooses is needed once"
+    assert len({corpus.id for corpus in corpora}) == 4
+
+    content["generated"]["chosen"]["hardest"]["seed"] = 3
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"generated.chosen.hardest.seed.*3 is not among the seeds"):
+        load_study(file)
+
+
 @pytest.fixture(scope="module")
 def whole(natural: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a study that nobody disturbed."""
@@ -104,7 +132,7 @@ def test_two_rounds_to_their_page(whole: Path, capsys: pytest.CaptureFixture[str
         assert result is not None and manifest is not None
         account = result["account"]
         assert account["asked"] == account["kept"] + sum(account["rejected"].values()) > 20
-        assert result["tokens"] == manifest.counts.tokens and result["cost"]["flops"]
+        assert result["tokens"] == manifest.counts.tokens and result["cost"]["flops"] and result["seconds"] > 0
         # who wrote it stands in the manifest, and its run is the one of the round before
         assert manifest.generator == f"run {by_arm[writer].name}"
         record = manifest.made.inputs["record"]

@@ -145,3 +145,25 @@ def test_parents_are_those_of_the_highest_loss(texts, model, capsys):  # noqa: F
         assert file.stat().st_mtime_ns == before  # evaluated once
         with pytest.raises(UserError, match="no parent has 5000 tokens"):
             run(texts(stub.url, "long", hardest={"model": str(model), "count": 2, "min_tokens": 5000}))
+
+
+def test_keywords_stand_in_for_concepts_and_ask_for_nothing(texts, capsys):
+    walks = {"count": 12, "length": 3, "parents": 2, "concepts": "keywords"}
+    with RunningStub(says=("List the topic", lambda prompt: pytest.fail("nothing is listed"))) as stub:
+        config = recombined(texts, stub.url, walks=walks)
+        material = list(_walks(config))
+        assert material
+        for concepts, *passages in material:
+            for concept in concepts.split(", "):
+                holders = [text for text in TEXTS.values() if concept in text.lower()]
+                assert len(holders) > 1, "a word of a single document joins nothing"
+            assert all(passage in TEXTS.values() for passage in passages)
+        assert not (config.folder / "concepts").exists()
+        assert material == list(_walks(recombined(texts, stub.url, "again", walks=walks)))
+        assert material != list(_walks(recombined(texts, stub.url, "other", walks=walks, seed=2)))
+        file = config.folder.with_suffix(".yaml")
+        file.write_text(to_yaml(config))
+        assert main(["synthesize", "plan", str(file)]) == 0
+        assert "the concepts come first" not in capsys.readouterr().out
+        assert f"{len(material):,} answers" in status_text(config)
+    assert config.settings_digest() != recombined(texts, stub.url).settings_digest()

@@ -24,6 +24,10 @@ def test_the_file_of_concepts_is_sound():
     assert config.walks is not None
 
 
+def test_the_small_template_of_concepts_is_sound():
+    assert load_template(FOLDER / "templates" / "tiny-recombined.yaml").made_from == "concepts"
+
+
 @pytest.mark.parametrize("name", ["tiny-qa", "tiny-rephrase"])
 def test_templates_say_whose_wording_they_are(name):
     assert load_template(FOLDER / "templates" / f"{name}.yaml").origin == "ours"

@@ -69,8 +69,8 @@ def test_nodes_add_up_over_starts_by_their_slowest_rank(tmp_path: Path, monkeypa
     found = read_nodes(tmp_path)
     assert found["a"] == {"steps": 40, "own_s": 42.0, "data": 4.0, "saving": 2.0, "starting": 18.0}
     assert found["b"] == {"steps": 40, "own_s": 82.0, "data": 10.0, "saving": 0.0, "starting": 60.0}
-    line = "b is the slowest of 2 nodes: 2.05 s a step before it waits for others, 95 % over their median; 0.25 s of them it waits "
-    assert slowest(found) == f"{line}for data"
+    line = "b is the slowest of 2 nodes: 2.05 s a step before it waits for others, 95 % over their median"
+    assert slowest(found) == f"{line}; 0.25 s of them it waits for data"
     text = told(found).splitlines()
     assert text[0].split() == ["node", "steps", "s/step", "of", "its", "own", "waiting", "for", "data", "saving", "starting"]
     assert [text[1].split()[0], text[2].split()[0]] == ["b", "a"] and text[3] == slowest(found)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareSource
@@ -18,16 +18,26 @@ SAMPLE_BYTES = 2**20
 BYTE_ORDER_MARK = "\ufeff"
 
 
+class Part(NamedTuple):
+    """A part of a document. markup: what spells a special token in it is one."""
+
+    text: str
+    learned: bool
+    markup: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """text: what is tokenized; key: what decides its split. Documents that share a key go to the same split.
 
     values: of the columns of the source, in their order; None: the input has no records to take them from.
+    parts: what the text is made of; None: all of it is learned.
     """
 
     text: str
     key: str
     values: tuple[int | float | str | None, ...] | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 class BadRecord(UserError):
@@ -124,10 +134,10 @@ def checked_text(value: Any, where: object, key: str) -> str:
     return value
 
 
-def check_column(where: object, names: Iterable[str], key: str) -> None:
+def check_column(where: object, names: Iterable[str], key: str, setting: str = "text_key") -> None:
     """Refuse a table that has not exactly one column `key`."""
     found = list(names)
     if key not in found:
-        raise UserError(f"{where}: no column {key!r}, found {found}; set text_key to the column of the text")
+        raise UserError(f"{where}: no column {key!r}, found {found}; set {setting} to the column of the text")
     if found.count(key) > 1:
         raise UserError(f"{where}: {found.count(key)} columns {key!r}, expected one; rename the others")

@@ -10,6 +10,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import HubInput, PrepareSource
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, check_column, checked_text
 from megatron_synth.data.preparing.readers.files import fingerprint
+from megatron_synth.data.preparing.readers.parts import document_of
 from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
 from megatron_synth.data.preparing.readers.values import values_of
 from megatron_synth.data.preparing.splits import splits_of_documents
@@ -47,7 +48,7 @@ class HubDataSet(Reader):
     def _documents(self) -> Iterator[Document | BadRecord]:
         import datasets
 
-        hub, key, where = self._hub, self.source.text_key, f"sources.{self.name}.hf"
+        hub, key, where = self._hub, self.source.main_key, f"sources.{self.name}.hf"
         try:
             if self._folder is not None:
                 data = datasets.load_from_disk(hub.path)
@@ -61,9 +62,12 @@ class HubDataSet(Reader):
                 raise UserError(f"{where}: {hub.path} has no split {hub.split!r}, found {sorted(map(str, data))}")
             data = data[hub.split]
         if data.column_names is not None:
-            check_column(where, data.column_names, key)
+            check_column(where, data.column_names, key, "text_key" if self.source.messages is None else "messages.field")
         for number, record in enumerate(_records(data, where)):
             try:
+                if self.source.masked:
+                    yield document_of(self.source, record, f"{where}, record {number}")
+                    continue
                 if key not in record:
                     raise BadRecord(f"{where}, record {number}: no field {key!r}, found {sorted(record)}; set text_key")
                 text = checked_text(record[key], f"{where}, record {number}", key)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Place, checked_text, decoded
 from megatron_synth.data.preparing.readers.formats import LineFormat
+from megatron_synth.data.preparing.readers.parts import document_of
 from megatron_synth.data.preparing.readers.values import values_of
 
 
@@ -19,7 +20,7 @@ class JsonLines(LineFormat):
         """The field of the text, with values where the source has columns; None for an empty line."""
         if not line.strip():
             return None
-        key = self.source.text_key
+        source, key = self.source, self.source.main_key
         text = decoded(place, line)
         if not text.strip():
             return None
@@ -29,6 +30,8 @@ class JsonLines(LineFormat):
             raise BadRecord(f"{place}: broken JSON, {error}; one object per line was expected") from None
         except RecursionError:
             raise BadRecord(f"{place}: JSON nested too deeply to be read; leave out what is not text") from None
+        if isinstance(record, dict) and source.masked:
+            return document_of(source, record, place)
         if not isinstance(record, dict) or key not in record:
             keys = sorted(record) if isinstance(record, dict) else []
             raise BadRecord(f"{place}: no field {key!r}, found {keys}; set text_key to the field of the text")
@@ -37,7 +40,7 @@ class JsonLines(LineFormat):
         return Document(found, found, values_of(columns, record, found, place)) if columns else found
 
     def _parsed(self, place: Place, text: str) -> Any:
-        key = self.source.text_key
+        key = self.source.main_key
         if text.count(f'"{key}"') > 1:  # most often in a text; to know costs a slower way
             last: list[tuple[str, Any]] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, check_column, checked_text
 from megatron_synth.data.preparing.readers.formats import TYPICAL_COMPRESSION, FileFormat, Segment
+from megatron_synth.data.preparing.readers.parts import document_of
 from megatron_synth.data.preparing.readers.values import fields_of, values_of
 from megatron_synth.storage.objects import open_binary
 from megatron_synth.storage.remote import Location
@@ -51,25 +52,32 @@ class Parquet(FileFormat):
         import pyarrow
         from pyarrow import parquet
 
-        path, key, row = segment.path, self.source.text_key, 0
+        source, path, row = self.source, segment.path, 0
+        key = source.main_key
         try:
             with parquet.ParquetFile(_opened(path)) as file:
-                check_column(path, file.schema_arrow.names, key)
+                check_column(
+                    path, file.schema_arrow.names, key, "messages.field" if source.messages is not None else "text_key"
+                )
                 row = sum(file.metadata.row_group(group).num_rows for group in range(segment.begin))
                 groups = list(range(segment.begin, segment.end))
-                columns, held = self.source.columns, set(file.schema_arrow.names)
-                fields = [field for field in fields_of(columns) if field in held]
+                columns, held = source.columns, set(file.schema_arrow.names)
+                more = [source.text_key, *([] if source.prompt is None else [source.prompt.field])] if source.masked else []
+                fields = [field for field in dict.fromkeys([*more, *fields_of(columns)]) if field in held and field != key]
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys([key, *fields]))):
                     texts, others = batch.column(key).to_pylist(), [batch.column(field).to_pylist() for field in fields]
                     for place, value in enumerate(texts):
                         row += 1
                         where = f"{path}, row {row}"
+                        record = {key: value} | {field: other[place] for field, other in zip(fields, others, strict=True)}
                         try:
+                            if source.masked:
+                                yield document_of(source, record, where)
+                                continue
                             text = checked_text(value, where, key)
                             if not columns:
                                 yield text
                                 continue
-                            record = {field: other[place] for field, other in zip(fields, others, strict=True)}
                             yield Document(text, text, values_of(columns, record, text, where))
                         except BadRecord as error:
                             yield error

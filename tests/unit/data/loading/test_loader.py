@@ -43,6 +43,7 @@ class MemorySource:
     dtype = np.dtype(np.int32)
     vocab_size = None
     places = Places(1)
+    masked = False
 
     def open_index(self, shard: int) -> None:
         raise AssertionError("no row lies in a shard")

@@ -27,6 +27,7 @@ from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, PackingInfo, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from tests.support import with_mask
 
 VOCABULARY = 5000
 WORD = 2**64
@@ -95,6 +96,8 @@ class Row:
     """Places in [0, L] at which a document begins."""
     padding: list[int]
     """Places of labels that are in no loss: in packed sources documents of one token, and what begins the next window."""
+    learned: list[bool]
+    """Of each token."""
 
 
 class Reference:
@@ -106,6 +109,7 @@ class Reference:
         self.number = data["windows_per_sequence"]
         self.length = train["sequence_length"] // self.number
         self.settings, self.texts = data["sources"], texts
+        self.learned = content["learned"]
         manifests = {name: Path(self.settings[name]["path"]) / "manifest.json" for name in self.names}
         self.packed = {
             name for name, file in manifests.items() if file.is_file() and json.loads(file.read_text()).get("packing")
@@ -127,6 +131,7 @@ class Reference:
         """One window of L + 1 tokens."""
         name, length = self.order[sample], self.length
         setting, stream, starts = self.settings[name], [], set()
+        learned = self.learned.get(name)
         for document in self.texts[name]:
             starts.add(len(stream))
             stream += document
@@ -141,7 +146,8 @@ class Reference:
         inside = sorted(start - first for start in starts if first <= start <= first + length)
         padding = [place for place in inside if place and (place == length or place + 1 in inside)]
         packed = padding if name in self.packed else []
-        return Row(self.names.index(name), stream[first : first + length + 1], inside, packed)
+        counts = [True] * (length + 1) if learned is None else learned[first : first + length + 1]
+        return Row(self.names.index(name), stream[first : first + length + 1], inside, packed, counts)
 
     def step(self, first: int, batch: int, micro: int, rank: int, ranks: int) -> list[list[list[Row]]]:
         """Micro-batches of sequences of windows, of one rank."""
@@ -188,6 +194,7 @@ def drawn(draw: random.Random, folder: Path) -> tuple[dict[str, Any], dict[str, 
             "sources": {},
         },
         "ranks": ranks,
+        "learned": {},
     }
     data, texts = content["data"], {}
     for name in names:
@@ -200,7 +207,13 @@ def drawn(draw: random.Random, folder: Path) -> tuple[dict[str, Any], dict[str, 
         limited = not setting["shift_windows"] and draw.random() < 0.3
         setting["unique_tokens"] = draw.randint(length, (tokens - 1) // length * length) if limited else None
         data["sources"][name] = setting
-        write(folder / name, documents, draw, length if packed else None)
+        learned = None
+        if draw.random() < 0.3 and (packed or not bare):  # some stretches are learned, some not
+            learned = [draw.random() < 0.5 for _ in range(draw.randint(1, 8))]
+            learned = [one for one in learned for _ in range(tokens // len(learned) + 1)][:tokens]
+            flips = set(draw.sample(range(tokens), tokens // 9))
+            learned = content["learned"][name] = [one != (at in flips) for at, one in enumerate(learned)]
+        write(folder / name, documents, draw, length if packed else None, learned=learned)
         if bare and not packed:
             write(folder / name, documents, random.Random(0), None, shards=1)
             setting["path"] = str(folder / name / "shard-00000")
@@ -221,7 +234,14 @@ def shares(draw: random.Random, names: list[str]) -> dict[str, str]:
     return {name: str(Fraction(weight, sum(weights))) for name, weight in zip(names, weights, strict=True)}
 
 
-def write(folder: Path, documents: list[list[int]], draw: random.Random, packed: int | None, shards: int | None = None) -> None:
+def write(
+    folder: Path,
+    documents: list[list[int]],
+    draw: random.Random,
+    packed: int | None,
+    shards: int | None = None,
+    learned: list[bool] | None = None,
+) -> None:
     """A prepared source whose documents lie in one to three shards."""
     folder.mkdir(exist_ok=True)
     edges = sorted(draw.sample(range(1, len(documents)), (shards or draw.randint(1, 3)) - 1))
@@ -230,7 +250,11 @@ def write(folder: Path, documents: list[list[int]], draw: random.Random, packed:
         part = documents[first:last]
         writer = ShardWriter(folder / f"shard-{number:05d}", np.dtype(np.uint16))
         writer.add(np.concatenate(part).astype(np.uint16), np.array([*map(len, part)], np.int32))
-        infos.append(ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish())))
+        info = ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish()))
+        if learned is not None:
+            begin = sum(map(len, documents[:first]))
+            info = with_mask(folder, info, np.array(learned[begin : begin + info.tokens]))
+        infos.append(info)
     Manifest(
         name=folder.name,
         kind="other",
@@ -245,7 +269,9 @@ def write(folder: Path, documents: list[list[int]], draw: random.Random, packed:
     ).save(folder)
 
 
-def check(batch: TensorBatch, expected: list[list[Row]], length: int, masks: bool, loss: bool, packed: bool) -> None:
+def check(
+    batch: TensorBatch, expected: list[list[Row]], length: int, masks: bool, loss: bool, packed: bool, masked: bool
+) -> None:
     """Hold what a model is given against the rows that it must be."""
     rows = [row for sequence in expected for row in sequence]
     wide = (len(expected), -1)
@@ -258,8 +284,9 @@ def check(batch: TensorBatch, expected: list[list[Row]], length: int, masks: boo
         begins = sorted({0, *(start for start in row.starts if start < length)})
         edges += [number * length + begin for begin in begins if number or begin]
         positions += [place - max(begin for begin in begins if begin <= place) for place in range(length)]
-        counted += [place + 1 not in (row.starts if loss else row.padding) for place in range(length)]
-    assert (batch.documents is not None) == masks and (batch.loss_mask is not None) == (loss or packed)
+        out = row.starts if loss else row.padding
+        counted += [place + 1 not in out and row.learned[place + 1] for place in range(length)]
+    assert (batch.documents is not None) == masks and (batch.loss_mask is not None) == (loss or packed or masked)
     if batch.documents is not None:
         assert batch.documents.cu_seqlens.tolist() == [*edges, len(rows) * length]
         assert batch.documents.position_ids.flatten().tolist() == positions
@@ -277,6 +304,7 @@ def test_what_reaches_the_loss_is_what_the_reference_says(part: int, tmp_path: P
         content, texts = drawn(draw, folder)
         ranks = content.pop("ranks")
         reference = Reference(content, texts)
+        del content["learned"]
         progress = Progress()
         # a start, and a resume with another batch size and another number of ranks
         for attempt in range(2):
@@ -305,7 +333,7 @@ def run(content: dict[str, Any], reference: Reference, progress: Progress, ranks
                 expected = reference.step(end.samples, size, micro, rank, ranks)
                 for batch, wanted in zip(batches, expected, strict=True):
                     held = to_device(batch, place.device, config.data)
-                    check(held, wanted, reference.length, masks, loss, bool(reference.packed))
+                    check(held, wanted, reference.length, masks, loss, bool(reference.packed), bool(reference.learned))
                 end = Progress(end.step + 1, end.samples + config.samples_of_step(end.step))
     assert end.samples == config.samples_at_end(progress)
     return end

@@ -14,8 +14,10 @@ from megatron_synth.cli.main import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing import assembly, pipeline, splits
 from megatron_synth.data.preparing import prepare as preparing
-from megatron_synth.data.preparing.output import lock_of
+from megatron_synth.data.preparing.journal import JOURNAL, read_journal
+from megatron_synth.data.preparing.output import Unfinished, lock_of
 from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.data.preparing.workers import Workers
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
 from tests.support import ROOT
@@ -157,6 +159,29 @@ def test_what_is_done_is_not_done_again(tmp_path, make, monkeypatch):
     assert done["tokenize"][:5] == [0, 1, 2, 3, 3] and sorted(set(done["tokenize"][4:])) == done["tokenize"][4:]
     assert done["shard"][:4] == ["shard-00000", "shard-00001", "shard-00002", "shard-00002"]
     assert len(set(done["shard"])) == len(done["shard"]) - 1
+
+
+class Dying(Workers):
+    """Of which some die after five tasks."""
+
+    def run(self, function, tasks):
+        for done, found in enumerate(super().run(function, tasks)):
+            if done == 5:
+                raise Unfinished("a worker died")
+            yield found
+
+
+def test_what_is_done_is_kept_where_workers_die(tmp_path, make, monkeypatch, capsys):
+    monkeypatch.setattr(splits, "SMALL_SPLIT", 900)
+    monkeypatch.setattr(splits, "SPLIT_BYTES", 900)
+    assert prepare(make(output=str(tmp_path / "whole"))) is not None
+    with pytest.raises(UserError, match="a worker died"):
+        prepare(make(), start=lambda tokenizer, folder: Dying(tokenizer, 1))
+    (left,) = tmp_path.glob(f".out.partial-*/{JOURNAL}")
+    assert [entry["number"] for entry in read_journal(left) if entry["kind"] == "split"] == [0, 1, 2, 3, 4]
+    assert prepare(make()) is not None
+    assert "continuing a run that was stopped" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_a_stopped_run_of_other_settings_or_with_a_damaged_run_is_not_trusted(tmp_path, make, monkeypatch):

@@ -36,7 +36,7 @@ def config(synthesis, **engine: object):
 
 
 def running() -> list[str]:
-    """What anyone on the machine sees of the servers: their whole command lines (`ps` cuts lines at the width of a terminal)."""
+    """What anyone on the machine sees of the servers, whole command lines: `ps` cuts them at the width of a terminal."""
     lines = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended
