@@ -72,4 +72,4 @@ def _table(found: Sequence[RunStatus]) -> str:
     for row in cells:
         padded = (c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
         lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{one.run.name}: {one.slow_node}" for one in found if one.slow_node is not None)])

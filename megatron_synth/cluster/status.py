@@ -15,7 +15,7 @@ from megatron_synth.cluster.verdict import Attempt, read_attempts
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
 from megatron_synth.train.checkpoint import branch, files
-from megatron_synth.train.record import metrics
+from megatron_synth.train.record import metrics, nodes
 from megatron_synth.train.record.goodput import Goodput, goodput
 from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
 from megatron_synth.train.record.run_lock import user_of
@@ -51,6 +51,8 @@ class RunStatus:
     """Part of its time so far that went into steps that it kept; None: it is not known."""
     trunk: str | None = None
     """Of a branch: `RUN@STEP` that it began from."""
+    slow_node: str | None = None
+    """Which node is slower than the others, in words; None: there is one alone, or none is."""
 
 
 def is_run(path: Path) -> bool:
@@ -119,6 +121,7 @@ def _status(run: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
         event=_last_event(run, attempts),
         productive=None if (found := goodput_of(run)) is None else found.share,
         trunk=None if (trunk := branch.kept(run)) is None else f"{files.run_of(trunk.checkpoint).name}@{trunk.step}",
+        slow_node=nodes.slowest(nodes.read_nodes(run)),
     )
 
 

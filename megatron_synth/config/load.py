@@ -240,7 +240,7 @@ def _drop_what_names_no_other_run(config: Config, content: dict[str, Any]) -> No
     _drop_default(content["checkpoint"], "init_ema", False)
     del content["checkpoint"]["upload_to"]
     _drop_default(content["checkpoint"], "init_vocabulary", "same")
-    for name in ("name", "muon_momentum", "muon_ns_steps", "ema_decay"):
+    for name in ("name", "muon_momentum", "muon_ns_steps", "ema_decay", "qk_clip"):
         _drop_default(content["optim"], name, OptimConfig.model_fields[name].default)
     _drop_default(content["data"], "skip", [])
     _drop_default(content["data"], "answers", {})

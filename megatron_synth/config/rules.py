@@ -225,6 +225,12 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         yield Problem("model.mup_base_hidden_size", message)
     if optim.name == "muon" and config.precision.fp8_param_gather:
         yield Problem("optim.name", "muon needs precision.fp8_param_gather: false, which leaves weights in parts that it knows")
+    if optim.qk_clip is not None and config.model.qk_norm != "off":
+        yield Problem(
+            "optim.qk_clip", f"has no effect with model.qk_norm: {config.model.qk_norm}, which bounds logits; set it to null"
+        )
+    if optim.qk_clip is not None and config.precision.fp8_param_gather:
+        yield Problem("optim.qk_clip", "needs precision.fp8_param_gather: false, as it is not tested with weights in FP8")
 
 
 def _schedule(config: Config) -> Iterator[Problem]:

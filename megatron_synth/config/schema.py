@@ -183,6 +183,9 @@ class OptimConfig(Section):
     """Adam's epsilon."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    qk_clip: Annotated[float, Field(gt=0)] | None = None
+    """QK-clip: where the largest attention logit of a head exceeds this (Kimi K2: 100), its queries and keys are scaled so that
+    it would not. Every step computes the scores of all tokens once more for it. Default: off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """d of an exponential average of the weights, e <- d e + (1 - d) w after every update, which is saved, evaluated beside the
     weights and exported on request. Default: none is kept."""

@@ -37,11 +37,16 @@ class Memory:
     working: int
     """What else the most expensive moment of the step needs: one layer's gradients, a recomputed layer, or the
     output layer's. Where it is the loss, that is under `logits` and this is 0: only one of them exists at a time."""
+    health: int = 0
+    """The copy of the weights that `log.health_interval` measures an update by. It is there when activations are not."""
+    keeps_health: bool = False
+    """Whether the copy's place is kept from one measured step to the next, as on a CPU."""
 
     @property
     def total(self) -> int:
         """Without what the framework itself, the communication library and fragmentation take."""
-        return self.static + self.activations + self.logits + self.buffers + self.working
+        passes = self.activations + self.logits + self.buffers + self.working
+        return self.static + (self.health + passes if self.keeps_health else max(self.health, passes))
 
     @property
     def static(self) -> int:
@@ -221,8 +226,8 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
         activations += stream + round((4 * (model.hidden_size + 1) / shards if device == "cpu" else 0) * tokens) + stream
 
     buffers = element * tokens * model.hidden_size if shards > 1 else 0
-    if context > 1:  # keys and values of all ranks as they come and in the order of the row, and the same of their gradients
-        buffers += 4 * element * tokens * context * 2 * Dimensions.of(model).keys // tensor
+    if context > 1:  # keys and values of all ranks, and their gradients; on a GPU as they come and in the order of the row
+        buffers += (2 if device == "cpu" else 4) * element * tokens * context * 2 * Dimensions.of(model).keys // tensor
     if stages > 1 and device == "cpu":  # its norms do not keep their input, and outputs are not released early
         buffers += stream * held * ((not first) + (not last))
     elif stages > 1:
@@ -247,14 +252,17 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
     products = sum(weight.size(tensor) for weight in weights(model) if weight.is_product) * model.num_layers // stages
     per_parameter = (12 if element == 2 else 8) + (4 if config.optim.ema_decay is not None else 0)
     momenta = 4 * products if config.optim.name == "muon" else 0  # second moments, which matrices have none of
+    shares = data * context if parallel.use_distributed_optimizer else 1
     return Memory(
         weights=on_rank * element + (0 if config.precision.fp8_param_gather else round(2 * products * share)),
         gradients=on_rank * 4,
-        optimizer=(on_rank * per_parameter - momenta) // (data * context if parallel.use_distributed_optimizer else 1),
+        optimizer=(on_rank * per_parameter - momenta) // shares,
         activations=activations,
         logits=loss if at_loss else 0,
         buffers=buffers,
         working=0 if at_loss else working,
+        health=0 if config.log.health_interval is None else 4 * on_rank // shares,
+        keeps_health=device == "cpu",
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_synth.model.build import LlamaModel
 
-SAMPLED = 512
+SAMPLED = 128
 """Places of the sampled row, at most."""
 _NUMBERS = 2**24
 """Scores, or logits, that are in memory at once: 64 MiB."""
@@ -92,28 +92,9 @@ class Observer:
         self._seen.add(layer)
         names = ("query", "key", "value", "attention_mask")
         given = dict(zip(names, inputs, strict=False)) | keywords
-        query, key, places, begins = module.sampled(given["query"], given["key"], given.get("packed_seq_params"))
-        chosen = self._chosen(places, module.context_group is not None)
-        query, of_query, begins_of_query = query[chosen], places[chosen], begins[chosen]
-        if (group := module.context_group) is not None:
-            key, places, begins = (_gathered(x, group) for x in (key, places, begins))
-        visible = (begins_of_query[:, None] == begins) & (places <= of_query[:, None])
-        if module.window is not None:
-            visible &= of_query[:, None] - places < module.window
-        grouped = query.unflatten(1, (key.shape[1], -1)).movedim(1, 0)  # [G, n, A / G, D]
-        keys = key.movedim(1, 0).transpose(1, 2)  # [G, D, S]
-        per_place = grouped.shape[2] * keys.shape[2]
+        found = largest_logits(module, given["query"], given["key"], given.get("packed_seq_params"), stride=self._stride)
         largest = self.logits[layer]
-        for heads, own in zip(grouped, keys, strict=True):
-            rows = max(1, _NUMBERS // per_place)
-            for part, mask in zip(heads.split(rows), visible.split(rows), strict=True):
-                scores = (part.flatten(0, 1) @ own).float().view(*part.shape[:2], -1)
-                found = scores.masked_fill(~mask[:, None], -torch.inf).amax()
-                largest.copy_(torch.maximum(largest, module.scale * found.double()))
-
-    def _chosen(self, places: Tensor, shared: bool) -> Any:
-        """Which of the tokens at these places of the row are sampled; where ranks share it, the host waits for the device."""
-        return places % self._stride == 0 if shared else slice(None, None, self._stride)
+        largest.copy_(torch.maximum(largest, found.amax()))
 
     @torch.no_grad()
     def _see_output(self, chunk: LlamaModel, hidden: Tensor, weight: Tensor) -> None:
@@ -127,7 +108,7 @@ class Observer:
         row = row.squeeze(1)
         attention = chunk.decoder.layers[0].self_attention.core_attention
         places = attention.places(len(row), row.device)
-        row = row[self._chosen(places, attention.context_group is not None)]
+        row = row[_chosen(places, self._stride, attention.context_group is not None)]
         valid = min(len(weight), max(0, chunk.tokens - group.rank() * len(weight)))
         for part in row.split(max(1, _NUMBERS // len(weight))):
             logits = (part @ weight.t()).float()
@@ -135,14 +116,61 @@ class Observer:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
             logits -= largest[:, None]
             powers = logits.exp()
-            tokens, padding = powers[:, :valid].double().sum(-1), powers[:, valid:].double().sum(-1)
-            sums = torch.stack([tokens, padding, (powers * logits)[:, :valid].double().sum(-1)])
+            tokens, padding = (x.sum(-1, dtype=torch.float64) for x in (powers[:, :valid], powers[:, valid:]))
+            sums = torch.stack([tokens, padding, powers.mul_(logits)[:, :valid].sum(-1, dtype=torch.float64)])
             torch.distributed.all_reduce(sums, group=group)
             tokens, padding, weighted = sums
             if group.rank() == 0:
                 entropy = tokens.log() - weighted / tokens  # of the tokens: -sum p log p with p = e^z / sum e^z
                 found = entropy.sum(), (padding / (tokens + padding)).sum(), tokens.new_full((), len(part))
                 self.output += torch.stack(found)
+
+
+@torch.no_grad()
+def largest_logits(module: Any, query: Tensor, key: Tensor, documents: Any, row: int = 0, *, stride: int = 1) -> Tensor:
+    """[A] fp64: the largest attention logit of each of this rank's heads over visible pairs of a row.
+
+    Of queries every `stride`-th of the row counts. Where ranks share it, these are queries of this rank and all keys.
+
+    Args:
+        module: the attention, an `ops.CoreAttention`.
+        query: as that of its `forward`.
+        key: as that of its `forward`.
+        documents: its packed_seq_params.
+        row: which.
+        stride: 1 for all queries.
+    """
+    query, key, places, begins = module.sampled(query, key, documents, row)
+    group = module.context_group
+    chosen = _chosen(places, stride, group is not None)
+    query, of_query, begins_of_query = query[chosen], places[chosen], begins[chosen]
+    if group is not None:
+        key, places, begins = (_gathered(x, group) for x in (key, places, begins))
+    grouped = query.unflatten(1, (key.shape[1], -1)).movedim(1, 0)  # [G, n, A / G, D]
+    keys = key.movedim(1, 0).transpose(1, 2)  # [G, D, S]
+    largest = torch.full(grouped.shape[:1] + grouped.shape[2:3], -torch.inf, dtype=torch.float64, device=query.device)
+    rows = max(1, _NUMBERS // (grouped.shape[2] * keys.shape[2]))
+    for first in range(0, grouped.shape[1], rows):
+        part = slice(first, first + rows)
+        # keys after the last query of the part are not visible; which these are is known where no ranks share the row
+        end = keys.shape[2] if group is not None else min(keys.shape[2], (first + rows - 1) * stride + 1)
+        visible = (begins_of_query[part, None] == begins[:end]) & (places[:end] <= of_query[part, None])
+        if module.window is not None:
+            visible &= of_query[part, None] - places[:end] < module.window
+        for head, (heads, own) in enumerate(zip(grouped, keys, strict=True)):
+            of_part = heads[part]
+            scores = (of_part.flatten(0, 1) @ own[:, :end]).float().view(*of_part.shape[:2], -1)
+            found = scores.masked_fill_(~visible[:, None], -torch.inf).amax(dim=(0, 2))
+            largest[head] = torch.maximum(largest[head], found.double())
+    scale: float = module.scale
+    return scale * largest.flatten()
+
+
+def _chosen(places: Tensor, stride: int, shared: bool) -> Any:
+    """Which of the tokens at these places of the row are sampled; where ranks share it, the host waits for the device."""
+    if stride == 1:
+        return slice(None)
+    return places % stride == 0 if shared else slice(None, None, stride)
 
 
 def _gathered(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

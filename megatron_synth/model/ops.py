@@ -279,13 +279,16 @@ class CoreAttention(torch.nn.Module):
         ends = (None, None) if documents is None else (documents.cu_seqlens, documents.max_seqlen)
         return self._attention(query, key, value, self.scale, *ends, self.window)  # type: ignore[no-any-return]
 
-    def sampled(self, query: Tensor, key: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the first row attends with, for who watches: copies, and the arguments stay as they are.
+    def sampled(
+        self, query: Tensor, key: Tensor, documents: Documents | None, row: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a row attends with, for who watches: copies, and the arguments stay as they are.
 
         Args:
             query: as that of `forward`.
             key: as that of `forward`.
             documents: as its packed_seq_params.
+            row: which.
 
         Returns:
             Rotated query [S, A, D] and key [S, G, D] of this rank's tokens of the row; [S] the place of each in the row, and
@@ -293,9 +296,9 @@ class CoreAttention(torch.nn.Module):
         """
         length = query.shape[0] * (1 if self._context is None else self._context.size())
         places = self.places(query.shape[0], query.device)
-        positions = places if documents is None else documents.position_ids[0].long()
+        positions = places if documents is None else documents.position_ids[row].long()
         heads = query.flatten(2, 3) if query.dim() == 5 else query
-        rows = heads[:, :1].clone(), key[:, :1].clone()
+        rows = heads[:, row : row + 1].clone(), key[:, row : row + 1].clone()
         query, key = self._rope(*rows, self.rotary_base, positions[None], False, length)
         return query.squeeze(1), key.squeeze(1), places, places - positions
 

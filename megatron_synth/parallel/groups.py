@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from megatron_synth.config.errors import UserError
 from megatron_synth.parallel import engine
 from megatron_synth.parallel.placement import check_placement, node_name, spanning_group
 from megatron_synth.parallel.plan import Layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,24 @@ def _check_nodes(layout: Layout, device: torch.device) -> None:
         names = [""] * layout.world_size
         torch.distributed.all_gather_object(names, node_name())
         check_placement(layout, names)
+
+
+def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
+    answer: list[object] = [None]
+    if ranks.rank == 0:
+        try:
+            answer = [action()]
+        except UserError as error:
+            answer = [UserError(str(error))]  # a subclass with arguments of its own may not travel
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
+
+
+def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:
+    """Run `action` on rank 0; its UserError reaches all ranks, its result stays there."""
+    kept: list[T] = []
+    on_main(ranks, lambda: kept.append(action()))
+    return kept[0] if kept else None

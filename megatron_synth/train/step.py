@@ -29,6 +29,7 @@ from megatron_synth.parallel.groups import Ranks
 from megatron_synth.train.batch import LABELS, LOSS, NUM_SUMS, TensorBatch, sums_by_value, sums_per_source
 from megatron_synth.train.grad_norm import square_sum
 from megatron_synth.train.health import Health
+from megatron_synth.train.qk_clip import QkClip
 from megatron_synth.train.spikes import Guard
 
 
@@ -44,10 +45,12 @@ class StepResult:
     own_s: from the begin of the step to the reduction of its gradients, in which data-parallel ranks wait for each other: a
         slow rank is slow before it. Ranks of one replica wait for each other all along, and have about the same.
     save: some rank's clock asks for a checkpoint; equal on every rank.
-    row_losses: [R] fp64 on the device: sum of the loss over the labels of each window of this rank, where ranks share the
-        sequence over those of its part; None on ranks that do not report the loss.
+    row_losses: [R, 2] fp64 on the device: sum of the loss over the labels of each window of this rank, and how many these are,
+        where ranks share the sequence over those of its part; None on ranks that do not report the loss.
     rows: [R] number of each of these windows in the plan.
     why: the step was skipped, where train.skip says.
+    clipped: heads of this rank that QK-clip has scaled since the start, a number on the device that goes on counting; None
+        without it.
     by_value: [2, V] fp64 on the device, by value of documents (log.loss_by): sums over labels of the loss, and how many these
         are; as `sums` of this rank's share. None where losses are not told apart.
     """
@@ -61,6 +64,7 @@ class StepResult:
     row_losses: Tensor | None = None
     rows: npt.NDArray[np.int64] | None = None
     why: str = ""
+    clipped: Tensor | None = None
     by_value: Tensor | None = None
 
 
@@ -101,7 +105,7 @@ class Pipeline:
     def __init__(self, config: Config, chunks: list[DistributedDataParallel], ranks: Ranks):
         self.config, self.chunks, self.ranks = config, chunks, ranks
         self.row_losses: Tensor | None = None
-        """[R] fp64: of the windows of the last `forward`, in their order, the loss summed over labels; None: another's."""
+        """[R, 2] fp64, `row_losses` of StepResult, of the last `forward`; None: another rank's."""
         self.by_value: Tensor | None = None
         """[2, V] fp64, `by_value` of StepResult, of the last `forward`; None: losses are not told apart."""
         self.num_values = 0
@@ -228,6 +232,8 @@ class Stepper(Pipeline):
         """Of the weights, where one is kept."""
         self.health: Health | None = None
         """What measures the next step, if it is measured."""
+        threshold = config.optim.qk_clip
+        self.qk_clip = None if threshold is None else QkClip(threshold, chunks, optimizer)
         skip = config.train.skip
         self.guard = None if skip is None else Guard(skip)
         # pinned: a copy to other memory goes through a buffer of the driver's, and the host waits twice
@@ -251,10 +257,14 @@ class Stepper(Pipeline):
         self._clock.start()
         if self.health is not None:
             self.health.begin()
+        if self.qk_clip is not None:
+            self.qk_clip.begin()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.forward(batches, num_sources, backward=True)
+        if self.qk_clip is not None:
+            self.qk_clip.end()
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
@@ -269,6 +279,8 @@ class Stepper(Pipeline):
         if self.health is not None:
             self.health.before_update()
         if not skipped:
+            if self.qk_clip is not None:
+                self.qk_clip.apply()
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
             if self.average is not None:
@@ -278,17 +290,10 @@ class Stepper(Pipeline):
         if self.fp8 is not None:
             self.fp8.end_step(skipped)
         rows = [batch.samples for batch in batches if batch.samples is not None]
+        own_s, numbers = self._clock.seconds(), np.concatenate(rows) if rows else None
+        clipped = None if self.qk_clip is None else self.qk_clip.clipped
         return StepResult(
-            sums,
-            norm,
-            skipped,
-            stop,
-            self._clock.seconds(),
-            save,
-            self.row_losses,
-            np.concatenate(rows) if rows else None,
-            why,
-            self.by_value,
+            sums, norm, skipped, stop, own_s, save, self.row_losses, numbers, why, clipped=clipped, by_value=self.by_value
         )
 
     @torch.no_grad()

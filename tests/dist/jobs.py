@@ -295,10 +295,11 @@ def train_in_trouble(arguments: list[str], what: str, target: int, step: int) ->
 
 
 def train_with_a_slow_rank(arguments: list[str], target: int) -> int:
-    """Train; the clock says of every step that it took rank `target` 3000 s and any other 1000 s.
+    """Train, each rank on a node of its own; the clock says that a step took rank `target` 3000 s and any other 1000 s.
 
     So much that the seconds a busy machine really takes for the data, which come on top, do not count.
     """
+    os.environ["SLURMD_NODENAME"] = f"node{rank()}"
     from megatron_synth.cli import main as cli
     from megatron_synth.train import step
 

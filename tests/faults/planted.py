@@ -32,6 +32,7 @@ _FAULTS = {
 }
 """What the table calls it: the fault of the job, and ranks."""
 _DAMAGED = "2 KiB of noise in a shard"
+_BEYOND = "an id beyond the vocabulary in a shard"
 
 
 def write(folder: Path, steps: int) -> Path:
@@ -64,6 +65,14 @@ def damage(source: Path) -> None:
     file.write_bytes(content)
 
 
+def put_beyond(source: Path) -> None:
+    """Put an id that is no token into the middle of a shard."""
+    file = sorted(source.glob("*.bin"))[1]
+    tokens = np.fromfile(file, np.uint16)
+    tokens[len(tokens) // 2] = 65535
+    tokens.tofile(file)
+
+
 class Twin:
     """Runs on this CPU."""
 
@@ -71,16 +80,19 @@ class Twin:
         self._folder, self._at = folder, at
         self._config = write(folder, steps)
         self._ranks = RankPool()
-        self._damaged = folder / "damaged"
-        shutil.copytree(folder / "web", self._damaged / "web")
-        shutil.copy(folder / "tokenizer.json", self._damaged)
-        damage(self._damaged / "web")
+        self._sources = {_DAMAGED: folder / "damaged" / "web", _BEYOND: folder / "beyond" / "web"}
+        for source in self._sources.values():
+            shutil.copytree(folder / "web", source)
+            shutil.copy(folder / "tokenizer.json", source.parent)
+        damage(self._sources[_DAMAGED])
+        put_beyond(self._sources[_BEYOND])
 
     def run(self, name: str, ranks: int, fault: str, *settings: str) -> tuple[Path, int, str]:
         """Train; the run directory, the exit code, and what rank 0 said on stderr."""
         run = self._folder / name
-        if _DAMAGED.replace(" ", "-") in name:
-            settings = (f"data.sources.web.path={self._damaged / 'web'}", *settings)
+        for what, source in self._sources.items():
+            if what.replace(" ", "-") in name:
+                settings = (f"data.sources.web.path={source}", *settings)
         arguments = ["train", str(self._config), *settings, "--run-dir", str(run)]
         results = self._ranks.run(ranks, _JOB, arguments, fault, self._at, timeout=1200.0)
         return run, int(results[0].value), results[0].stderr
@@ -109,21 +121,18 @@ class Twin:
         say(" | ".join(cells))
         return cells
 
-    def refused(self) -> list[str]:
-        """The row of the damaged shard where checksums are compared before anything of it is used."""
-        run, code, said = self.run(f"{_DAMAGED.replace(' ', '-')}-verify", 1, "none", "data.verify=blocks")
+    def refused(self, what: str, verify: str) -> list[str]:
+        """The row of a damaged shard that ends the run with a message, before or as the damage is read."""
+        run, code, said = self.run(f"{what.replace(' ', '-')}-{verify}", 1, "none", f"data.verify={verify}")
         assert code == 2 and "shard-00001" in said, said
         done = len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
         found = re.search(r"(shard-\d+\.bin, block \d+) .*?: ([a-z]*)", said)
-        assert found is not None, said
-        return [
-            _DAMAGED,
-            "data.verify: blocks",
-            f"ended after step {done}, exit code 2",
-            "",
-            "",
-            f"{found[1]}: {found[2]}",
-        ]
+        named = f"{found[1]}: {found[2]}" if found else ""
+        if not found:
+            row = re.search(r"(byte \d+).*read for (sample \d+), (\S+), (documents? \d+(?: to \d+)?)", said)
+            assert row is not None, said
+            named = f"{row[2]}, {Path(row[3]).name}, {row[1]}, {row[4]}"
+        return [what, f"data.verify: {verify}", f"ended after step {done}, exit code 2", "", "", named]
 
     @staticmethod
     def _skipped(run: Path) -> int:
@@ -132,7 +141,8 @@ class Twin:
 
     def _named(self, run: Path) -> str:
         """The first row of largest loss that events.log names, and where it is read from."""
-        found = re.search(r"largest losses: (sample \d+) \S+ \(web: (\S+), (documents? \d+)", (run / "events.log").read_text())
+        named = r"(?:largest losses|above their median): (sample \d+) \S+ \(web: (\S+), (documents? \d+(?: to \d+)?)"
+        found = re.search(named, (run / "events.log").read_text())
         return "" if found is None else f"{found[1]}, {Path(found[2]).name}, {found[3]}"
 
 
@@ -141,6 +151,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.planted", description=__doc__)
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--at", type=int, default=275, help="the step of the fault")
+    parser.add_argument("--only", choices=list(_FAULTS), action="append", help="leave the other faults out")
     parser.add_argument("--within", type=float, default=0.005, help="relative difference of the last loss that is allowed")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,12 +164,13 @@ def main(argv: list[str]) -> int:
         rows: list[list[str]] = [["fault", "train.skip", "steps skipped", "last loss", "off by", "first row named"]]
         rows.append(["none", "no", "0", f"{expected:.5f}", "", ""])
         worst = 0.0
-        for what in _FAULTS:
+        for what in options.only or _FAULTS:
             for skip in (False, True):
                 rows.append(twin.row(what, expected, skip))
                 if skip:
                     worst = max(worst, abs(float(rows[-1][3]) / expected - 1))
-        rows.append(twin.refused())
+        rows.append(twin.refused(_DAMAGED, "blocks"))
+        rows.append(twin.refused(_BEYOND, "sizes"))
     head: dict[str, Any] = tables.header("", [])
     head["command"] = " ".join(["python -m tests.faults.planted", *argv])
     say("\n" + "\n".join([*tables.header_lines(head), "", *tables.markdown_table(rows)]))

@@ -201,6 +201,8 @@ def _write_run(config_file: Path, path: Path) -> None:
         {"start": 2, "phase": "steps", "begin": 20.0, "end": 30.0, "first": 11, "last": STEPS, "data_s": 0.0},
     ]
     (path / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    node = {"steps": STEPS, "own_s": 6.0, "data": 0.5, "saving": 0.1, "starting": 2.0}
+    (path / "nodes.json").write_text(json.dumps({"node0": node, "node1": {**node, "own_s": 9.0}}))
     writer, batch = metrics.MetricsFile(path / "metrics.jsonl"), config.samples_of_step(0)
     for step in range(1, STEPS + 1):
         counted = Ledger.planned(data.plan, SEQUENCE_LENGTH, step * batch).to_json()
@@ -371,7 +373,7 @@ def _undrawn() -> Iterator[None]:
 def _places(world: World) -> list[tuple[Path, Callable[[World, bool], None]]]:
     run, job = world.run, next((world.run / "slurm").glob("*"))
     folder = Folder(world.study.folder)
-    of_run = ["run.json", "metrics.jsonl", "ledger.json", "config.yaml", "events.log", "times.jsonl"]
+    of_run = ["run.json", "metrics.jsonl", "ledger.json", "config.yaml", "events.log", "times.jsonl", "nodes.json"]
     of_run.append(f"checkpoints/step_{STEPS:08d}/trainer.json")
     of_synthesis = ["answers/part-00000.jsonl", "synthesis.json", "corpus/part-00000.jsonl", "rejected.jsonl", "engine.json"]
     of_job = ["job.json", "job.id", f"attempts/{JOB}.jsonl", f"outcomes/{JOB}.0/node-0.jsonl"]

@@ -4,14 +4,15 @@ S tokens of a row, B rows, A query heads, G key/value heads (A a multiple of G),
 into 2 c chunks; rank r has the chunks r and 2 c - 1 - r, one after the other (as the zigzag order of ring attention does).
 
 Keys and values of the other ranks are gathered for the time of one layer (Llama 3, arXiv 2407.21783, section 3.3.2), and once
-more in the backward pass, which makes the scores again: a rank keeps no more than its own part of anything. With grouped
-queries they are a small part of the activations.
+more in the backward pass: a rank keeps no more than its own part of anything. With grouped queries they are a small part of the
+activations. On a GPU the backward pass makes the scores again. On a CPU it need not, and keys and values are used where the
+gather has put them (attention_blocks.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_synth_kernels.torch import attention_blocks
 from megatron_synth_kernels.torch.attention import takes_flash, varlen_attention
 
 
@@ -47,7 +49,8 @@ def context_attention(
     Returns:
         [S / c, B, A * D].
     """
-    out: Tensor = _Context.apply(query, key, value, scale, group, cu_seqlens, window)  # type: ignore[no-untyped-call]
+    function = _InBlocks if query.device.type == "cpu" else _Context
+    out: Tensor = function.apply(query, key, value, scale, group, cu_seqlens, window)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -82,6 +85,92 @@ class _Context(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None, None
 
 
+class _InBlocks(torch.autograd.Function):
+    """On a CPU: what was gathered stays in the order of the ranks, and each of its chunks is a block of the attention."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        group: ProcessGroup,
+        cu_seqlens: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        ranks = _gather_ranks(torch.stack((key, value)), group)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        for place, blocks in _own_blocks(query, group, cu_seqlens, window):
+            found = [attention_blocks.attend(query[place], *_piece(ranks, block, group), block, scale) for block in blocks]
+            out[place], lse[place] = attention_blocks.joined(*zip(*found, strict=True))
+        out = out.flatten(2)
+        ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
+        ctx.options = scale, group, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+        query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
+        scale, group, window = ctx.options
+        grad, out = grad.view(query.shape), out.view(query.shape)
+        ranks = _gather_ranks(torch.stack((key, value)), group)
+        d_ranks = torch.zeros_like(ranks)
+        d_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        for place, blocks in _own_blocks(query, group, cu_seqlens, window):
+            for block in blocks:
+                given = (grad[place], query[place], *_piece(ranks, block, group), out[place], lse[place])
+                of_query, *of_keys = attention_blocks.gradients(*given, block, scale)
+                d_query[place] += of_query
+                _add_to_piece(d_ranks, of_keys, block, group)
+        del ranks
+        part = torch.empty_like(d_ranks[0])
+        torch.distributed.reduce_scatter_tensor(part.view(-1), d_ranks.view(-1), group=group)
+        return d_query, part[0], part[1], None, None, None, None
+
+
+def _own_blocks(
+    query: Tensor, group: ProcessGroup, cu_seqlens: Tensor | None, window: int | None
+) -> Iterator[tuple[tuple[slice, int], list[attention_blocks.Block]]]:
+    """For each part of this rank's queries [S / c, B, A, D] that shares its keys: its place in them, and its blocks."""
+    size, rows = group.size(), query.shape[1]
+    length = query.shape[0] * size
+    count = length // (2 * size)
+    ends = [row * length for row in range(rows + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    edges = range(0, length + 1, count)
+    for half, chunk in enumerate(chunks_of(group.rank(), size)):
+        for blocks in attention_blocks.blocks_of(chunk * count, count, ends, length, edges, window):
+            first = blocks[0]
+            yield (slice(half * count + first.q0, half * count + first.q1), first.row), blocks
+
+
+def _places(ranks: Tensor, block: attention_blocks.Block, group: ProcessGroup) -> Iterator[tuple[int, slice]]:
+    """Where in [c, 2, S / c, B, G, D] the keys of a block are: rank and tokens, chunk by chunk."""
+    size, count = group.size(), ranks.shape[2] // 2
+    for chunk in range(block.k0 // count, (block.k1 - 1) // count + 1):
+        rank, half = (chunk, 0) if chunk < size else (2 * size - 1 - chunk, 1)
+        low, high = (max(block.k0, chunk * count), min(block.k1, (chunk + 1) * count))
+        yield rank, slice(half * count + low - chunk * count, half * count + high - chunk * count)
+
+
+def _piece(ranks: Tensor, block: attention_blocks.Block, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Keys and values [m, G, D] of a block; a copy only where they lie in several chunks."""
+    found = [ranks[rank, :, place, block.row] for rank, place in _places(ranks, block, group)]
+    keys, values = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return keys, values
+
+
+def _add_to_piece(d_ranks: Tensor, gradients: Sequence[Tensor], block: attention_blocks.Block, group: ProcessGroup) -> None:
+    begin = 0
+    for rank, place in _places(d_ranks, block, group):
+        end = begin + place.stop - place.start
+        for which, gradient in enumerate(gradients):
+            d_ranks[rank, which, place, block.row] += gradient[begin:end]
+        begin = end
+
+
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
     """The early and the late chunk of a rank, of 2 `size`."""
     return rank, 2 * size - 1 - rank
@@ -96,11 +185,16 @@ def _order(size: int, *, back: bool) -> list[int]:
 
 def _gather(part: Tensor, group: ProcessGroup) -> Tensor:
     """[2, S / c, B, G, D] of every rank -> [2, S, B, G, D], the chunks in the order of the row."""
-    size = group.size()
-    ranks = part.new_empty((size, *part.shape))
-    torch.distributed.all_gather_into_tensor(ranks.view(-1), part.contiguous().view(-1), group=group)
+    size, ranks = group.size(), _gather_ranks(part, group)
     chunks = ranks.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)  # [2 c, 2, S / 2c, B, G, D]
     return torch.cat([chunks[place] for place in _order(size, back=False)], dim=1)
+
+
+def _gather_ranks(part: Tensor, group: ProcessGroup) -> Tensor:
+    """[2, S / c, B, G, D] of every rank -> [c, 2, S / c, B, G, D]."""
+    ranks = part.new_empty((group.size(), *part.shape))
+    torch.distributed.all_gather_into_tensor(ranks.view(-1), part.contiguous().view(-1), group=group)
+    return ranks
 
 
 def _scatter(whole: Tensor, group: ProcessGroup) -> Tensor:
@@ -151,31 +245,12 @@ def _chunk(
     of_keys = row * (first + count) + place.clamp(max=first + count)
     of_queries = row * count + (place - first).clamp(0, count)
     q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [B N, A or G, D]
-    if query.device.type == "cpu":
-        out = _one_by_one(q, k, v, scale, of_queries.tolist(), of_keys.tolist(), window)
-    elif takes_flash(query):
+    if takes_flash(query):
         longest = (count, first + count)
         out = varlen_attention(q, k, v, of_queries.int(), of_keys.int(), *longest, scale, window)
     else:
         out = _masked(q, k, v, scale, of_queries, of_keys, query.shape[1], window)
     return out.unflatten(0, (query.shape[1], count)).transpose(0, 1)
-
-
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, of_queries: list[int], of_keys: list[int], window: int | None
-) -> Tensor:
-    """[T, A, D], [U, G, D] -> [T, A, D]: one call per document, so that no token depends on another's."""
-    parts = []
-    for (q0, q1), (k0, k1) in zip(pairwise(of_queries), pairwise(of_keys), strict=True):
-        if q1 == q0:
-            continue
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        square = k1 - k0 == q1 - q0 and (window is None or window >= k1 - k0)
-        mask = None if square else _seen(q1 - q0, k1 - k0, window, query.device)
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)
-        parts.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(parts)
 
 
 @lru_cache(maxsize=64)

@@ -29,8 +29,9 @@ from megatron_synth.data.loading.boundaries import Boundaries, BoundaryTable
 from megatron_synth.data.loading.values import SourceValues
 from megatron_synth.data.mixing.mixture import MixturePlan, windows_in
 from megatron_synth.data.mixing.permutation import derive_key, keyed_hash, permute
-from megatron_synth.data.shards import native
+from megatron_synth.data.shards import native, places
 from megatron_synth.data.shards.indexed import Places, token_code
+from megatron_synth.data.shards.source import Source
 
 Int64 = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
@@ -465,13 +466,24 @@ class Loader:
             if done == end:
                 return
             source_id, first = int(table.source_ids[done]), int(table.firsts[done])
-            self._readers[source_id](first, tokens[done - row])
+            try:
+                self._readers[source_id](first, tokens[done - row])
+            except UserError as error:
+                raise UserError(f"{error}; read for sample {table.samples[done]}{self._where(source_id, first)}") from None
             if learned is not None:
                 if self.sources[source_id].masked:
                     self.sources[source_id].read_learned(first + 1, learned[done - row])
                 else:
                     learned[done - row] = True
             done += 1
+
+    def _where(self, source_id: int, first: int) -> str:
+        """Documents of the window that begins at a token of a source, in words; empty where what is damaged does not tell."""
+        source = self.sources[source_id]
+        try:
+            return f", {places.described(source, first, first + self.window_length + 1)}" if isinstance(source, Source) else ""
+        except (UserError, OSError):
+            return ""
 
 
 def is_packed(source: WindowSource) -> bool:

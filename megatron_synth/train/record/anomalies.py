@@ -13,8 +13,12 @@ from megatron_synth.config.schema import Config
 from megatron_synth.core.log import say
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
-from megatron_synth.train.spikes import LOSS_FLOOR, Window
+from megatron_synth.train.spikes import LOSS_FLOOR, Row, Window
 
+STANDS_OUT = "far above the other rows of the source"
+"""What notes on rows have in common."""
+_ROW_NOTES = 20
+"""Notes on rows of one start."""
 _WINDOW = 32
 _LEAST = 16
 """Steps before spikes are looked for."""
@@ -28,6 +32,7 @@ class Notes:
         self._log, self._run_dir, self._hosts = config.log, run_dir, hosts
         self._losses = Window(_WINDOW, _LEAST, LOSS_FLOOR)
         self._losses.restore(losses)
+        self._rows_told = 0
         self._slowest: int | None = None
         self._times_slow = 0
 
@@ -68,6 +73,27 @@ class Notes:
         command = f"megatron-synth mix show {self._run_dir.path} {first}-{last} --text"
         ranked = f"; largest losses: {'; '.join(worst)}" if worst else ""
         text = f"step {record[metrics.STEP]}: {what}; samples {first} to {last}: {sources}{ranked}; read them with: {command}"
+        say(f"warning: {text}")
+        self._run_dir.event(f"warning: {text}")
+
+    def tell_rows(self, step: int, number: int, first: Row, named: Sequence[str]) -> None:
+        """Write down the rows of a step that stand out from those of their source, though the step does not.
+
+        Args:
+            step: the step.
+            number: how many rows.
+            first: the first of them.
+            named: the first few, in words.
+        """
+        self._rows_told += 1
+        if self._rows_told > _ROW_NOTES:
+            return
+        which = "a row" if number == 1 else f"{number} rows"
+        text = f"step {step}: {which} {STANDS_OUT}, {first.sigmas:.1f} sigmas above their median: "
+        text += "; ".join(named) + ("; and more" if number > len(named) else "")
+        text += f"; read it with: megatron-synth mix show {self._run_dir.path} {first.sample}-{first.sample} --text"
+        if self._rows_told == _ROW_NOTES:
+            text += f"; {_ROW_NOTES} steps had such rows since the start, later ones are not noted"
         say(f"warning: {text}")
         self._run_dir.event(f"warning: {text}")
 

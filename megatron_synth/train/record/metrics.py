@@ -33,6 +33,7 @@ LOSS_BY = "train/loss_by/"  # + column/value of the documents (log.loss_by)
 GRAD_NORM = "optim/grad_norm"  # before clipping
 LR = "optim/lr"
 SKIPPED = "optim/skipped"  # steps skipped since step 0, for a loss or gradient that was not finite
+CLIPPED = "optim/clipped_heads"  # heads that QK-clip has scaled since the start, each step's counted; at log steps
 TOKENS_PER_SEC = "perf/tokens_per_sec_per_gpu"
 TFLOPS = "perf/tflops_per_gpu"
 MFU = "perf/mfu"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import resource
-import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_synth.config.errors import RankError, TrainingFailed, UserError
@@ -20,12 +21,16 @@ from megatron_synth.data.shards import places
 from megatron_synth.estimate.flops import flops_per_token
 from megatron_synth.estimate.hardware import mfu
 from megatron_synth.parallel.groups import Ranks
+from megatron_synth.parallel.placement import node_name
 from megatron_synth.train.batch import LABELS, LOSS, SAMPLES, Z_LOSS
 from megatron_synth.train.checkpoint import files
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.anomalies import Notes
+from megatron_synth.train.record.nodes import Nodes
 from megatron_synth.train.record.run_dir import RunDir
+from megatron_synth.train.record.times import WAITS, Wait
 from megatron_synth.train.record.wandb import Tracker
+from megatron_synth.train.spikes import Row, Rows
 
 if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepared
     from megatron_synth.train.step import StepResult
@@ -33,6 +38,11 @@ if TYPE_CHECKING:  # it imports megatron-core, which must find the device prepar
 
 _NAMED = 4
 """Rows that the note of an odd step names."""
+_LABELS = 0.25
+"""Part of a row's labels that must count for it to be held against others."""
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 
 
 class Recorder:
@@ -54,8 +64,12 @@ class Recorder:
         skipped: int,
         consecutive: int = 0,
         noted: Sequence[float] = (),
+        waited: Mapping[Wait, float],
     ):
-        """skipped, consecutive: steps skipped since step 0, and just before. noted: losses of the last steps."""
+        """skipped, consecutive: steps skipped since step 0, and just before. noted: losses of the last steps.
+
+        waited: what this rank waits for, in seconds, as it adds up.
+        """
         self._config, self._data, self._plan, self._ledger = config, data, data.plan, ledger
         self._run_dir, self._tracker, self._ranks = run_dir, tracker, ranks
         self._flops_per_token = flops_per_token(config.model, config.train.sequence_length, data.vocab_size)
@@ -64,8 +78,12 @@ class Recorder:
             torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if ranks.device.type == "cuda" else None
         )
         hosts: list[str] = [""] * ranks.world_size
-        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        torch.distributed.all_gather_object(hosts, node_name())
         self._notes = Notes(config, run_dir, hosts, noted)
+        self._nodes = Nodes(run_dir.path, hosts) if ranks.rank == 0 else None
+        self._waited = waited
+        sigmas = config.log.loss_spike_sigmas
+        self._rows = None if sigmas is None else Rows(sigmas, len(data.plan.names))
         self._file = metrics.MetricsFile(run_dir.metrics)
         self._times = metrics.RunningWindow()
         self._pending: list[tuple[metrics.Record, StepResult]] = []
@@ -141,10 +159,13 @@ class Recorder:
         """
         if self._pending:
             sums = torch.stack([result.sums for _, result in self._pending])  # [steps, 4, K]
+            odd = self._odd_rows()
             # one reduction for all: what a rank says of itself is a place of its own in a table of zeros
-            own = torch.zeros((2, self._ranks.world_size), dtype=torch.float64)
-            own[0, self._ranks.rank] = sum(self._own_s) / len(self._own_s)
-            own[1, self._ranks.rank] = _peak_memory_gib(self._ranks.device)
+            said = [sum(self._own_s), _peak_memory_gib(self._ranks.device), sum(map(len, odd)), *map(self._waited.get, WAITS)]
+            clipped = self._pending[-1][1].clipped
+            said.append(0.0 if clipped is None else float(clipped))
+            own = torch.zeros((len(said), self._ranks.world_size), dtype=torch.float64)
+            own[:, self._ranks.rank] = torch.tensor(said, dtype=torch.float64)
             parts = [sums.flatten(), own.flatten().to(sums.device)]
             parts += [result.by_value.flatten() for _, result in self._pending if result.by_value is not None]
             both = torch.cat(parts)
@@ -152,19 +173,25 @@ class Recorder:
             of_sums, of_ranks, by_value = both.cpu().split(
                 [sums.numel(), own.numel(), both.numel() - sums.numel() - own.numel()]
             )
-            own_s, memory = of_ranks.view(2, -1).tolist()
+            own_s, memory, odd_rows, *waits, heads = of_ranks.view(len(said), -1).tolist()
             records = [record for record, _ in self._pending]
             reduced = of_sums.view(sums.shape).tolist()
             if self._data.values is not None:
                 for record, (losses, labels) in zip(records, by_value.view(len(records), 2, -1).tolist(), strict=True):
                     record |= metrics.losses_by(metrics.LOSS_BY, self._data.values.names, losses, labels)
-            for (record, result), end, of_step in zip(self._pending, self._ends, reduced, strict=True):
+            for place, ((record, result), end, of_step) in enumerate(zip(self._pending, self._ends, reduced, strict=True)):
                 self._complete(record, of_step, max(memory), learned=not result.skipped)
                 what = self._notes.look(record, result.why)  # alike on all ranks
                 if what is not None:
+                    odd[place] = []  # its rows are ranked there
                     self._tell(record, what, dict(zip(self._plan.names, map(int, of_step[SAMPLES]), strict=True)), end, result)
-            if self._ranks.rank == 0:
-                self._notes.times(records[-1][metrics.STEP], own_s)
+            if clipped is not None:
+                records[-1][metrics.CLIPPED] = int(sum(heads))
+            if any(odd_rows):
+                self._tell_rows(records, odd)
+            if self._nodes is not None:
+                self._notes.times(records[-1][metrics.STEP], [seconds / len(records) for seconds in own_s])
+                self._nodes.add(len(records), own_s, dict(zip(WAITS, waits, strict=True)))
             self._pending, self._ends, self._own_s = [], [], []
             self._write(records)
             if shown:
@@ -195,18 +222,58 @@ class Recorder:
             "take an earlier checkpoint, or a lower optim.lr"
         )
 
+    def _odd_rows(self) -> list[list[Row]]:
+        """Of each pending step, the rows of this rank that stand out from those of their source. Called by all ranks."""
+        odd: list[list[Row]] = [[] for _ in self._pending]
+        if self._rows is None:
+            return odd
+        for found, (_, result) in zip(odd, self._pending, strict=True):
+            rows = self._of_rows(result)
+            if rows is None or result.skipped:
+                continue
+            losses, labels, samples = rows
+            enough = labels >= _LABELS * self._config.window_length  # a mean over a few labels says little
+            source_ids, *_ = self._plan.places(samples[enough])
+            found += self._rows.look(losses[enough], source_ids, samples[enough])
+        return odd
+
+    def _of_rows(self, result: StepResult) -> tuple[Float64, Float64, Int64] | None:
+        """Of this rank's rows with labels: nats per label, labels and sample; None: it does not report the loss.
+
+        Called by all ranks that share its rows.
+        """
+        if result.row_losses is None or result.rows is None:
+            return None
+        sums = result.row_losses
+        if self._config.parallel.context_parallel_size > 1:  # each has the labels of its own part of the row
+            from megatron.core import parallel_state
+
+            sums = sums.clone()
+            torch.distributed.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        losses, labels = sums.cpu().numpy().T
+        some = labels > 0
+        return losses[some] / labels[some], labels[some], result.rows[some]
+
+    def _tell_rows(self, records: Sequence[metrics.Record], odd: Sequence[Sequence[Row]]) -> None:
+        """Note rows that stand out in steps that do not. Called by all ranks."""
+        own = {record[metrics.STEP]: rows for record, rows in zip(records, odd, strict=True) if rows}
+        found: list[Any] = [None] * self._ranks.world_size
+        torch.distributed.all_gather_object(found, own)
+        if self._ranks.rank:
+            return
+        for step in sorted({step for part in found for step in part}):
+            rows = sorted(
+                {row.sample: row for part in found for row in part.get(step, ())}.values(), key=lambda row: row.sample
+            )
+            self._notes.tell_rows(step, len(rows), rows[0], [self._row_text((row.loss, row.sample)) for row in rows[:_NAMED]])
+
     def _tell(self, record: metrics.Record, what: str, rows: dict[str, int], end: int, result: StepResult) -> None:
         """Note a step that is odd, and name the rows of largest loss. Called by all ranks."""
         own: list[tuple[float, int]] = []
-        if result.row_losses is not None and result.rows is not None:
-            labels, losses = self._config.window_length, result.row_losses
-            if self._config.parallel.context_parallel_size > 1:  # each has the labels of its own part of the row
-                from megatron.core import parallel_state
-
-                losses = losses.clone()
-                torch.distributed.all_reduce(losses, group=parallel_state.get_context_parallel_group())
-            ordered = sorted(zip(losses.tolist(), result.rows.tolist(), strict=True), key=_largest_first)
-            own = [(loss / labels, sample) for loss, sample in ordered[:_NAMED]]
+        rows_of_rank = self._of_rows(result)
+        if rows_of_rank is not None:
+            losses, _, samples_of_rank = rows_of_rank
+            own = sorted(zip(losses.tolist(), samples_of_rank.tolist(), strict=True), key=_largest_first)[:_NAMED]
         found: list[Any] = [None] * self._ranks.world_size
         torch.distributed.all_gather_object(found, own)
         if self._ranks.rank:
@@ -233,6 +300,8 @@ class Recorder:
         Raises:
             RankError: metrics.jsonl could not be written.
         """
+        if self._nodes is not None:
+            self._nodes.write()
         left = [*filter(None, [self._unamended]), *self._held]
         if left:
             first, last = (left[place][metrics.STEP] for place in (0, -1))

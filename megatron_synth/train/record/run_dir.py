@@ -5,6 +5,8 @@
     metrics.jsonl   one record per step (metrics.py)
     ledger.json     samples and tokens delivered by source
     events.log      one line per event, with its time
+    times.jsonl     what each start spent its time with (times.py)
+    nodes.json      what each node waited for (nodes.py)
     report.png      the picture of the run (plot.py)
     samples.jsonl   texts that its model wrote (samples.py)
     tasks.json      results of downstream tasks (tasks.py)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from pathlib import Path
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.files import open_regular
 from megatron_synth.core.log import human, table
 from megatron_synth.train.checkpoint import branch
-from megatron_synth.train.record import metrics, samples
+from megatron_synth.train.record import metrics, nodes, samples
+from megatron_synth.train.record.anomalies import STANDS_OUT
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.shapes import LedgerInfo
 
@@ -46,8 +49,24 @@ def summary(path: Path) -> str:
             lines.append(text.format(form(value), len(values)))
     if last.get(metrics.SKIPPED):
         lines.append(f"{last[metrics.SKIPPED]} steps were skipped, as they were not finite; events.log tells which")
+    lines += _odd_rows(run.path)
+    nodes_text = nodes.told(nodes.read_nodes(run.path))
+    lines += [nodes_text] if nodes_text else []
     evaluated = next((record for record in reversed(records) if metrics.has_eval(record)), None)
     return "\n".join([*lines, table(_rows(ledger, last, evaluated)), *samples.excerpt(run.path)])
+
+
+def _odd_rows(run: Path) -> list[str]:
+    """The first note on rows that stand out, and how many there are."""
+    file = run / "events.log"
+    if not file.is_file():
+        return []
+    with os.fdopen(open_regular(file), "rb") as opened:
+        notes = [line.decode(errors="replace").strip() for line in opened if STANDS_OUT.encode() in line]
+    if not notes:
+        return []
+    counted = f"the first of {len(notes)} notes in events.log" if len(notes) > 1 else "noted in events.log"
+    return [f"rows that may be damaged, {counted}: {notes[0].partition('warning: ')[2]}"]
 
 
 def _rows(ledger: LedgerInfo | None, last: metrics.Record, evaluated: metrics.Record | None) -> list[tuple[str, ...]]:

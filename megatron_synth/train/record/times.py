@@ -1,4 +1,4 @@
-"""times.jsonl: what the starts of a run spent their time with, as rank 0 has it.
+"""times.jsonl: what the starts of a run spent their time with, as rank 0 has it; and each rank's own sums, for nodes.json.
 
 A line is a phase of a start: `starting`, `staging`, `steps`, `evaluation` or `saving`, with its begin and end in seconds since
 the epoch. Steps that follow each other share a line for some seconds, which also says which they are, and how long they waited
@@ -25,6 +25,9 @@ _LINE_S = 10.0
 """Longest time of the steps in a line."""
 _STEP_PHASES = {"reading data", "step", "record"}
 _NAMES = {"evaluation": "evaluation", "save": "saving"}
+Wait = Literal["data", "saving", "starting"]
+WAITS: tuple[Wait, ...] = ("data", "saving", "starting")
+"""What a rank waits for that may differ by node."""
 
 
 @with_config(OPEN)
@@ -49,16 +52,18 @@ def read_times(run: Path) -> list[Phase]:
 
 
 class Times:
-    """Writes the phases of a start."""
+    """Adds up the phases of a start, and writes them on rank 0."""
 
-    def __init__(self, run: Path, start: int):
-        """Note what came before. start: its number, from 1."""
-        self._file, self._start, self._failed = run / FILE, start, False
+    def __init__(self, run: Path, start: int, *, writes: bool = True):
+        """Note what came before. start: its number, from 1. writes: whether this rank writes times.jsonl."""
+        self._file, self._start, self._failed = run / FILE, start, not writes
         self._phase, self._since = "starting", time.time()
         self._begin = self._since
         self._first = self._last = 0
         self._data_s = 0.0
         place = process_start()
+        self.waited: dict[Wait, float] = {"data": 0.0, "saving": 0.0, "starting": self._since - place}
+        """Seconds of this process so far; staging is part of the start."""
         for name, begin, end in take_spans():
             self._write("starting", place, begin)
             self._write(name, begin, end)
@@ -68,8 +73,12 @@ class Times:
     def enter(self, phase: str, step: int = 0) -> None:
         """The loop begins a phase, by the names that it has for the watchdog."""
         now = time.time()
+        spent = now - self._since
         if self._phase == "reading data":
-            self._data_s += now - self._since
+            self._data_s += spent
+            self.waited["data"] += spent
+        elif self._phase not in _STEP_PHASES | {"evaluation"}:
+            self.waited["saving" if self._phase == "save" else "starting"] += spent
         in_steps, goes_on = self._phase in _STEP_PHASES, phase in _STEP_PHASES
         whole_step = phase == "reading data" or not goes_on
         if not (in_steps and goes_on) or (whole_step and now - self._begin >= _LINE_S):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_synth.config.errors import EXIT_RANK_LOST
+from megatron_synth.train.record.nodes import read_nodes
 from tests.dist.conftest import Run, Train
 from tests.dist.pool import RankPool, RanksFailed
-from tests.support import LAYOUTS, assert_same_losses, read_metrics
+from tests.support import LAYOUTS, STEPS, assert_same_losses, read_metrics
 
 QUICK = ("train.hang_timeout_s=6", "train.lost_rank_timeout_s=6")
 
@@ -67,12 +68,23 @@ def test_watching_changes_nothing_and_leaves_nothing(trained: Callable[..., Run]
     assert not (trained("dp2").path / "hang").exists()
 
 
-def test_a_slow_rank_is_named_with_its_host(ranks: RankPool, config: Path, tmp_path: Path) -> None:
-    arguments = _arguments(config, tmp_path / "run", "dp2", "log.interval=5", "log.straggler_pct=50")
-    results = ranks.run(2, "tests.dist.jobs.train_with_a_slow_rank", arguments, 1)
-    assert [result.value for result in results] == [0, 0]
-    events = [line for line in (tmp_path / "run" / "events.log").read_text().splitlines() if "is slow" in line]
-    assert len(events) == 1 and "rank 1 is slow" in events[0] and "the median of 2 ranks" in events[0]
+def test_a_slow_rank_is_named_with_its_node(ranks: RankPool, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = _arguments(config, run, "dp2", "log.interval=5", "log.straggler_pct=50")
+    for steps in (STEPS // 2, STEPS):  # what two starts note adds up
+        results = ranks.run(2, "tests.dist.jobs.train_with_a_slow_rank", [*arguments, f"train.steps={steps}"], 1)
+        assert [result.value for result in results] == [0, 0]
+    events = [line for line in (run / "events.log").read_text().splitlines() if "is slow" in line]
+    assert len(events) == 2 and all("rank 1 is slow" in line and "the median of 2 ranks" in line for line in events)
+    assert "over by more than 50 %: 1 on node1" in events[0]
+    nodes = read_nodes(run)
+    assert [nodes[name]["steps"] for name in ("node0", "node1")] == [STEPS, STEPS]
+    for name, seconds in (("node0", 1000), ("node1", 3000)):
+        assert nodes[name]["own_s"] >= seconds * STEPS and nodes[name]["own_s"] == pytest.approx(seconds * STEPS, rel=0.2)
+        assert nodes[name]["starting"] > 0 and nodes[name]["saving"] > 0 and nodes[name]["data"] > 0
+    for verb in ("report", "status"):
+        (result,) = ranks.run(1, "megatron_synth.cli.main.main", [verb, str(run)])
+        assert result.value == 0 and "node1 is the slowest of 2 nodes: 3e+03 s a step" in result.stdout, result.stdout
 
 
 def test_a_poisoned_batch_is_noted_with_the_command_that_shows_it(

@@ -73,6 +73,21 @@ def test_muon_has_no_second_moments_of_the_matrices_of_layers() -> None:
         assert before.optimizer - after.optimizer == 4 * (parameters.attention + parameters.mlp) // data
 
 
+def test_health_copies_the_weights_that_a_rank_updates() -> None:
+    config = run()
+    watched = config.model_copy(update={"log": config.log.model_copy(update={"health_interval": 50})})
+    parameters = count_parameters(LLAMA3_8B).total
+    for data, device in ((1, "gpu"), (4, "gpu"), (4, "cpu")):
+        [plain], [with_copy] = (memory_per_rank(one, data, device=device) for one in (config, watched))  # type: ignore[arg-type]
+        assert with_copy.health == 4 * parameters // data and with_copy.static == plain.static
+        passes = plain.total - plain.static
+        if device == "gpu":  # when activations are gone
+            assert with_copy.total == plain.static + max(passes, with_copy.health)
+        else:
+            assert with_copy.total == plain.total + with_copy.health
+    assert with_copy.health < passes < 4 * parameters  # both cases of the maximum were there
+
+
 def test_fp8_keeps_quantized_copies_of_the_matrices_of_layers() -> None:
     [plain], [quantized] = memory_per_rank(run(), 1), memory_per_rank(run(), 1, fp8=True)
     parameters = count_parameters(LLAMA3_8B)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_synth.train.grad_norm import square_sum
+from megatron_synth.train.grad_norm import rough_square_sum, square_sum
 
 
 def _norm(*parts: torch.Tensor) -> float:
@@ -39,3 +39,10 @@ def test_what_is_not_finite_shows(value: float) -> None:
 
 def test_large_gradients_do_not_overflow() -> None:
     assert _norm(torch.full((4,), 1e30)) == pytest.approx(2e30, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 65_537, 4_000_000])
+def test_the_rough_sum_is_the_sum_to_a_millionth(size: int) -> None:
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3
+    assert rough_square_sum(numbers).item() == pytest.approx(float(numbers.double().square().sum()), rel=1e-6)
+    assert not size or rough_square_sum(numbers.view(-1, 1)).dtype == torch.float64
