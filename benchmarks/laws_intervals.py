@@ -5,7 +5,8 @@ Errors of the runs are independent, or depend on each other in one of the ways o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,7 @@ KINDS = {
     "budgets of a seed begin alike": Kind(same_seed, "seed"),
     "budgets are checkpoints of one run": Kind(checkpoints, "seed"),
 }
+BUDGETS = (4, 6, 10)
 NOISES = (0.0005, 0.003, 0.01)
 
 
@@ -103,22 +105,25 @@ def coverage(kind: Kind, cluster: str | None, budgets: int, seeds: int, noise: f
     }
 
 
-def table(
-    kinds: Sequence[tuple[str, bool]],
-    budgets: Sequence[int],
-    seeds: Sequence[int],
-    noises: Sequence[float],
-    draws: int,
-    tell: Callable[[str], object] = print,
-) -> list[dict[str, Any]]:
-    """Coverage of all combinations. kinds: the name of each, and whether the fit is told of its clusters."""
+def all_designs(draws: int, tell: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """Coverage of every kind of errors, with the fit told of them; and of dependent ones with a fit that is not."""
     found = []
-    for name, told in kinds:
-        for count in budgets:
-            for each in seeds:
-                for noise in noises:
-                    tell(f"{name}, {count} budgets, {each} seeds")
-                    cluster = KINDS[name].cluster if told else None
-                    rates = coverage(KINDS[name], cluster, count, each, noise, draws)
-                    found.append({"errors": name, "cluster": cluster, "budgets": count, "seeds": each, "noise": noise, **rates})
+    for name, kind in KINDS.items():
+        for cluster in dict.fromkeys((kind.cluster, None)):
+            seeds = (1, 3, 5) if kind.cluster is None else (3, 5)
+            noises = NOISES if cluster == kind.cluster else NOISES[1:2]
+            for budgets, each, noise in itertools.product(BUDGETS, seeds, noises):
+                tell(f"{name}, {budgets} budgets, {each} seeds, {noise:.2%}")
+                rates = coverage(kind, cluster, budgets, each, noise, draws)
+                found.append(
+                    {
+                        "errors": name,
+                        "cluster": cluster,
+                        "budgets": budgets,
+                        "seeds": each,
+                        "noise": noise,
+                        "draws": draws,
+                        **rates,
+                    }
+                )
     return found
