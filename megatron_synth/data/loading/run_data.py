@@ -64,7 +64,7 @@ class RunData:
     answers: Mapping[str, AnswerDomain] = field(default_factory=dict)
     """Domains of questions, by name."""
     values: Values | None = None
-    """Of the documents of sources and domains, where losses are told apart by them and files were opened to be read."""
+    """Of the documents of sources and domains, where losses are told apart by them and the files are there to be read."""
     notes: tuple[str, ...] = ()
     """What is likely a mistake in the choice of sources, to be said before training."""
 
