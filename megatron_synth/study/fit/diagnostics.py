@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_synth.study.fit import between_ratios
-from megatron_synth.study.fit.bootstrap import FEWEST_CLUSTERS
 from megatron_synth.study.fit.catalog import AnyLaw
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Columns, Floats
 
@@ -154,7 +153,11 @@ def _rows(fit: Fit) -> Iterator[Diagnostic]:
             "seed does that, so each counts once; remove them from the table",
         )
     if fit.clusters is not None and fit.clusters < len(fit.law.parameters) + SPARE_CLUSTERS:
-        what = "there is no interval" if fit.clusters < FEWEST_CLUSTERS else "intervals may be too narrow"
+        what = (
+            "intervals are wide, as so few say little of their own scatter"
+            if len(fit.theta_samples)
+            else "there is no interval"
+        )
         yield Diagnostic("few-clusters", f"{fit.clusters} clusters for {len(fit.law.parameters)} parameters: {what}")
 
 
