@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from benchmarks.prepare import memory, shares
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     if options.folder is not None and not options.folder.is_dir():
         raise UserError(f"--folder: {options.folder} is not a folder")
     sizes = None if options.memory is None else _megabytes(options.memory)
-    head = tables.header("bench", ["prepare", *argv])
+    head = {**tables.header("", []), "command": shlex.join(["python", "-m", "benchmarks", "prepare", *argv])}
     if sizes is not None:
         measured = memory.measure(sizes, range(1, options.workers + 1), options.folder, lambda line: print(line, flush=True))
         print("\n" + memory.render(head, measured))

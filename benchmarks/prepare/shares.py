@@ -60,10 +60,10 @@ class Prepared:
         """Processor seconds of all."""
         return self.shares_s + self.last_s
 
-    @property
-    def last_part(self) -> float:
-        """Part of the time that the last job takes where each task has a processor of its own, and that job has one."""
-        return self.last_s / (self.longest_s + self.last_s)
+    def last_part(self, start_s: float) -> float:
+        """Part of the time that the last job takes where each task, and that job, has a processor; without their start."""
+        longest, last = self.longest_s - start_s, self.last_s - start_s
+        return last / (longest + last)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class SharesBench:
     documents: int
     tokens: int
     shuffled: bool
+    start_s: float
+    """Processor seconds of a command that finds all of it done: what every process costs before it works."""
     prepared: tuple[Prepared, ...]
 
 
@@ -128,14 +130,21 @@ def measure(
             if len(digests) > 1:
                 raise UserError(f"prepare wrote other bytes with {count} tasks than on one machine")
             say(f"{'one machine' if count is None else f'{count} tasks'}: {prepared[-1].cpu_s:.0f} processor seconds")
+        (base / _NOTES).unlink()
+        _run(noting, "prepare", str(base / "all.json"), "--workers", "1")
+        start_s = float(_noted(base)[0]["cpu_s"])
         tokens = sum(manifest.counts.tokens for manifest in manifests)
-        return SharesBench(corpus.text_bytes, corpus.documents, tokens, shuffled, tuple(prepared))
+        return SharesBench(corpus.text_bytes, corpus.documents, tokens, shuffled, start_s, tuple(prepared))
 
 
 def _run(noting: Path, *words: str) -> None:
     done = subprocess.run([noting, "-m", "megatron_synth", *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+
+
+def _noted(base: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (base / _NOTES).read_text().splitlines()]
 
 
 def _prepare(base: Path, noting: Path, tasks: int | None) -> Prepared:
@@ -151,7 +160,7 @@ def _prepare(base: Path, noting: Path, tasks: int | None) -> Prepared:
         if not (base / "out" / "prepare.json").is_file():
             raise UserError(f"{base}/out: not there after its jobs; {slurm.states(jobs[-2:])}")
     seconds = time.perf_counter() - began
-    notes = [json.loads(line) for line in (base / _NOTES).read_text().splitlines()]
+    notes = _noted(base)
     own = [note for note in notes if "prepare" in note["command"] and "--slurm" not in note["command"]]
     shares = [note["cpu_s"] for note in own if "--share" in note["command"]]
     last = sum(note["cpu_s"] for note in own if "--share" not in note["command"])
@@ -165,7 +174,11 @@ def render(head: dict[str, Any], result: SharesBench) -> str:
     alone = result.prepared[0].cpu_s
     rows = [["tasks", "seconds", "CPU s", "longest task", "last job", "its part", "tokens/CPU s", "beside one", "process, MiB"]]
     for one in result.prepared:
-        parts = ("", "", "") if one.tasks is None else (f"{one.longest_s:.1f}", f"{one.last_s:.1f}", f"{one.last_part:.0%}")
+        parts = (
+            ("", "", "")
+            if one.tasks is None
+            else (f"{one.longest_s:.1f}", f"{one.last_s:.1f}", f"{one.last_part(result.start_s):.0%}")
+        )
         speed = (f"{result.tokens / one.cpu_s:,.0f}", f"{alone / one.cpu_s:.3f}")
         name = "one machine" if one.tasks is None else str(one.tasks)
         rows.append([name, f"{one.seconds:.0f}", f"{one.cpu_s:.1f}", *parts, *speed, f"{one.rss / 2**20:,.0f}"])
@@ -174,8 +187,9 @@ def render(head: dict[str, Any], result: SharesBench) -> str:
         f"- text: {result.text_bytes / 1e6:,.0f} MB made up by benchmarks/prepare/corpus.py, {result.documents:,} documents, "
         f"{result.tokens:,} tokens of {VOCABULARY:,}; {'shuffled and packed' if result.shuffled else 'in its order'}; one "
         "process for each task",
-        "- CPU s: of all processes; its part: of the last job in the time of a run where each task and that job have one "
-        "processor; process: the largest resident set of one, with pages that others share",
+        f"- CPU s: of all processes; each takes {result.start_s:.1f} s before it works. Its part: that of the last job in the "
+        "time of a run where each task and that job have one processor, without these; process: the largest resident set of "
+        "one, with pages that others share",
     ]
     return "\n".join([*lines, "", *markdown_table(rows)])
 
