@@ -365,6 +365,8 @@ class Shard:
             out[:] = True
             return
         self.check_index()
+        if not self._learned.is_open:
+            _open_shards.add(self)
         self._learned.read(begin, out)
 
     def will_need(self, begin: int, count: int) -> None:
