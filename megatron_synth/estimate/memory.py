@@ -226,8 +226,9 @@ def _stage(config: Config, data: int, stage: int, vocab_size: int | None, device
         activations += stream + round((4 * (model.hidden_size + 1) / shards if device == "cpu" else 0) * tokens) + stream
 
     buffers = element * tokens * model.hidden_size if shards > 1 else 0
-    if context > 1:  # keys and values of all ranks, and their gradients; on a GPU as they come and in the order of the row
-        buffers += (2 if device == "cpu" else 4) * element * tokens * context * 2 * Dimensions.of(model).keys // tensor
+    if context > 1:  # keys and values of all ranks, as they come and in the order of the row, and the same of their gradients
+        parts = 4 if device == "cpu" else 4 * context  # there: this rank's, another's, and the gradients of both
+        buffers += parts * element * tokens * 2 * Dimensions.of(model).keys // tensor
     if stages > 1 and device == "cpu":  # its norms do not keep their input, and outputs are not released early
         buffers += stream * held * ((not first) + (not last))
     elif stages > 1:

@@ -25,8 +25,8 @@ LOSS_FLOOR, NORM_FLOOR = 0.002, 0.05
 norms have long tails, and one that is a quarter above the others is no fault."""
 ROW_FLOOR = 0.02
 """The same of single rows."""
-_ROWS, _LEAST_ROWS = 1024, 128
-"""Rows of a source that others are held against, and how many there must be."""
+_ROWS, _LEAST_ROWS, _LEVEL = 1024, 96, 32
+"""Rows of a source that others are held against, how many there must be, and over how many its level is taken."""
 
 
 class Window:
@@ -111,35 +111,41 @@ class Row(NamedTuple):
 class Rows:
     """Says which rows stand out from those of their source that this rank has trained on, although their step may not.
 
-    A part of a row that is damaged, or one row of many, moves the loss of a step by less than the steps differ. Deviations are
-    1.4826 times the median distance from the median, over the last `_ROWS` rows of the source.
+    A part of a row that is damaged, or one row of many, moves the loss of a step by less than the steps differ. What is judged
+    is a row's loss less the median of the `_LEVEL` rows of its source before its step, so that a falling loss does not widen
+    the spread: by how many deviations it lies above the median of the same of the last `_ROWS` rows. A deviation is 1.4826
+    times their median distance from that median, and at least ROW_FLOOR of the loss.
     """
 
     def __init__(self, sigmas: float, sources: int):
         self._sigmas = sigmas
-        self._seen = [np.empty(0) for _ in range(sources)]
+        self._losses = [np.empty(0) for _ in range(sources)]
+        self._above = [np.empty(0) for _ in range(sources)]
 
     def look(
         self, losses: npt.NDArray[np.float64], source_ids: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]
     ) -> list[Row]:
-        """The rows that stand out, the first first. The others are what the next are held against.
+        """The rows of a step that stand out, the first first. The others are what the next are held against.
 
         losses: [N] nats per label. source_ids, samples: [N] source of each row and its number in the mixture.
         """
         found: list[Row] = []
-        for source_id, seen in enumerate(self._seen):
+        for source_id, (before, above) in enumerate(zip(self._losses, self._above, strict=True)):
             own = source_ids == source_id
             values, numbers = losses[own], samples[own]
             if not len(values):
                 continue
             odd = ~np.isfinite(values)
-            if len(seen) >= _LEAST_ROWS:
-                median = float(np.median(seen))
-                deviation = max(SIGMA * float(np.median(np.abs(seen - median))), ROW_FLOOR * abs(median), 1e-12)
-                sigmas = (values - median) / deviation
-                odd |= sigmas > self._sigmas
-                found += [
-                    Row(*one) for one in zip(sigmas[odd].tolist(), values[odd].tolist(), numbers[odd].tolist(), strict=True)
-                ]
-            self._seen[source_id] = np.concatenate([seen, values[~odd]])[-_ROWS:]
+            if len(before) == _LEVEL:
+                level = float(np.median(before))
+                risen = values - level
+                if len(above) >= _LEAST_ROWS:
+                    usual = float(np.median(above))
+                    spread = SIGMA * float(np.median(np.abs(above - usual)))
+                    sigmas = (risen - usual) / max(spread, ROW_FLOOR * abs(level), 1e-12)
+                    odd |= sigmas > self._sigmas
+                    rows = zip(sigmas[odd].tolist(), values[odd].tolist(), numbers[odd].tolist(), strict=True)
+                    found += [Row(*one) for one in rows]
+                self._above[source_id] = np.concatenate([above, risen[~odd]])[-_ROWS:]
+            self._losses[source_id] = np.concatenate([before, values[~odd]])[-_LEVEL:]
         return sorted(found, key=lambda row: row.sample)

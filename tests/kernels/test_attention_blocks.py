@@ -47,28 +47,39 @@ def test_blocks_together_are_the_whole(documents: str, window: int | None, group
     close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     query, key, value, grad = (x.detach().to(dtype) for x in (query, key, value, grad))
     found = [torch.zeros_like(x) for x in (query, key, value)]
-    for first in range(0, LENGTH, COUNT):
-        filled = torch.zeros(COUNT, ROWS)
-        for blocks in attention_blocks.blocks_of(first, COUNT, ends, LENGTH, range(0, LENGTH + 1, COUNT), window):
-            row, low, high = blocks[0].row, blocks[0].q0, blocks[0].q1
-            filled[low:high, row] += 1
-            own = (slice(first + low, first + high), row)
-            parts = [(key[one.k0 : one.k1, row], value[one.k0 : one.k1, row]) for one in blocks]
-            alone = [attention_blocks.attend(query[own], *part, one, scale) for one, part in zip(blocks, parts, strict=True)]
-            out, lse = attention_blocks.joined(*zip(*alone, strict=True))
-            torch.testing.assert_close(out, expected[own].detach().to(dtype), **close)
-            for one, part in zip(blocks, parts, strict=True):
-                d_query, *rest = attention_blocks.gradients(grad[own], query[own], *part, out, lse, one, scale)
-                found[0][own] += d_query
-                for total, gradient in zip(found[1:], rest, strict=True):
-                    total[one.k0 : one.k1, row] += gradient
-        assert bool((filled == 1).all())  # every query once
+    out, lse = torch.zeros(query.shape, dtype=dtype), torch.full(query.shape[:3], -torch.inf, dtype=dtype)
+    chunks = [
+        (first, list(attention_blocks.blocks_of(first, COUNT, ends, LENGTH, window))) for first in range(0, LENGTH, COUNT)
+    ]
+
+    def places(first: int, block: attention_blocks.Block) -> tuple[tuple[slice, int], tuple[slice, int]]:
+        begin = block.piece * COUNT
+        own = slice(first + block.q0, first + block.q1), block.row
+        return own, (slice(begin + block.k0, begin + block.k1), block.row)
+
+    for first, blocks in chunks:
+        for block in blocks:
+            own, keys = places(first, block)
+            attention_blocks.add(out[own], lse[own], *attention_blocks.attend(query[own], key[keys], value[keys], block, scale))
+    torch.testing.assert_close(out, expected.detach().to(dtype), **close)
+    for first, blocks in chunks:
+        for block in blocks:
+            own, keys = places(first, block)
+            given = (grad[own], query[own], key[keys], value[keys], out[own], lse[own])
+            for total, place, gradient in zip(
+                found, (own, keys, keys), attention_blocks.gradients(*given, block, scale), strict=True
+            ):
+                total[place] += gradient
     for ours, theirs in zip(found, of_each, strict=True):
         torch.testing.assert_close(ours, theirs.to(dtype), **close)
 
 
-def test_no_mask_is_larger_than_the_window() -> None:
-    for blocks in attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, range(0, 8193, 1024), None):
-        assert all(one.mask is None for one in blocks) and len(blocks) == 5
-    (blocks,) = attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, range(0, 8193, 1024), 64)
-    assert blocks[0].mask is not None and blocks[0].mask.shape == (1024, 1024 + 63)
+def test_no_mask_is_larger_than_a_piece() -> None:
+    whole = list(attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, None))
+    assert [(one.piece, one.causal, one.mask) for one in whole] == [
+        *((piece, False, None) for piece in range(4)),
+        (4, True, None),
+    ]
+    narrow = list(attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, 64))
+    assert [one.piece for one in narrow] == [3, 4] and all(one.mask is not None for one in narrow)
+    assert [one.mask.shape for one in narrow if one.mask is not None] == [(1024, 1024)] * 2

@@ -2,8 +2,8 @@
 
 With o_j and l_j the output and the log-sum-exp of block j alone, l = log sum_j exp(l_j) and o = sum_j exp(l_j - l) o_j; and the
 gradients of a block's queries, keys and values are those of attention over the block with o and l in the place of o_j and l_j
-(as ring attention has it, arXiv 2310.01889). So nothing is computed twice, no mask is as large as the scores, and keys and
-values are read where they lie.
+(as ring attention has it, arXiv 2310.01889). So nothing is computed twice, no mask is as large as the scores, and of the keys
+and values of a row one piece at a time is needed.
 
 Queries are of one chunk, places [first, first + N) of the row; A query heads, G key/value heads, D channels.
 """
@@ -20,32 +20,35 @@ from torch import Tensor
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+_UNSEEN = -1e30
+"""Added to scores that are not seen: finite, so that nothing becomes NaN, and e to it is 0."""
+
 
 class Block(NamedTuple):
-    """Queries [q0, q1) of the chunk against keys [k0, k1) of the row."""
+    """Queries of a chunk against keys of one piece, of one document."""
 
     row: int
     q0: int
     q1: int
+    """Queries [q0, q1) of the chunk."""
+    piece: int
     k0: int
     k1: int
+    """Keys [k0, k1) of the piece."""
     causal: bool
     """Query n sees keys up to n of the block; else all."""
     mask: Tensor | None = None
     """[queries, keys], where neither says it."""
 
 
-def blocks_of(
-    first: int, count: int, ends: Sequence[int], length: int, edges: Sequence[int], window: int | None
-) -> Iterator[list[Block]]:
-    """The blocks of a chunk's queries, by the queries that they share.
+def blocks_of(first: int, count: int, ends: Sequence[int], length: int, window: int | None) -> Iterator[Block]:
+    """The blocks of a chunk's queries; the piece of their own comes last.
 
     Args:
-        first: place of the chunk in its row.
-        count: N.
+        first: place of the chunk in its row, a multiple of N.
+        count: N; the keys of a row lie in pieces of so many, one after the other.
         ends: where documents begin in the line of all rows, and where the last one ends.
         length: tokens of a row.
-        edges: places of a row at which pieces of keys begin, from 0, and `length`.
         window: tokens that a token sees, itself included.
     """
     for begin, end in pairwise(ends):
@@ -55,17 +58,17 @@ def blocks_of(
         q0, q1 = max(start, first), min(stop, first + count)
         if q0 >= q1:
             continue
-        if window is not None and window < q1 - start:
-            k0 = max(start, q0 - window + 1)
-            distance = torch.arange(q0, q1)[:, None] - torch.arange(k0, q1)
-            yield [Block(row, q0 - first, q1 - first, k0, q1, False, (distance >= 0) & (distance < window))]
-            continue
-        own = [Block(row, q0 - first, q1 - first, q0, q1, True)]
-        for low, high in pairwise(edges):
-            k0, k1 = max(start, low), min(q0, high)
-            if k0 < k1:
-                own.append(Block(row, q0 - first, q1 - first, k0, k1, False))
-        yield own
+        for piece in range(start // count, first // count + 1):
+            origin = piece * count
+            k0, k1 = max(start, origin), min(q1, origin + count)
+            own, mask = origin == first, None
+            if window is not None:
+                if k1 <= q0 - window + 1:
+                    continue
+                if q1 - 1 - k0 >= window:
+                    distance = torch.arange(q0, q1)[:, None] - torch.arange(k0, k1)
+                    mask = (distance >= 0) & (distance < window)
+            yield Block(row, q0 - first, q1 - first, piece, k0 - origin, k1 - origin, own and mask is None, mask)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
@@ -90,15 +93,12 @@ def gradients(
     return d_query, d_keys, d_values
 
 
-def joined(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Output [n, A, D] and log-sum-exp [n, A] of blocks together."""
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    lse = torch.logsumexp(torch.stack(list(lses)), dim=0)
-    total = torch.zeros_like(outs[0], dtype=lse.dtype)  # fp32 where the numbers have less
-    for out, own in zip(outs, lses, strict=True):
-        total.addcmul_(out.to(lse.dtype), (own - lse).exp()[..., None])
-    return total.to(outs[0].dtype), lse
+def add(out: Tensor, lse: Tensor, of_block: Tensor, lse_of_block: Tensor) -> None:
+    """Join a block to what others gave, in place: out [n, A, D] and lse [n, A], at first anything finite and -inf."""
+    together = torch.logaddexp(lse, lse_of_block)
+    out.mul_((lse - together).exp_()[..., None])
+    out.addcmul_(of_block.to(out.dtype), (lse_of_block - together).exp_()[..., None])
+    lse.copy_(together)
 
 
 def _batched(x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _batched(x: Tensor) -> Tensor:
 
 
 def _added(block: Block, like: Tensor) -> Tensor | None:
-    """The mask as what is added to scores."""
+    """The mask as what is added to scores. The log-sum-exp of a query that sees no key of a block then counts for nothing."""
     if block.mask is None:
         return None
-    return torch.zeros(block.mask.shape, dtype=like.dtype).masked_fill_(~block.mask, -torch.inf)
+    return torch.zeros(block.mask.shape, dtype=like.dtype).masked_fill_(~block.mask, _UNSEEN)

@@ -3,10 +3,10 @@
 S tokens of a row, B rows, A query heads, G key/value heads (A a multiple of G), D channels of a head, c ranks. A row is cut
 into 2 c chunks; rank r has the chunks r and 2 c - 1 - r, one after the other (as the zigzag order of ring attention does).
 
-Keys and values of the other ranks are gathered for the time of one layer (Llama 3, arXiv 2407.21783, section 3.3.2), and once
-more in the backward pass: a rank keeps no more than its own part of anything. With grouped queries they are a small part of the
-activations. On a GPU the backward pass makes the scores again. On a CPU it need not, and keys and values are used where the
-gather has put them (attention_blocks.py).
+On a GPU keys and values of the other ranks are gathered for the time of one layer (Llama 3, arXiv 2407.21783, section 3.3.2),
+and once more in the backward pass, which makes the scores again: a rank keeps no more than its own part of anything. With
+grouped queries they are a small part of the activations. On a CPU the ranks hand out theirs in turn, so that those of one
+rank are there at a time, and scores are made once (attention_blocks.py).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Context(torch.autograd.Function):
 
 
 class _InBlocks(torch.autograd.Function):
-    """On a CPU: what was gathered stays in the order of the ranks, and each of its chunks is a block of the attention."""
+    """On a CPU: the ranks hand out their keys and values in turn, and each chunk of them is a block of the attention."""
 
     @staticmethod
     def forward(
@@ -99,76 +99,78 @@ class _InBlocks(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         window: int | None,
     ) -> Tensor:
-        ranks = _gather_ranks(torch.stack((key, value)), group)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
-        for place, blocks in _own_blocks(query, group, cu_seqlens, window):
-            found = [attention_blocks.attend(query[place], *_piece(ranks, block, group), block, scale) for block in blocks]
-            out[place], lse[place] = attention_blocks.joined(*zip(*found, strict=True))
-        out = out.flatten(2)
-        ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
+        own = torch.stack((key, value))  # kept in their place: the values are a view of a product three times as large
+        lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+        out = torch.zeros(query.shape, dtype=lse.dtype)
+        blocks = list(_own_blocks(query, group, cu_seqlens, window))
+        for rank in range(group.size()):
+            pair = _handed_out(own, rank, group)
+            for place, keys, block in _of_rank(blocks, rank, group, len(query) // 2):
+                of_keys, of_values = pair[:, keys, block.row]
+                found = attention_blocks.attend(query[place], of_keys, of_values, block, scale)
+                attention_blocks.add(out[place], lse[place], *found)
+        out = out.to(query.dtype).flatten(2)
+        ctx.save_for_backward(query, own, cu_seqlens, out, lse)
         ctx.options = scale, group, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
-        query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
+        query, own, cu_seqlens, out, lse = ctx.saved_tensors
         scale, group, window = ctx.options
-        grad, out = grad.view(query.shape), out.view(query.shape)
-        ranks = _gather_ranks(torch.stack((key, value)), group)
-        d_ranks = torch.zeros_like(ranks)
-        d_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for place, blocks in _own_blocks(query, group, cu_seqlens, window):
-            for block in blocks:
-                given = (grad[place], query[place], *_piece(ranks, block, group), out[place], lse[place])
-                of_query, *of_keys = attention_blocks.gradients(*given, block, scale)
-                d_query[place] += of_query
-                _add_to_piece(d_ranks, of_keys, block, group)
-        del ranks
-        part = torch.empty_like(d_ranks[0])
-        torch.distributed.reduce_scatter_tensor(part.view(-1), d_ranks.view(-1), group=group)
-        return d_query, part[0], part[1], None, None, None, None
+        grad, out = grad.reshape(query.shape), out.view(query.shape)
+        d_query, d_own = torch.zeros(query.shape, dtype=query.dtype), own
+        blocks = list(_own_blocks(query, group, cu_seqlens, window))
+        for rank in range(group.size()):
+            pair = _handed_out(own, rank, group)
+            d_pair = torch.zeros_like(pair)
+            for place, keys, block in _of_rank(blocks, rank, group, len(query) // 2):
+                of_keys, of_values = pair[:, keys, block.row]
+                given = (grad[place], query[place], of_keys, of_values, out[place], lse[place])
+                d_block, *d_of_keys = attention_blocks.gradients(*given, block, scale)
+                d_query[place] += d_block
+                for which, gradient in enumerate(d_of_keys):
+                    d_pair[which, keys, block.row] += gradient
+            torch.distributed.reduce(d_pair, group=group, group_dst=rank)
+            if rank == group.rank():
+                d_own = d_pair
+        return d_query, d_own[0], d_own[1], None, None, None, None
 
 
-def _own_blocks(
-    query: Tensor, group: ProcessGroup, cu_seqlens: Tensor | None, window: int | None
-) -> Iterator[tuple[tuple[slice, int], list[attention_blocks.Block]]]:
-    """For each part of this rank's queries [S / c, B, A, D] that shares its keys: its place in them, and its blocks."""
+Placed = tuple[int, attention_blocks.Block]
+
+
+def _own_blocks(query: Tensor, group: ProcessGroup, cu_seqlens: Tensor | None, window: int | None) -> Iterator[Placed]:
+    """The blocks of this rank's queries [S / c, B, A, D], each with the first token of its chunk among these."""
     size, rows = group.size(), query.shape[1]
-    length = query.shape[0] * size
-    count = length // (2 * size)
+    length, count = query.shape[0] * size, query.shape[0] // 2
     ends = [row * length for row in range(rows + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    edges = range(0, length + 1, count)
     for half, chunk in enumerate(chunks_of(group.rank(), size)):
-        for blocks in attention_blocks.blocks_of(chunk * count, count, ends, length, edges, window):
-            first = blocks[0]
-            yield (slice(half * count + first.q0, half * count + first.q1), first.row), blocks
+        for block in attention_blocks.blocks_of(chunk * count, count, ends, length, window):
+            yield half * count, block
 
 
-def _places(ranks: Tensor, block: attention_blocks.Block, group: ProcessGroup) -> Iterator[tuple[int, slice]]:
-    """Where in [c, 2, S / c, B, G, D] the keys of a block are: rank and tokens, chunk by chunk."""
-    size, count = group.size(), ranks.shape[2] // 2
-    for chunk in range(block.k0 // count, (block.k1 - 1) // count + 1):
-        rank, half = (chunk, 0) if chunk < size else (2 * size - 1 - chunk, 1)
-        low, high = (max(block.k0, chunk * count), min(block.k1, (chunk + 1) * count))
-        yield rank, slice(half * count + low - chunk * count, half * count + high - chunk * count)
+def _of_rank(
+    blocks: Sequence[Placed], rank: int, group: ProcessGroup, count: int
+) -> Iterator[tuple[tuple[slice, int], slice, attention_blocks.Block]]:
+    """Of the blocks those whose keys a rank has: the place of its queries, its keys among those of that rank, and the block.
+
+    count: tokens of a chunk.
+    """
+    chunks = chunks_of(rank, group.size())
+    for first, block in blocks:
+        if block.piece in chunks:
+            begin = chunks.index(block.piece) * count
+            place = slice(first + block.q0, first + block.q1), block.row
+            yield place, slice(begin + block.k0, begin + block.k1), block
 
 
-def _piece(ranks: Tensor, block: attention_blocks.Block, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Keys and values [m, G, D] of a block; a copy only where they lie in several chunks."""
-    found = [ranks[rank, :, place, block.row] for rank, place in _places(ranks, block, group)]
-    keys, values = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-    return keys, values
-
-
-def _add_to_piece(d_ranks: Tensor, gradients: Sequence[Tensor], block: attention_blocks.Block, group: ProcessGroup) -> None:
-    begin = 0
-    for rank, place in _places(d_ranks, block, group):
-        end = begin + place.stop - place.start
-        for which, gradient in enumerate(gradients):
-            d_ranks[rank, which, place, block.row] += gradient[begin:end]
-        begin = end
+def _handed_out(own: Tensor, rank: int, group: ProcessGroup) -> Tensor:
+    """[2, S / c, B, G, D]: keys and values of a rank, on all of them."""
+    pair = own if rank == group.rank() else torch.empty_like(own)
+    torch.distributed.broadcast(pair, group=group, group_src=rank)
+    return pair
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -185,16 +187,11 @@ def _order(size: int, *, back: bool) -> list[int]:
 
 def _gather(part: Tensor, group: ProcessGroup) -> Tensor:
     """[2, S / c, B, G, D] of every rank -> [2, S, B, G, D], the chunks in the order of the row."""
-    size, ranks = group.size(), _gather_ranks(part, group)
+    size = group.size()
+    ranks = part.new_empty((size, *part.shape))
+    torch.distributed.all_gather_into_tensor(ranks.view(-1), part.contiguous().view(-1), group=group)
     chunks = ranks.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)  # [2 c, 2, S / 2c, B, G, D]
     return torch.cat([chunks[place] for place in _order(size, back=False)], dim=1)
-
-
-def _gather_ranks(part: Tensor, group: ProcessGroup) -> Tensor:
-    """[2, S / c, B, G, D] of every rank -> [c, 2, S / c, B, G, D]."""
-    ranks = part.new_empty((group.size(), *part.shape))
-    torch.distributed.all_gather_into_tensor(ranks.view(-1), part.contiguous().view(-1), group=group)
-    return ranks
 
 
 def _scatter(whole: Tensor, group: ProcessGroup) -> Tensor:

@@ -11,14 +11,15 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import with_config
+from pydantic import Field, with_config
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import duration, say, table
-from megatron_synth.core.records import OPEN, Amount, Count, Reader
+from megatron_synth.core.records import OPEN, Count, Reader
 from megatron_synth.train.record.times import WAITS
 
 FILE = "nodes.json"
@@ -30,17 +31,20 @@ _HEADS = {"data": "waiting for data", "saving": "saving", "starting": "starting"
 _DIFFERS = 0.05
 """Part of the median by which a node is slower that is worth a word."""
 
+Seconds = Annotated[float, Field(strict=True, ge=0, le=1e11, allow_inf_nan=False)]
+"""Up to some thousand years."""
+
 
 @with_config(OPEN)
 class NodeTimes(TypedDict):
     """Of a node, over all starts: seconds of its slowest rank, and the steps in which it took part."""
 
     steps: Count
-    own_s: Amount
+    own_s: Seconds
     """Within steps, before it waited for others; data included."""
-    data: Amount
-    saving: Amount
-    starting: Amount
+    data: Seconds
+    saving: Seconds
+    starting: Seconds
 
 
 NODES: Reader[dict[str, NodeTimes]] = Reader(dict[str, NodeTimes], "restore the file or delete it; the run begins another")

@@ -7,12 +7,13 @@ import signal
 from typing import Any
 
 from tests.dist.jobs import rank
+from tests.support import GLOBAL_BATCH_SIZE
 
 
 def train_with_fault(arguments: list[str], fault: str, step: int, kill_at: int | None = None) -> int:
-    """Train; in optimizer step `step`, counted from 1 over all starts, comes the fault: noise, nan or rate; or none.
+    """Train; in optimizer step `step`, counted from 1 over all starts, comes the fault: noise, row, nan or rate; or none.
 
-    Noise is the same text in every layout. kill_at: the step before which this process is killed.
+    Noise is the same text in every layout, of all rows of the step or, with `row`, of that of its fourth sample. kill_at: the step before which this process is killed.
     """
     from dataclasses import replace
 
@@ -31,6 +32,8 @@ def train_with_fault(arguments: list[str], fault: str, step: int, kill_at: int |
         tokens = batch.tokens.clone()
         if tokens.numel():
             for row, sample in enumerate(batch.samples.tolist()):
+                if fault == "row" and sample != (step - 1) * GLOBAL_BATCH_SIZE + 3:
+                    continue
                 tokens[row] = torch.from_numpy(np.random.default_rng(sample).integers(0, 256, tokens.shape[1]))
         return replace(batch, tokens=tokens)
 
@@ -39,7 +42,7 @@ def train_with_fault(arguments: list[str], fault: str, step: int, kill_at: int |
         if kill_at == self.step + 1:
             os.kill(os.getpid(), signal.SIGKILL)
         found = batches(self)
-        return [noisy(batch) for batch in found] if fault == "noise" and at["step"] == step else found
+        return [noisy(batch) for batch in found] if fault in ("noise", "row") and at["step"] == step else found
 
     def rate(done: int, *rest: Any) -> float:
         return learning_rate(done, *rest) * (20 if fault == "rate" and done + 1 == step else 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_synth.train.record.anomalies import STANDS_OUT
 from tests.dist.conftest import Train
 from tests.dist.pool import RankPool, RanksFailed
 from tests.support import GLOBAL_BATCH_SIZE, LAYOUTS, assert_same_losses, read_ledger, read_metrics
@@ -24,6 +25,7 @@ COMMON = (
     "data.sources.web.max_epochs=9",
     "data.sources.qa.max_epochs=9",
 )
+WEB_ALONE = ("data.sources.qa=null", "data.sources.web.ratio=1", "data.sources.web.max_epochs=99")
 SKIP = "train.skip={sigmas: 8, window: 32, least: 12}"
 
 Fault = Callable[..., Path]
@@ -98,6 +100,21 @@ def test_what_is_skipped_costs_no_more_than_a_step(faulty: Fault) -> None:
         assert found["optim/skipped"] == 1
         assert found["eval/loss"] == pytest.approx(plain[-1]["eval/loss"], rel=0.02)
     assert math.isnan(read_metrics(faulty("nan", "dp2", "nan", SKIP))[FAULT - 1]["train/loss"])
+
+
+@pytest.mark.parametrize("layout", ["single", "dp2"])
+def test_a_damaged_row_is_named_though_its_step_does_not_stand_out(layout: str, faulty: Fault, ranks: RankPool) -> None:
+    run = faulty(f"row-{layout}", layout, "row", *WEB_ALONE)
+    lines = (run / "events.log").read_text().splitlines()
+    (note,) = [line for line in lines if STANDS_OUT in line]
+    sample = (FAULT - 1) * GLOBAL_BATCH_SIZE + 3
+    assert f"step {FAULT}: a row {STANDS_OUT}, " in note and f": sample {sample} " in note
+    assert re.search(r"\(web: \S+/web/shard-0000\d\.bin, documents? \d+", note)
+    assert not [line for line in lines if "loss spike" in line or "skipped" in line]
+    (result,) = ranks.run(1, MAIN, ["report", str(run)])
+    assert f"rows that may be damaged, noted in events.log: step {FAULT}: a row" in result.stdout
+    (shown,) = ranks.run(1, MAIN, note.partition("read it with: megatron-synth ")[2].split())
+    assert shown.value == 0 and f"sample   {sample}: step {FAULT} of {STEPS}" in shown.stdout
 
 
 def test_too_many_in_a_row_say_where_to_start_again(

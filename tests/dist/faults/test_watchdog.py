@@ -70,7 +70,7 @@ def test_watching_changes_nothing_and_leaves_nothing(trained: Callable[..., Run]
 
 def test_a_slow_rank_is_named_with_its_node(ranks: RankPool, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = _arguments(config, run, "dp2", "log.interval=5", "log.straggler_pct=50")
+    arguments = _arguments(config, run, "dp2", "log.interval=5", "log.straggler_pct=50", "checkpoint.interval=4")
     for steps in (STEPS // 2, STEPS):  # what two starts note adds up
         results = ranks.run(2, "tests.dist.jobs.train_with_a_slow_rank", [*arguments, f"train.steps={steps}"], 1)
         assert [result.value for result in results] == [0, 0]
