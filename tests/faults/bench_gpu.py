@@ -3,7 +3,8 @@
     python -m tests.faults.bench_gpu --kills 20 [--seed N] -- --smoke
 
 What follows `--` are arguments of `bench gpu`. On a machine without a GPU, in the environment of `make gpu-rehearsal` with the
-device preloaded (tests/nocuda/build.py), it is the whole script that is killed.
+device preloaded (tests/nocuda/build.py), it is the whole script that is killed. There it ends with 1 (`--ends 1`), as parts that ask
+for numbers find none; what is done must be kept all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import psutil
 from megatron_synth.bench.gpu import _MARK, _RUNNING
 
 
-def campaign(command: Sequence[str], file: Path, kills: int, seed: int, longest_s: float, patience_s: float = 600) -> int:
+def campaign(
+    command: Sequence[str], file: Path, kills: int, seed: int, longest_s: float, patience_s: float = 600, ends: int = 0
+) -> int:
     """Kill `command`, which writes `file`, at random moments of its parts, and let it end; how many kills there were.
 
     Args:
@@ -34,6 +37,7 @@ def campaign(command: Sequence[str], file: Path, kills: int, seed: int, longest_
         seed: of the moments.
         longest_s: between the start of a part and the kill.
         patience_s: longest time of a run of the command.
+        ends: the exit code of a whole run.
 
     Raises:
         AssertionError: a result was lost or changed, or a process was left.
@@ -44,10 +48,10 @@ def campaign(command: Sequence[str], file: Path, kills: int, seed: int, longest_
     while True:
         begun_before = _mark(running)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        ends = time.monotonic() + patience_s
+        deadline = time.monotonic() + patience_s
         if killed < kills:
             while process.poll() is None and _mark(running) in (None, begun_before):
-                assert time.monotonic() < ends, "no part was begun"
+                assert time.monotonic() < deadline, "no part was begun"
                 time.sleep(0.02)
             try:
                 process.wait(moments.uniform(0, longest_s))
@@ -60,7 +64,7 @@ def campaign(command: Sequence[str], file: Path, kills: int, seed: int, longest_
                 print(f"killed {killed}; done: {len(done)}", flush=True)
                 continue
         printed, _ = process.communicate(timeout=patience_s)
-        assert process.returncode == 0, printed
+        assert process.returncode == ends, printed
         _kept(file, done)
         left = [
             one.info["pid"]
@@ -92,12 +96,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=40.0, metavar="S", help="from the start of a part to its kill")
+    parser.add_argument("--ends", type=int, default=0, metavar="CODE", help="exit code of a whole run (%(default)s)")
     parser.add_argument("arguments", nargs="*", help="of `bench gpu`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "gpu.json"
         command = [sys.executable, "-m", "megatron_synth", "bench", "gpu", *options.arguments, "--json", str(file)]
-        killed = campaign(command, file, options.kills, options.seed, options.longest)
+        killed = campaign(command, file, options.kills, options.seed, options.longest, ends=options.ends)
         print(f"{killed} kills, {len(_kept(file, {}))} parts done, {file.stat().st_size:,} bytes")
 
 
