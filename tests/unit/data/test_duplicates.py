@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_synth.cli.prepare import duplicates as prepare_duplicates
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.overlap import minhash, ngrams
+from megatron_synth.data.overlap import contamination, minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
 from megatron_synth.data.overlap.ngrams import Batch, hashes
 from megatron_synth.data.shards.indexed import ShardWriter
@@ -118,7 +118,7 @@ def test_short_documents_are_no_near_duplicates_of_each_other(tmp_path):
 
 @pytest.mark.parametrize("limit", [2**20, 100, 3])
 def test_contamination_equals_brute_force(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(minhash, "VALIDATION_NGRAMS", limit)
+    monkeypatch.setattr(contamination, "VALIDATION_NGRAMS", limit)
     monkeypatch.setattr(ngrams, "BATCH_TOKENS", 1000)
     monkeypatch.setattr(ngrams, "BATCH_DOCUMENTS", limit)
     train, other, valid = random_documents(5, 40), random_documents(6, 10), random_documents(7, 12)
