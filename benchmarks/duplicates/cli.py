@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.duplicates import corpus, peers
+from benchmarks.duplicates import corpus, memory, peers
 from megatron_synth.cli.argparse_types import count
 from megatron_synth.config.errors import EXIT_OK
 
@@ -30,20 +30,36 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--rounds", type=count, default=3, help="runs of each, in turn; the median is shown (%(default)s)")
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="the environment of the others; default: this one")
+    parser.add_argument(
+        "--memory", action="store_true", help="instead: memory of ours against the size of the corpus, in shares"
+    )
     options = parser.parse_args(argv)
 
     from megatron_synth.bench.tables import header, header_lines, markdown_table
     from megatron_synth.core.log import say
 
+    head = header("duplicates", argv) | {"command": shlex.join(["python", "-m", "benchmarks", "duplicates", *argv])}
+    lines = header_lines(head)
+    if options.memory:
+        table = memory.rows(memory.run())
+    else:
+        table, planned = compare(options.rounds, options.peers)
+        lines.append(f"- text: {planned}")
+    say("\n" + "\n".join([*lines, "", *markdown_table(table)]))
+    return EXIT_OK
+
+
+def compare(rounds: int, python: Path | None) -> tuple[list[list[str]], str]:
+    """The table of all contenders, head first, and what they read."""
     with tempfile.TemporaryDirectory(prefix="bench-duplicates-") as name:
         folder = Path(name)
         file = folder / "text.jsonl"
         planted = corpus.write(file)
         documents = write_prepared(file, folder / "web")
         found: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for contender in peers.CONTENDERS:
-                one = _run(contender, file, folder / "web", None if contender == "ours" else options.peers)
+                one = _run(contender, file, folder / "web", None if contender == "ours" else python)
                 if one is not None:
                     found.setdefault(contender, []).append(one)
         table = [["contender", "documents / CPU s", "ratio", "peak above start, MiB", "pairs", "precision", "planted found"]]
@@ -61,11 +77,7 @@ def main(argv: list[str]) -> int:
                     f"{_together(planted, pairs, documents) / len(planted):.3f}",
                 ]
             )
-    head = header("duplicates", argv) | {"command": shlex.join(["python", "-m", "benchmarks", "duplicates", *argv])}
-    planned = f"{len(planted):,} planted pairs of a similarity of 0.8 or more"
-    lines = [*header_lines(head), f"- text: {documents:,} documents; {planned}"]
-    say("\n" + "\n".join([*lines, "", *markdown_table(table)]))
-    return EXIT_OK
+    return table, f"{documents:,} documents; {len(planted):,} planted pairs of a similarity of 0.8 or more"
 
 
 def write_prepared(file: Path, folder: Path) -> int:

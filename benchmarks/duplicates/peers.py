@@ -85,28 +85,71 @@ def rensa(file: Path, prepared: Path) -> Callable[[], Pairs]:
     return run
 
 
+def gaoya(file: Path, prepared: Path) -> Callable[[], Pairs]:
+    """Its index of texts, which makes the n-grams itself, in Rust, and estimates again."""
+    from gaoya.minhash import MinHashStringIndex  # type: ignore[import-not-found, unused-ignore]
+
+    def run() -> Pairs:
+        index = MinHashStringIndex(
+            hash_size=32,
+            jaccard_threshold=THRESHOLD,
+            num_bands=16,
+            band_size=8,
+            analyzer="word",
+            lowercase=False,
+            ngram_range=(SHINGLE, SHINGLE),
+        )
+        found: Pairs = []
+        for number, line in enumerate(file.open()):
+            text = json.loads(line)["text"]
+            if text.count(" ") >= SHINGLE - 1:
+                found += [(other, number) for other in index.query(text)]
+                index.insert_document(number, text)
+        return found
+
+    return run
+
+
 def datatrove(file: Path, prepared: Path) -> Callable[[], Pairs]:
     """The first three steps of its MinHash pipeline, in files; a cluster is a chain of pairs. It does not estimate again."""
     from datatrove.pipeline.dedup import (  # type: ignore[import-not-found, unused-ignore]
         MinhashDedupBuckets,
         MinhashDedupCluster,
         MinhashDedupSignature,
+        minhash,  # type: ignore[import-not-found, unused-ignore]
     )
-    from datatrove.pipeline.dedup.minhash import MinhashConfig  # type: ignore[import-not-found, unused-ignore]
     from datatrove.pipeline.readers import JsonlReader  # type: ignore[import-not-found, unused-ignore]
+    from datatrove.utils.text import TextNormConfig  # type: ignore[import-not-found, unused-ignore]
+
+    class Words:
+        """In place of its English tokenizer, which is downloaded: the words of all others here."""
+
+        def word_tokenize(self, text: str) -> list[str]:
+            return text.split()
+
+    minhash.load_word_tokenizer = lambda language: Words()
+    as_it_is = TextNormConfig(
+        lowercase=False,
+        norm_whitespace=False,
+        remove_punctuation=False,
+        norm_unicode_diacritics=False,
+        norm_numbers=False,
+        norm_weekdays=False,
+        norm_monthnames=False,
+    )
 
     def run() -> Pairs:
         folder = Path(tempfile.mkdtemp())
         (folder / "in").mkdir()
         (folder / "in" / "0.jsonl").write_bytes(file.read_bytes())
-        config = MinhashConfig(n_grams=SHINGLE, num_buckets=16, hashes_per_bucket=8)
+        config = minhash.MinhashConfig(n_grams=SHINGLE, num_buckets=16, hashes_per_bucket=8, norm_config=as_it_is)
         documents = JsonlReader(str(folder / "in"))(rank=0, world_size=1)
         MinhashDedupSignature(str(folder / "signatures"), config=config).run(documents, rank=0, world_size=1)
         for bucket in range(config.num_buckets):
             step = MinhashDedupBuckets(str(folder / "signatures"), str(folder / "buckets"), config=config)
             step.run(None, rank=bucket, world_size=config.num_buckets)
         step = MinhashDedupCluster(str(folder / "buckets"), str(folder / "ids"), config=config, save_cluster_id=True)
-        step.run(None, rank=0, world_size=1)
+        step.run(None, 0, 1)
         pairs = []
         for part in (folder / "buckets").glob("*.dups"):
             data = part.read_bytes()
@@ -117,7 +160,7 @@ def datatrove(file: Path, prepared: Path) -> Callable[[], Pairs]:
     return run
 
 
-CONTENDERS = {one.__name__: one for one in (ours, datasketch, rensa, datatrove)}
+CONTENDERS = {one.__name__: one for one in (ours, datasketch, rensa, gaoya, datatrove)}
 
 
 def main(argv: list[str]) -> int:
