@@ -41,7 +41,38 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--share", metavar="K/N", help="only gather share K, from 0, of N; without it the same command compares all shares"
     )
+    group.add_argument("--slurm", action="store_true", help="the shares as an array of SLURM, and then the comparison")
+    group.add_argument("--tasks", type=count, metavar="N", help="with --slurm: shares, each on a node")
+    group.add_argument("--cluster", metavar="NAME", help="with --slurm: configs/cluster/NAME.yaml, or a file.yaml")
+    for option in ("partition", "account", "qos", "time"):
+        group.add_argument(f"--{option}", help=f"with --slurm: the cluster's `{option}`")
+    group.add_argument("--dry-run", action="store_true", help="with --slurm: check all and print the scripts")
     return parser
+
+
+def _submit(options: argparse.Namespace, folders: Sequence[Path]) -> int:
+    from megatron_synth.cluster.duplicates import REPORT, Comparison, submit_comparison
+    from megatron_synth.cluster.sbatch import changed, load_cluster
+    from megatron_synth.data.overlap.sources import Sources
+
+    if options.tasks is None:
+        raise UserError("--tasks: say how many shares the array has")
+    if options.share is not None:
+        raise UserError("--share: not with --slurm, whose tasks do all shares")
+    Sources(folders)  # says now what is wrong with them
+    names = ("partition", "account", "qos", "time")
+    cluster = changed(load_cluster(options.cluster), **{name: getattr(options, name) for name in names})
+    asked = Comparison(
+        folders=tuple(str(folder.resolve()) for folder in folders),
+        work=str(options.work.resolve()),
+        shingle=options.shingle,
+        threshold=options.threshold,
+        ngram=options.ngram,
+        part_mib=options.part_mib,
+        json_file=str((options.json or options.work / REPORT).resolve()),
+    )
+    submit_comparison(asked, options.tasks, cluster, dry_run=options.dry_run)
+    return EXIT_OK
 
 
 def main(argv: list[str]) -> int:
@@ -50,9 +81,15 @@ def main(argv: list[str]) -> int:
     if not 0 < options.threshold <= 1:
         raise UserError(f"--threshold: expected a number above 0 and at most 1, got {options.threshold}")
     start = time.perf_counter()
-    if options.share is not None and options.work is None:
-        raise UserError("--share: where do shares put what they gather? give --work, a folder that all of them see")
+    given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")
+    if wrong := [name for name in given if not options.slurm and getattr(options, name) not in (None, False)]:
+        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    if options.work is None and (options.slurm or options.share is not None):
+        name = "--slurm" if options.slurm else "--share"
+        raise UserError(f"{name}: where do shares put what they gather? give --work, a folder that all of them see")
     folders = source_folders(options.folders)
+    if options.slurm:
+        return _submit(options, folders)
     settings = Settings(options.shingle, options.threshold, options.ngram, options.part_mib * 2**20)
     if options.share is not None:
         made = do_share(folders, settings, Share.parse(options.share), options.work)

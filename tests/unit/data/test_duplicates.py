@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_synth.cli.main import main as cli_main
 from megatron_synth.cli.prepare import duplicates as prepare_duplicates
+from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.overlap import contamination, minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
@@ -232,3 +233,24 @@ def test_work_of_others_is_refused(tmp_path, capsys):
     (work / "share-00000-of-00003").mkdir()
     assert cli_main(["prepare", "duplicates", str(folders[0]), "--work", str(work)]) == 2
     assert "expected shares of one number, found 2, 3" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_array_and_the_comparison(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    folder = make(tmp_path / "a", random_documents(1, 3))
+    base = ["prepare", "duplicates", str(folder), "--work", str(tmp_path / "work")]
+    assert cli_main([*base, "--slurm", "--tasks", "3", "--partition", "cpu", "--part-mib", "64", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("--array=0-2", "--partition=cpu", "--share 2/3", "--part-mib 64", f"--json {tmp_path}/work/report.json"):
+        assert part in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    for more, message in (
+        (["--slurm"], "--tasks: say how many shares"),
+        (["--tasks", "3"], "--tasks: is for --slurm"),
+        (["--slurm", "--tasks", "3", "--share", "0/3"], "--share: not with --slurm"),
+        (["--slurm", "--tasks", "100001"], "--tasks: at most 100,000"),
+    ):
+        assert cli_main([*base, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert cli_main([*base[:3], "--slurm", "--tasks", "2"]) == 2
+    assert "--slurm: where do shares put what they gather" in capsys.readouterr().err
