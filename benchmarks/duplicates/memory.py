@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,17 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.usage import Usage, usage_of
+
 SHARES, SHARDS = 4, 16
 DOCUMENT_TOKENS = 300
-DOCUMENTS = (20_000, 80_000, 320_000)
-
-
-@dataclass(frozen=True)
-class Use:
-    """Most bytes resident and CPU seconds of a command."""
-
-    peak: int
-    cpu_s: float
+DOCUMENTS = (20_000, 80_000, 320_000, 1_280_000)
 
 
 @dataclass(frozen=True)
@@ -30,9 +22,9 @@ class Memory:
     """Of one corpus. share: of the share that took most; equal: whether both ways gave the same bytes."""
 
     documents: int
-    alone: Use
-    share: Use
-    compare: Use
+    alone: Usage
+    share: Usage
+    compare: Usage
     equal: bool
 
 
@@ -82,12 +74,8 @@ def run(sizes: Sequence[int] = DOCUMENTS) -> list[Memory]:
     return found
 
 
-def _use(arguments: Sequence[str]) -> Use:
-    process = subprocess.Popen([sys.executable, "-m", "megatron_synth", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{' '.join(arguments)}: exit code {process.returncode}"
-    return Use(usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+def _use(arguments: Sequence[str]) -> Usage:
+    return usage_of([sys.executable, "-m", "megatron_synth", *arguments])
 
 
 def rows(results: Sequence[Memory]) -> list[list[str]]:

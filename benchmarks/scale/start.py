@@ -6,7 +6,6 @@ python -m benchmarks.scale.start CONFIG RANK RANKS      # one rank, in a process
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.loader.memory import anonymous_bytes
+from benchmarks.loader.memory import anonymous_bytes, peak_bytes
 from benchmarks.scale import corpus
+from benchmarks.usage import usage_of
 
 SEQUENCE_LENGTH = 4096
 STEPS = 256
@@ -101,18 +101,12 @@ def run(*, tokens: int, shards: int, sources: int, ranks: int) -> Result:
 
 
 def _command(arguments: str, words: str) -> Command:
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "megatron_synth", *arguments.split()], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{words}: exit code {process.returncode}"
-    return Command(words, time.perf_counter() - began, usage.ru_maxrss * 1024)
+    used = usage_of([sys.executable, "-m", "megatron_synth", *arguments.split()])
+    return Command(words, used.seconds, used.peak)
 
 
 def measure(file: str, rank: int, ranks: int) -> Start:
     """Start as `train` does, and read the first steps."""
-    import resource
-
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
 
@@ -125,7 +119,7 @@ def measure(file: str, rank: int, ranks: int) -> Start:
     imported = time.perf_counter()
     data = open_data(config, part=(rank, ranks))
     opened = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     loader = Loader(
         data.plan,
         data.sources,
