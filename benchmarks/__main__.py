@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "loader": ("benchmarks.loader.cli:main", "speed, start-up, memory and exactness of data loaders"),
     "loader-report": ("benchmarks.loader.report:main", "one table of several files of `loader --json`"),
     "prepare": ("benchmarks.prepare.cli:main", "tokens/s of turning text into shards, beside Megatron-LM's way"),
+    "duplicates": ("benchmarks.duplicates.cli:main", "near duplicates: speed, memory, recall and precision, beside others"),
     "chosen": ("benchmarks.chosen:main", "speed of documents chosen by `where`, beside the whole source"),
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
     "merge": ("benchmarks.merge:main", "memory and time of merging checkpoints"),

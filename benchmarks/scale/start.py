@@ -6,7 +6,6 @@ python -m benchmarks.scale.start CONFIG RANK RANKS      # one rank, in a process
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.loader.memory import anonymous_bytes
+from benchmarks.loader.memory import anonymous_bytes, peak_bytes
 from benchmarks.scale import corpus
+from benchmarks.usage import usage_of
 
 SEQUENCE_LENGTH = 4096
 STEPS = 256
@@ -28,7 +28,10 @@ COMMANDS = ("mix plan {config}", "mix show {config} {sample}", "train {config} -
 
 @dataclass(frozen=True)
 class Start:
-    """One rank's start. Times in seconds; of the steps after the first the median and the longest."""
+    """One rank's start, in seconds of the processor, as files are in memory.
+
+    first_s, median_s, longest_s: of the first step; of those after it the median and the longest.
+    """
 
     config_s: float
     open_s: float
@@ -43,7 +46,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the program: seconds, and the most bytes resident."""
+    """A command of the program: seconds of the processor, and the most bytes resident."""
 
     words: str
     seconds: float
@@ -101,31 +104,25 @@ def run(*, tokens: int, shards: int, sources: int, ranks: int) -> Result:
 
 
 def _command(arguments: str, words: str) -> Command:
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "megatron_synth", *arguments.split()], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{words}: exit code {process.returncode}"
-    return Command(words, time.perf_counter() - began, usage.ru_maxrss * 1024)
+    used = usage_of([sys.executable, "-m", "megatron_synth", *arguments.split()])
+    return Command(words, used.cpu_s, used.peak)
 
 
 def measure(file: str, rank: int, ranks: int) -> Start:
     """Start as `train` does, and read the first steps."""
-    import resource
-
     from megatron_synth.config.load import load_file
     from megatron_synth.config.schema import Config
 
-    began = time.perf_counter()
+    began = time.process_time()
     config = load_file(Config, file, [])
-    configured = time.perf_counter()
+    configured = time.process_time()
     from megatron_synth.data.loading.loader import Loader
     from megatron_synth.data.loading.run_data import open_data
 
-    imported = time.perf_counter()
+    imported = time.process_time()
     data = open_data(config, part=(rank, ranks))
-    opened = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    opened = time.process_time()
+    peak = peak_bytes()
     loader = Loader(
         data.plan,
         data.sources,
@@ -137,9 +134,9 @@ def measure(file: str, rank: int, ranks: int) -> Start:
     )
     times = []
     for step in range(STEPS + 1):
-        before = time.perf_counter()
+        before = time.process_time()
         list(loader.micro_batches(step * ranks, ranks))
-        times.append(time.perf_counter() - before)
+        times.append(time.process_time() - before)
     later = sorted(times[1:])
     return Start(
         config_s=configured - began,
@@ -154,13 +151,13 @@ def measure(file: str, rank: int, ranks: int) -> Start:
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
     """The table, head first."""
-    head = ["tokens", "shards", "manifests, MB", "file read, s", "data opened, s", "first batch, s", "longest of 256, s"]
-    head += ["own memory, MiB", *(f"{command.words}, s" for command in results[0].commands), "most memory of these, MiB"]
+    head = ["tokens", "shards", "manifests, MB", "data opened, CPU s", "first batch, ms", "longest of 256, s"]
+    head += ["own memory, MiB", *(f"{command.words}, CPU s" for command in results[0].commands), "most memory of these, MiB"]
     table = [head]
     for one in results:
         start = one.start
         row = [f"{one.tokens:.0e}".replace("+", ""), f"{one.shards:,}", f"{one.manifest_bytes / 1e6:.0f}"]
-        row += [f"{value:.2f}" for value in (start.config_s, start.open_s, start.first_s, start.longest_s)]
+        row += [f"{start.open_s:.2f}", f"{1000 * start.first_s:.0f}", f"{start.longest_s:.2f}"]
         row += [f"{max(start.anonymous, start.peak) / 2**20:.0f}", *(f"{command.seconds:.1f}" for command in one.commands)]
         row.append(f"{max(command.peak for command in one.commands) / 2**20:.0f}")
         table.append(row)

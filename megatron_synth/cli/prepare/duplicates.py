@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import tokens
+from megatron_synth.cli.argparse_types import count, tokens
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import show
-from megatron_synth.data.overlap.minhash import Duplicates, find_duplicates
+from megatron_synth.core.share import Share
+from megatron_synth.data.overlap.minhash import Duplicates, Settings, find_duplicates
+from megatron_synth.data.overlap.shares import do_share, finish
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,17 +29,77 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, default=0.8, help="least Jaccard similarity of these (%(default)s)")
     parser.add_argument("--ngram", type=tokens, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument(
+        "--part-mib",
+        type=count,
+        default=32,
+        metavar="MIB",
+        help="records that are sorted at a time; bounds memory (%(default)s)",
+    )
+    group = parser.add_argument_group("over several processes or nodes")
+    group.add_argument("--work", type=Path, metavar="DIR", help="a shared folder for what shares have gathered")
+    group.add_argument(
+        "--share", metavar="K/N", help="only gather share K, from 0, of N; without it the same command compares all shares"
+    )
+    group.add_argument("--slurm", action="store_true", help="the shares as an array of SLURM, and then the comparison")
+    group.add_argument("--tasks", type=count, metavar="N", help="with --slurm: shares, each on a node")
+    group.add_argument("--cluster", metavar="NAME", help="with --slurm: configs/cluster/NAME.yaml, or a file.yaml")
+    for option in ("partition", "account", "qos", "time"):
+        group.add_argument(f"--{option}", help=f"with --slurm: the cluster's `{option}`")
+    group.add_argument("--dry-run", action="store_true", help="with --slurm: check all and print the scripts")
     return parser
 
 
+def _submit(options: argparse.Namespace, folders: Sequence[Path]) -> int:
+    from megatron_synth.cluster.duplicates import REPORT, Comparison, submit_comparison
+    from megatron_synth.cluster.sbatch import changed, load_cluster
+    from megatron_synth.data.overlap.sources import Sources
+
+    if options.tasks is None:
+        raise UserError("--tasks: say how many shares the array has")
+    if options.share is not None:
+        raise UserError("--share: not with --slurm, whose tasks do all shares")
+    Sources(folders)  # says now what is wrong with them
+    names = ("partition", "account", "qos", "time")
+    cluster = changed(load_cluster(options.cluster), **{name: getattr(options, name) for name in names})
+    asked = Comparison(
+        folders=tuple(str(folder.resolve()) for folder in folders),
+        work=str(options.work.resolve()),
+        shingle=options.shingle,
+        threshold=options.threshold,
+        ngram=options.ngram,
+        part_mib=options.part_mib,
+        json_file=str((options.json or options.work / REPORT).resolve()),
+    )
+    submit_comparison(asked, options.tasks, cluster, dry_run=options.dry_run)
+    return EXIT_OK
+
+
 def main(argv: list[str]) -> int:
-    """`megatron-synth prepare duplicates FOLDER... [--shingle N] [--threshold X] [--ngram N] [--json FILE]`."""
+    """`megatron-synth prepare duplicates FOLDER... [--work DIR [--share K/N]] [--json FILE]`."""
     options = parser().parse_args(argv)
     if not 0 < options.threshold <= 1:
         raise UserError(f"--threshold: expected a number above 0 and at most 1, got {options.threshold}")
     start = time.perf_counter()
-    settings = {"shingle": options.shingle, "threshold": options.threshold, "ngram": options.ngram}
-    found = find_duplicates(source_folders(options.folders), **settings)
+    given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")
+    if wrong := [name for name in given if not options.slurm and getattr(options, name) not in (None, False)]:
+        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    if options.work is None and (options.slurm or options.share is not None):
+        name = "--slurm" if options.slurm else "--share"
+        raise UserError(f"{name}: where do shares put what they gather? give --work, a folder that all of them see")
+    folders = source_folders(options.folders)
+    if options.slurm:
+        return _submit(options, folders)
+    settings = Settings(options.shingle, options.threshold, options.ngram, options.part_mib * 2**20)
+    if options.share is not None:
+        made = do_share(folders, settings, Share.parse(options.share), options.work)
+        state = f"gathered in {time.perf_counter() - start:.1f} s" if made else "was there"
+        show(f"{options.work}: share {options.share} {state}; the command without --share compares all")
+        return EXIT_OK
+    if options.work is not None:
+        found = finish(folders, settings, options.work)
+    else:
+        found = find_duplicates(folders, **asdict(settings))
     show(render(found))
     show(f"\n{sum(found.sources.values()):,} documents in {time.perf_counter() - start:.1f} s")
     if options.json is not None:

@@ -7,6 +7,7 @@ once more and costs many times as much.
 from __future__ import annotations
 
 import math
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -173,10 +174,11 @@ class _Worker:
                     return
                 if asking:
                     self._ask(first_sample, 1 + ASKED_STEPS)
-                began = time.perf_counter()
+                began, waits = time.perf_counter(), _waits()
                 batches = list(self._loader.micro_batches(first_sample, size, _take_from(buffers, self._allocate)))
                 rows = size // self._loader.data_parallel_size
-                asking = ASKED_LONGER if time.perf_counter() - began > SLOW_ROW_S * rows else max(asking - 1, 0)
+                slow = time.perf_counter() - began > SLOW_ROW_S * rows and _waits() > waits
+                asking = ASKED_LONGER if slow else max(asking - 1, 0)
                 self._ready.put((batches, buffers))
                 first_sample += size
         except BaseException as error:  # the consumer raises it
@@ -192,6 +194,11 @@ class _Worker:
                 self._loader.will_need(first_sample, end - first_sample)
                 self._asked = end
             first_sample = end
+
+
+def _waits() -> int:
+    """How often this thread has waited for something, such as a disk; on a busy machine it also stands still without."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def _take_from(buffers: list[Tokens], allocate: Allocate) -> Allocate:

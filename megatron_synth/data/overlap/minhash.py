@@ -26,18 +26,28 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_synth.config.errors import UserError
-from megatron_synth.data.overlap.ngrams import Batch, batches, hashes, mix
-from megatron_synth.data.shards.manifest import FILE_NAME, Manifest
+from megatron_synth.core.share import Share
+from megatron_synth.data.overlap import contamination
+from megatron_synth.data.overlap.contamination import Contamination
+from megatron_synth.data.overlap.ngrams import ALL, Batch, hashes, mix
+from megatron_synth.data.overlap.sources import Sources
 
 BINS, BANDS = 64, 16
 ROWS = BINS // BANDS
-MOST_SOURCES = 64  # a document's marks are one bit per source
 PARTITION_BYTES = 32 * 2**20
 BLOCK = 2**18  # documents compared at a time
-VALIDATION_NGRAMS = 2**22  # looked for in one reading of the training sources; each takes 40 bytes while they are sorted
-FILTER_BITS = 26
 RECORD = np.dtype([("hash", np.uint64), ("document", np.int64)])
+SIGNATURES, SEEN = "signatures", "seen"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared, and in parts of how many bytes of records; see `find_duplicates`."""
+
+    shingle: int
+    threshold: float
+    ngram: int
+    part_bytes: int
 
 
 @dataclass(frozen=True)
@@ -49,22 +59,6 @@ class Shared:
     documents: int
     exact: int
     near: int
-
-
-@dataclass(frozen=True)
-class Contamination:
-    """Of validation source `validation` against training source `training`.
-
-    documents: those of at least one n-gram; any: with an n-gram seen in training; half: with at least half of them.
-    """
-
-    validation: str
-    training: str
-    documents: int
-    any: int
-    half: int
-    ngrams: int
-    ngrams_seen: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,14 @@ class Duplicates:
     contamination: tuple[Contamination, ...]
 
 
-def find_duplicates(folders: Sequence[Path], *, shingle: int = 8, threshold: float = 0.8, ngram: int = 13) -> Duplicates:
+def find_duplicates(
+    folders: Sequence[Path],
+    *,
+    shingle: int = 8,
+    threshold: float = 0.8,
+    ngram: int = 13,
+    part_bytes: int | None = None,
+) -> Duplicates:
     """Compare prepared sources with each other and with themselves.
 
     Args:
@@ -88,43 +89,86 @@ def find_duplicates(folders: Sequence[Path], *, shingle: int = 8, threshold: flo
         shingle: tokens of the n-grams that near duplicates are judged by.
         threshold: least Jaccard similarity of near duplicates.
         ngram: tokens of the n-grams that count as seen in training.
+        part_bytes: of the records that are sorted at a time. Default: PARTITION_BYTES.
     """
-    if len(folders) > MOST_SOURCES:
-        raise UserError(f"{len(folders)} sources, at most {MOST_SOURCES} are compared at a time")
-    manifests = [Manifest.load(folder) for folder in folders]
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if manifest.tokenizer.fingerprint != manifests[0].tokenizer.fingerprint:
-            raise UserError(
-                f"{folder / FILE_NAME}: made with another tokenizer than {folders[0]}: the same text has other tokens; "
-                f"prepare both with one tokenizer"
-            )
-    names = [manifest.name for manifest in manifests]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    counts = [_documents_of(manifest) for manifest in manifests]
+    sources = Sources(folders)
+    settings = Settings(shingle, threshold, ngram, part_bytes or PARTITION_BYTES)
     with tempfile.TemporaryDirectory(prefix="megatron-synth-duplicates-") as temporary:
-        shared, redundant = _documents(Path(temporary), folders, manifests, names, shingle, threshold)
-    contamination = [
-        found
-        for at, manifest in enumerate(manifests)
-        if manifest.split == "validation"
-        for found in _contamination(at, folders, manifests, names, ngram)
-    ]
+        gather(sources, settings, ALL, Path(temporary))
+        return join(sources, settings, [Path(temporary)], Path(temporary), keep=False)
+
+
+def gather(sources: Sources, settings: Settings, share: Share, folder: Path) -> None:
+    """Read the documents of a share once, and write what is to be compared of them to files in a folder."""
+    equal = _Spill(folder, "equal", sources.total, settings.part_bytes)
+    bands = _Spill(folder, "bands", sources.total * BANDS, settings.part_bytes)
+    with open(folder / SIGNATURES, "wb") as file:
+        for source in range(len(sources.names)):
+            for batch in sources.batches(source, share):
+                numbers = int(sources.firsts[source]) + batch.first + np.arange(batch.starts.size)
+                spans = zip(batch.starts.tolist(), batch.ends.tolist(), strict=True)
+                digests = [xxhash.xxh3_64_intdigest(batch.tokens[begin:end].data) for begin, end in spans]
+                text = batch.ends > batch.starts
+                equal.add(np.array(digests, np.uint64)[text], numbers[text])
+                rows, values = minhash(batch, settings.shingle)
+                signatures = np.zeros((numbers.size, BINS), np.uint16)
+                signatures[rows] = (values & np.uint64(0xFFFF)).astype(np.uint16)
+                file.write(signatures.data)
+                bands.add(np.concatenate([_band(values, band) for band in range(BANDS)]), np.tile(numbers[rows], BANDS))
+    contamination.look(sources, settings.ngram, share, folder / SEEN)
+
+
+def join(sources: Sources, settings: Settings, shares: Sequence[Path], temporary: Path, *, keep: bool = True) -> Duplicates:
+    """Compare what all shares have gathered.
+
+    Args:
+        sources: the same ones.
+        settings: the same ones.
+        shares: folders of share 0, 1, ... of so many.
+        temporary: for files that are not kept.
+        keep: what shares have gathered; otherwise it is removed as soon as it has been looked at.
+
+    Raises:
+        UserError: what a share has gathered is not whole.
+    """
+    seen = _Column(temporary / "all-signatures", np.dtype(np.uint16), sources.total, BINS)
+    for number, folder in enumerate(shares):  # each has those of its own documents, one after the other
+        with open(folder / SIGNATURES, "rb") as file:
+            for first, last in sources.runs(Share(number, len(shares))):
+                for begin in range(first, last, BLOCK):
+                    end = min(begin + BLOCK, last)
+                    values = sources.read_part(file, np.dtype(np.uint16), (end - begin) * BINS)
+                    seen.values[begin:end] = values.reshape(-1, BINS)
+                    seen.release()
+        if not keep:
+            (folder / SIGNATURES).unlink()
+    exact_marks, near_marks = (_Column(temporary / name, np.dtype(np.uint64), sources.total) for name in ("exact", "near"))
+    redundant = 0
+    for documents, starts in _groups(shares, "equal", sources.total, settings.part_bytes, keep):
+        redundant += documents.size - starts.size
+        _mark_groups(documents, starts, sources.firsts, exact_marks.values)
+        exact_marks.release()
+    for documents, starts in _groups(shares, "bands", sources.total * BANDS, settings.part_bytes, keep):
+        for one, two, of_one, of_two in _alike(documents, starts, sources.firsts, seen.values, settings.threshold):
+            np.bitwise_or.at(near_marks.values, one, of_two)
+            np.bitwise_or.at(near_marks.values, two, of_one)
+        near_marks.release()
+        seen.release()
+    found = []
+    for source, name in enumerate(sources.names):
+        own = range(int(sources.firsts[source]), int(sources.firsts[source + 1]))
+        exact, near = (_count_bits(marks, own, len(sources.names)) for marks in (exact_marks, near_marks))
+        for other, other_name in enumerate(sources.names):
+            found.append(Shared(name, other_name, sources.documents(source), exact[other], near[other]))
     return Duplicates(
-        sources=dict(zip(names, counts, strict=True)),
+        sources={name: sources.documents(number) for number, name in enumerate(sources.names)},
         redundant=redundant,
-        shingle=shingle,
-        threshold=threshold,
-        ngram=ngram,
-        shared=tuple(shared),
-        contamination=tuple(contamination),
+        shingle=settings.shingle,
+        threshold=settings.threshold,
+        ngram=settings.ngram,
+        shared=tuple(found),
+        contamination=tuple(contamination.count(sources, settings.ngram, [folder / SEEN for folder in shares])),
     )
-
-
-def _documents_of(manifest: Manifest) -> int:
-    """Entries of the index that hold text: documents, or, in a packed source, documents and parts of long ones."""
-    padding = 0 if manifest.packing is None else manifest.packing.padding_tokens  # each an entry of its own
-    return sum(info.documents for info in manifest.shards) - padding
 
 
 # ---- equal and nearly equal documents
@@ -133,9 +177,8 @@ def _documents_of(manifest: Manifest) -> int:
 class _Spill:
     """Records by hash, in files small enough to be looked at one by one."""
 
-    def __init__(self, folder: Path, name: str, records: int):
-        count = max(1, -(-records * RECORD.itemsize // PARTITION_BYTES))
-        self._paths = [folder / f"{name}-{number}" for number in range(count)]
+    def __init__(self, folder: Path, name: str, records: int, part_bytes: int):
+        self._paths = [folder / f"{name}-{number}" for number in range(_parts(records, part_bytes))]
 
     def add(self, values: np.ndarray, documents: np.ndarray) -> None:
         records = np.empty(values.size, RECORD)
@@ -151,65 +194,30 @@ class _Spill:
                 with open(path, "ab") as file:
                     file.write(records[order[first:last]].tobytes())
 
-    def groups(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each file: documents sorted by hash, then number, and where runs of one hash start; runs of one are left out."""
-        for path in self._paths:
-            if not path.exists():
-                continue
-            records = np.fromfile(path, RECORD)
-            path.unlink()
-            records = records[np.lexsort((records["document"], records["hash"]))]
-            same = np.concatenate([[False], records["hash"][1:] == records["hash"][:-1], [False]])
-            records = records[same[:-1] | same[1:]]
-            values = records["hash"]
-            yield records["document"], np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: values.size])
+
+def _parts(records: int, part_bytes: int) -> int:
+    """How many files records of all shares are in, of about so many bytes each."""
+    return max(1, -(-records * RECORD.itemsize // part_bytes))
 
 
-def _documents(
-    temporary: Path,
-    folders: Sequence[Path],
-    manifests: Sequence[Manifest],
-    names: Sequence[str],
-    shingle: int,
-    threshold: float,
-) -> tuple[list[Shared], int]:
-    counts = [_documents_of(manifest) for manifest in manifests]
-    sizes = [sum(info.documents for info in manifest.shards) for manifest in manifests]
-    total = sum(sizes)
-    firsts = np.cumsum([0, *sizes])
-    equal, bands = _Spill(temporary, "equal", total), _Spill(temporary, "bands", total * BANDS)
-    with open(temporary / "signatures", "wb") as file:
-        for source, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-            for batch in batches(folder, manifest):
-                numbers = firsts[source] + batch.first + np.arange(batch.starts.size)
-                spans = zip(batch.starts.tolist(), batch.ends.tolist(), strict=True)
-                digests = [xxhash.xxh3_64_intdigest(batch.tokens[begin:end].data) for begin, end in spans]
-                text = batch.ends > batch.starts
-                equal.add(np.array(digests, np.uint64)[text], numbers[text])
-                rows, values = minhash(batch, shingle)
-                signatures = np.zeros((numbers.size, BINS), np.uint16)
-                signatures[rows] = (values & np.uint64(0xFFFF)).astype(np.uint16)
-                file.write(signatures.data)
-                bands.add(np.concatenate([_band(values, band) for band in range(BANDS)]), np.tile(numbers[rows], BANDS))
-
-    seen = _Column(temporary / "signatures", np.dtype(np.uint16), total, BINS)
-    exact_marks, near_marks = (_Column(temporary / name, np.dtype(np.uint64), total) for name in ("exact", "near"))
-    redundant = 0
-    for documents, starts in equal.groups():
-        redundant += documents.size - starts.size
-        _mark_groups(documents, starts, firsts, exact_marks.values)
-        exact_marks.release()
-    for documents, starts in bands.groups():
-        _mark_near(documents, starts, firsts, seen.values, threshold, near_marks.values)
-        near_marks.release()
-        seen.release()
-    found = []
-    for source, name in enumerate(names):
-        own = range(int(firsts[source]), int(firsts[source + 1]))
-        exact, near = (_count_bits(marks, own, len(names)) for marks in (exact_marks, near_marks))
-        for other, other_name in enumerate(names):
-            found.append(Shared(name, other_name, counts[source], exact[other], near[other]))
-    return found, redundant
+def _groups(
+    shares: Sequence[Path], name: str, most: int, part_bytes: int, keep: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each file of all shares: documents sorted by hash, then number, and where runs of one hash start; no runs of one."""
+    for part in range(_parts(most, part_bytes)):
+        files = [file for file in (folder / f"{name}-{part}" for folder in shares) if file.exists()]
+        if not files:
+            continue
+        found = [np.fromfile(file, RECORD) for file in files]
+        for file in files if not keep else ():
+            file.unlink()
+        records = np.concatenate(found)
+        del found
+        records = records[np.lexsort((records["document"], records["hash"]))]
+        same = np.concatenate([[False], records["hash"][1:] == records["hash"][:-1], [False]])
+        records = records[same[:-1] | same[1:]]
+        values = records["hash"]
+        yield records["document"], np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: values.size])
 
 
 class _Column:
@@ -281,15 +289,13 @@ def _mark_groups(documents: np.ndarray, starts: np.ndarray, firsts: np.ndarray, 
         marks[documents[others > 0]] |= np.uint64(1 << source)
 
 
-def _mark_near(
-    documents: np.ndarray,
-    starts: np.ndarray,
-    firsts: np.ndarray,
-    signatures: np.ndarray,
-    threshold: float,
-    marks: np.ndarray,
-) -> None:
-    """Compare each document of a run with the first one of each source in it, and mark both."""
+def _alike(
+    documents: np.ndarray, starts: np.ndarray, firsts: np.ndarray, signatures: np.ndarray, threshold: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Compare each document of a run with the first one of each source in it.
+
+    Yields pairs that are alike, documents [N] and [N], and the sources of both as bits, uint64 [N] and [N].
+    """
     if not documents.size:
         return
     sources = np.searchsorted(firsts, documents, side="right") - 1
@@ -302,83 +308,5 @@ def _mark_near(
         for begin in range(0, wanted.size, BLOCK):
             part = wanted[begin : begin + BLOCK]
             alike = np.mean(signatures[documents[part]] == signatures[partner[part]], axis=1) >= threshold
-            one, two = documents[part[alike]], partner[part[alike]]
-            np.bitwise_or.at(marks, one, np.uint64(1 << source))
-            np.bitwise_or.at(marks, two, np.uint64(1) << sources[part[alike]].astype(np.uint64))
-
-
-# ---- validation text that training has seen
-
-
-def _contamination(
-    validation: int, folders: Sequence[Path], manifests: Sequence[Manifest], names: Sequence[str], ngram: int
-) -> Iterator[Contamination]:
-    training = [at for at, manifest in enumerate(manifests) if manifest.split == "train"]
-    if not training:
-        return
-    documents = ngrams = 0
-    any_seen, half_seen, seen_ngrams = (np.zeros(len(training), np.int64) for _ in range(3))
-    held: list[tuple[np.ndarray, np.ndarray]] = []
-    size = base = 0
-
-    def look() -> None:
-        nonlocal documents, ngrams
-        values = np.concatenate([one for one, _ in held])
-        rows = np.concatenate([one for _, one in held])
-        held.clear()
-        wanted, where = _unique(values)
-        ngrams += values.size
-        del values
-        starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))  # documents come one after the other
-        per_document = np.diff(np.append(starts, rows.size))
-        documents += per_document.size
-        for number, at in enumerate(training):
-            hits = np.add.reduceat(_seen(wanted, folders[at], manifests[at], ngram)[where], starts, dtype=np.int64)
-            any_seen[number] += np.count_nonzero(hits)
-            half_seen[number] += np.count_nonzero(2 * hits >= per_document)
-            seen_ngrams[number] += hits.sum()
-
-    for batch in batches(folders[validation], manifests[validation]):
-        values, rows = hashes(batch, ngram)
-        held.append((values, (rows + base).astype(np.int32)))
-        base += batch.starts.size
-        size += values.size
-        if size >= VALIDATION_NGRAMS:
-            look()
-            size = base = 0
-    if size:
-        look()
-    for number, at in enumerate(training):
-        yield Contamination(
-            validation=names[validation],
-            training=names[at],
-            documents=documents,
-            any=int(any_seen[number]),
-            half=int(half_seen[number]),
-            ngrams=ngrams,
-            ngrams_seen=int(seen_ngrams[number]),
-        )
-
-
-def _unique(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different values, sorted, and of each value which one it is, int32 [N]: np.unique in less memory."""
-    order = np.argsort(values)
-    in_order = values[order]
-    new = np.concatenate([[True], in_order[1:] != in_order[:-1]])
-    where = np.empty(values.size, np.int32)
-    where[order] = np.cumsum(new, dtype=np.int32) - 1
-    return in_order[new], where
-
-
-def _seen(wanted: np.ndarray, folder: Path, manifest: Manifest, ngram: int) -> np.ndarray:
-    """Which of the sorted hashes `wanted` [M] occur in a source, bool [M]."""
-    found = np.zeros(wanted.size, bool)
-    shift = np.uint64(64 - FILTER_BITS)
-    likely = np.zeros(1 << FILTER_BITS, bool)
-    likely[wanted >> shift] = True
-    for batch in batches(folder, manifest):
-        values, _ = hashes(batch, ngram)
-        values = values[likely[values >> shift]]
-        at = np.minimum(np.searchsorted(wanted, values), wanted.size - 1)
-        found[at[wanted[at] == values]] = True
-    return found
+            own = np.uint64(1) << sources[part[alike]].astype(np.uint64)
+            yield documents[part[alike]], partner[part[alike]], own, np.full(own.size, 1 << source, np.uint64)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.share import Share
 from megatron_synth.data.shards.indexed import HEADER, Shard
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.open_files import AGAIN
 
+ALL = Share(0, 1)
 BATCH_TOKENS = 2**20  # a longer document is a batch of its own, and beyond LONGEST its rest is left out
 BATCH_DOCUMENTS = 2**14  # what is kept of a document is larger than a short document
 LONGEST = 2**22
@@ -33,14 +35,19 @@ class Batch:
     ends: np.ndarray
 
 
-def batches(folder: Path, manifest: Manifest) -> Iterator[Batch]:
-    """All documents of a prepared source in order. Files are read, not mapped: mapped pages of a shard would pile up.
+def batches(folder: Path, manifest: Manifest, share: Share = ALL, shards_before: int = 0) -> Iterator[Batch]:
+    """The documents of a prepared source in order. Files are read, not mapped: mapped pages of a shard would pile up.
+
+    share: only of the shards in it, counted from `shards_before` on, as sources of a single shard are to be in different ones.
 
     Raises:
         UserError: a shard is not the manifest's, or cannot be read; it names file and byte.
     """
     number = 0
-    for info in manifest.shards:
+    for at, info in enumerate(manifest.shards, shards_before):
+        if not share.has_batch(at):
+            number += info.documents
+            continue
         shard = Shard(folder / info.name)
         if (shard.num_tokens, shard.num_documents) != (info.tokens, info.documents):
             raise UserError(f"{shard.bin_path}: not the shard of its manifest; see `megatron-synth prepare verify`")

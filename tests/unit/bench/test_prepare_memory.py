@@ -20,7 +20,7 @@ from benchmarks.prepare.proc_sampler import Usage, watch
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data import bpe_cache
-from megatron_synth.data.overlap import minhash, ngrams
+from megatron_synth.data.overlap import contamination, minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
 from megatron_synth.data.preparing import pipeline, shuffle, splits
 from megatron_synth.data.preparing.prepare import prepare
@@ -35,7 +35,8 @@ SMALL = {
     pipeline: {"RUN_BYTES": 2**16, "CHUNK_CHARACTERS": 2**13},
     shuffle: {"BUCKET_BYTES": 2**16},
     ngrams: {"BATCH_TOKENS": 2**11, "BATCH_DOCUMENTS": 2**4},
-    minhash: {"PARTITION_BYTES": 2**14, "BLOCK": 2**6, "VALIDATION_NGRAMS": 2**13, "FILTER_BITS": 10},
+    minhash: {"PARTITION_BYTES": 2**14, "BLOCK": 2**6},
+    contamination: {"VALIDATION_NGRAMS": 2**13, "FILTER_BITS": 10},
     made_up: {
         "VOCABULARY": 2**11,
         "SLOTS": 2**13,

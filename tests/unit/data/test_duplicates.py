@@ -1,15 +1,18 @@
 """Shared documents and n-grams against brute force on small sources."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_synth.cli.main import main as cli_main
 from megatron_synth.cli.prepare import duplicates as prepare_duplicates
+from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.overlap import minhash, ngrams
+from megatron_synth.data.overlap import contamination, minhash, ngrams
 from megatron_synth.data.overlap.minhash import find_duplicates
 from megatron_synth.data.overlap.ngrams import Batch, hashes
 from megatron_synth.data.shards.indexed import ShardWriter
@@ -118,7 +121,7 @@ def test_short_documents_are_no_near_duplicates_of_each_other(tmp_path):
 
 @pytest.mark.parametrize("limit", [2**20, 100, 3])
 def test_contamination_equals_brute_force(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(minhash, "VALIDATION_NGRAMS", limit)
+    monkeypatch.setattr(contamination, "VALIDATION_NGRAMS", limit)
     monkeypatch.setattr(ngrams, "BATCH_TOKENS", 1000)
     monkeypatch.setattr(ngrams, "BATCH_DOCUMENTS", limit)
     train, other, valid = random_documents(5, 40), random_documents(6, 10), random_documents(7, 12)
@@ -178,3 +181,76 @@ def test_packed_sources_are_compared_without_their_padding(tmp_path):
     report = find_duplicates([folder])
     assert report.sources == {"a": 5} and report.redundant == 2
     assert shared(report) == {("a", "a"): (4, 4)}
+
+
+def in_shares(folders, work, number, *more):
+    arguments = [*map(str, folders), "--work", str(work), *more]
+    for share in range(number):
+        assert cli_main(["prepare", "duplicates", *arguments, "--share", f"{share}/{number}"]) == 0
+    assert cli_main(["prepare", "duplicates", *arguments, "--json", str(work / "report.json")]) == 0
+    return (work / "report.json").read_bytes()
+
+
+def test_the_report_s_bytes_are_equal_for_any_number_of_shares(tmp_path, monkeypatch, capsys):
+    """Also for one process without shares, and where the last command does those that are lacking."""
+    base = random_documents(7, 60, 120)
+    near = [[*document[:-1], 9] for document in base[:20]]
+    folders = [make(tmp_path / "a", base + base[:5]), make(tmp_path / "b", near + base[50:] + random_documents(8, 9))]
+    folders.append(make(tmp_path / "v", [base[3][:90] + base[4][:40], *random_documents(9, 5)], split="validation"))
+    monkeypatch.setattr(contamination, "VALIDATION_NGRAMS", 200)
+    monkeypatch.setattr(contamination, "FILTER_BITS", 10)
+    alone = tmp_path / "alone.json"
+    assert cli_main(["prepare", "duplicates", *map(str, folders), "--json", str(alone)]) == 0
+    report = json.loads(alone.read_bytes())
+    assert report["redundant"] > 10 and report["contamination"][0]["any"] == 1
+    assert any(one["near"] >= 20 for one in report["shared"])
+    for number in (1, 2, 5, 40):  # 40: more than shards
+        assert in_shares(folders, tmp_path / f"work-{number}", number) == alone.read_bytes(), number
+    work = tmp_path / "work-5"
+    shutil.rmtree(work / "share-00003-of-00005")  # as if its task had been killed
+    (work / ".share-00003-of-00005.abc").mkdir()
+    assert cli_main(["prepare", "duplicates", *map(str, folders), "--work", str(work), "--json", str(alone)]) == 0
+    assert alone.read_bytes() == (work / "report.json").read_bytes()
+    assert "share 3/5 was there" not in capsys.readouterr().out
+
+
+def test_work_of_others_is_refused(tmp_path, capsys):
+    folders, work = [make(tmp_path / "a", random_documents(1, 9))], tmp_path / "work"
+    in_shares(folders, work, 2)
+    for arguments, message in (
+        ((*folders, "--ngram", "9", "--work", work), "plan.json: of other sources or settings"),
+        ((make(tmp_path / "b", random_documents(2, 9)), "--work", work), "plan.json: of other sources or settings"),
+        ((*folders, "--share", "0/2"), "--share: where do shares put what they gather"),
+        ((*folders, "--work", tmp_path / "none"), "expected shares of one number, found none"),
+    ):
+        assert cli_main(["prepare", "duplicates", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    signatures = work / "share-00001-of-00002" / "signatures"
+    signatures.write_bytes(signatures.read_bytes()[:-1])
+    assert cli_main(["prepare", "duplicates", str(folders[0]), "--work", str(work)]) == 2
+    assert "share-00001-of-00002/signatures: cut off" in capsys.readouterr().err
+    in_shares(folders, work / "again", 3)
+    (work / "share-00000-of-00003").mkdir()
+    assert cli_main(["prepare", "duplicates", str(folders[0]), "--work", str(work)]) == 2
+    assert "expected shares of one number, found 2, 3" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_array_and_the_comparison(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    folder = make(tmp_path / "a", random_documents(1, 3))
+    base = ["prepare", "duplicates", str(folder), "--work", str(tmp_path / "work")]
+    assert cli_main([*base, "--slurm", "--tasks", "3", "--partition", "cpu", "--part-mib", "64", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("--array=0-2", "--partition=cpu", "--share 2/3", "--part-mib 64", f"--json {tmp_path}/work/report.json"):
+        assert part in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    for more, message in (
+        (["--slurm"], "--tasks: say how many shares"),
+        (["--tasks", "3"], "--tasks: is for --slurm"),
+        (["--slurm", "--tasks", "3", "--share", "0/3"], "--share: not with --slurm"),
+        (["--slurm", "--tasks", "100001"], "--tasks: at most 100,000"),
+    ):
+        assert cli_main([*base, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert cli_main([*base[:3], "--slurm", "--tasks", "2"]) == 2
+    assert "--slurm: where do shares put what they gather" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from fractions import Fraction
@@ -161,6 +162,7 @@ def test_a_file_that_is_cut_off_while_in_use_is_named(tmp_path) -> None:
 def test_a_slow_disk_is_asked_once_for_each_row_before_it_is_read(monkeypatch, slow_row_s: float, asked_steps: int) -> None:
     """Every row counts as slow, or none: then the disk is asked for the first step alone."""
     monkeypatch.setattr(prefetch, "SLOW_ROW_S", slow_row_s)
+    monkeypatch.setattr(prefetch, "_waits", itertools.count().__next__)
     loader = loader_of()
     asked: list[tuple[int, int]] = []
     unasked: list[tuple[int, int]] = []
@@ -186,6 +188,7 @@ def test_a_slow_disk_is_asked_once_for_each_row_before_it_is_read(monkeypatch, s
 def test_the_disk_is_asked_again_and_again_once_it_was_slow_and_not_for_ever(monkeypatch) -> None:
     """What was asked for comes quickly: that is no reason to stop asking at once."""
     monkeypatch.setattr(prefetch, "ASKED_LONGER", 5)
+    monkeypatch.setattr(prefetch, "_waits", itertools.count().__next__)
     clock = iter(np.cumsum([0.0, 1.0, *[0.0] * 100]).tolist())  # the first step takes a second
     monkeypatch.setattr(prefetch.time, "perf_counter", lambda: next(clock))
     loader = loader_of()
@@ -209,3 +212,14 @@ def test_tables_of_coming_steps_do_not_push_out_that_of_the_step_that_is_read(mo
             loader.will_need((step + ahead) * 8, 8)
         assert content(loader.micro_batches(step * 8, 8)) == content(plain.micro_batches(step * 8, 8))
     assert len(made) == 14  # one for each step, those asked for beyond the last among them
+
+
+def test_a_step_that_only_waited_for_a_processor_is_not_slow(monkeypatch) -> None:
+    monkeypatch.setattr(prefetch, "SLOW_ROW_S", 0.0)
+    monkeypatch.setattr(prefetch, "_waits", lambda: 3)
+    loader, asked = loader_of(), []
+    monkeypatch.setattr(loader, "will_need", lambda first, samples: asked.append(first))
+    with Prefetcher(loader, 8, end_sample=160) as prefetcher:
+        for step in range(20):
+            prefetcher.step(step * 8)
+    assert asked == [0]
