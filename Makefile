@@ -52,7 +52,7 @@ IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup setup-test quickstart study synthesis collapse kinds real-server check test test-avx2 system compiled test-dist test-ray test-faults \
+.PHONY: help setup setup-test quickstart study synthesis collapse kinds real-server check test test-avx2 system compiled test-dist test-extras test-faults \
     test-gpu bench-gpu gpu-rehearsal gpu-bundle \
     coverage golden tables docs lint lock clean
 .DEFAULT_GOAL := test
@@ -72,7 +72,7 @@ help:
 	@echo "docs         the documentation, as a site in build/site"
 	@echo "tables       the measured tables of README.md and docs/, again"
 	@echo "lock         requirements.lock from pyproject.toml and constraints.txt"
-	@echo "also: setup, setup-test, lint, golden, test-dist, test-ray, test-faults, test-gpu, bench-gpu, clean"
+	@echo "also: setup, setup-test, lint, golden, test-dist, test-extras, test-faults, test-gpu, bench-gpu, clean"
 
 setup: $(READY)
 
@@ -197,10 +197,10 @@ lock: $(READY_TEST)
 test-dist: $(READY_TEST)
 	$(BIN)/python -m pytest tests/dist
 
-# Ray is 240 MB, and its two nodes take a while to start: not part of make test
-test-ray: $(READY_TEST)
-	$(INSTALL) --editable '.[ray]'
-	$(BIN)/python -m pytest tests/unit/cluster/test_ray.py
+# tests that make test skips, for they need Ray (240 MB) and a stand-in for Google's buckets
+test-extras: $(READY_TEST)
+	$(INSTALL) --editable '.[ray]' gcsfs gcp-storage-emulator
+	$(BIN)/python -m pytest tests/unit/cluster/test_ray.py tests/unit/storage/test_storage_gs.py
 
 test-faults: $(READY_TEST)
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.campaign --kills 200 --table docs/faults.md

@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "synthesis": ("benchmarks.synthesis.cli:main", "how much of a server's speed the client of `synthesize` leaves unused"),
     "synthesis-vllm": ("benchmarks.synthesis.vllm:main", "tokens/s of the client of `synthesize` beside `vllm bench serve`"),
     "mup": ("benchmarks.mup:main", "whether a learning rate carries from narrow models to wide ones"),
+    "scale": ("benchmarks.scale.cli:main", "start-up at 1e13 tokens, doctor and launch on 512 nodes, simulated"),
     "launch": ("benchmarks.slurm_launch:main", "time until ranks run on SLURM nodes"),
 }
 

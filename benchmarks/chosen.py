@@ -1,10 +1,11 @@
-"""`python -m benchmarks chosen`: how fast documents chosen by `where` are read, beside the whole source."""
+"""`python -m benchmarks chosen`: how fast chosen documents, and documents with prompts, are read beside the whole source."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import math
+import os
 import shlex
 import statistics
 import tempfile
@@ -23,6 +24,8 @@ from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content, missing_values
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import LearnedWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.shards.selection import select
 from megatron_synth.data.shards.source import Source, open_source
@@ -60,6 +63,23 @@ def write(folder: Path, tokens: int, mean: int) -> Path:
     return folder
 
 
+def with_prompts(source: Path, folder: Path) -> Path:
+    """The same source, of whose documents the first part is not learned: a prompt of any length."""
+    folder.mkdir()
+    manifest = Manifest.load(source)
+    (info,) = manifest.shards
+    for suffix in info.sizes:
+        os.link(with_suffix(source / info.name, suffix), with_suffix(folder / info.name, suffix))
+    lengths = open_source(source, "web").shard(0).document_lengths()
+    prompts = (np.random.default_rng(2).random(len(lengths)) * lengths).astype(np.int64)
+    writer = LearnedWriter(with_suffix(folder / info.name, LEARNED))
+    writer.add(np.repeat(np.tile([False, True], len(lengths)), np.stack([prompts, lengths - prompts], axis=1).ravel()))
+    sha256, learned = writer.finish()
+    info = info.model_copy(update={"learned_sha256": sha256, "learned_tokens": learned})
+    manifest.model_copy(update={"shards": (info,)}).save(folder)
+    return folder
+
+
 class Reader:
     """Reads one source for ever, with document boundaries and loss masks."""
 
@@ -82,14 +102,17 @@ class Reader:
         for _ in range(batches):
             for batch in self._loader.micro_batches(self._step * ROWS, ROWS):
                 assert batch.boundaries is not None
-                batch.boundaries.loss_mask()
+                batch.boundaries.loss_mask(batch.learned)
             self._step += 1
         return batches * ROWS * LENGTH / (time.perf_counter() - start)
 
 
 def measured(folder: Path, batches: int, rounds: int) -> list[list[str]]:
-    """A row of the table for each choice; the whole source and the choice take turns."""
+    """A row of the table for each choice, and one for prompts; the whole source and these take turns."""
     rows, whole = [], Reader(open_source(folder, "web"))
+    prompts = open_source(with_prompts(folder, folder.parent / "prompts"), "web")
+    ratio, speed = _beside(whole, Reader(prompts), batches, rounds)
+    rows.append(["all, prompts not learned", f"{prompts.num_documents:,}", "", speed, ratio, "", ""])
     for text in ("score >= 0.0", "score < 0.9", "score < 0.5", "score < 0.1"):
         start = time.perf_counter()
         chosen = select(open_source(folder, "web"), parse(text), folder.parent / "cache", "where")
@@ -97,21 +120,24 @@ def measured(folder: Path, batches: int, rounds: int) -> list[list[str]]:
         start = time.perf_counter()
         chosen = select(open_source(folder, "web"), parse(text), folder.parent / "cache", "where")
         opened = time.perf_counter() - start
-        reader = Reader(chosen)
-        for one in (whole, reader):
-            one.tokens_per_second(batches)
-        pairs = [(whole.tokens_per_second(batches), reader.tokens_per_second(batches)) for _ in range(rounds)]
-        ratio = statistics.median(b / a for a, b in pairs)
-        speed = statistics.median(b for _, b in pairs)
+        ratio, speed = _beside(whole, Reader(chosen), batches, rounds)
         parts = f"{chosen.num_tokens / len(chosen.index.shards):,.0f}"
         times = [f"{made:.3f}", f"{opened:.3f}"]
-        rows.append([f"`{text}`", f"{chosen.num_documents:,}", parts, f"{speed / 1e6:,.0f}", f"{ratio:.2f}", *times])
+        rows.append([f"`{text}`", f"{chosen.num_documents:,}", parts, speed, ratio, *times])
     return rows
+
+
+def _beside(whole: Reader, reader: Reader, batches: int, rounds: int) -> tuple[str, str]:
+    """The speed of a reader as a part of the whole source's, in turn, and in millions of tokens per second; medians."""
+    for one in (whole, reader):
+        one.tokens_per_second(batches)
+    pairs = [(whole.tokens_per_second(batches), reader.tokens_per_second(batches)) for _ in range(rounds)]
+    return f"{statistics.median(b / a for a, b in pairs):.2f}", f"{statistics.median(b for _, b in pairs) / 1e6:,.0f}"
 
 
 def main(argv: list[str]) -> int:
     """Print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks chosen", description="Reading documents chosen by `where`.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks chosen", description="Reading chosen documents, and prompts.")
     parser.add_argument("--tokens", type=count, default=200_000_000, help="of the source; default 200000000")
     parser.add_argument("--document", type=count, default=1000, help="tokens of a document on average; default 1000")
     parser.add_argument("--batches", type=count, default=2000, help="of 8 x 4096 tokens in each turn; default 2000")

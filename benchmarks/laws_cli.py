@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import laws
+from benchmarks import laws, laws_intervals, laws_report
 from megatron_synth.bench import tables
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -21,7 +21,8 @@ from megatron_synth.core.log import say
 
 FILES = {"regmix": "regmix", "repetition": "datablations/datablations_c4_fit.csv", "over-training": "gadre/gadre_104.csv"}
 """Of the parts that need data, in the folder of `--data`."""
-PARTS = ("regmix", "few", "proposal", "repetition", "over-training", "designs", "coverage")
+SIMULATED = ("designs", "coverage", "intervals", "report")
+PARTS = ("regmix", "few", "proposal", "repetition", "over-training", *SIMULATED)
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--data", type=Path, metavar="DIR", help=f"folder with {', '.join(FILES.values())}")
     parser.add_argument("--studies", type=int, default=40, metavar="N", help="simulated studies; default %(default)s")
+    parser.add_argument("--draws", type=int, default=200, help="of each design of `intervals`; default %(default)s")
     parser.add_argument("--subsets", type=int, default=5, help="draws of 64 of RegMix's mixtures; default %(default)s")
     parser.add_argument("--goals", action="store_true", help="run nothing: hold what --json has against the goals, a line each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add what was measured to this file, by part")
@@ -47,8 +49,8 @@ def main(argv: list[str]) -> int:
         measured = json.loads(options.json.read_text(encoding="utf-8"))
         say("\n".join(tables.markdown_table(_goals(measured))))
         return EXIT_OK
-    if options.data is None and set(parts) - {"designs", "coverage"}:
-        raise UserError("--data: needed for all parts but designs and coverage")
+    if options.data is None and set(parts) - set(SIMULATED):
+        raise UserError(f"--data: needed for all parts but {', '.join(SIMULATED)}")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json: {options.json.parent} is not a folder")
     shown = ["DIR" if options.data is not None and part == str(options.data) else part for part in argv]
@@ -107,6 +109,23 @@ def _goals(measured: dict[str, Any]) -> list[list[str]]:
         rates = {int(runs): one["covered"] for runs, one in measured["coverage"]["found"].items()}
         told = ", ".join(f"{runs} runs {rate:.1%}" for runs, rate in sorted(rates.items()))
         row("coverage", "three sources: intervals cover 85 to 95 %", told, all(0.85 <= rate <= 0.95 for rate in rates.values()))
+    if "intervals" in measured:
+        told_of = [one for one in measured["intervals"]["found"] if one["cluster"] or one["errors"] == "independent"]
+        rates = [one[key] for one in told_of for key in ("B", "beta", "E", "far")]
+        chance = 2 * float(np.sqrt(0.9 * 0.1 / told_of[0]["draws"]))
+        inside = float(np.mean([0.85 - chance <= rate <= 0.95 + chance for rate in rates]))
+        told = f"{np.mean(rates):.1%} in the mean, {min(rates):.0%} to {max(rates):.0%}; {inside:.0%} of {len(rates)} within"
+        goal = f"few runs, dependent rows among them: 85 to 95 %, give or take {chance:.0%} of chance"
+        row("intervals", goal, told, inside == 1)
+    if "report" in measured:
+        took = measured["report"]["found"]
+        told = ", ".join(f"{one['runs']} runs {one['processor_seconds']:.0f} s" for one in took)
+        row(
+            "report",
+            "study report of 150 to 450 runs: under 30 processor seconds",
+            told,
+            all(one["processor_seconds"] < 30 for one in took),
+        )
     if "designs" in measured:
         found = measured["designs"]["found"]
         rates = {name: one["within_one_noise_floor"] for name, one in found.items()}
@@ -130,6 +149,14 @@ def _run(part: str, file: Path | None, options: argparse.Namespace) -> Any:
         covered = laws.coverage(options.studies, tell=_tell)
         _print(f"{options.studies} simulated studies of three sources: 90 % intervals", _coverage(covered))
         return covered
+    if part == "intervals":
+        covering = laws_intervals.all_designs(options.draws, _tell)
+        _print(f"90 % intervals of the law in D, {options.draws} draws of each design", _intervals(covering))
+        return covering
+    if part == "report":
+        took = laws_report.report_times()
+        _print("study report on fabricated runs of configs/study/paper.yaml", _report(took))
+        return took
     assert file is not None
     if part == "repetition":
         repeated = laws.repetition(file)
@@ -212,4 +239,31 @@ def _designs(found: dict[str, Any]) -> list[list[str]]:
 def _coverage(found: dict[int, dict[str, float]]) -> list[list[str]]:
     rows = [["runs", "new runs covered", "lowest of a study", "error of the law"]]
     rows += [[str(runs), f"{one['covered']:.1%}", f"{one['lowest']:.1%}", f"{one['error']:.2%}"] for runs, one in found.items()]
+    return rows
+
+
+def _intervals(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row per kind of errors and size of the design: the lowest and the highest rate over the noises."""
+    rows = [["errors", "`--cluster`", "budgets", "seeds", "noise", "B", "beta", "E", "loss at 10 times the largest D"]]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in found:
+        groups.setdefault(tuple(one[key] for key in ("errors", "cluster", "budgets", "seeds")), []).append(one)
+    for (errors, cluster, budgets, seeds), each in groups.items():
+        noises = [one["noise"] for one in each]
+        told = f"{min(noises):.2%}" if len(noises) == 1 else f"{min(noises):.2%} to {max(noises):.2%}"
+        cells = [_span([one[key] for one in each]) for key in ("B", "beta", "E", "far")]
+        rows.append([errors, cluster or "", str(budgets), str(seeds), told, *cells])
+    return rows
+
+
+def _span(rates: Sequence[float]) -> str:
+    low, high = min(rates), max(rates)
+    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+
+
+def _report(found: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["runs", "laws", "wall seconds", "processor seconds", "page, kB", "digest of findings and laws"]]
+    for one in found:
+        numbers = (f"{one[key]:.1f}" for key in ("seconds", "processor_seconds"))
+        rows.append([str(one["runs"]), str(one["laws"]), *numbers, f"{one['page_kb']:.0f}", one["digest"]])
     return rows

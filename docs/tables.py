@@ -103,6 +103,12 @@ def prepare() -> str | None:
     return printed("prepare", "--megabytes", "12", "--datatrove", python, start=BENCHMARKS) if python else None
 
 
+def prepare_arrays() -> str:
+    """Processor time of arrays of a SLURM whose nodes are all on this machine (as root, with tests/install-system.sh done)."""
+    bench = [*BENCHMARKS, "prepare", "--shares", "1,4,16", "--megabytes", "100"]
+    return printed("--nodes", "4", "--", *bench, start=(sys.executable, "-m", "tests.slurm.lab"))
+
+
 def levers() -> str:
     """What each lever does on this machine, by the layouts that have it, as `bench train --ablations` measures it."""
     from megatron_synth.bench.gpu import random_source
@@ -324,6 +330,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "loader-ours": loader_ours,
     "loader-peers": loader_peers,
     "prepare": prepare,
+    "prepare-arrays": prepare_arrays,
     "levers": levers,
     "collapse-rounds": collapse_rounds,
     "collapse-text": collapse_text,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
-from benchmarks.prepare import memory
+from benchmarks.prepare import memory, shares
 from benchmarks.prepare.measure import compare, render, to_json
 from megatron_synth.bench import tables
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -29,7 +30,15 @@ def main(argv: list[str]) -> int:
         metavar="MB[,MB]",
         help="instead: memory of prepare, verify and duplicates on so much made-up text",
     )
-    parser.add_argument("--folder", type=Path, help="with --memory: where text and output go for the time; default $TMPDIR")
+    parser.add_argument(
+        "--shares",
+        metavar="N[,N]",
+        help="instead: processor time and memory of arrays of so many tasks, on --megabytes of text",
+    )
+    parser.add_argument("--plain", action="store_true", help="with --shares: without shuffle and packing")
+    parser.add_argument(
+        "--folder", type=Path, help="with --memory and --shares: where text and output go for the time; default $TMPDIR"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     options = parser.parse_args(argv)
     for name in ("megabytes", "workers", "rounds"):
@@ -42,12 +51,21 @@ def main(argv: list[str]) -> int:
     if options.folder is not None and not options.folder.is_dir():
         raise UserError(f"--folder: {options.folder} is not a folder")
     sizes = None if options.memory is None else _megabytes(options.memory)
-    head = tables.header("bench", ["prepare", *argv])
+    head = {**tables.header("", []), "command": shlex.join(["python", "-m", "benchmarks", "prepare", *argv])}
     if sizes is not None:
         measured = memory.measure(sizes, range(1, options.workers + 1), options.folder, lambda line: print(line, flush=True))
         print("\n" + memory.render(head, measured))
         if options.json is not None:
             write_json(options.json, memory.to_json(head, measured))
+        return EXIT_OK
+    if options.shares is not None:
+        tasks = _whole(options.shares, "--shares: expected numbers of tasks such as 1,4,16")
+        prepared = shares.measure(
+            options.megabytes * 10**6, tasks, options.folder, not options.plain, lambda line: print(line, flush=True)
+        )
+        print("\n" + shares.render(head, prepared))
+        if options.json is not None:
+            write_json(options.json, shares.to_json(head, prepared))
         return EXIT_OK
     result = compare(
         options.megabytes,
@@ -63,7 +81,11 @@ def main(argv: list[str]) -> int:
 
 
 def _megabytes(text: str) -> list[int]:
-    sizes = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in sizes):
-        raise UserError(f"--memory: expected megabytes such as 500 or 500,5000, got {text}")
-    return [int(part) * 10**6 for part in sizes]
+    return [number * 10**6 for number in _whole(text, "--memory: expected megabytes such as 500 or 500,5000")]
+
+
+def _whole(text: str, expected: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{expected}, got {text}")
+    return list(map(int, parts))

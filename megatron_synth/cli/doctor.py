@@ -18,11 +18,14 @@ from typing import Any
 from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cluster import sbatch, slurm
 from megatron_synth.cluster.diagnosis import Finding, diagnose
-from megatron_synth.cluster.probe import MARK
+from megatron_synth.cluster.probe import read_answers
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.log import say
 
 EXIT_FOUND = 1
+SHOWN_NODES = 32
+"""Of more nodes those alone are shown with which something is wrong."""
+SLOWEST_PAIRS = 4
 _MODULE = ("-m", "megatron_synth.cluster.probe")
 
 
@@ -155,7 +158,7 @@ def _srun(
 
 def _collect(running: Sequence[subprocess.Popen[str]], timeout: int) -> tuple[list[dict[str, Any]], list[str]]:
     """What probes have found, and all other lines that they printed. Those that are not done in time are ended."""
-    found, noise = [], []
+    lines, noise = [], []
     for process in running:
         try:
             text, _ = process.communicate(timeout=timeout)
@@ -163,13 +166,9 @@ def _collect(running: Sequence[subprocess.Popen[str]], timeout: int) -> tuple[li
             process.terminate()  # srun ends its tasks
             text, _ = process.communicate()
             noise.append(f"not done within {timeout} s")
-        for line in text.splitlines():
-            _, mark, payload = line.partition(MARK)
-            if mark:
-                found.append(json.loads(payload))
-            elif line.strip():
-                noise.append(line)
-    return found, noise
+        lines += text.splitlines()
+    found, others = read_answers(lines)
+    return found, noise + others
 
 
 def _address(node: str) -> str:
@@ -184,6 +183,16 @@ def _port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _shown(nodes: Sequence[dict[str, Any]], findings: Sequence[Finding]) -> tuple[list[dict[str, Any]], int]:
+    """The nodes to tell of, by name, and how many more there are: of many nodes those alone with which something is wrong."""
+    ordered = sorted(nodes, key=lambda node: str(node["node"]))
+    if len(ordered) <= SHOWN_NODES:
+        return ordered, 0
+    bad = {finding.node for finding in findings}
+    shown = [node for node in ordered if node["node"] in bad] or ordered[:1]
+    return shown, len(ordered) - len(shown)
+
+
 def _print(nodes: Sequence[dict[str, Any]], together: dict[str, Any] | None, findings: Sequence[Finding]) -> None:
     from megatron_synth.core.log import table
 
@@ -194,7 +203,8 @@ def _print(nodes: Sequence[dict[str, Any]], together: dict[str, Any] | None, fin
     rows: list[tuple[str, ...]] = [
         ("node", "devices", "GEMM TFLOP/s", "of peak", "copy GB/s", "shared MB/s", "/tmp MB/s", "clock s")
     ]
-    for node in sorted(nodes, key=lambda node: str(node["node"])):
+    shown, left = _shown(nodes, findings)
+    for node in shown:
         slowest = min(node["devices"], key=lambda device: float(device["gemm_tflops"]))
         share = slowest["peak_share"]
         rows.append(
@@ -210,11 +220,16 @@ def _print(nodes: Sequence[dict[str, Any]], together: dict[str, Any] | None, fin
             )
         )
     say(table(rows))
+    if left:
+        say(f"  and {left} nodes of which nothing is wrong; --json tells of all")
     if nodes:
         versions = ", ".join(f"{name} {version}" for name, version in nodes[0]["versions"].items())
         say(f"  {versions}" + (f", driver {nodes[0]['driver']}" if nodes[0]["driver"] else ""))
     if together and together["ranks"] > 1:
         words = f"  all-reduce over {together['ranks']} ranks ({together['backend']}): {together['all_reduce_gb_s']:.3g} GB/s"
-        pairs = [f"{together['nodes'][int(a)]}-{together['nodes'][int(b)]} {r:.3g}" for a, b, r in together["pairs"]]
-        say(words + (f"; pairs of nodes: {', '.join(pairs)}" if pairs else ""))
+        slow = sorted(together["pairs"], key=lambda pair: float(pair[2]))
+        kept = together["pairs"] if len(slow) <= SHOWN_NODES else slow[:SLOWEST_PAIRS]
+        pairs = [f"{together['nodes'][int(a)]}-{together['nodes'][int(b)]} {r:.3g}" for a, b, r in kept]
+        which = "pairs of nodes" if len(kept) == len(slow) else f"slowest of {len(slow)} pairs of nodes"
+        say(words + (f"; {which}: {', '.join(pairs)}" if pairs else ""))
     say("\n".join(f"bad: {finding}" for finding in findings) if findings else "all good")

@@ -25,7 +25,7 @@ from megatron_synth.train.signals import EXIT_INTERRUPTED, listen
 
 EXIT_FAILURE = 1  # Python's own, after a traceback
 
-EXTRAS = dict.fromkeys(("matplotlib", "scipy", "markupsafe"), "study") | dict.fromkeys(
+EXTRAS = dict.fromkeys(("matplotlib", "scipy", "markupsafe", "threadpoolctl"), "study") | dict.fromkeys(
     ("httptools", "jinja2", "msgspec", "py3langid", "transformers", "uvloop"), "synthesis"
 )
 """Libraries that not everybody needs -> the extra of this package that brings them."""

@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     parser = argparse.ArgumentParser(
         prog="megatron-synth report",
-        description="Print a summary of a run, and draw its report.png, and its health.png where log.health_interval was set.",
+        description="Print a summary of a run, and draw its report.png; health.png and loss_by.png where these were recorded.",
     )
     parser.add_argument("run", nargs="+", type=Path, help="run directory")
     return parser
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     from megatron_synth.train.record.plot import write_report
     from megatron_synth.train.record.summary import summary
     from megatron_synth.train.record.times_plot import write_times
+    from megatron_synth.train.record.values_plot import write_values
 
     for run in runs:
         time_spent = goodput_of(run)
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
             show(time_spent.text())
             show(f"-> {write_times(run, run.resolve().name, time_spent)}")
         health = write_health(run)
-        if health is not None:
-            show(f"-> {health}")
+        by_value = write_values(run)
+        for figure in (health, by_value):
+            if figure is not None:
+                show(f"-> {figure}")
     return EXIT_OK

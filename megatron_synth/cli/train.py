@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         return 0
 
     from megatron_synth.data.loading.run_data import open_data
+    from megatron_synth.data.shards.source import WHOLE
     from megatron_synth.parallel.plan import plan
     from megatron_synth.train.record.run_lock import refuse_used
 
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
     goes_on = bool(files.candidates(run_path)) or config.checkpoint.branch_from is not None
     if config.checkpoint.upload_to is not None:  # asked at once, whether it can be reached
         goes_on = Bucket(config.checkpoint.upload_to).has_any() or goes_on
-    data = open_data(config, staged=True, check_length=not goes_on)
+    part = (int(os.environ.get("RANK", 0)), world_size) if "RANK" in os.environ else WHOLE
+    data = open_data(config, staged=True, check_length=not goes_on, part=part)
     from megatron_synth.train.loop import train
 
     return train(config, layout, data, run_path, tensor_across_nodes=arguments.allow_tp_across_nodes)

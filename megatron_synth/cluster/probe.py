@@ -3,7 +3,8 @@
     python -m megatron_synth.cluster.probe node --shared FOLDER --token T ...
     python -m megatron_synth.cluster.probe ranks --master-addr A --master-port P ...    # RANK, WORLD_SIZE, LOCAL_RANK are set
 
-Each prints one line, `PROBE ` and JSON: standard output reaches the caller also from a node that lacks the shared folder.
+Each prints its answer, JSON, in lines that begin with `PROBE ` (`answer_lines`): standard output reaches the caller also from a
+node that lacks the shared folder.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from megatron_synth.parallel.placement import node_name
 MARK = "PROBE "
 _CLOCK_ROUNDS = 5
 _BLOCK = 1 << 20
+_PIECE = 800
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +49,39 @@ def main(argv: list[str] | None = None) -> int:
     else:
         found = probe_ranks(options.master_addr, options.master_port, options.ranks_per_node, options.timeout)
     if found is not None:
-        print(MARK + json.dumps(found), flush=True)
+        print("\n".join(answer_lines(found)), flush=True)
     return 0
+
+
+def answer_lines(found: Mapping[str, Any]) -> list[str]:
+    """An answer as lines that srun passes on whole: with `--label` it breaks those of more than about a kilobyte."""
+    text, name = json.dumps(found), secrets.token_hex(8)
+    count = -(-len(text) // _PIECE)
+    return [f"{MARK}{name} {number} {count} {text[number * _PIECE : (number + 1) * _PIECE]}" for number in range(count)]
+
+
+def read_answers(lines: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The answers that lines hold, each behind whatever srun puts before it; and all other lines, those of answers that are
+    not whole among them.
+    """
+    pieces: dict[str, dict[int, str]] = {}
+    sizes, noise = {}, []
+    for line in lines:
+        _, mark, rest = line.partition(MARK)
+        name, number, count, text = [*rest.split(" ", 3), "", "", ""][:4]
+        if mark and number.isdecimal() and count.isdecimal():
+            pieces.setdefault(name, {})[int(number)] = text
+            sizes[name] = int(count)
+        elif line.strip():
+            noise.append(line)
+    found = []
+    for name, parts in pieces.items():
+        text = "".join(parts[number] for number in sorted(parts))
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            noise.append(f"an answer of which {len(parts)} of {sizes[name]} lines came")
+    return found, noise
 
 
 # ---- one node by itself
@@ -186,11 +220,19 @@ def probe_ranks(address: str, port: int, ranks_per_node: int, timeout_s: float) 
     everything = _all_reduce(None, world, device)
     pairs = []
     ring = [] if nodes < 2 else [(0, 1)] if nodes == 2 else [(node, (node + 1) % nodes) for node in range(nodes)]
-    groups = [
-        dist.new_group([n * ranks_per_node + local for n in sorted(pair) for local in range(ranks_per_node)]) for pair in ring
-    ]
     # neighbors in two or three rounds in which no node is in two pairs: pairs do not disturb each other
-    for turn in (range(0, len(ring) - len(ring) % 2, 2), range(1, len(ring), 2), range(len(ring) - len(ring) % 2, len(ring))):
+    turns = (range(0, len(ring) - len(ring) % 2, 2), range(1, len(ring), 2), range(len(ring) - len(ring) % 2, len(ring)))
+    # each rank makes its own groups alone, in the order of the rounds: all ranks meet in the store for each group that all make
+    groups = {
+        place: dist.new_group(
+            [n * ranks_per_node + local for n in sorted(ring[place]) for local in range(ranks_per_node)],
+            use_local_synchronization=True,
+        )
+        for turn in turns
+        for place in turn
+        if rank // ranks_per_node in ring[place]
+    }
+    for turn in turns:
         for place in turn:
             if rank // ranks_per_node in ring[place]:
                 rate = _all_reduce(groups[place], 2 * ranks_per_node, device)

@@ -40,6 +40,7 @@ th, td { white-space:nowrap; vertical-align:top; }
 th:first-child, td:first-child { text-align:left; }
 thead th { color:var(--gray); font-weight:600; } tbody th { font-weight:400; }
 .wide { white-space:normal; text-align:left; width:46ch; }
+.place { white-space:normal; min-width:12ch; max-width:22ch; margin-left:auto; }
 tr:target :is(td,th) { background:color-mix(in srgb,var(--accent) 18%,transparent); }
 details { margin:8px 0; } summary { cursor:pointer; color:var(--accent); font-size:14px; } td details { margin:0; }
 td details p { max-width:36ch; white-space:normal; font-size:12px; line-height:1.5; }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_synth.config.data import SourceConfig, ValidationConfig
 from megatron_synth.config.load import digest
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import gib, human, scientific, table
 from megatron_synth.data.loading import shared_content
-from megatron_synth.data.loading.run_data import check_chosen, chosen, chosen_domains, plan_of, vocab_size_of
+from megatron_synth.data.loading.run_data import chosen, chosen_domains, open_or_head, plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
 from megatron_synth.estimate.flops import count_parameters, flops_per_token
 from megatron_synth.estimate.memory import memory_per_rank
 from megatron_synth.parallel.plan import Layout, plan
-from megatron_synth.storage.remote import Remote, location_of
+from megatron_synth.storage.remote import Remote, is_remote, location_of
 
 
 def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> str:
@@ -52,15 +53,20 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
 
 def prepared_sources(config: Config) -> tuple[dict[str, Source | None], dict[str, Source | None]]:
     """The sources and domains of a configuration, with the documents they choose; None for one that is not prepared yet."""
-    check_chosen(config)
-    sources = {name: open_if_prepared(source.path, name) for name, source in config.data.sources.items()}
-    domains = {name: open_if_prepared(domain.path, name) for name, domain in config.data.validation.items()}
+    sources = {name: _open_to_choose(config, source, name) for name, source in config.data.sources.items()}
+    domains = {name: _open_to_choose(config, domain, name) for name, domain in config.data.validation.items()}
     evaluated = chosen_domains(config, {name: domain for name, domain in domains.items() if domain is not None})
     opened = [source for source in sources.values() if source is not None]
     # with a part of the sources it cannot be said that none has parents, nor which parents all domains have
     if len(opened) + len(evaluated) < len(sources) + len(domains):
         config = config.model_copy(update={"data": config.data.model_copy(update={"exclude_parents_of": None})})
     return {**sources, **{source.name: source for source in chosen(config, opened, evaluated)}}, {**domains, **evaluated}
+
+
+def _open_to_choose(config: Config, entry: SourceConfig | ValidationConfig, name: str) -> Source | None:
+    """The same as `open_if_prepared`, and with what documents are chosen by, where some are and `data.staging` has a place."""
+    chooses = entry.where is not None or config.data.exclude_parents_of is not None
+    return open_or_head(config, entry, name) if chooses and is_remote(entry.path) else open_if_prepared(entry.path, name)
 
 
 def open_if_prepared(path: str, name: str) -> Source | None:

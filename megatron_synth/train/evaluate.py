@@ -121,7 +121,7 @@ def _evaluate(pipeline: Pipeline, data: RunData, layout: Layout, stop: _Stop) ->
         if sums.bits_per_byte is not None:
             result[metrics.EVAL_DOMAIN_BPB + name] = sums.bits_per_byte
         if not sums.labels:
-            say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss), so that it has no loss")
+            say(f"warning: data.validation.{name}: no label counts (data.eod_mask_loss, prompts): it has no loss")
         total += sums
     for name, domain in data.answers.items():
         scores = score(pipeline, layout, domain, stop.asked)

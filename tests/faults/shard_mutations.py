@@ -1,4 +1,4 @@
-"""`python -m tests.faults.shard_mutations`: shards whose .idx, .bin or manifest.json were altered, opened and read.
+"""`python -m tests.faults.shard_mutations`: shards whose .idx, .bin, .learned or manifest.json were altered, opened and read.
 
 Each is read whole through the loader, with its documents, with compiled code and without: it is refused with a message, or,
 where there are checksums, equal to what was written. Nothing may crash. The work is done in processes of their own, so that
@@ -32,6 +32,8 @@ from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
 from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.indexed import HEADER, MAGIC, ShardWriter
+from megatron_synth.data.shards.learned import SUFFIX as LEARNED
+from megatron_synth.data.shards.learned import LearnedWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
 from megatron_synth.data.shards.source import Source, open_source
 from tests.faults.tally import Tally
@@ -103,7 +105,11 @@ def make(folder: Path) -> None:
         writer = ShardWriter(folder / PREPARED / f"shard-{number:05d}", np.dtype(np.uint16))
         writer._blocks = BlockHasher(BLOCK)
         writer.add(generator.integers(0, VOCABULARY, lengths.sum()).astype(np.uint16), lengths)
-        infos.append(ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish())))
+        info = ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish()))
+        mask = LearnedWriter(folder / PREPARED / f"{info.name}{LEARNED}")
+        mask.add(generator.random(info.tokens) < 0.5)
+        sha256, learned = mask.finish()
+        infos.append(info.model_copy(update={"learned_sha256": sha256, "learned_tokens": learned}))
     Manifest(
         name=PREPARED,
         kind="natural",
@@ -158,7 +164,8 @@ def _batches(source: Source) -> Any:
         for batch in loader.micro_batches(first, 2):
             bounds = batch.boundaries
             assert bounds is not None
-            arrays = (batch.tokens, bounds.cu_seqlens, bounds.ends, bounds.position_ids(), bounds.loss_mask())
+            learned = np.empty(0, np.bool_) if batch.learned is None else batch.learned
+            arrays = (batch.tokens, learned, bounds.cu_seqlens, bounds.ends, bounds.position_ids(), bounds.loss_mask())
             yield tuple(array.tobytes() for array in arrays)
 
 
@@ -239,7 +246,7 @@ def attempt(folder: Path, seed: int, sources: dict[str, Sound]) -> str:
         return "equal"
     # without checksums a .bin file may hold any tokens of the vocabulary, and a bare index may divide them in any sound way
     assert not blocks, f"seed {seed}: {name} was altered, and other tokens were served"
-    assert source == BARE or name.endswith(".bin"), f"seed {seed}: {name} was altered, and documents moved"
+    assert source == BARE or name.endswith((".bin", LEARNED)), f"seed {seed}: {name} was altered, and documents moved"
     return "other tokens"
 
 

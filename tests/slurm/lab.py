@@ -40,7 +40,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmctldPort={port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={credential_s}
 CredType=cred/munge
 MailProg=/bin/true
 StateSaveLocation={folder}/state
@@ -165,6 +165,7 @@ def lab(
     slurmd_timeout: int = 10,
     node_prefix: Mapping[str, tuple[str, ...]] | None = None,
     conf: str = "",
+    credential_s: int = 5,
 ) -> Iterator[Lab]:
     """A cluster of `nodes` idle nodes, taken down at the end.
 
@@ -173,12 +174,13 @@ def lab(
         slurmd_timeout: seconds of silence after which a node counts as lost.
         node_prefix: command that the daemon of a node is started through, such as `unshare --mount ...`.
         conf: further lines of slurm.conf.
+        credential_s: seconds within which a step must have started on all nodes, and for which a requeued job waits.
     """
     folder = Path(tempfile.mkdtemp(prefix="lab."))
     folder.chmod(0o755)
     guardian = None
     try:
-        _configure(folder, nodes, slurmd_timeout, conf)
+        _configure(folder, nodes, slurmd_timeout, credential_s, conf)
         guardian = subprocess.Popen(
             [sys.executable, str(Path(__file__)), "--guard", str(folder), str(nodes), json.dumps(dict(node_prefix or {}))],
             stdin=subprocess.PIPE,
@@ -187,7 +189,7 @@ def lab(
             start_new_session=True,  # an interrupt on the terminal must not reach it
         )
         running = Lab(folder, nodes)
-        running.wait(f"{nodes} idle nodes", lambda: _idle(running) == nodes, START_TIMEOUT_S)
+        running.wait(f"{nodes} idle nodes", lambda: _idle(running) == nodes, START_TIMEOUT_S + nodes)
         yield running
     finally:
         if guardian is not None:
@@ -201,13 +203,14 @@ def _idle(running: Lab) -> int:
     return running.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T", check=False).split().count("idle")
 
 
-def _configure(folder: Path, nodes: int, slurmd_timeout: int, more: str) -> None:
+def _configure(folder: Path, nodes: int, slurmd_timeout: int, credential_s: int, more: str) -> None:
     for name in ("state", "log", "start", *(f"spool/node{number}" for number in range(1, nodes + 1))):
         (folder / name).mkdir(parents=True)
     host, ports = socket.gethostname().split(".")[0], _free_ports(nodes + 1)
     # rendezvous ports follow from the job's number: labs side by side must not give out the same ones
     first_job = random.SystemRandom().randrange(1000, 60_000_000)
-    text = _CONF.format(folder=folder, host=host, port=ports[0], slurmd_timeout=slurmd_timeout, first_job=first_job) + more
+    settings = {"slurmd_timeout": slurmd_timeout, "credential_s": credential_s, "first_job": first_job}
+    text = _CONF.format(folder=folder, host=host, port=ports[0], **settings) + more
     for number, port in enumerate(ports[1:], start=1):
         text += f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=500000\n"
     (folder / "slurm.conf").write_text(text)
@@ -296,6 +299,8 @@ def main() -> int:
     """Run a command on a cluster of its own."""
     parser = argparse.ArgumentParser(prog="python -m tests.slurm.lab", description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--slurmd-timeout", type=int, default=10, metavar="S", help="silence after which a node counts as lost")
+    parser.add_argument("--credential", type=int, default=5, metavar="S", help="within which a step must have started")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
     options = parser.parse_args()
     reason = missing()
@@ -303,7 +308,7 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 2
     command = [word for place, word in enumerate(options.command) if place or word != "--"] or ["bash"]
-    with lab(options.nodes) as running:
+    with lab(options.nodes, slurmd_timeout=options.slurmd_timeout, credential_s=options.credential) as running:
         return subprocess.call(command, env=os.environ | running.environment)
 
 

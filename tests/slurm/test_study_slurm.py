@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.data.preparing.readers.inputs import reader_of
 from megatron_synth.study.execute.folder import Folder
 from megatron_synth.study.execute.slurm import packed, queued_runs
 from megatron_synth.study.plan.runs import expand
@@ -15,6 +20,7 @@ from megatron_synth.study.plan.study_file import load_study
 from tests.slurm.conftest import call, job_environment
 from tests.slurm.lab import Lab
 from tests.support import ROOT, write_source
+from tests.unit.data.preparing.support import tree
 from tests.unit.study.test_study_file import study_of
 
 
@@ -61,6 +67,33 @@ def test_arrays_over_two_nodes_one_run_failing_and_retried(two: Lab, tmp_path: P
     assert all(folder.failure(run) is None for run in runs)
     last = call(two, *asked)
     assert last.code == 0 and "0 of 4 runs to submit" in last.out
+
+
+def test_text_that_arms_share_is_prepared_by_an_array_once(two: Lab, tmp_path: Path) -> None:
+    for name in ("web", "qa"):
+        lines = (json.dumps({"text": f"{name} {number} " * 40}) for number in range(3000))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = {name: {"kind": "natural", "input": str(tmp_path / f"{name}.jsonl")} for name in ("web", "qa")}
+    data = {"output": str(tmp_path / "out"), "tokenizer": {"train": {"vocab_size": 300}}, "sources": sources}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    content = study_of(tmp_path / "out", prepare="data.yaml", output=str(tmp_path / "study"))
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    told = call(two, "study", "prepare", str(file), "--slurm", "--tasks", "3", "--workers", "1")
+    assert told.code == 0 and "3 shares" in told.out, told.err
+    shown = call(two, "study", "prepare", str(file), "--status")
+    assert shown.code == 0 and "_2: " in shown.out, shown
+    two.wait("the output", (tmp_path / "out" / "prepare.json").exists)
+    logs = "".join(log.read_text() for log in (tmp_path / "out.slurm").glob("*/shares/task-*.log"))
+    found = [tuple(map(int, pair)) for pair in re.findall(r"share \d/3: (\d+) splits tokenized, (\d+) were there", logs)]
+    assert len(found) == 3 and all(there == 0 for _, there in found), logs
+    data["output"] = str(tmp_path / "alone")
+    config = PrepareConfig.model_validate(data)
+    splits = [len(list(reader_of(name, source).splits())) for name, source in config.sources.items()]
+    assert sum(made for made, _ in found) == sum(splits) and min(splits) > 1
+    prepare(config)
+    ours, alone = tree(tmp_path / "out"), tree(tmp_path / "alone")
+    assert ours.pop("prepare.json") != b"" and alone.pop("prepare.json") != b"" and ours == alone
 
 
 def test_packs_are_even_and_hold_every_run_once() -> None:

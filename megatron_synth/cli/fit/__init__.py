@@ -26,13 +26,14 @@ from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
 from megatron_synth.study.fit.catalog import ALL_LAWS, AnyLaw, law_named
-from megatron_synth.study.fit.diagnostics import Diagnostic, dependent_rows
+from megatron_synth.study.fit.diagnostics import Diagnostic, dependent_rows, seeds_together
 from megatron_synth.study.fit.fit import DELTA, Fit, Progress, fit
 from megatron_synth.study.fit.shares.laws import SHARE_LAWS
 from megatron_synth.study.fit.table.row_filter import number
 from megatron_synth.study.fit.table.runs_table import Table
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "run id", "run name")
+SEED = "seed"
 CLI_AGGREGATES = ("macro", "worst")
 MOST_BOOTSTRAPS = 10**6
 
@@ -158,7 +159,7 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
     fitted = []
     for job, result in fit_all(jobs, lambda job: _fit(law, job, options)):
         if options.cluster is None:
-            result = replace(result, warnings=(*result.warnings, *_dependent(job.rows)))
+            result = replace(result, warnings=(*result.warnings, *_dependent(job.rows, result)))
         lines = {
             "dropped_lines": [int(job.rows.lines[index]) for index in result.dropped],
             "repeated_lines": [int(job.rows.lines[index]) for index in result.repeated],
@@ -182,12 +183,12 @@ def _main(options: argparse.Namespace, argv: list[str], written: list[Path]) -> 
     return EXIT_OK
 
 
-def _dependent(rows: Table) -> list[Diagnostic]:
-    """The warning that a column which names runs has a value more than once."""
+def _dependent(rows: Table, result: Fit) -> list[Diagnostic]:
+    """The warnings that a column which names runs has a value more than once, and that runs of one seed are off together."""
     for column, texts in rows.texts.items():
         if column.lower() in RUN_COLUMNS and len(set(texts)) < len(texts):
             return [dependent_rows(column, len(texts), len(set(texts)))]
-    return []
+    return [one for column, texts in rows.texts.items() if column.lower() == SEED for one in seeds_together(result, texts)]
 
 
 def _fit(law: AnyLaw, job: Job, options: argparse.Namespace) -> Fit:

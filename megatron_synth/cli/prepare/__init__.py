@@ -100,6 +100,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings to replace, such as output=data/mine"
     )
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add all that says how something is prepared, and where."""
     parser.add_argument("--workers", type=count, help=f"processes that tokenize (default: all cores, here {core_count()})")
     parser.add_argument("--force", action="store_true", help="replace a finished output")
     parser.add_argument(
@@ -120,7 +126,6 @@ def parser() -> argparse.ArgumentParser:
     for option in ("partition", "account", "qos", "time"):
         group.add_argument(f"--{option}", help=f"the cluster's `{option}`, for these jobs")
     group.add_argument("--dry-run", action="store_true", help="check all and print the scripts; nothing is written")
-    return parser
 
 
 def _submit(config: PrepareConfig, arguments: argparse.Namespace) -> int:
@@ -141,15 +146,13 @@ def _submit(config: PrepareConfig, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _status(config: PrepareConfig) -> int:
+def status_text(output: Path) -> str:
+    """How far a preparation is, and the states of its jobs."""
     from megatron_synth.cluster.preparation import job_states
-    from megatron_synth.data.preparing.shared import status_text
+    from megatron_synth.data.preparing.shared import progress_text
 
-    output = Path(config.output)
-    show(f"{output}: prepared" if (output / RECORD).is_file() else status_text(output))
-    for job, state in job_states(output).items():
-        show(f"job {job}: {state.state}")
-    return EXIT_OK
+    text = f"{output}: prepared" if (output / RECORD).is_file() else progress_text(output)
+    return "\n".join([text, *(f"job {job}: {state.state}" for job, state in job_states(output).items())])
 
 
 def _prepared(config: PrepareConfig, arguments: argparse.Namespace, workers: int) -> list[Prepared] | None:
@@ -180,13 +183,17 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("verify", "duplicates"):
         return _check_verb(argv[0])(argv[1:])
     arguments = parser().parse_intermixed_args(argv)
+    return run(load_file(PrepareConfig, arguments.file, arguments.overrides), arguments)
 
-    config = load_file(PrepareConfig, arguments.file, arguments.overrides)
+
+def run(config: PrepareConfig, arguments: argparse.Namespace) -> int:
+    """Prepare as the options of `add_options` say; the exit code."""
     chosen = [f"--{name}" for name in ("share", "slurm", "ray", "status") if getattr(arguments, name) not in (None, False)]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: one of them at a time")
     if arguments.status:
-        return _status(config)
+        show(status_text(Path(config.output)))
+        return EXIT_OK
     if arguments.slurm:
         return _submit(config, arguments)
     given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")

@@ -12,14 +12,19 @@ from typing import NamedTuple
 
 from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb, seconds
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.prepare import add_options as add_prepare_options
+from megatron_synth.cli.prepare import run as prepare
+from megatron_synth.cli.prepare import status_text as preparation_text
 from megatron_synth.cli.study.forecast import add_options as add_forecast_options
 from megatron_synth.cli.study.forecast import run as forecast
 from megatron_synth.cli.study.propose import add_options as add_propose_options
 from megatron_synth.cli.study.propose import run as propose
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.config.load import to_yaml
+from megatron_synth.config.load import load_file, resolve, to_yaml
+from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
+from megatron_synth.data.preparing.prepare import RECORD
 from megatron_synth.study.execute.folder import Folder, Job
 from megatron_synth.study.fit.table.row_filter import number
 from megatron_synth.study.plan.costs import Sources, check_sources, open_sources, require_prepared
@@ -63,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count what text took to generate: report.count_generation=true",
     )
-    verbs.add_parser("prepare", help="prepare the text that the study names")
+    add_prepare_options(verbs.add_parser("prepare", help="prepare the text that the study names: here, or by SLURM or Ray"))
     add_propose_options(verbs.add_parser("propose", help="the mixtures to run next, written as arms into a study file"))
     add_forecast_options(verbs.add_parser("forecast", help="the loss of runs to come, written down, and scored later"))
     for verb in verbs.choices.values():
@@ -131,14 +136,28 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    study = load_study(arguments.file, arguments.overrides)
-    if study.prepare is None:
+    config = _data_file(load_study(arguments.file, arguments.overrides), arguments.file)
+    if config is None:
         raise UserError(f"{arguments.file}: prepare: not set; name the data file that makes the sources")
-    from megatron_synth.cli.prepare import main as prepare_main
-    from megatron_synth.config.load import resolve
+    return prepare(config, arguments)
 
-    beside = Path(arguments.file).parent if Path(arguments.file).is_file() else None
-    return prepare_main([str(resolve(study.prepare, beside))])
+
+def _data_file(study: Study, file: str) -> PrepareConfig | None:
+    """What the study's sources are prepared from; None where it names nothing."""
+    if study.prepare is None:
+        return None
+    beside = Path(file).parent if Path(file).is_file() else None
+    return load_file(PrepareConfig, str(resolve(study.prepare, beside)))
+
+
+def _preparation(study: Study, file: str) -> str:
+    """How far the preparation of the study's text is; empty where it is done, or none of the study's."""
+    try:
+        config = _data_file(study, file)
+    except UserError as error:  # it has been moved since
+        return f"prepare: {error}"
+    output = None if config is None else Path(config.output)
+    return "" if output is None or (output / RECORD).is_file() else preparation_text(output)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -194,7 +213,11 @@ def _status(arguments: argparse.Namespace) -> int:
 
     study, runs, folder = _open(arguments)
     while True:
-        parts = [status_text(study, runs, folder, each=arguments.runs), corpora_text(study, runs, folder)]
+        parts = [
+            _preparation(study, arguments.file),
+            status_text(study, runs, folder, each=arguments.runs),
+            corpora_text(study, runs, folder),
+        ]
         text = "\n\n".join(part for part in parts if part)
         if arguments.watch is None:
             say(text)

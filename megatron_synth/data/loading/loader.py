@@ -40,6 +40,11 @@ Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 LOOK_AHEAD_ROWS = 16384
 """Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
 in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
+TABLES = 4
+"""Tables of rows that are kept: a step and those that are asked for meanwhile may be in one each."""
+OPENED_AHEAD = 128
+"""Indexes of shards that may be opened at once for rows that are worked out ahead. Each is read and checked when it is first
+needed, 20 bytes of it for a document: of many large shards nearly every row needs another one."""
 
 
 class WindowSource(Protocol):
@@ -286,8 +291,8 @@ class Loader:
         self._packed = np.array([is_packed(source) for source in sources])
         self._values = values
         self._masked = with_tokens and any(source.masked for source in sources)
-        # replaced as a whole, by a value that depends on its key alone: threads may share the object
-        self._table: _Table | None = None
+        # replaced as a whole, by values that depend on their keys alone: threads may share the object
+        self._tables: tuple[_Table, ...] = ()
 
     def micro_batches(self, first_sample: int, step_samples: int, allocate: Allocate | None = None) -> Iterator[Batch]:
         """This rank's part of the optimizer step that consumes [first_sample, first_sample + step_samples).
@@ -310,18 +315,28 @@ class Loader:
     def _rows(self, first_sample: int, step_samples: int) -> tuple[_Table, int, int]:
         """The rows of a step: in which table, from which row on, how many."""
         rows = step_samples // self.data_parallel_size
-        table = self._table
-        step = None if table is None else table.step(first_sample, step_samples)
-        if table is None or step is None:
-            follows = table is not None and (table.end, table.step_samples) == (first_sample, step_samples)
+        for table in self._tables:
+            step = table.step(first_sample, step_samples)
+            if step is not None:
+                break
+        else:
+            follows = any((table.end, table.step_samples) == (first_sample, step_samples) for table in self._tables)
             # a first step must not wait for those that may follow
-            steps = LOOK_AHEAD_ROWS // max(rows, 1) if follows else 1
+            steps = self._rows_ahead() // max(rows, 1) if follows else 1
             end = self.plan.samples
             if end is not None:
                 steps = min(steps, (end - first_sample) // step_samples)
-            table = self._make(first_sample, step_samples, max(steps, 1))
-            self._table, step = table, 0
+            table, step = self._make(first_sample, step_samples, max(steps, 1)), 0
+            # those of the steps before, which may be read after the disk was asked for these
+            self._tables = (table, *self._tables[: TABLES - 1])
         return table, step * rows, rows
+
+    def _rows_ahead(self) -> int:
+        """Rows that are worked out at once: fewer while most of them would open an index of a shard."""
+        if not self.with_boundaries:
+            return LOOK_AHEAD_ROWS
+        closed = sum(int(np.count_nonzero(source.places.indexes == 0)) for source in self.sources)
+        return LOOK_AHEAD_ROWS if closed <= OPENED_AHEAD else OPENED_AHEAD
 
     def _make(self, first_sample: int, step_samples: int, steps: int) -> _Table:
         number = self.windows_per_sequence

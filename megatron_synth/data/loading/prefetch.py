@@ -21,7 +21,11 @@ from megatron_synth.data.loading.loader import Batch, Loader, Tokens
 STEPS_AHEAD = 2
 """Steps that are ready or in the making while one is trained."""
 SLOW_ROW_S = 50e-6
-"""A row that takes longer was not in the page cache: then the step after next is asked for while one is read."""
+"""A row that takes longer was not in the page cache: then the disk is asked for steps before they are read."""
+ASKED_STEPS = 2
+"""Steps that a slow disk is asked for beyond the one that is read."""
+ASKED_LONGER = 64
+"""Steps without a slow row, after which the disk is not asked any more: rows that were asked for are quick."""
 
 Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 
@@ -126,6 +130,8 @@ class _Worker:
         self.free: SimpleQueue[list[Tokens] | None] = SimpleQueue()
         self._ready: SimpleQueue[tuple[list[Batch], list[Tokens]] | BaseException] = SimpleQueue()
         self._stopping = False
+        self._asked = first_sample
+        """The disk was asked for all samples before."""
         for own in buffers:
             self.free.put(own)
         self._thread = threading.Thread(target=self._run, args=(first_sample,), name="prefetch", daemon=True)
@@ -158,23 +164,34 @@ class _Worker:
         return found
 
     def _run(self, first_sample: int) -> None:
-        slow = False
+        asking = 0
         try:
+            self._ask(first_sample, 1)
             while first_sample + (size := self._size_of(first_sample)) <= self._end:
                 buffers = self.free.get()
                 if buffers is None or self._stopping:
                     return
-                following = first_sample + size
-                if slow and following + self._size_of(following) <= self._end:
-                    self._loader.will_need(following, self._size_of(following))
+                if asking:
+                    self._ask(first_sample, 1 + ASKED_STEPS)
                 began = time.perf_counter()
                 batches = list(self._loader.micro_batches(first_sample, size, _take_from(buffers, self._allocate)))
                 rows = size // self._loader.data_parallel_size
-                slow = time.perf_counter() - began > SLOW_ROW_S * rows
+                asking = ASKED_LONGER if time.perf_counter() - began > SLOW_ROW_S * rows else max(asking - 1, 0)
                 self._ready.put((batches, buffers))
-                first_sample = following
+                first_sample += size
         except BaseException as error:  # the consumer raises it
             self._ready.put(error)
+
+    def _ask(self, first_sample: int, steps: int) -> None:
+        """Ask the system for the rows of so many steps, all of them at once; of those asked for before it is not again."""
+        for _ in range(steps):
+            end = first_sample + self._size_of(first_sample)
+            if end > self._end:
+                return
+            if first_sample >= self._asked:
+                self._loader.will_need(first_sample, end - first_sample)
+                self._asked = end
+            first_sample = end
 
 
 def _take_from(buffers: list[Tokens], allocate: Allocate) -> Allocate:

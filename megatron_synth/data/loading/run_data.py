@@ -28,8 +28,8 @@ from megatron_synth.data.shards.checksums import BlockChecker
 from megatron_synth.data.shards.fingerprint import content_of
 from megatron_synth.data.shards.manifest import Manifest, TokenizerInfo
 from megatron_synth.data.shards.selection import Int64, ids_of, parents_of, select
-from megatron_synth.data.shards.source import Source, check_compatible, open_source
-from megatron_synth.data.shards.staging import copied_file, copy_name, head, stage
+from megatron_synth.data.shards.source import WHOLE, Source, check_compatible, open_source
+from megatron_synth.data.shards.staging import copied_file, copy_name, head, stage, stage_documents
 from megatron_synth.data.shards.staging_limit import claim
 from megatron_synth.data.tokenizer import fingerprint_of
 from megatron_synth.storage.remote import Location, Remote, location_of
@@ -64,7 +64,7 @@ class RunData:
     answers: Mapping[str, AnswerDomain] = field(default_factory=dict)
     """Domains of questions, by name."""
     values: Values | None = None
-    """Of the documents of sources and domains, where losses are told apart by them and files were opened to be read."""
+    """Of the documents of sources and domains, where losses are told apart by them and the files are there to be read."""
     notes: tuple[str, ...] = ()
     """What is likely a mistake in the choice of sources, to be said before training."""
 
@@ -114,7 +114,14 @@ class RunData:
         shared_content.check_epochs(self.plan, self.sources, total)
 
 
-def open_data(config: Config, *, staged: bool = False, training: bool = True, check_length: bool = True) -> RunData:
+def open_data(
+    config: Config,
+    *,
+    staged: bool = False,
+    training: bool = True,
+    check_length: bool = True,
+    part: tuple[int, int] = WHOLE,
+) -> RunData:
     """Open every source and domain of the configuration and check that the run can be made with them.
 
     check_length: also that the sources and phases suffice for a run of this configuration from its beginning. A run that goes
@@ -123,17 +130,17 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
     plan, digests and the paths that a run remembers are those of the originals. Without, there are of sources in object storage
     only the manifests: enough to plan with, and nothing to read tokens from.
     training: also open the sources; without them the run can be evaluated, and they need not be there.
+    part: (rank, ranks) where all ranks open the data: see `open_source`.
 
     Raises:
         UserError: a file is missing or damaged, tokenizers differ, the vocabulary does not fit, a source is too small.
     """
-    check_chosen(config)
     sequence = config.train.sequence_length
     named = config.data.sources.items() if training else ()
-    sources = tuple(open_or_head(config, entry.path, name) for name, entry in named)
+    sources = tuple(open_or_head(config, entry, name, part) for name, entry in named)
     for source in sources:
         _check_packing(source, config)
-    validation = {name: open_or_head(config, entry.path, name) for name, entry in config.data.validation.items()}
+    validation = {name: open_or_head(config, entry, name, part) for name, entry in config.data.validation.items()}
     validation = chosen_domains(config, validation)
     sources = chosen(config, sources, validation)
     info = check_compatible([*sources, *validation.values()])
@@ -195,23 +202,6 @@ def open_data(config: Config, *, staged: bool = False, training: bool = True, ch
         values=values,
         notes=notes,
     )
-
-
-def check_chosen(config: Config) -> None:
-    """Refuse a choice of documents in object storage, as their values are not read from there.
-
-    Raises:
-        UserError: names the setting.
-    """
-    named: dict[str, SourceConfig | ValidationConfig] = {
-        f"data.sources.{name}": one for name, one in config.data.sources.items()
-    }
-    named |= {f"data.validation.{name}": entry for name, entry in config.data.validation.items()}
-    for key, entry in named.items():
-        all_of_it = entry.where is None and config.data.exclude_parents_of is None
-        if not all_of_it and isinstance(location_of(entry.path), Remote):
-            asked = "data.exclude_parents_of" if entry.where is None else f"{key}.where"
-            raise UserError(f"{asked}: {entry.path}: documents can be chosen of a source on a disk alone; copy it there")
 
 
 def chosen(config: Config, sources: Iterable[Source], domains: Mapping[str, Source]) -> tuple[Source, ...]:
@@ -276,6 +266,11 @@ def _copy_of(source: Source, place: Location) -> tuple[str, int]:
     return copy_name(place, source.manifest), sum(sum(shard.sizes.values()) for shard in source.manifest.shards)
 
 
+def _document_bytes(manifest: Manifest) -> int:
+    """Bytes of the indexes and columns of a source."""
+    return sum(shard.idx_bytes + (shard.columns_bytes or 0) for shard in manifest.shards)
+
+
 def _tokenizer(config: Config) -> Path | None:
     """The file of data.tokenizer; a copy in data.staging where it is in object storage."""
     if config.data.tokenizer is None:
@@ -290,20 +285,31 @@ def _staging(config: Config, where: str, place: Remote) -> Path:
     return Path(config.data.staging)
 
 
-def open_or_head(config: Config, path: str, name: str) -> Source:
-    """One source; of one in object storage only what its manifest tells."""
-    place = location_of(path, f"data: source {name!r}")
+def open_or_head(config: Config, entry: SourceConfig | ValidationConfig, name: str, part: tuple[int, int] = WHOLE) -> Source:
+    """One source; of one in object storage only what its manifest tells, and where documents are chosen, its columns."""
+    place = location_of(entry.path, f"data: source {name!r}")
     if isinstance(place, Path):
-        return _open(config, path, name)
-    folder = head(place, _staging(config, f"data: source {name!r}", place))
+        return _open(config, entry.path, name, part)
+    staging = _staging(config, f"data: source {name!r}", place)
+    if entry.where is not None or config.data.exclude_parents_of is not None:
+        return open_documents(config, place, name, staging)
+    folder = head(place, staging)
     return Source(name, folder, Manifest.load(folder), memory_map=config.data.memory_map)
 
 
-def _open(config: Config, path: str | Path, name: str) -> Source:
+def open_documents(config: Config, place: Remote, name: str, staging: Path) -> Source:
+    """A source in object storage without its tokens: documents can be chosen of it by the copies of its index and columns."""
+    manifest = Manifest.load(place)
+    claim(staging, {copy_name(place, manifest): _document_bytes(manifest)}, config.data.staging_bytes)
+    folder, own = stage_documents(place, manifest, staging)
+    return Source(name, folder, own, memory_map=config.data.memory_map, index_alone=True)
+
+
+def _open(config: Config, path: str | Path, name: str, part: tuple[int, int] = WHOLE) -> Source:
     """One source, read in the way and with the checks that the configuration asks for."""
     if config.data.verify == "sizes":  # which opening always does
-        return open_source(path, name, memory_map=config.data.memory_map)
-    source = open_source(path, name, memory_map=False)
+        return open_source(path, name, memory_map=config.data.memory_map, part=part)
+    source = open_source(path, name, memory_map=False, part=part)
     if source.manifest is None:
         raise UserError(
             f"data.verify: blocks: {path}: source {name!r} has no manifest.json with checksums; prepare it again, or set "

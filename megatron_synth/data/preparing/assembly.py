@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,17 @@ class Assembly:
     def _values(self, run: TokenRun, records: np.ndarray) -> np.ndarray:
         """The columns of records of a run, structured [N]; categories are numbered as for all runs."""
         values = values_of_records(records, run.columns)
-        for column, own in zip(self.columns, run.categories, strict=True):
+        for column, own, known in zip(self.columns, run.categories, self._numbers, strict=True):
             if column.type == "category":
-                known = {text: number for number, text in enumerate(column.categories)}
                 numbers = np.array([known[text] for text in own], np.int32)
                 # what is not known, -1, is the last of all
                 values[column.name] = np.append(numbers, -1)[values[column.name]]
         return values
+
+    @cached_property
+    def _numbers(self) -> list[dict[str, int]]:
+        """Of each column the number of each category: made once, not for each run that is read."""
+        return [{text: number for number, text in enumerate(column.categories)} for column in self.columns]
 
 
 def columns_of(runs: Iterable[TokenRun], described: Sequence[ColumnInfo]) -> tuple[ColumnInfo, ...]:

@@ -43,7 +43,12 @@ def remove(path: Path) -> None:
 
 def lock_of(output: Path) -> Lock:
     """The lock of an output, whose parent exists. All that stands beside the output under its hidden names is its holder's."""
-    return Lock(output.with_name(f".{output.name}.lock"), "prepare")
+    return Lock(lock_file(output), "prepare")
+
+
+def lock_file(output: Path) -> Path:
+    """Where the lock of an output is."""
+    return output.with_name(f".{output.name}.lock")
 
 
 def is_clean(output: Path) -> bool:
@@ -54,6 +59,13 @@ def is_clean(output: Path) -> bool:
 def partial_name(output: Path) -> Path:
     """The hidden folder of an output that this process writes."""
     return output.parent / f"{_stem(output)}{os.getpid()}"
+
+
+def partial_folders(output: Path) -> list[Path]:
+    """The hidden folders of an output that is being written, or was when its process was killed."""
+    if not output.parent.is_dir():
+        return []
+    return [path for path in _named(output, _stem(output)) if not path.name.endswith(OLD)]
 
 
 def restore(output: Path) -> None:

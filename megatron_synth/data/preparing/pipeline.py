@@ -34,7 +34,7 @@ from megatron_synth.data.preparing.output import remove, remove_strays
 from megatron_synth.data.preparing.packing import cut_documents
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.inputs import reader_of
-from megatron_synth.data.preparing.shared import Told, take_over, tokenize_task
+from megatron_synth.data.preparing.shared import Told, take_over_task, tokenize_task
 from megatron_synth.data.preparing.shuffle import bucket_count
 from megatron_synth.data.preparing.token_runs import TokenRun, trim
 from megatron_synth.data.preparing.workers import (
@@ -233,12 +233,18 @@ class SourceWork:
         self.journal.drop(entry for entry in told if entry["number"] not in known)
         remove_strays(self.staging, {run.path.name for found in known.values() for run in found})
         if self.source.max_bytes is None:
-            for (name, number), task in sorted(self.shares.items()):
-                taken = None if name != self.name or number in known else take_over(task, self.staging)
+            of_others = (
+                (share, self.staging)
+                for (name, number), share in sorted(self.shares.items())
+                if name == self.name and number not in known
+            )
+            # the checksums of all token runs: as much to read as the shards themselves are
+            for (share, _), taken in self.pool.run(take_over_task, of_others):
                 if taken is not None:
                     sync_folder(self.staging)
-                    self._tell(number, Tokenized(tuple(taken), tuple((at, text) for at, text in task.entry["skipped"])))
-                    known[number] = taken
+                    skipped = tuple((at, text) for at, text in share.entry["skipped"])
+                    self._tell(share.entry["number"], Tokenized(tuple(taken), skipped))
+                    known[share.entry["number"]] = taken
         return known
 
     def _tell(self, number: int, found: Tokenized) -> None:

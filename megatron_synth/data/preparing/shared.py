@@ -26,7 +26,7 @@ from megatron_synth.core.lock import Held, Lock, holder
 from megatron_synth.core.log import show
 from megatron_synth.core.share import Share
 from megatron_synth.data.preparing.journal import JOURNAL, Entry, Journal, read_journal
-from megatron_synth.data.preparing.output import remove, remove_strays
+from megatron_synth.data.preparing.output import lock_file, partial_folders, remove, remove_strays
 from megatron_synth.data.preparing.progress import progress
 from megatron_synth.data.preparing.readers.reader import InputSplit, Reader
 from megatron_synth.data.preparing.token_runs import TokenRun
@@ -159,8 +159,9 @@ def tokenize_task(tokenizer: Tokenizer, task: tuple[Job, int, InputSplit]) -> To
     return tokenize_split(tokenizer, *task)
 
 
-def take_over(told: Told, staging: Path) -> list[TokenRun] | None:
+def take_over_task(_: Tokenizer, task: tuple[Told, Path]) -> list[TokenRun] | None:
     """The token runs of a split, in the preparation's own folder; None where one is missing or damaged."""
+    told, staging = task
     taken: list[TokenRun] = []
     for run in told.runs():
         if not run.is_whole():
@@ -175,18 +176,24 @@ def take_over(told: Told, staging: Path) -> list[TokenRun] | None:
     return taken
 
 
-def status_text(output: Path) -> str:
-    """How far the shares of an output are: a line for each, from their journals."""
+def progress_text(output: Path) -> str:
+    """How far an output is that is not there yet: a line for each share, and one for the whole, from their journals."""
     rows = []
     for folder in sorted(folder_of(output).glob(FOLDERS)):
-        entries = read_journal(folder / JOURNAL)[1:]
-        splits = [entry for entry in entries if entry["kind"] == "split"]
-        tokens = sum(run["tokens"] for entry in splits for run in entry["runs"])
-        skipped = sum(len(entry["skipped"]) for entry in splits)
-        ended = [entry["source"] for entry in entries if entry["kind"] == "done"]
-        at_work = "" if holder(folder / LOCK) is None else "; at work, or died there"
-        bad = f", {skipped:,} bad records" if skipped else ""
-        rows.append(
-            f"{folder.name}: {len(splits):,} splits, {tokens:,} tokens{bad}; done: {', '.join(ended) or 'none'}{at_work}"
-        )
-    return "\n".join(rows) if rows else f"{output}: no share of it has begun"
+        rows.append(f"{folder.name}: {_progress(read_journal(folder / JOURNAL)[1:], 'done', folder / LOCK)}")
+    for folder in partial_folders(output):
+        rows.append(f"{output}: {_progress(read_journal(folder / JOURNAL)[1:], 'source', lock_file(output))}")
+    return "\n".join(rows) if rows else f"{output}: nothing of it has begun"
+
+
+def _progress(entries: list[Entry], end: str, lock: Path) -> str:
+    """What a journal tells, in words. end: kind of the entry after all that is done for a source."""
+    splits = [entry for entry in entries if entry["kind"] == "split"]
+    tokens = sum(run["tokens"] for entry in splits for run in entry["runs"])
+    skipped = sum(len(entry["skipped"]) for entry in splits)
+    bad = f", {skipped:,} bad records" if skipped else ""
+    written = len([entry for entry in entries if entry["kind"] == "shard"])
+    shards = f", {written:,} shards written" if written else ""
+    ended = [entry["source"] for entry in entries if entry["kind"] == end]
+    at_work = "" if holder(lock) is None else "; at work, or died there"
+    return f"{len(splits):,} splits, {tokens:,} tokens{bad}{shards}; done: {', '.join(ended) or 'none'}{at_work}"

@@ -10,6 +10,8 @@ from megatron_synth.data.shards import native
 
 SAMPLED = 4096
 """Documents of a shard whose place is kept in memory."""
+SAMPLED_OF_MANY = 512
+"""The same where a source has many shards: between two of them lies about a page of the file."""
 
 
 class DocumentIndex:
@@ -21,7 +23,14 @@ class DocumentIndex:
     """
 
     def __init__(
-        self, content: np.ndarray, at: int, num_sequences: int, document_entries: int, num_tokens: int, token_bytes: int
+        self,
+        content: np.ndarray,
+        at: int,
+        num_sequences: int,
+        document_entries: int,
+        num_tokens: int,
+        token_bytes: int,
+        sampled: int = SAMPLED,
     ):
         """What the index file says.
 
@@ -32,6 +41,7 @@ class DocumentIndex:
             document_entries: how many of the latter, one more than documents.
             num_tokens: of the shard.
             token_bytes: bytes of a token.
+            sampled: documents whose place is kept in memory.
 
         Raises:
             BusError: the file could not be read.
@@ -39,7 +49,7 @@ class DocumentIndex:
         self.content = content
         pointers = np.frombuffer(content, np.int64, num_sequences, at)
         documents = np.frombuffer(content, np.int64, document_entries, at + pointers.nbytes)
-        self._prepare(pointers, documents, max(document_entries - 1, 0), num_tokens, token_bytes)
+        self._prepare(pointers, documents, max(document_entries - 1, 0), num_tokens, token_bytes, sampled)
 
     @classmethod
     def of_starts(cls, starts: np.ndarray, num_tokens: int) -> DocumentIndex:
@@ -50,12 +60,18 @@ class DocumentIndex:
         return index
 
     def _prepare(
-        self, pointers: np.ndarray, documents: np.ndarray | None, entries: int, num_tokens: int, token_bytes: int
+        self,
+        pointers: np.ndarray,
+        documents: np.ndarray | None,
+        entries: int,
+        num_tokens: int,
+        token_bytes: int,
+        most: int = SAMPLED,
     ) -> None:
         """documents: None where each is one sequence."""
         self._pointers, self._documents = pointers, documents
         self._num_tokens, self._token_bytes, self._entries = num_tokens, token_bytes, entries
-        self._step = -(-self._entries // SAMPLED) or 1
+        self._step = -(-self._entries // most) or 1
         sampled = np.arange(0, self._entries, self._step)
         self._compiled = native.library()
         if self._compiled is None:

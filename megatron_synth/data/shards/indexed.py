@@ -37,7 +37,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import fill, open_regular
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.block_hash import BlockHasher
-from megatron_synth.data.shards.document_index import DocumentIndex
+from megatron_synth.data.shards.document_index import SAMPLED, SAMPLED_OF_MANY, DocumentIndex
 from megatron_synth.data.shards.index_check import check_index
 from megatron_synth.data.shards.learned import SUFFIX as LEARNED
 from megatron_synth.data.shards.learned import LearnedFile
@@ -50,6 +50,8 @@ TOKEN_TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32
 UINT16_VOCAB_LIMIT = 65500  # megatron-core's: smaller vocabularies are stored as uint16
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 
+MANY_SHARDS = 256
+"""A source of more is opened with less work for each of its shards."""
 MAX_DESCRIPTORS = 1 << 16  # open files that a process asks for at most
 
 
@@ -228,10 +230,13 @@ class Shard:
         number: int = 0,
         one_each: bool = False,
         learned: bool = False,
+        index_alone: bool = False,
     ):
         """places, number: where to keep the addresses of tokens and index, for compiled code that reads many shards.
 
         one_each: its documents are one sequence each, as `prepare` writes them. learned: a file says which tokens are learned.
+
+        index_alone: the file of tokens need not be there, and none is read.
         """
         self.places, self._number, self._one_each = places or Places(1), number, one_each
         self._index_checked = False
@@ -241,7 +246,7 @@ class Shard:
         """Called before the index is first used; what it raises reaches the reader."""
         self.prefix, self.memory_map = prefix, memory_map
         self.bin_path, self.idx_path = with_suffix(prefix, ".bin"), with_suffix(prefix, ".idx")
-        bin_bytes, idx_bytes = file_size(self.bin_path), file_size(self.idx_path)
+        idx_bytes = file_size(self.idx_path)
         try:
             descriptor = open_regular(self.idx_path)
         except OSError as error:
@@ -275,6 +280,7 @@ class Shard:
             os.close(descriptor)
         if end % self.dtype.itemsize or end >= 2**62:
             raise UserError(f"{self.idx_path}: its last sequence ends at byte {end}, which no token does; {AGAIN}")
+        bin_bytes = end if index_alone else file_size(self.bin_path)
         if bin_bytes != end:
             raise UserError(f"{self.bin_path}: its index announces {end} bytes, found {bin_bytes} bytes; {AGAIN}")
         self.num_tokens = end // self.dtype.itemsize
@@ -359,6 +365,8 @@ class Shard:
             out[:] = True
             return
         self.check_index()
+        if not self._learned.is_open:
+            _open_shards.add(self)
         self._learned.read(begin, out)
 
     def will_need(self, begin: int, count: int) -> None:
@@ -456,10 +464,15 @@ class Shard:
             content = map_file(self.idx_path, HEADER.size + 12 * self._sequences + 8 * self._document_entries)
             whole = np.frombuffer(content, np.uint8)
             at = HEADER.size + 4 * self._sequences
+            entries, size = (self._sequences, self._document_entries), self.dtype.itemsize
+            sampled = SAMPLED if len(self.places.indexes) <= MANY_SHARDS else SAMPLED_OF_MANY
             try:
-                index = DocumentIndex(whole, at, self._sequences, self._document_entries, self.num_tokens, self.dtype.itemsize)
+                index = DocumentIndex(whole, at, *entries, self.num_tokens, size, sampled)
             except native.BusError as error:
                 raise unreadable(self.idx_path, whole, error) from None
+            # the sample has touched each page; what is searched later is a page here and there
+            content.madvise(mmap.MADV_DONTNEED)
+            content.madvise(mmap.MADV_RANDOM)
             with native.MAPS:
                 self._index = index
                 self.places.indexes[self._number] = index.address

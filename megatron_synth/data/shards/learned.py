@@ -81,12 +81,18 @@ class LearnedFile:
         Raises:
             UserError: it cannot be, or has become shorter.
         """
-        if self.mapped is None:
+        mapped = self.mapped  # another thread may close it
+        if mapped is None:
             size = mask_bytes(self.tokens)
             content = map_file(self.path, size)
             content.madvise(mmap.MADV_RANDOM)
-            self.mapped = np.frombuffer(content, np.uint8, size)
-        return self.mapped
+            mapped = self.mapped = np.frombuffer(content, np.uint8, size)
+        return mapped
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a file is held open."""
+        return self._file is not None or self.mapped is not None
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
@@ -112,8 +118,9 @@ class LearnedFile:
             content[:] = self.map()[first : first + len(content)]
         else:
             try:
-                self._file = self._file or OpenFile(self.path)
-                done = os.preadv(self._file.fd, [content.data], first)
+                file = self._file or OpenFile(self.path)
+                self._file = file
+                done = os.preadv(file.fd, [content.data], first)
             except OSError as error:
                 raise UserError(f"{self.path}: {error.strerror} while reading at offset {first}; {AGAIN}") from None
             if done != len(content):

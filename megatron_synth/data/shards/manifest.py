@@ -257,20 +257,24 @@ class Manifest(Section):
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); prepare the source again") from None
         try:
+            # JSON has no tuples: validate it as JSON, not as Python objects
+            found = cls.model_validate_json(text)
+            if "format_version" in found.model_fields_set:
+                return found
+            problem = ""
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        # which of the things that may be wrong: large manifests are parsed once where nothing is
+        try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: broken JSON, {str(error)[:200]}; prepare the source again") from None
+        except (ValueError, RecursionError) as broken:
+            raise UserError(f"{path}: broken JSON, {str(broken)[:200]}; prepare the source again") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version not in READABLE_VERSIONS:
             known = " and ".join(map(str, READABLE_VERSIONS))
             raise UserError(f"{path}: format_version {version!r:.40}, this program reads {known}; prepare the source again")
-        try:
-            # JSON has no tuples: validate it as JSON, not as Python objects
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}: {where}: {first['msg']}; prepare the source again") from None
+        raise UserError(f"{path}: {problem}; prepare the source again")
 
 
 def canonical_digest(value: Any) -> str:

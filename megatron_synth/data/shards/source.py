@@ -7,6 +7,7 @@ the next. A mixture may begin its windows at any token.
 
 from __future__ import annotations
 
+import functools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -17,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_synth.config.errors import UserError
+from megatron_synth.config.errors import RankError, UserError
 from megatron_synth.data.shards import native
 from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.columns import ColumnFile, ColumnInfo
-from megatron_synth.data.shards.indexed import Places, Shard, with_suffix
-from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, TokenizerInfo
+from megatron_synth.data.shards.indexed import MANY_SHARDS, Places, Shard, with_suffix
+from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo, TokenizerInfo
 from megatron_synth.data.shards.open_files import AGAIN, file_size
 
-EAGER_SHARDS = 256
-"""The indexes of up to so many shards are opened and checked at once; of more, when their tokens are first asked for."""
+WHOLE = (0, 1)
+"""The part of one rank that is alone."""
 
 
 class Source:
@@ -35,8 +36,21 @@ class Source:
     Any number of threads may read.
     """
 
-    def __init__(self, name: str, path: Path, manifest: Manifest | None, bare: Shard | None = None, *, memory_map: bool = True):
-        """bare: the only shard of a source without a manifest; with one they are opened as it says."""
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        manifest: Manifest | None,
+        bare: Shard | None = None,
+        *,
+        memory_map: bool = True,
+        index_alone: bool = False,
+    ):
+        """bare: the only shard of a source without a manifest; with one they are opened as it says.
+
+        index_alone: the files of tokens need not be there, and none is read.
+        """
+        self.index_alone = index_alone
         self.name, self.path, self.manifest, self.memory_map = name, path, manifest, memory_map
         self._shards: list[Shard | None]
         if manifest is None:
@@ -78,7 +92,7 @@ class Source:
         # open files do not travel to another process
         return partial(open_source, memory_map=self.memory_map), (self.path, self.name)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str | None:
         """What stands for the content of a source with a manifest; None without."""
         return None if self.manifest is None else self.manifest.digest()
@@ -300,18 +314,34 @@ class Source:
         return np.concatenate(starts)
 
 
-def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Source:
+def open_source(path: str | Path, name: str, *, memory_map: bool = True, part: tuple[int, int] = WHOLE) -> Source:
     """Open a folder with a manifest.json, or the prefix of a bare Megatron .bin/.idx pair.
 
-    memory_map: how `Shard` reads tokens. Sizes are checked against index and manifest;
-    a UserError names the file, the expected and the found bytes.
+    Sizes are checked against index and manifest. The indexes of up to MANY_SHARDS shards are opened and checked at once; of
+    more, when their tokens are first asked for.
+
+    Args:
+        path: the folder, or the prefix.
+        name: of the source in the mixture.
+        memory_map: how `Shard` reads tokens.
+        part: (rank, ranks) of ranks that all open the source: of more than MANY_SHARDS shards each rank looks for the sizes
+            of its part alone, as so many questions of so many ranks would keep the file system busy for minutes.
+
+    Raises:
+        UserError: names the file, the expected and the found bytes; a RankError where other ranks have not looked.
     """
     path = Path(path)
     if path.is_dir():
         manifest = Manifest.load(path)
-        _check_sizes(path, manifest)
+        few = len(manifest.shards) <= MANY_SHARDS
+        try:
+            _check_sizes(path, manifest.shards if few else manifest.shards[part[0] :: part[1]])
+        except UserError as error:
+            if few or part[1] == 1:
+                raise
+            raise RankError(f"rank {part[0]}: {error}") from None
         source = Source(name, path, manifest, memory_map=memory_map)
-        if len(manifest.shards) <= EAGER_SHARDS:
+        if few:
             for number in range(len(manifest.shards)):
                 source.shard(number)
         return source
@@ -326,9 +356,9 @@ def open_source(path: str | Path, name: str, *, memory_map: bool = True) -> Sour
     return Source(name, prefix, None, bare, memory_map=memory_map)
 
 
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
+def _check_sizes(folder: Path, shards: Sequence[ShardInfo]) -> None:
     root = os.fspath(folder)
-    for info in manifest.shards:
+    for info in shards:
         for suffix, expected in info.sizes.items():
             path = f"{root}/{info.name}{suffix}"
             found = file_size(path)
@@ -339,8 +369,15 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _open_checked(source: Source, manifest: Manifest, number: int) -> Shard:
     info = manifest.shards[number]
     prefix = source.path / info.name
-    places, masked = source.places, manifest.masked
-    shard = Shard(prefix, memory_map=source.memory_map, places=places, number=number, one_each=True, learned=masked)
+    shard = Shard(
+        prefix,
+        memory_map=source.memory_map,
+        places=source.places,
+        number=number,
+        one_each=True,
+        learned=manifest.masked and not source.index_alone,
+        index_alone=source.index_alone,
+    )
     if (shard.num_tokens, shard.num_documents, shard.dtype.name) != (info.tokens, info.documents, manifest.dtype):
         raise UserError(
             f"{shard.idx_path}: {FILE_NAME} announces {info.tokens} tokens of {info.documents} documents as "

@@ -94,10 +94,36 @@ def files_of(source: Location, manifest: Manifest, target: Path) -> list[StagedF
     return wanted
 
 
+def stage_documents(source: Remote, manifest: Manifest, folder: Path) -> tuple[Path, Manifest]:
+    """Of the copy of a source in object storage what tells of its documents: indexes and columns, no tokens.
+
+    `stage` copies the rest. Returns the folder of the copy, and the manifest as it is for it.
+
+    Raises:
+        UserError: as `stage`.
+    """
+    target = folder / copy_name(source, manifest)
+    wanted = [one for one in files_of(source, manifest, target) if one.copy.suffix != ".bin"]
+    try:
+        own_folder(target)
+        with locked(target / LOCK):
+            return target, complete(source, target, manifest, wanted, None, whole=False)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
+
+
 def complete(
-    source: Location, target: Path, manifest: Manifest, wanted: Sequence[StagedFile], progress: Progress | None = None
-) -> None:
-    """Copy what is not in `target` yet, the manifest last. Under its lock.
+    source: Location,
+    target: Path,
+    manifest: Manifest,
+    wanted: Sequence[StagedFile],
+    progress: Progress | None = None,
+    *,
+    whole: bool = True,
+) -> Manifest:
+    """Copy what is not in `target` yet; the copy's manifest, which is written last. Under its lock.
+
+    whole: `wanted` is all of the source; if not, the manifest is not written.
 
     Raises:
         UserError: the source is damaged, or there is no room.
@@ -117,11 +143,13 @@ def complete(
         one.copy.unlink(missing_ok=True)
         done = _copy(one.path, one.copy, done, total, show, one)
     own = with_tokenizer(source, target, manifest)
-    checked = {one.copy.name: _identity(one.copy) for one in wanted}
+    checked = {} if whole else dict(known)
+    checked |= {one.copy.name: _identity(one.copy) for one in wanted}
     if checked != known:
         write_json(target / CHECKED, checked)
-    if not (target / FILE_NAME).exists() or Manifest.load(target) != own:
+    if whole and (not (target / FILE_NAME).exists() or Manifest.load(target) != own):
         own.save(target)
+    return own
 
 
 def with_tokenizer(source: Location, target: Path, manifest: Manifest) -> Manifest:

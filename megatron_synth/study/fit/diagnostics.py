@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_synth.study.fit import between_ratios
-from megatron_synth.study.fit.bootstrap import FEWEST_CLUSTERS
 from megatron_synth.study.fit.catalog import AnyLaw
 from megatron_synth.study.fit.laws import N_PARAMS, TOKENS, UNIQUE_TOKENS, Columns, Floats
 
@@ -40,7 +39,8 @@ class Diagnostic:
 
     code: `few-points`, `narrow-range`, `flat-optimum`, `floor-at-zero`, `starts-disagree`, `wrong-sign`, `law-rejected`,
     `holdout-missed`, `simpler-law-does`, `repetition-ignored`, `no-interval`, `equal-rows`, `dependent-rows`, `few-clusters`,
-    `unequal-noise` or `wild-between-ratios`; of laws over shares also `source-rarely-seen` or `explains-nothing`.
+    `seeds-together`, `unequal-noise` or `wild-between-ratios`; of laws over shares also `source-rarely-seen` or
+    `explains-nothing`.
     message: with numbers, for people.
     """
 
@@ -153,7 +153,11 @@ def _rows(fit: Fit) -> Iterator[Diagnostic]:
             "seed does that, so each counts once; remove them from the table",
         )
     if fit.clusters is not None and fit.clusters < len(fit.law.parameters) + SPARE_CLUSTERS:
-        what = "there is no interval" if fit.clusters < FEWEST_CLUSTERS else "intervals may be too narrow"
+        what = (
+            "intervals are wide, as so few say little of their own scatter"
+            if len(fit.theta_samples)
+            else "there is no interval"
+        )
         yield Diagnostic("few-clusters", f"{fit.clusters} clusters for {len(fit.law.parameters)} parameters: {what}")
 
 
@@ -295,7 +299,8 @@ def _lack_of_fit(fit: Fit, solve: Solver, settings: NDArray[np.int64]) -> Iterat
         yield Diagnostic(
             "law-rejected",
             f"the points miss the law by more than the seeds scatter (lack of fit, F({free}, {pure}), p = {p:.1g}): the law is "
-            "wrong for these runs, and intervals do not know that",
+            "wrong for these runs, or seeds of one setting share something, such as the order of their text, so that they "
+            "scatter too little (`--cluster` by setting); intervals do not know that",
         )
 
 
@@ -351,6 +356,44 @@ def dependent_rows(column: str, rows: int, values: int) -> Diagnostic:
         f"column '{column}' has {values} values in {rows} rows: rows of one run depend on each other, and intervals are too "
         f"narrow by far; use one row per run, or `--cluster {column}`",
     )
+
+
+def seeds_together(fit: Fit, seeds: Sequence[Any]) -> Iterator[Diagnostic]:
+    """The warning that runs of one seed are off together at all settings: then they are not independent of each other.
+
+    An analysis of variance of the log losses around the mean of their setting, over the settings that have every seed: the
+    scatter of the seeds' means against what is left, by an F-test. It needs no law.
+
+    Args:
+        fit: without clusters.
+        seeds: the seed [M] of every row that the fit was given, those it left out included.
+    """
+    from scipy.stats import f as f_distribution
+
+    names, label = np.unique(np.asarray(seeds, dtype=str)[fit.points], return_inverse=True)
+    setting = np.unique(np.stack(list(fit.columns.values()), axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    cells = np.full((int(setting.max()) + 1, len(names)), np.nan)
+    cells[setting, label] = np.log(fit.loss)  # of rows of one seed and setting, the last
+    cells = cells[~np.isnan(cells).any(axis=1)]
+    settings, count = cells.shape
+    if fit.clusters is not None or settings < 2 or count < 2:
+        return
+    around = cells - cells.mean(axis=1, keepdims=True)
+    means = around.mean(axis=0)
+    between = settings * float(np.sum(means**2)) / (count - 1)
+    free = (settings - 1) * (count - 1)
+    within = float(np.sum((around - means) ** 2)) / free
+    if within <= 0:
+        return
+    p = float(f_distribution.sf(between / within, count - 1, free))
+    if p < REJECTED:
+        shared = max(between - within, 0.0) / settings
+        yield Diagnostic(
+            "seeds-together",
+            f"runs of one seed are off together: about {shared / (shared + within):.0%} of the scatter between {count} seeds "
+            f"is the same at all {settings} settings (p = {p:.1g}), as when they start from the same weights or read their "
+            "text in one order; intervals take all runs for independent, so they are too narrow: `--cluster` with the seeds",
+        )
 
 
 def repetition_ignored(epochs: Floats | None) -> Iterator[Diagnostic]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit.contrast import Contrast, contrast
-from megatron_synth.study.fit.diagnostics import Diagnostic
+from megatron_synth.study.fit.diagnostics import Diagnostic, seeds_together
 from megatron_synth.study.fit.fit import Fit, Holdout, fit
 from megatron_synth.study.fit.noise import MeasuredBest, Noise, Trend, best_measured, holm, noise_floor, trend
 from megatron_synth.study.fit.ratio.choice import FEWEST_RATIOS, RATIO_LAWS, RatioChoice, choose
@@ -284,6 +284,8 @@ def _fitted(
         found = fit(law, columns, loss, bootstraps=study.report.bootstraps if bootstraps is None else bootstraps, **options)
     except UserError as error:
         return Fitted(key, tuple(rows), None, str(error))
+    if domain is None:
+        found = replace(found, warnings=(*found.warnings, *seeds_together(found, [row.seed for row in rows])))
     held: Holdout | None = None
     held_doubts: tuple[Diagnostic, ...] = ()
     out = _held_out(study, columns)

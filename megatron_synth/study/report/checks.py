@@ -148,8 +148,8 @@ def _doubt(analysis: Analysis, rates: Rated) -> None:
 
 
 _TRUNK = (
-    "budgets are branches of one trunk: they share its seed and the order of its text, so they scatter together, and the "
-    "intervals are too narrow"
+    "budgets are branches of one trunk: they share its seed and the order of its text, so they scatter together; intervals "
+    "are of whole trunks, and wide where these are few"
 )
 
 

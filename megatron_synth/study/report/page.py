@@ -185,7 +185,9 @@ class _Page:
             "<p class='muted'>“Not worse”: ratios whose mean loss the noise between seeds can explain (t-tests, corrected for "
             "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
             "the lowest. † The law carries doubts, named in the table of laws. A law that is rejected, or whose best ratio is "
-            "next to one that the runs show to be worse, gives no answer.</p>"
+            "next to one that the runs show to be worse, gives no answer. The interval by the law does not know that the law "
+            "was chosen: where seeds make it narrow it may be too narrow; the neighbors of “not worse” hold the best ratio "
+            "more often.</p>"
         )
         return titled("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
 
@@ -213,14 +215,14 @@ class _Page:
             )
         elif self.analysis.compute:
             compute = f" Equal compute: 6ND = {scientific(self.analysis.compute)}, each arm at its own best N."
-        generation = "Generating the text is not counted (`report.count_generation=true` does)."
+        generation = Markup("Generating the text is not counted (<code>report.count_generation=true</code> does).")
         if self.analysis.generation:
-            generation = (
+            generation = Markup(
                 "Generating the text is counted: each arm has the tokens that cost, with their generation, what the baseline's "
                 "tokens do, and speed-ups are of that cost."
             )
-        text = f"Equal tokens at one size is equal compute, too.{compute} {generation}"
-        return titled("At equal cost", html("<p class='muted'>{}</p>", text), table(heads, rows)) if rows else Markup("")
+        note = html("<p class='muted'>Equal tokens at one size is equal compute, too.{} {}</p>", compute, generation)
+        return titled("At equal cost", note, table(heads, rows)) if rows else Markup("")
 
     def _speed(self) -> Markup:
         rows = []
@@ -251,10 +253,10 @@ class _Page:
                 exponent = f"{found.exponent.value:+.3f} {bounds_of(found.exponent.interval, '+.3f')}"
             verdict: Markup | str = Markup('<span class="warn">falls behind</span>') if one.collapses else "no sign of it"
             numbers = (in_percent(found.last), in_percent(found.gap), floor, exponent, p_value(one.p))
-            rows.append((self.arm(one.arm), one.size, *numbers, found.noise, verdict, self.sources(one.rows)))
+            rows.append((self.arm(one.arm), one.size, verdict, *numbers, found.noise, self.sources(one.rows)))
         heads = (
-            *("arm", "N", f"gap at the largest D [{LEVEL:.0f} %]", "gap per doubling", "floor at one exponent"),
-            *("exponent at one floor", "p", "noise from", "", "runs"),
+            *("arm", "N", "", f"gap at the largest D [{LEVEL:.0f} %]", "gap per doubling", "floor at one exponent"),
+            *("exponent at one floor", "p", "noise from", "runs"),
         )
         note = Markup(
             "<p class='muted'>An arm collapses if it falls behind the baseline for good: a plateau, a higher floor and a "
@@ -273,9 +275,9 @@ class _Page:
             last = " to ".join(
                 compact(2**value) if one.what == "budget" else simple_fraction(value) for value in one.trend.values
             )
-            head = (one.of, one.what, f"{at}: {last}", f"{slope} {unit}")
-            rows.append((*head, p_value(one.p_falls), p_value(one.p_rises), self._verdict(one), self.sources(one.rows)))
-        heads = ("of", "along", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "", "runs")
+            head = (one.of, one.what, self._verdict(one), f"{at}: {last}", f"{slope} {unit}")
+            rows.append((*head, p_value(one.p_falls), p_value(one.p_rises), self.sources(one.rows)))
+        heads = ("of", "along", "", "between", f"slope of the loss [{LEVEL:.0f} %]", "p falls", "p rises", "runs")
         note = Markup(
             "<p class='muted'>Between the last two budgets of an arm, and the last two shares of a family: does the loss "
             "still fall, or does it rise? p-values against “does not fall” and “does not rise”, by Student's t with the noise "

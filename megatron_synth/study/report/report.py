@@ -38,6 +38,15 @@ def write_report(
     Raises:
         UserError: no run is finished, a result is damaged, or the folder cannot be written.
     """
+    import scipy.linalg  # noqa: F401  # a limit holds for the libraries that are loaded
+    from threadpoolctl import threadpool_limits
+
+    # matrices of a few hundred rows: a second thread mostly waits, and on a busy machine it takes five times as long
+    with threadpool_limits(1, user_api="blas"):
+        return _write_report(study, runs, folder, out=out, table=table)
+
+
+def _write_report(study: Study, runs: Sequence[Run], folder: Folder, *, out: Path | None, table: Path | None) -> Path:
     from megatron_synth.study.report.analysis import analyze
     from megatron_synth.study.report.checks import check_study, sentences
     from megatron_synth.study.report.collect import Collected, collect, read_runs_csv, write_tables

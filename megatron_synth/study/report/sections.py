@@ -175,18 +175,25 @@ def _beside(checks: Checks) -> Markup:
         ties = ", ".join(f"{share:.2g}" for share in one.band if share != one.share)
         here = f"{one.share:.2g} at {one.size}, {compact(one.tokens)} tokens{f' (not worse: {ties})' if ties else ''}"
         wide = html(
-            '<div class="wide">{}. {}. Collapse: {}. Known from: {}.</div>',
-            reference.text.capitalize(),
-            reference.answer.capitalize(),
+            '<div class="wide"><strong>{}. Collapse: {}.</strong> {}. {}. By {}, {}; known from: {}.</div>',
+            _sentence(reference.answer),
             reference.collapse,
+            _sentence(reference.text),
+            _sentence(reference.setting),
+            reference.name,
+            reference.source,
             reference.origin,
         )
-        setting = html('<div class="wide">{}</div>', reference.setting)
-        rows.append((one.family, here, f"{reference.share:.2g}", f"{reference.name}, {reference.source}", setting, wide))
-    heads = ("family", "best share here", "published", "by", "setting", "answer")
+        rows.append((one.family, f"{reference.share:.2g}", html('<div class="place">{}</div>', here), wide))
+    heads = ("family", "published", "best share here", "the published answer")
     note = Markup(
         "<p class='muted'>Reference values, where a source of the study names the kind of text that it is like. Other "
         "text, sizes "
         "and measures: they say what to expect, not what is right here.</p>"
     )
     return html("<h3>Beside published answers</h3>{}{}", note, table(heads, rows))
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital, and all its other letters as they are."""
+    return text[:1].upper() + text[1:]

@@ -45,7 +45,7 @@ class Notes:
         """What is odd about a step; None: nothing. skipped: why it was, if its numbers are finite and it was."""
         loss, norm = record[metrics.LOSS], record[metrics.GRAD_NORM]
         if loss is None:
-            return "no label counts (data.eod_mask_loss): the loss is a mean over nothing, and there is no gradient"
+            return "no label counts (data.eod_mask_loss, prompts): the loss is a mean over nothing, and there is no gradient"
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"not finite, skipped: loss {loss:.4g}, gradient norm {norm:.4g}"
         if skipped:  # its loss is none to hold others against

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_synth.cli import main as cli
+from megatron_synth.cli.mix import audit_ledger
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, load_file, to_yaml
 from megatron_synth.config.schema import Config
@@ -23,7 +24,16 @@ from megatron_synth.data.shards.selection import SelectedSource
 from megatron_synth.train.dryrun import dry_run
 from megatron_synth.train.record import metrics
 from megatron_synth.train.record.run_dir import RunDir
-from tests.support import GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE, with_columns, write_config, write_corpus
+from tests.support import (
+    GLOBAL_BATCH_SIZE,
+    SEQUENCE_LENGTH,
+    VOCAB_SIZE,
+    with_columns,
+    with_masks,
+    write_config,
+    write_corpus,
+    write_source,
+)
 
 PHASES: list[dict[str, Any]] = [
     {"tokens": 1200, "ratios": {"web": 1}},
@@ -138,6 +148,42 @@ def test_show_names_the_file_the_documents_and_the_text(
     epoch, rest = divmod(place, data.plan.epoch_windows[source_id])
     assert f"phase    {phase} of 3" in out and f"source   {name}, its sample {place}: epoch {epoch}, place {rest} of" in out
     assert f"step {sample // GLOBAL_BATCH_SIZE + 1} of" in out
+
+
+def test_show_marks_what_is_not_learned(plain: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_masks(write_source(tmp_path / "web", 0, 2_500), 0)
+    settings = [f"data.sources.web.path={folder}", f"data.tokenizer={corpus / 'tokenizer.json'}"]
+    data, marked = open_data(load_file(Config, plain, settings)), 0
+    for sample in range(12):
+        assert cli.main(["mix", "show", str(plain), str(sample), "--text", *settings]) == 0
+        out = capsys.readouterr().out
+        [[source_id], [window], _] = (part.tolist() for part in data.plan.places([sample]))
+        source = data.sources[source_id]
+        tokens, learned = np.empty(SEQUENCE_LENGTH + 1, np.int64), np.ones(SEQUENCE_LENGTH + 1, np.bool_)
+        source.read(window * SEQUENCE_LENGTH, tokens)
+        if source.masked:
+            source.read_learned(window * SEQUENCE_LENGTH, learned)
+        assert (f"{learned[1:].sum()} of the {SEQUENCE_LENGTH} labels are learned" in out) == source.masked
+        found, inside = [], False
+        text = "\n".join(part.split("\n")[1] for part in out.split("\n--- document ")[1:])
+        for one in re.findall(r"t\d+|[⟦⟧]", text):
+            if one.startswith("t"):
+                found.append((one, not inside))
+            inside = one == "⟦" if not one.startswith("t") else inside
+        assert found == [(f"t{token}", counts) for token, counts in zip(tokens.tolist(), learned.tolist(), strict=True)]
+        marked += not learned.all()
+    assert marked > 3
+
+
+def test_audit_refuses_more_learned_labels_than_were_read(plain: Path) -> None:
+    plan = open_data(load_file(Config, plain)).plan
+    recorded: Any = Ledger.planned(plan, SEQUENCE_LENGTH, 80).to_json()
+    most = recorded["sources"]["web"]["tokens"]
+    recorded["learned"] = {"tokens": most, "sources": {"web": most, "qa": 5}}
+    assert audit_ledger(plan, SEQUENCE_LENGTH, recorded, Path("ledger.json")) == []
+    recorded["learned"]["sources"]["web"] += 1
+    (found,) = audit_ledger(plan, SEQUENCE_LENGTH, recorded, Path("ledger.json"))
+    assert found == ("ledger.json", "web", "learned", f"at most {most}", str(most + 1))
 
 
 def test_show_refuses_what_is_not_there(phased: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:

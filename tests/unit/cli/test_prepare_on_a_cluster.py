@@ -6,12 +6,15 @@ import os
 import signal
 
 import pytest
+import yaml
 
 from megatron_synth.cli.prepare import main
+from megatron_synth.cli.study import main as study
 from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.preparing import shared
 from tests.unit.data.preparing.support import jsonl, tree
+from tests.unit.study.test_study_file import study_of
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def test_shares_one_after_the_other_and_then_the_rest(file, tmp_path, capsys) ->
     alone = [str(file), f"output={tmp_path / 'alone'}", "--workers", "1"]
     assert main(alone) == 0
     assert main([str(file), "--status"]) == 0
-    assert "no share of it has begun" in capsys.readouterr().out
+    assert "nothing of it has begun" in capsys.readouterr().out
     for share in ("0/2", "1/2"):
         assert main([str(file), "--share", share, "--workers", "1"]) == 0
     assert "share 0/2: 1 splits tokenized, 0 were there; the command without --share goes on" in capsys.readouterr().out
@@ -43,6 +46,25 @@ def test_shares_one_after_the_other_and_then_the_rest(file, tmp_path, capsys) ->
         for folder in (tmp_path / "out", tmp_path / "alone")
     )
     assert ours == theirs
+
+
+def test_the_text_of_a_study_in_shares_and_its_status(file, tmp_path, capsys) -> None:
+    more = {"arms": {"natural": {"web": 1}}, "sources": {"web": {"path": str(tmp_path / "out" / "web")}}}
+    content = study_of(tmp_path, prepare=file.name, validation={"web": {"path": str(tmp_path / "out" / "web")}}, **more)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+
+    def say(verb: str, *options: str) -> str:
+        assert study([verb, str(tmp_path / "study.yaml"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert f"{tmp_path / 'out'}: nothing of it has begun" in say("status")
+    say("prepare", "--share", "0/2", "--workers", "1")
+    told = say("prepare", "--status")
+    assert told.startswith("share-00000-of-00002: 1 splits, ") and told in say("status")
+    say("prepare", "--workers", "1")
+    assert say("prepare", "--status") == f"{tmp_path / 'out'}: prepared\n" and "prepared" not in say("status")
+    with pytest.raises(UserError, match="--tasks: say how many shares"):
+        study(["prepare", str(tmp_path / "study.yaml"), "--slurm"])
 
 
 def test_a_dry_run_shows_the_jobs_and_writes_nothing(file, tmp_path, capsys, monkeypatch) -> None:

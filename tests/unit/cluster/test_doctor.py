@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from megatron_synth.cli import doctor
 from megatron_synth.cluster.diagnosis import diagnose
+from megatron_synth.cluster.probe import answer_lines, read_answers
 
 NAMES = ["n1", "n2", "n3", "n4"]
 
@@ -65,3 +69,28 @@ def test_clocks_are_held_against_the_others() -> None:
     # the first one is wrong: measured from it, all others are
     assert found(nodes, together(NAMES, clocks=[0.0, 90.0, 90.01, 89.99])) == [("n1", "clock")]
     assert found(nodes, together(NAMES, clocks=[0.0, 0.2, -0.3, 0.1])) == []
+
+
+def test_of_many_nodes_the_bad_ones_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"n{number:03d}" for number in range(512)]
+    nodes = [node(name) for name in names]
+    nodes[77] = node(names[77], disk_mb_s=100.0)
+    ranks = together(names, {(3, 4): 30.0}) | {"backend": "nccl"}
+    doctor._print(nodes, ranks, diagnose(names, nodes, ranks))
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 10 and "bad: n077" in printed and "and 511 nodes" in printed
+    assert "slowest of 512 pairs of nodes: n003-n004 30, " in printed
+    doctor._print(nodes[:32], together(names[:32]) | {"backend": "nccl"}, [])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names[:32]) and "; pairs of nodes: n000-n001 40, " in printed
+
+
+def test_answers_of_any_length_come_through_srun_whole() -> None:
+    """srun breaks lines of more than a kilobyte when it labels them, and mixes those of several nodes."""
+    answers = [together([f"n{number}" for number in range(512)]), node("n1"), node("n2")]
+    one, *others = ([f"{rank}: {line}" for line in answer_lines(answer)] for rank, answer in enumerate(answers))
+    assert all(len(line) < 1000 for line in one) and len(one) > 10
+    mixed = [*one[:5], *others[0], "3: a warning", *one[5:], *others[1]]
+    assert read_answers(mixed) == (answers, ["3: a warning"])
+    found, noise = read_answers([*one[:-1], *others[0]])
+    assert found == answers[1:2] and noise == [f"an answer of which {len(one) - 1} of {len(one)} lines came"]

@@ -60,7 +60,7 @@ def told(folder: Path, output: str) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of ray's own, when its nodes are started
 def test_two_nodes_of_which_one_is_killed_write_the_bytes_of_one_machine(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'megatron-synth[ray]', or make test-ray")
+    pytest.importorskip("ray", reason="ray is not installed: make test-extras")
     from ray.cluster_utils import Cluster
 
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_synth.data.loading import loader as loader_module
 from megatron_synth.data.loading.boundaries import BoundaryTable
 from megatron_synth.data.loading.loader import Loader, validation_batches
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
-from megatron_synth.data.shards import document_index
+from megatron_synth.data.shards import indexed, native
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.source import open_source
 from tests.unit.data.shards.test_source import make
@@ -79,7 +80,7 @@ def test_a_loader_s_boundaries_are_those_of_the_documents_that_it_reads(
     folder: Path = tmp_path_factory.mktemp("sources")
     number, sources = 0, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(document_index, "SAMPLED", sampled)
+        patch.setattr(indexed, "SAMPLED", sampled)
         for name in ("a", "b"):
             make(folder / name, [[*part, 60] for part in shards], np.int32)
             for shard in range(len(shards)):
@@ -104,3 +105,27 @@ def test_a_loader_s_boundaries_are_those_of_the_documents_that_it_reads(
                 check(batch.boundaries, batch.tokens)
         for batch in validation_batches(sources[0], length, micro, 0, 1, with_boundaries=True):
             check(batch.boundaries, batch.tokens)
+
+
+def test_of_many_closed_shards_few_indexes_are_opened_at_once(tmp_path, monkeypatch) -> None:
+    shards, rows = 40, 2
+    make(tmp_path / "s", [[7, 5, 9]] * shards)
+    monkeypatch.setattr(loader_module, "OPENED_AHEAD", 8)
+
+    def fresh() -> Loader:
+        source = open_source(tmp_path / "s", "s")
+        plan = MixturePlan([SourceSpec("s", Fraction(1), source.num_windows(4), 1e9)], 1)
+        places = {"data_parallel_rank": 0, "data_parallel_size": 1}
+        return Loader(plan, [source], sequence_length=4, micro_batch_size=rows, with_boundaries=True, **places)
+
+    few, many = fresh(), fresh()
+    monkeypatch.setattr(many, "_rows_ahead", lambda: 200)
+    counts = []
+    for step in range(50):
+        batches = [next(loader.micro_batches(step * rows, rows)) for loader in (few, many)]
+        assert batches[0].tokens.tolist() == batches[1].tokens.tolist()
+        assert batches[0].boundaries.cu_seqlens.tolist() == batches[1].boundaries.cu_seqlens.tolist()
+        counts.append([sum(shard._index is not None for shard in loader.sources[0]._shards) for loader in (few, many)])
+    assert counts[1][0] <= rows * 2 + 8 * 2 and counts[1][1] == shards  # a window may lie in two shards
+    if native.library() is not None:
+        assert few._rows_ahead() == loader_module.LOOK_AHEAD_ROWS  # nearly all are open by now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,13 +16,14 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.config.schema import Config
+from megatron_synth.config.validation import validate
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.storage import objects
 from megatron_synth.storage.remote import remote
 from megatron_synth.train.dryrun import dry_run
 from tests.object_store import BUCKET, SECRET, Reply, first
-from tests.support import child_environment, write_config, write_corpus
+from tests.support import child_environment, with_columns, write_config, write_corpus
 
 PREPARE = """
 import sys
@@ -165,3 +167,44 @@ def test_plans_read_manifests_alone_and_a_run_reads_copies(store, tmp_path) -> N
         ours.read_window(7, found)
         theirs.read_window(7, expected)
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("chooses", ["where", "exclude_parents_of"])
+def test_documents_are_chosen_by_the_index_and_the_columns_alone(store, tmp_path, chooses) -> None:
+    for number, name in enumerate(("web", "held")):
+        with_columns(tmp_path / name, number + 5)
+        fsspec.filesystem("s3", use_listings_cache=False).put(str(tmp_path / name), f"{BUCKET}/{name}", recursive=True)
+
+    def config(root, **more):
+        web, held = {"path": f"{root}/web", "ratio": 1}, {"path": f"{root}/held"}
+        if chooses == "where":
+            web["where"], held["where"] = "score >= 0.5", "kind == 'qa'"
+        else:
+            more["exclude_parents_of"] = "validation"
+        data = {"sources": {"web": web}, "validation": {"held": held}, "cache": str(tmp_path / "cache"), **more}
+        model = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1}
+        train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 64}
+        return validate(Config, {"model": model, "data": data, "train": train, "optim": {"lr": 1e-3}}, "test")
+
+    local = open_data(config(tmp_path))
+    assert 0 < local.sources[0].num_tokens < local.sources[0].base.num_tokens
+    shutil.rmtree(tmp_path / "cache")
+    remotely = config(f"s3://{BUCKET}", staging=str(tmp_path / "local"))
+    with store.failing(lambda *_: None) as requests:
+        planned, told = open_data(remotely), dry_run(remotely, 1).splitlines()
+    assert any(".idx" in path for _, path in requests) and not any(".bin" in path for _, path in requests)
+    assert planned.digest == local.digest and told[3:] == dry_run(config(tmp_path), 1).splitlines()[3:]
+    with store.failing(lambda *_: None) as requests:
+        copied = open_data(remotely, staged=True)
+    assert any(".bin" in path for _, path in requests) and not any("GET" in verb and ".idx" in path for verb, path in requests)
+    assert copied.digest == local.digest
+    pairs = ((copied.sources[0], local.sources[0]), (copied.validation["held"], local.validation["held"]))
+    for ours, theirs in pairs:
+        found, expected = np.empty(ours.num_tokens, np.int64), np.empty(theirs.num_tokens, np.int64)
+        ours.read(0, found)
+        theirs.read(0, expected)
+        np.testing.assert_array_equal(found, expected)
+    needed = int((tmp_path / "web" / "shard-00000.idx").stat().st_size)
+    few = config(f"s3://{BUCKET}", staging=str(tmp_path / "few"), staging_bytes=needed)
+    with pytest.raises(UserError, match=r"data.staging_bytes: the copies of this run take \d+ bytes"):
+        open_data(few)

@@ -21,6 +21,7 @@ from megatron_synth.train.record.metrics import MetricsFile, read_metrics
 from megatron_synth.train.record.plot import write_report
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.summary import summary
+from megatron_synth.train.record.values_plot import write_values
 
 RATIOS = {"web": "67/100", "rephrased": "1/5", "qa": "1/10", "textbook": "3/100"}
 BATCH, LENGTH = 64, 2048
@@ -175,6 +176,27 @@ def test_health_is_drawn_where_it_was_recorded(
     assert size(path / "health.png") == (1600, 1000)
     image = pixels(path / "health.png")
     assert all(has_color(image, color) for color in (plot.INK, plot.PALETTE[1], plot.PALETTE[3]))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_losses_by_value_are_drawn_where_they_were_recorded(
+    steps: int, tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "run", steps, 20)
+    assert write_values(path) is None and not (path / "loss_by.png").exists()
+    records = read_metrics(path / "metrics.jsonl")
+    for record in records:
+        record |= {"train/loss_by/kind/qa": 3.0 + 1 / record["step"], "train/loss_by/generator/$x$ {%s}" + "y" * 60: 4.0}
+        if record["step"] % 20 == 0:
+            record |= {"eval/loss_by/kind/qa": 3.5, "eval/loss_by/kind/(none)": 3.7}
+    (path / "metrics.jsonl").unlink()
+    MetricsFile(path / "metrics.jsonl").append(records)
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.strip().endswith(f"-> {path / 'loss_by.png'}")
+    assert size(path / "loss_by.png") == (1600, 1000)
+    image = pixels(path / "loss_by.png")
+    assert all(has_color(image, color) for color in plot.PALETTE[: 2 if steps > 1 else 1])
     assert [str(warning.message) for warning in recwarn] == []
 
 

@@ -102,7 +102,7 @@ def _laws(analysis: Analysis, style: dict[str, Look], law: str, caption: str) ->
     )
     if len(panels) < every:
         caption += f" {len(panels)} of {every} panels, those with most compute; the map has all cells, the data all laws."
-    size = figure_size(len(panels), min(len(panels), 2), 4.0)
+    size = figure_size(len(panels), height=4.0)
     question = "How does the loss fall with data?" if law == "data" else "How does the loss fall with model size?"
     title = _lowest_at(_rows_at(fits, shown[-1]), baseline)
     data = _law_data(fits, law)
@@ -401,7 +401,11 @@ def _domain_bars(analysis: Analysis, style: dict[str, Look]) -> Drawn | None:
     told = "; ".join(f"{arm}, {name}: {100 * change:+.1f} %" for (arm, name), (change, _) in changes.items())
     better = {name: sum(changes[arm, name][0] < 0 for arm in arms) for name in domains}
     most, least = (pick(better, key=lambda name: better[name]) for pick in (max, min))
-    title = f"Most arms help on {most} ({better[most]} of {len(arms)}), fewest on {least} ({better[least]})"
+    title = f"{better[most]} of {len(arms)} arms help on {most}"
+    if better[most] > better[least]:
+        title = f"Most arms help on {most} ({better[most]} of {len(arms)}), fewest on {least} ({better[least]})"
+    elif len(domains) > 1:
+        title = f"{better[most]} of {len(arms)} arms help, on every domain as many"
     heads = ("arm", "domain", "change", "standard error")
     data = [heads, *((arm, name, *change) for (arm, name), change in changes.items())]
     question = "On which domains does it help?"

@@ -126,6 +126,7 @@ def render_figure(
         draw(figure)
         vector, raster = io.BytesIO(), io.BytesIO()
         figure.savefig(vector, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # places are found once, which takes as long as to draw
         figure.savefig(raster, format="png", facecolor="white", dpi=110)
     svg = _compact(vector.getvalue().decode(), name)
     inline = _inline(svg, name, f"{question} {title}. {told}".strip())

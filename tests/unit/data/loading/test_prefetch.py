@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.data.loading import loader as loader_module
+from megatron_synth.data.loading import prefetch
 from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.loading.prefetch import STEPS_AHEAD, Prefetcher
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
@@ -153,3 +155,57 @@ def test_a_file_that_is_cut_off_while_in_use_is_named(tmp_path) -> None:
         with pytest.raises(UserError, match=r"shard-00000.bin: 34 bytes expected at offset \d+, found \d+: the file was cut"):
             for step in range(1, 20):
                 prefetcher.step(step * 4)
+
+
+@pytest.mark.parametrize(("slow_row_s", "asked_steps"), [(0.0, 20), (1e9, 1)])
+def test_a_slow_disk_is_asked_once_for_each_row_before_it_is_read(monkeypatch, slow_row_s: float, asked_steps: int) -> None:
+    """Every row counts as slow, or none: then the disk is asked for the first step alone."""
+    monkeypatch.setattr(prefetch, "SLOW_ROW_S", slow_row_s)
+    loader = loader_of()
+    asked: list[tuple[int, int]] = []
+    unasked: list[tuple[int, int]] = []
+    for number, source in enumerate(loader.sources):
+        monkeypatch.setattr(source, "will_need", lambda begin, length, number=number: asked.append((number, begin)))
+
+    def reader(number: int, read):
+        def reading(begin: int, out: np.ndarray) -> None:
+            if (number, begin) not in asked:
+                unasked.append((number, begin))
+            read(begin, out)
+
+        return reading
+
+    loader._readers = [reader(number, source.read) for number, source in enumerate(loader.sources)]
+    with Prefetcher(loader, 8, end_sample=160) as prefetcher:
+        for step in range(20):
+            prefetcher.step(step * 8)
+    assert len(asked) == 8 * asked_steps
+    assert bool(unasked) == (asked_steps < 20)
+
+
+def test_the_disk_is_asked_again_and_again_once_it_was_slow_and_not_for_ever(monkeypatch) -> None:
+    """What was asked for comes quickly: that is no reason to stop asking at once."""
+    monkeypatch.setattr(prefetch, "ASKED_LONGER", 5)
+    clock = iter(np.cumsum([0.0, 1.0, *[0.0] * 100]).tolist())  # the first step takes a second
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: next(clock))
+    loader = loader_of()
+    asked: list[int] = []
+    monkeypatch.setattr(loader, "will_need", lambda first, samples: asked.append(first // samples))
+    with Prefetcher(loader, 8, end_sample=160) as prefetcher:
+        for step in range(20):
+            prefetcher.step(step * 8)
+    # the first, then with each of five steps those up to the second after it
+    assert asked == list(range(8))
+
+
+def test_tables_of_coming_steps_do_not_push_out_that_of_the_step_that_is_read(monkeypatch) -> None:
+    monkeypatch.setattr(loader_module, "LOOK_AHEAD_ROWS", 8)
+    loader, made = loader_of(), []
+    make_table = loader._make
+    monkeypatch.setattr(loader, "_make", lambda *args: made.append(args) or make_table(*args))
+    plain = loader_of()
+    for step in range(12):
+        for ahead in range(3):
+            loader.will_need((step + ahead) * 8, 8)
+        assert content(loader.micro_batches(step * 8, 8)) == content(plain.micro_batches(step * 8, 8))
+    assert len(made) == 14  # one for each step, those asked for beyond the last among them

@@ -18,7 +18,7 @@ from megatron_synth.data.preparing import prepare as preparing
 from megatron_synth.data.preparing import splits
 from megatron_synth.data.preparing.journal import JOURNAL, read_journal
 from megatron_synth.data.preparing.prepare import prepare, prepare_share
-from megatron_synth.data.preparing.shared import folder_of, status_text
+from megatron_synth.data.preparing.shared import folder_of, progress_text
 from tests.unit.data.preparing.support import SHUFFLED_AND_PACKED, TEXTS, jsonl, tree
 
 SETTINGS = {"plain": {}, "shuffled and packed": SHUFFLED_AND_PACKED}
@@ -86,7 +86,7 @@ def test_any_number_of_shares_gives_the_bytes_of_one_machine(text, tmp_path, set
         numbers = told(config)
         assert sorted(numbers) == list(range(len(numbers))) and len(numbers) > 20  # all of them, none twice
         assert prepare_share(config, Share(0, count)) == (0, len(range(0, len(numbers), count)))
-        assert "share-00000-of" in status_text(tmp_path / f"of-{count}")
+        assert "share-00000-of" in progress_text(tmp_path / f"of-{count}")
         prepare(config)
         assert bytes_of(tmp_path / f"of-{count}") == bytes_of(tmp_path / "alone"), count
         assert not folder_of(tmp_path / f"of-{count}").exists()

@@ -14,11 +14,8 @@ import pytest
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.expression import parse
-from megatron_synth.config.schema import Config
-from megatron_synth.config.validation import validate
 from megatron_synth.data.loading import shared_content
 from megatron_synth.data.loading.loader import Loader
-from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec, windows_in
 from megatron_synth.data.shards import native, places
 from megatron_synth.data.shards.checksums import BlockChecker, verify
@@ -29,6 +26,7 @@ from megatron_synth.data.shards.selection import SelectedSource, select, shared_
 from megatron_synth.data.shards.source import Source, open_source
 from megatron_synth.data.shards.staging import stage
 from tests.support import with_columns
+from tests.unit.data.mixing.test_apportionment import largest_deviation
 
 LENGTH = 64
 
@@ -137,18 +135,20 @@ def test_sixty_four_choices_are_as_exact_as_sources(corpus, tmp_path):
         low, high = number / 64, (number + 20) / 64
         text = f"{low} <= score < {high} or year == {1990 + number % 36}"
         source_of[f"s{number}"] = select(open_source(corpus, f"s{number}"), parse(text), tmp_path, "w")
-    weights = np.random.default_rng(3).integers(1, 1000, 64).tolist()
-    specs = [
-        SourceSpec(name, Fraction(weight, sum(weights)), source.num_windows(LENGTH), math.inf)
-        for (name, source), weight in zip(source_of.items(), weights, strict=True)
-    ]
-    plan = MixturePlan(specs, 11)
-    ids, _ = plan.locate(np.arange(20_000))
-    counts = np.zeros((20_001, 64))
-    np.cumsum(ids[:, None] == np.arange(64), axis=0, out=counts[1:])
-    ideal = np.arange(20_001)[:, None] * np.array([float(spec.ratio) for spec in specs])
-    assert np.abs(counts - ideal).max() < 1
-    assert plan.counts(20_000).tolist() == counts[-1].astype(int).tolist()
+    for seed, most in ((3, 1000), (4, 50), (5, 2)):
+        weights = np.random.default_rng(seed).integers(1, most, 64).tolist()
+        specs = [
+            SourceSpec(name, Fraction(weight, sum(weights)), source.num_windows(LENGTH), math.inf)
+            for (name, source), weight in zip(source_of.items(), weights, strict=True)
+        ]
+        plan, samples = MixturePlan(specs, 11), min(2 * sum(weights), 6_000)
+        ids, windows = plan.locate(np.arange(samples))
+        assert largest_deviation([spec.ratio for spec in specs], ids) <= 1 - Fraction(1, 2 * 64 - 2)
+        assert plan.counts(samples).tolist() == np.bincount(ids, minlength=64).tolist()
+        for number, spec in enumerate(specs):  # each epoch shows each window once
+            own = windows[ids == number]
+            for epoch in range(0, len(own), spec.num_windows):
+                assert len(set(own[epoch : epoch + spec.num_windows].tolist())) == len(own[epoch : epoch + spec.num_windows])
 
 
 def test_an_index_is_made_once_and_made_again_where_it_is_not_what_was_written(corpus, tmp_path):
@@ -315,16 +315,3 @@ def test_a_bare_pair_and_a_packed_source_are_refused(tmp_path):
     ShardInfo(name="x", **vars(writer.finish()))
     with pytest.raises(UserError, match="bare pair without columns"):
         select(open_source(tmp_path / "x", "x"), parse("year > 1"), tmp_path, "w")
-
-
-@pytest.mark.parametrize("key", ["data.sources.web.where", "data.exclude_parents_of"])
-def test_a_choice_in_object_storage_is_refused_before_anything_is_asked(key):
-    where = {"where": "score >= 0.5"} if key.endswith("where") else {}
-    data = {"sources": {"web": {"path": "s3://none-such/web", "ratio": 1, **where}}, "staging": "copies"}
-    if not where:
-        data |= {"exclude_parents_of": "validation", "validation": {"held": {"path": "s3://none-such/held"}}}
-    model = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1, "vocab_size": 64}
-    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 64}
-    config = validate(Config, {"model": model, "data": data, "train": train, "optim": {"lr": 1e-3}}, "test")
-    with pytest.raises(UserError, match=rf"^{key}: s3://none-such/web: documents can be chosen of a source on a disk alone"):
-        open_data(config)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.config.errors import UserError
+from megatron_synth.config.errors import RankError, UserError
 from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards import indexed
@@ -233,7 +233,7 @@ def test_many_shards_are_opened_when_needed_and_never_all(tmp_path, monkeypatch,
     pool = indexed.OpenShards()
     pool._limit = 10
     monkeypatch.setattr(indexed, "_open_shards", pool)
-    monkeypatch.setattr(source_module, "EAGER_SHARDS", 39)
+    monkeypatch.setattr(source_module, "MANY_SHARDS", 39)
     source = open_source(tmp_path / "s", "s", memory_map=memory_map)
     assert not any(source._shards) and not open_files(tmp_path)
     windows = np.random.default_rng(0).permutation(source.num_windows(9))
@@ -261,11 +261,29 @@ def test_a_shard_that_is_another_than_announced_is_refused_when_it_is_first_need
     (tmp_path / "s" / "shard-00001.idx").write_bytes(data)
     with pytest.raises(UserError, match=r"shard-00001.idx: not a Megatron index"):
         open_source(tmp_path / "s", "s")
-    monkeypatch.setattr(source_module, "EAGER_SHARDS", 1)
+    monkeypatch.setattr(source_module, "MANY_SHARDS", 1)
     source = open_source(tmp_path / "s", "s")
     source.read_window(0, np.empty(5, np.int64))
     with pytest.raises(UserError, match=r"shard-00001.idx: not a Megatron index"):
         source.read_window(2, np.empty(5, np.int64))
+
+
+def test_sizes_of_many_shards_are_looked_at_in_parts_by_ranks(tmp_path, monkeypatch):
+    make(tmp_path / "s", [[4, 4]] * 4)
+    short = tmp_path / "s" / "shard-00002.bin"
+    short.write_bytes(short.read_bytes()[:-2])
+    for rank in range(2):  # few shards: every rank looks at all
+        with pytest.raises(UserError, match=r"shard-00002.bin: .* announces 16 bytes, found 14") as found:
+            open_source(tmp_path / "s", "s", part=(rank, 2))
+        assert not isinstance(found.value, RankError)
+    monkeypatch.setattr(source_module, "MANY_SHARDS", 3)
+    source = open_source(tmp_path / "s", "s", part=(1, 2))  # shards 1 and 3
+    with pytest.raises(UserError, match=r"shard-00002.bin"):  # what another rank was to look at is seen when it is read
+        source.read(16, np.empty(8, np.int64))
+    with pytest.raises(RankError, match=r"rank 0: .*shard-00002.bin: .* announces 16 bytes, found 14"):
+        open_source(tmp_path / "s", "s", part=(0, 2))
+    with pytest.raises(UserError, match=r"shard-00002.bin"):
+        open_source(tmp_path / "s", "s")
 
 
 def test_nothing_is_handed_out_that_the_check_refuses(tmp_path):
