@@ -42,7 +42,7 @@ def test_training_refuses_ids_beyond_the_vocabulary(layout: str, token: int, ran
     world_size, settings = LAYOUTS[layout]
     run = tmp_path / "run"
     arguments = ["train", str(config), *settings, f"model.make_vocab_size_divisible_by={PADDED}", "--run-dir", str(run)]
-    _refused(ranks, world_size, arguments, message, "web/shard-00001.bin, byte ")
+    _refused(ranks, world_size, arguments, message, "web/shard-00001.bin, byte ", "; read for sample ", "web/shard-00001.bin, document")
     # the step whose batch holds such an id is not made
     records = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     assert len(records) <= 1 and checkpoint_names(run) == []

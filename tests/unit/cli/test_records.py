@@ -64,8 +64,9 @@ def test_every_verb_names_the_damaged_file(world: World, name: str, number: int,
             assert cli.main([*verb, str(world.run)]) == 2
             assert capsys.readouterr().err.startswith(f"error: {file.resolve()}"), verb
         assert cli.main(["status", str(world.folder / "runs")]) == 0
-        _, damaged, sound = capsys.readouterr().out.splitlines()
+        _, damaged, sound, *slow = capsys.readouterr().out.splitlines()
         assert sound.startswith("b ") and "done" in sound
+        assert slow[-1].startswith("b: node1 is the slowest of 2 nodes")
         if name != "ledger.json":  # status does not read it
             assert damaged.startswith("a ") and " damaged " in damaged and name in damaged
     finally:
@@ -83,8 +84,9 @@ def test_a_pipe_in_place_of_a_record_is_not_waited_for(
     began = time.monotonic()
     try:
         assert cli.main(["status", str(world.folder / "runs")]) == 0
-        _, damaged, sound = capsys.readouterr().out.splitlines()
+        _, damaged, sound, *slow = capsys.readouterr().out.splitlines()
         assert sound.startswith("b ") and "done" in sound
+        assert slow[-1].startswith("b: node1 is the slowest of 2 nodes")
         assert name not in ("metrics.jsonl", "events.log") or f"{name}: cannot be read" in damaged
         assert cli.main(["mix", "audit", str(world.run)]) == (0 if name == "events.log" else 2)
         assert name == "events.log" or name in capsys.readouterr().err
