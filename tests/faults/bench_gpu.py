@@ -3,8 +3,8 @@
     python -m tests.faults.bench_gpu --kills 20 [--seed N] -- --smoke
 
 What follows `--` are arguments of `bench gpu`. On a machine without a GPU, in the environment of `make gpu-rehearsal` with the
-device preloaded (tests/nocuda/build.py), it is the whole script that is killed. There it ends with 1 (`--ends 1`), as parts that
-ask for numbers find none; what is done must be kept all the same.
+device preloaded (tests/nocuda/build.py), it is the whole script that is killed. There it ends with 1 (`--ends 1`), as parts
+that ask for numbers find none; what is done must be kept all the same.
 """
 
 from __future__ import annotations
