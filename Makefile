@@ -46,7 +46,7 @@ endif
 # modules are compiled when they are first imported, not on installation, as most never are: so they may not stay uncompiled
 unexport PYTHONDONTWRITEBYTECODE
 # what a run imports, so that its ranks do not all compile the same at once
-IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth.parallel.wrap, megatron_synth.train.record.plot, matplotlib.figure
+IMPORTS := megatron_synth.train.loop, megatron_synth.model.build, megatron_synth.parallel.wrap, megatron_synth.train.record.figures.plot, matplotlib.figure
 
 # ranks share the cores: more threads per rank only make them wait for each other
 export OMP_NUM_THREADS ?= 1

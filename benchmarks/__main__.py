@@ -18,7 +18,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "checkpoint": ("benchmarks.checkpoint_cli:main", "how long a save keeps training waiting"),
     "merge": ("benchmarks.merge:main", "memory and time of merging checkpoints"),
     "fp8": ("benchmarks.fp8_cli:main", "losses at the end of training in FP8 beside those of BF16"),
-    "laws": ("benchmarks.laws_cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
+    "laws": ("benchmarks.laws.cli:main", "laws on public tables beside published ones; designs and intervals, simulated"),
     "coverage": ("benchmarks.coverage:main", "what coverage selection covers, beside random choices"),
     "filters": ("benchmarks.filters:main", "precision and recall of the filters of synthetic text"),
     "token-editing": ("benchmarks.token_editing:main", "how much of natural text token editing changes"),

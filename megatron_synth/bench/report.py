@@ -165,7 +165,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from megatron_synth.train.record.plot import save
+    from megatron_synth.train.record.figures.plot import save
 
     matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(records)), layout="constrained")

@@ -23,11 +23,11 @@ def main(argv: list[str]) -> int:
     """Summarize each run and return the exit code."""
     runs = parser().parse_args(argv).run
     from megatron_synth.cluster.status import goodput_of
-    from megatron_synth.train.record.health_plot import write_health
-    from megatron_synth.train.record.plot import write_report
+    from megatron_synth.train.record.figures.health import write_health
+    from megatron_synth.train.record.figures.plot import write_report
+    from megatron_synth.train.record.figures.times import write_times
+    from megatron_synth.train.record.figures.values import write_values
     from megatron_synth.train.record.summary import summary
-    from megatron_synth.train.record.times_plot import write_times
-    from megatron_synth.train.record.values_plot import write_values
 
     for run in runs:
         time_spent = goodput_of(run)

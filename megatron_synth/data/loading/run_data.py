@@ -29,8 +29,8 @@ from megatron_synth.data.shards.fingerprint import content_of
 from megatron_synth.data.shards.manifest import Manifest, TokenizerInfo
 from megatron_synth.data.shards.selection import Int64, ids_of, parents_of, select
 from megatron_synth.data.shards.source import WHOLE, Source, check_compatible, open_source
-from megatron_synth.data.shards.staging import copied_file, copy_name, head, stage, stage_documents
-from megatron_synth.data.shards.staging_limit import claim
+from megatron_synth.data.staging.copies import copied_file, copy_name, head, stage, stage_documents
+from megatron_synth.data.staging.limit import claim
 from megatron_synth.data.tokenizer import fingerprint_of
 from megatron_synth.storage.remote import Location, Remote, location_of
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
-from megatron_synth.data.loading.loader import deal
+from megatron_synth.data.loading.dealing import deal
 from megatron_synth.data.loading.run_data import open_data
 from tests.dist.pool import RankPool
 from tests.support import LAYOUTS, checkpoint_names, read_metrics, write_config, write_corpus

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import laws_cli
-from benchmarks.laws_intervals import KINDS
+from benchmarks.laws import cli
+from benchmarks.laws.intervals import KINDS
 from megatron_synth.config.errors import UserError
 
 
@@ -20,7 +20,7 @@ def measured(**found: Any) -> dict[str, Any]:
 def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], **found: Any) -> dict[str, list[str]]:
     file = tmp_path / "measured.json"
     file.write_text(json.dumps(measured(**found)))
-    assert laws_cli.main(["--goals", "--json", str(file)]) == 0
+    assert cli.main(["--goals", "--json", str(file)]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
 
@@ -43,9 +43,9 @@ def test_every_goal_is_held_against_what_was_found(tmp_path: Path, capsys: pytes
 
 def test_what_it_needs_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown part 'interval'; any of regmix,.*intervals, report"):
-        laws_cli.main(["--parts", "interval"])
+        cli.main(["--parts", "interval"])
     with pytest.raises(UserError, match="--data: needed for all parts but designs, coverage, intervals, report"):
-        laws_cli.main(["--parts", "regmix"])
+        cli.main(["--parts", "regmix"])
     with pytest.raises(UserError, match="--json names the file"):
-        laws_cli.main(["--goals"])
+        cli.main(["--goals"])
     assert {kind.cluster for kind in KINDS.values()} == {None, "budget", "seed"}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.shards import staging
 from megatron_synth.data.shards.source import open_source
+from megatron_synth.data.staging import copies
 from megatron_synth.storage import objects
 from megatron_synth.storage.remote import remote
 from tests.object_store import BUCKET, SECRET, Reply, Store, first
@@ -128,32 +128,32 @@ def test_a_full_disk_of_copies_and_a_damaged_shard(store, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.os, "fdopen", lambda *arguments, **more: Full(real(*arguments, **more)))
+        patch.setattr(copies.os, "fdopen", lambda *arguments, **more: Full(real(*arguments, **more)))
         with pytest.raises(
             UserError, match=r"local/web-\w+: No space left on device while s3://corpora/corpus/web was copied to"
         ):
-            staging.stage(source, tmp_path / "local")
-    copy = staging.stage(source, tmp_path / "local")  # goes on where there is room
+            copies.stage(source, tmp_path / "local")
+    copy = copies.stage(source, tmp_path / "local")  # goes on where there is room
     found, expected = np.empty((2, 3000), np.int64)
     open_source(copy, "web").read(0, found)
     open_source(tmp_path / "web", "web").read(0, expected)
     np.testing.assert_array_equal(found, expected)
     with store.failing(lambda *_: Reply(403, "AccessDenied")), pytest.raises(UserError, match="could not read it: access is"):
-        staging.stage(source, tmp_path / "local")
+        copies.stage(source, tmp_path / "local")
     damaged = bytearray((tmp_path / "web" / "shard-00001.bin").read_bytes())
     damaged[100] ^= 1
     objects.write(source / "shard-00001.bin", bytes(damaged))
     with pytest.raises(UserError, match=r"s3://corpora/corpus/web/shard-00001.bin: altered: its checksum is not that of"):
-        staging.stage(source, tmp_path / "fresh")
+        copies.stage(source, tmp_path / "fresh")
     objects.write(source / "shard-00001.bin", bytes(damaged[:-2]))
     with pytest.raises(UserError, match=r"shard-00001.bin: manifest.json announces \d+ bytes, found \d+; copy it again"):
-        staging.stage(source, tmp_path / "fresh")
+        copies.stage(source, tmp_path / "fresh")
 
 
 def test_a_manifest_in_a_bucket_is_checked_as_one_on_a_disk(store, tmp_path) -> None:
     with pytest.raises(UserError, match=r"web/manifest.json: no such object; expected a prepared source"):
-        staging.stage(remote(f"s3://{BUCKET}/web"), tmp_path)
+        copies.stage(remote(f"s3://{BUCKET}/web"), tmp_path)
     objects.write(remote(f"s3://{BUCKET}/web/manifest.json"), b'{"format_version": 2, "shards": [{"name": "../evil"}]}')
     with pytest.raises(UserError, match=r"s3://corpora/web/manifest.json: "):
-        staging.stage(remote(f"s3://{BUCKET}/web"), tmp_path)
+        copies.stage(remote(f"s3://{BUCKET}/web"), tmp_path)
     assert list(tmp_path.iterdir()) == []

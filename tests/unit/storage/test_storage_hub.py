@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.preparing.prepare import prepare
-from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.staging.copies import stage
 from megatron_synth.storage import objects
 from megatron_synth.storage.remote import remote
 

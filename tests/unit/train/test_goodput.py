@@ -15,9 +15,9 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core import process_time
 from megatron_synth.train.record import goodput as kinds
 from megatron_synth.train.record import times
+from megatron_synth.train.record.figures.times import write_times
 from megatron_synth.train.record.goodput import goodput, together
 from megatron_synth.train.record.times import Times, read_times
-from megatron_synth.train.record.times_plot import write_times
 from tests.support import run_info
 
 

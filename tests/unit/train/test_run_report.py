@@ -16,12 +16,12 @@ from megatron_synth.cli.report import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
 from megatron_synth.train.record import plot, run_dir
-from megatron_synth.train.record.health_plot import write_health
+from megatron_synth.train.record.figures.health import write_health
+from megatron_synth.train.record.figures.plot import write_report
+from megatron_synth.train.record.figures.values import write_values
 from megatron_synth.train.record.metrics import MetricsFile, read_metrics
-from megatron_synth.train.record.plot import write_report
 from megatron_synth.train.record.run_dir import RunDir
 from megatron_synth.train.record.summary import summary
-from megatron_synth.train.record.values_plot import write_values
 
 RATIOS = {"web": "67/100", "rephrased": "1/5", "qa": "1/10", "textbook": "3/100"}
 BATCH, LENGTH = 64, 2048

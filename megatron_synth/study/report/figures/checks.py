@@ -21,7 +21,7 @@ from megatron_synth.study.report.figures.drawing import (
     panels_of,
     render_figure,
 )
-from megatron_synth.train.record.plot import GREY, INK
+from megatron_synth.train.record.figures.plot import GREY, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

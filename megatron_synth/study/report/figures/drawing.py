@@ -16,7 +16,7 @@ from markupsafe import escape
 
 from megatron_synth.core.log import compact
 from megatron_synth.study.report.analysis import Analysis, Fitted
-from megatron_synth.train.record.plot import FAINT, GREY, INK, STYLE
+from megatron_synth.train.record.figures.plot import FAINT, GREY, INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

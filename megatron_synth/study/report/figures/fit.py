@@ -13,7 +13,7 @@ from megatron_synth.core.log import human, one_line
 from megatron_synth.study.fit.fit import Fit
 from megatron_synth.study.fit.laws import N_PARAMS, RATIO, TOKENS, Floats
 from megatron_synth.study.report.answers import compute_optimal
-from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE, STYLE, save
+from megatron_synth.train.record.figures.plot import ACCENT, GREY, INK, PALETTE, STYLE, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_synth.study.fit.shares.fit import ShareFit
 from megatron_synth.study.fit.shares.points import Mixtures
 from megatron_synth.study.report.figures.fit import three_panels
-from megatron_synth.train.record.plot import ACCENT, GREY, INK, PALETTE
+from megatron_synth.train.record.figures.plot import ACCENT, GREY, INK, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

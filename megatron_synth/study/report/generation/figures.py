@@ -11,7 +11,7 @@ from megatron_synth.core.log import compact, human
 from megatron_synth.study.report.analysis import LEVEL
 from megatron_synth.study.report.figures.drawing import Drawn, Look, figure_size, panel_title, panels_of, render_figure
 from megatron_synth.study.report.generation.analysis import ArmCost, Generation, Loop, RoundText
-from megatron_synth.train.record.plot import GREY, INK, label_ends
+from megatron_synth.train.record.figures.plot import GREY, INK, label_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.loading.loader import Loader, deal, validation_batches, validation_windows
+from megatron_synth.data.loading.dealing import deal
+from megatron_synth.data.loading.loader import Loader, validation_batches, validation_windows
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards.indexed import Places
 from megatron_synth.data.shards.native import BusError

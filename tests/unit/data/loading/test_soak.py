@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megatron_synth.data.loading.loader import deal
+from megatron_synth.data.loading.dealing import deal
 from megatron_synth.data.mixing.ledger import Ledger
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.mixing.schedule import Phase

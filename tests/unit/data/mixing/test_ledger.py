@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.loading.loader import deal
+from megatron_synth.data.loading.dealing import deal
 from megatron_synth.data.mixing.ledger import Ledger, LedgerMismatch
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.mixing.schedule import Phase

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.loading.loader import deal
+from megatron_synth.data.loading.dealing import deal
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.mixing.schedule import Phase
 

@@ -24,7 +24,7 @@ from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import ShardInfo
 from megatron_synth.data.shards.selection import SelectedSource, select, shared_tokens
 from megatron_synth.data.shards.source import Source, open_source
-from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.staging.copies import stage
 from tests.support import with_columns
 from tests.unit.data.mixing.test_apportionment import largest_deviation
 

@@ -22,7 +22,7 @@ from megatron_synth.data.shards.learned import SUFFIX, LearnedFile, LearnedWrite
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.selection import select
 from megatron_synth.data.shards.source import Source, open_source
-from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.staging.copies import stage
 from tests.support import with_columns, with_masks, write_source
 
 LENGTH = 64

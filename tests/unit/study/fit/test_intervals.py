@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.laws_intervals import KINDS
-from benchmarks.laws_intervals import coverage as covered
+from benchmarks.laws.intervals import KINDS
+from benchmarks.laws.intervals import coverage as covered
 from megatron_synth.cli import main as cli
 from megatron_synth.config.errors import UserError
 from megatron_synth.study.fit import between_ratios

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import human, show
-from megatron_synth.data.shards.staging import CHECKED, locked, own_folder
+from megatron_synth.data.staging.copies import CHECKED, locked, own_folder
 
 USED, FOLDER_LOCK = ".used", ".staging.lock"
 _REMOVED = ".removed-"

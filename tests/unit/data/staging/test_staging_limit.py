@@ -12,8 +12,8 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
-from megatron_synth.data.shards import staging_limit
-from megatron_synth.data.shards.staging_limit import claim
+from megatron_synth.data.staging import limit
+from megatron_synth.data.staging.limit import claim
 from tests.support import child_environment, write_config, write_corpus
 
 
@@ -21,7 +21,7 @@ from tests.support import child_environment, write_config, write_corpus
 def another_process(monkeypatch):
     """What this test holds is let go at its end."""
     held = {}
-    monkeypatch.setattr(staging_limit, "_held", held)
+    monkeypatch.setattr(limit, "_held", held)
     yield
     let_go(held)
 
@@ -38,7 +38,7 @@ def made(folder, *names, size=100):
         claim(folder, {name: size}, None)
         (folder / name / "shard.bin").write_bytes(bytes(size // 2))
         os.utime(folder / name / ".used", (1000 + number, 1000 + number))
-    let_go(staging_limit._held)
+    let_go(limit._held)
 
 
 def there(folder):
@@ -48,10 +48,10 @@ def there(folder):
 def test_the_copy_that_was_used_longest_ago_goes_first(tmp_path) -> None:
     made(tmp_path, "a", "b", "c")
     claim(tmp_path, {"a": 100}, 1000)  # used again: it is the newest now
-    let_go(staging_limit._held)
+    let_go(limit._held)
     claim(tmp_path, {"d": 100}, 300)
     assert there(tmp_path) == ["a", "c", "d"]
-    let_go(staging_limit._held)
+    let_go(limit._held)
     claim(tmp_path, {"e": 150, "d": 100}, 250)  # a whole copy counts as announced, not as far as it has come
     assert there(tmp_path) == ["d", "e"]
 
@@ -69,7 +69,7 @@ def test_what_a_living_process_uses_stays_and_that_of_a_killed_one_goes(tmp_path
     script = f"""
 import sys
 from pathlib import Path
-from megatron_synth.data.shards.staging_limit import claim
+from megatron_synth.data.staging.limit import claim
 claim(Path({str(tmp_path)!r}), {{"a": 100}}, None)
 print("held", flush=True)
 sys.stdin.read()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import laws, laws_intervals, laws_report
+from benchmarks.laws import intervals, measure, report
 from megatron_synth.bench import tables
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         file = None
         if part in FILES or part in ("few", "proposal"):
             name = FILES.get(part, FILES["regmix"])
-            file = laws.require(options.data, {part: name})[part]
+            file = measure.require(options.data, {part: name})[part]
         found = _run(part, file, options)
         if options.json is not None:
             before = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
@@ -140,56 +140,56 @@ def _goals(measured: dict[str, Any]) -> list[list[str]]:
 def _run(part: str, file: Path | None, options: argparse.Namespace) -> Any:
     """Run a part and print its table."""
     if part == "designs":
-        found = laws.designs(options.studies, _tell)
+        found = measure.designs(options.studies, _tell)
         _print(
             f"{options.studies} simulated studies of three sources: true loss of the mixture that is chosen", _designs(found)
         )
         return found
     if part == "coverage":
-        covered = laws.coverage(options.studies, tell=_tell)
+        covered = measure.coverage(options.studies, tell=_tell)
         _print(f"{options.studies} simulated studies of three sources: 90 % intervals", _coverage(covered))
         return covered
     if part == "intervals":
-        covering = laws_intervals.all_designs(options.draws, _tell)
+        covering = intervals.all_designs(options.draws, _tell)
         _print(f"90 % intervals of the law in D, {options.draws} draws of each design", _intervals(covering))
         return covering
     if part == "report":
-        took = laws_report.report_times()
+        took = report.report_times()
         _print("study report on fabricated runs of configs/study/paper.yaml", _report(took))
         return took
     assert file is not None
     if part == "repetition":
-        repeated = laws.repetition(file)
+        repeated = measure.repetition(file)
         _print(f"repetition: {repeated['runs']} runs, {repeated['beyond_20_epochs']} beyond 20 epochs", _repetition(repeated))
         return repeated
     if part == "over-training":
-        trained = laws.over_training(file)
+        trained = measure.over_training(file)
         _print("over-training: fitted to five small runs per corpus, on the runs of 1.4B and 6.9B", _gadre(trained))
         return trained
-    data = laws.read_regmix(file)
+    data = measure.read_regmix(file)
     if part == "proposal":
-        proposal = laws.regmix_proposal(data)
+        proposal = measure.regmix_proposal(data)
         say("\n" + json.dumps(proposal, indent=2))
         return proposal
     if part == "regmix":
-        scores, chosen = laws.regmix_scores(data, tell=_tell)
+        scores, chosen = measure.regmix_scores(data, tell=_tell)
         title = f"RegMix at 1M: {len(data.train)} mixtures, {len(data.test)} to predict, {len(data.domains)} domains"
         _print(title, _scores(scores))
         return {"scores": [asdict(score) for score in scores], "chosen": chosen}
-    draws = [laws.regmix_scores(data, 64, seed, _tell)[0] for seed in range(options.subsets)]
+    draws = [measure.regmix_scores(data, 64, seed, _tell)[0] for seed in range(options.subsets)]
     means = sorted(_means(draws), key=lambda score: score.error)
     _print(f"RegMix at 1M from 64 mixtures, means of {options.subsets} draws", _scores(means))
     return [asdict(score) for score in means]
 
 
-def _means(draws: Sequence[Sequence[laws.Score]]) -> list[laws.Score]:
+def _means(draws: Sequence[Sequence[measure.Score]]) -> list[measure.Score]:
     """Means over draws by law."""
     means = []
     for name in [score.law for score in draws[0]]:
         found = [one for draw in draws for one in draw if one.law == name]
         covered = [one.covered for one in found if one.covered is not None]
         rank, error, seconds = (float(np.mean([getattr(one, key) for one in found])) for key in ("rank", "error", "seconds"))
-        means.append(laws.Score(name, rank, error, float(np.mean(covered)) if covered else None, seconds))
+        means.append(measure.Score(name, rank, error, float(np.mean(covered)) if covered else None, seconds))
     return means
 
 
@@ -202,7 +202,7 @@ def _print(title: str, rows: list[list[str]]) -> None:
     say("\n".join(["", f"{title}", "", *tables.markdown_table(rows)]))
 
 
-def _scores(scores: Sequence[laws.Score]) -> list[list[str]]:
+def _scores(scores: Sequence[measure.Score]) -> list[list[str]]:
     rows = [["law", "rank correlation", "error", "covered by 90 %", "processor seconds"]]
     for score in scores:
         covered = "" if score.covered is None else f"{score.covered:.1%}"
@@ -231,7 +231,7 @@ def _gadre(found: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _designs(found: dict[str, Any]) -> list[list[str]]:
-    rows = [["runs", f"within one noise floor ({laws.NOISE:.1%}) of the lowest", "mean excess"]]
+    rows = [["runs", f"within one noise floor ({measure.NOISE:.1%}) of the lowest", "mean excess"]]
     rows += [[name, f"{one['within_one_noise_floor']:.0%}", f"{one['mean_excess']:.3%}"] for name, one in found.items()]
     return rows
 

@@ -20,7 +20,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
-from megatron_synth.data.shards.staging import stage
+from megatron_synth.data.staging.copies import stage
 from tests.support import snapshot, write_config, write_corpus
 from tests.unit.data.shards.test_source import make
 

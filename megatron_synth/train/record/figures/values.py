@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_synth.core.log import one_line
 from megatron_synth.train.record import metrics
-from megatron_synth.train.record.plot import GREY, PALETTE, STYLE, frame_of_steps, label_ends, save, say_in
+from megatron_synth.train.record.figures.plot import GREY, PALETTE, STYLE, frame_of_steps, label_ends, save, say_in
 from megatron_synth.train.record.run_dir import RunDir
 
 if TYPE_CHECKING:

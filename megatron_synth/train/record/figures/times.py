@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_synth.core.log import duration, one_line
+from megatron_synth.train.record.figures.plot import ACCENT, FAINT, GREY, PALETTE, STYLE, save
 from megatron_synth.train.record.goodput import KINDS, PRODUCTIVE, Goodput
-from megatron_synth.train.record.plot import ACCENT, FAINT, GREY, PALETTE, STYLE, save
 
 NAME = "times.png"
 _COLORS = dict(zip(KINDS, (PALETTE[2], ACCENT, PALETTE[1], PALETTE[3], PALETTE[0], *PALETTE[4:8], FAINT), strict=True))
