@@ -15,7 +15,8 @@ import pytest
 from megatron_synth.cli.report import main
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config
-from megatron_synth.train.record import plot, run_dir
+from megatron_synth.train.record import run_dir
+from megatron_synth.train.record.figures import plot
 from megatron_synth.train.record.figures.health import write_health
 from megatron_synth.train.record.figures.plot import write_report
 from megatron_synth.train.record.figures.values import write_values

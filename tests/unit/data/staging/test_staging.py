@@ -95,9 +95,9 @@ def test_an_interrupted_copy_is_completed(tmp_path, monkeypatch) -> None:
 def test_a_copy_of_thousands_of_shards_survives_its_process(tmp_path, capsys) -> None:
     stream, _ = make(tmp_path / "s", [[30]] * 1000)
     code = (
-        "import sys, pathlib, time; from megatron_synth.data.shards import staging; "
-        "staging.LOG_INTERVAL_S = 0; "
-        "staging.stage(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+        "import sys, pathlib, time; from megatron_synth.data.staging import copies; "
+        "copies.LOG_INTERVAL_S = 0; "
+        "copies.stage(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "local")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
