@@ -220,19 +220,11 @@ def probe_ranks(address: str, port: int, ranks_per_node: int, timeout_s: float) 
     everything = _all_reduce(None, world, device)
     pairs = []
     ring = [] if nodes < 2 else [(0, 1)] if nodes == 2 else [(node, (node + 1) % nodes) for node in range(nodes)]
+    groups = [
+        dist.new_group([n * ranks_per_node + local for n in sorted(pair) for local in range(ranks_per_node)]) for pair in ring
+    ]
     # neighbors in two or three rounds in which no node is in two pairs: pairs do not disturb each other
-    turns = (range(0, len(ring) - len(ring) % 2, 2), range(1, len(ring), 2), range(len(ring) - len(ring) % 2, len(ring)))
-    # each rank makes its own groups alone, in the order of the rounds: all ranks meet in the store for each group that all make
-    groups = {
-        place: dist.new_group(
-            [n * ranks_per_node + local for n in sorted(ring[place]) for local in range(ranks_per_node)],
-            use_local_synchronization=True,
-        )
-        for turn in turns
-        for place in turn
-        if rank // ranks_per_node in ring[place]
-    }
-    for turn in turns:
+    for turn in (range(0, len(ring) - len(ring) % 2, 2), range(1, len(ring), 2), range(len(ring) - len(ring) % 2, len(ring))):
         for place in turn:
             if rank // ranks_per_node in ring[place]:
                 rate = _all_reduce(groups[place], 2 * ranks_per_node, device)
