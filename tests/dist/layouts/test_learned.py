@@ -1,4 +1,4 @@
-"""Labels that are not learned, documents that are chosen and losses by their values: the same in every layout, and a plain loop."""
+"""Labels that are not learned, chosen documents and losses by their values: the same in every layout, and a plain loop."""
 
 from __future__ import annotations
 
