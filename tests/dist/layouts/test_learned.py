@@ -1,4 +1,4 @@
-"""Labels that are not learned, documents that are chosen and losses by their values: the same in every layout, and a plain loop."""
+"""Labels that are not learned, chosen documents and losses by their values: the same in every layout, and a plain loop."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from tests.support import (
     with_masks,
 )
 
+MASKS = ("data.document_masks=true", "data.eod_mask_loss=true", "train.micro_batch_size=4")
 ONE_STEP = ("train.steps=1", "optim.warmup_steps=0")
 Document = tuple[np.ndarray, np.ndarray, str]
 """Tokens, which of them are learned, and its kind."""
@@ -49,8 +50,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (*chosen, f"data.cache={folder / 'cache'}", "log.loss_by=[kind]", "train.steps=6", "eval.interval=3")
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2vp2", "dp2", "tp2cp2"])
-@pytest.mark.parametrize("masks", [(), ("data.document_masks=true", "data.eod_mask_loss=true", "train.micro_batch_size=4")])
+@pytest.mark.parametrize(("layout", "masks"), [("tp2", ()), ("tp2cp2", ()), ("pp2vp2", MASKS), ("dp2", MASKS)])
 def test_every_layout_is_the_same_run(
     layout: str, masks: tuple[str, ...], settings: tuple[str, ...], trained: Callable[..., Run]
 ) -> None:
