@@ -8,7 +8,7 @@ READY_TEST := $(VENV)/ready-test
 READY_DOCS := $(VENV)/ready-docs
 RUN := runs/quickstart
 # files of tests at a time: half of their time is waiting, for ranks and for SLURM
-TEST_JOBS ?= 3
+TEST_JOBS ?= 4
 # where results of floating-point arithmetic are compared: run a second time as on another processor
 NUMERICAL := tests/kernels/test_operations.py tests/kernels/test_linear_cross_entropy.py tests/kernels/test_quantize.py \
     tests/dist/fp8/test_fp8_params.py tests/dist/test_golden.py tests/dist/layouts/test_documents.py tests/dist/layouts/test_parity.py
