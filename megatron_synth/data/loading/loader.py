@@ -40,8 +40,8 @@ Allocate = Callable[[tuple[int, int], np.dtype[Any]], Tokens]
 LOOK_AHEAD_ROWS = 16384
 """Rows of this rank that are worked out at once when steps follow each other: 1 MB, and 400 kB more per dozen documents
 in a row when boundaries are asked for. Fewer would leave numpy's cost per call in the time of a row."""
-TABLES = 4
-"""Tables of rows that are kept: a step and those that are asked for meanwhile may be in one each."""
+TABLES = 3
+"""Tables of rows that are kept at most: a step and those that are asked for meanwhile may be in one each."""
 OPENED_AHEAD = 128
 """Indexes of shards that may be opened at once for rows that are worked out ahead. Each is read and checked when it is first
 needed, 20 bytes of it for a document: of many large shards nearly every row needs another one."""
@@ -232,6 +232,7 @@ class Loader:
         allocate: gives the array for the tokens of each batch from shape and type; default: a new one each time.
         """
         table, first_row, rows = self._rows(first_sample, step_samples)
+        self._tables = tuple(one for one in self._tables if one.end > first_sample)  # what is behind is not read again
         micro = self.micro_batch_size * self.windows_per_sequence
         return map(partial(self._batch, table, allocate or np.empty), range(first_row, first_row + rows, micro))
 

@@ -35,7 +35,8 @@ from megatron_synth.data.overlap.sources import Sources
 BINS, BANDS = 64, 16
 ROWS = BINS // BANDS
 PARTITION_BYTES = 32 * 2**20
-BLOCK = 2**18  # documents compared at a time
+BLOCK = 2**18  # documents looked at in a row
+COMPARED = 2**14  # pairs compared at a time: each may touch a page of signatures, and another one
 RECORD = np.dtype([("hash", np.uint64), ("document", np.int64)])
 SIGNATURES, SEEN = "signatures", "seen"
 
@@ -152,8 +153,8 @@ def join(sources: Sources, settings: Settings, shares: Sequence[Path], temporary
         for one, two, of_one, of_two in _alike(documents, starts, sources.firsts, seen.values, settings.threshold):
             np.bitwise_or.at(near_marks.values, one, of_two)
             np.bitwise_or.at(near_marks.values, two, of_one)
-        near_marks.release()
-        seen.release()
+            near_marks.release()
+            seen.release()
     found = []
     for source, name in enumerate(sources.names):
         own = range(int(sources.firsts[source]), int(sources.firsts[source + 1]))
@@ -305,8 +306,8 @@ def _alike(
         first = np.minimum.reduceat(np.where(sources == source, documents, nowhere), starts)
         partner = np.repeat(first, sizes)
         wanted = np.flatnonzero((partner != nowhere) & (partner != documents))
-        for begin in range(0, wanted.size, BLOCK):
-            part = wanted[begin : begin + BLOCK]
+        for begin in range(0, wanted.size, COMPARED):
+            part = wanted[begin : begin + COMPARED]
             alike = np.mean(signatures[documents[part]] == signatures[partner[part]], axis=1) >= threshold
             own = np.uint64(1) << sources[part[alike]].astype(np.uint64)
             yield documents[part[alike]], partner[part[alike]], own, np.full(own.size, 1 << source, np.uint64)
