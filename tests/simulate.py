@@ -1,6 +1,7 @@
 """Simulated studies with known laws and noise: how often intervals hold the truth, and tests find what is there.
 
-`python -m tests.simulate few-runs` prints a table; so do `designs` and `collapse`.
+`python -m tests.simulate designs` prints a table, and so does `collapse`. Few runs, and runs that depend on each other:
+`python -m benchmarks laws --parts intervals`.
 """
 
 from __future__ import annotations
@@ -140,46 +141,6 @@ def collapse_rate(
     return hits / draws
 
 
-FEW_RUNS = [
-    (4, 1, 0.0005),
-    (4, 1, 0.003),
-    (4, 1, 0.01),
-    (5, 1, 0.003),
-    (4, 3, 0.003),
-    (8, 3, 0.0005),
-    (8, 3, 0.01),
-    (10, 1, 0.003),
-    (10, 5, 0.01),
-]
-BEYOND = 10  # times the largest budget
-
-
-def few_runs_rates(budgets: int, seeds: int, noise: float, draws: int, seed: int = 0) -> dict[str, float]:
-    """How often the 90 % intervals of the law in D hold the truth, of its parameters and of the loss far beyond."""
-    random = np.random.default_rng(seed)
-    study = Study("data", {"tokens": np.repeat(np.geomspace(1 * B, 200 * B, budgets), seeds)}, DATA, noise)
-    far = {"tokens": [BEYOND * 200 * B]}
-    truth = {**DATA, "far": float(LAWS["data"].predict(LAWS["data"].to_theta(DATA), far)[0])}
-    hits = dict.fromkeys(truth, 0)
-    for _ in range(draws):
-        found = study.fit(random)
-        low, high = found.predict_interval(far)
-        bounds = {**found.intervals["90"], "far": [low[0], high[0]]}
-        for name, value in truth.items():
-            hits[name] += bool(bounds[name][0] <= value <= bounds[name][1])
-    return {name: count / draws for name, count in hits.items()}
-
-
-def few_runs_table(draws: int) -> None:
-    """Print the coverage with few runs."""
-    print("| budgets | seeds | noise | B | beta | E | loss at 10 times the largest D |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for budgets, seeds, noise in FEW_RUNS:
-        rates = few_runs_rates(budgets, seeds, noise, draws)
-        cells = " | ".join(f"{rates[name]:.0%}" for name in ("B", "beta", "E", "far"))
-        print(f"| {budgets} | {seeds} | {noise:.2%} | {cells} |", flush=True)
-
-
 def collapse_table(draws: int) -> None:
     """Print how often an arm is said to fall behind, at 8 budgets x 3 seeds; of collapse with equal noise alone."""
     noises = {"0.3 % both": (0.003, 0.003), "arm 1.5 %": (0.015, 0.003), "baseline 1.5 %": (0.003, 0.015)}
@@ -207,7 +168,7 @@ def designs_table(draws: int) -> None:
         print(f"| best ratio at N {n / B:g}B, D {d / B:g}B (true: {truth:.2f}) | {study.noise:.1%} | {rate:.1%} |", flush=True)
 
 
-TABLES = {"designs": designs_table, "few-runs": few_runs_table, "collapse": collapse_table}
+TABLES = {"designs": designs_table, "collapse": collapse_table}
 
 
 if __name__ == "__main__":

@@ -185,9 +185,8 @@ class _Page:
             "<p class='muted'>“Not worse”: ratios whose mean loss the noise between seeds can explain (t-tests, corrected for "
             "their number). “Flat within noise”: ratios whose predicted loss is within one standard deviation between seeds of "
             "the lowest. † The law carries doubts, named in the table of laws. A law that is rejected, or whose best ratio is "
-            "next to one that the runs show to be worse, gives no answer. The interval by the law does not know that the law "
-            "was chosen: where seeds make it narrow it may be too narrow; the neighbors of “not worse” hold the best ratio "
-            "more often.</p>"
+            "next to one that the runs show to be worse, gives no answer. The interval by the law takes the laws that "
+            "cannot be told apart for right: it does not know what all of them leave out.</p>"
         )
         return titled("Best ratio by size and budget", note, table(heads, rows)) if rows else Markup("")
 
