@@ -166,7 +166,7 @@ check: lint
 
 # what tests need from the system comes first: the set-up compiles what there is a compiler for
 test: system lint compiled
-	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --durations 40
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations 40
 	$(MAKE) test-avx2
 
 # on a processor without AVX-512, in the eyes of torch and oneDNN, sums have another order: tolerances must hold there too

@@ -28,6 +28,23 @@ hypothesis.settings.register_profile("any machine", deadline=None, suppress_heal
 hypothesis.settings.load_profile("any machine")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of tests that wait for SLURM stand among those that compute, so that the processors always have work."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting = [path for path in files if path.parent.name == "slurm"]
+    others = [path for path in files if path.parent.name != "slurm"]
+    every = max(1, len(others) * 2 // 3 // max(1, len(waiting)))
+    order: list[Path] = []
+    for number, path in enumerate(others):
+        if number % every == 0 and waiting:
+            order.append(waiting.pop(0))
+        order.append(path)
+    items[:] = [item for path in [*order, *waiting] for item in files[path]]
+
+
 @pytest.fixture(params=["compiled", "numpy"], scope="module")
 def compiled_and_not(request: pytest.FixtureRequest) -> Iterator[None]:
     """The tests of a module run with the compiled functions of the data, and with numpy in their place."""
