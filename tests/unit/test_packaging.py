@@ -87,7 +87,7 @@ def test_every_imported_distribution_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"]]
-    for extra in ("gpu", "remote", "study", "synthesis", "tasks", "test", "trees"):
+    for extra in ("gpu", "ray", "remote", "study", "synthesis", "tasks", "test", "trees"):
         requirements += extras[extra]
     declared = {re.split(r"[\s\[<>=;]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"yaml": "pyyaml", "megatron": "megatron_core", "transformer_engine_torch": "transformer_engine"}
