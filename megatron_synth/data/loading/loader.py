@@ -221,6 +221,7 @@ class Loader:
         self._readers = [source.read for source in sources]
         self._packed = np.array([is_packed(source) for source in sources])
         self._values = values
+        self._needs_starts = with_boundaries or values is not None
         self._masked = with_tokens and any(source.masked for source in sources)
         # replaced as a whole, by values that depend on their keys alone: threads may share the object
         self._tables: tuple[_Table, ...] = ()
@@ -265,7 +266,7 @@ class Loader:
 
     def _rows_ahead(self) -> int:
         """Rows that are worked out at once: fewer while most of them would open an index of a shard."""
-        if not self.with_boundaries:
+        if not self._needs_starts:
             return LOOK_AHEAD_ROWS
         closed = sum(int(np.count_nonzero(source.places.indexes == 0)) for source in self.sources)
         return LOOK_AHEAD_ROWS if closed <= OPENED_AHEAD else OPENED_AHEAD
@@ -288,12 +289,13 @@ class Loader:
         firsts = windows * self.window_length + offsets
         shards, begins = self._places(source_ids, firsts)
         boundaries, found = None, None
-        if self.with_boundaries or self._values is not None:
+        if self._needs_starts:
             starts, counts = self._document_starts(source_ids, firsts, shards, begins)
-            found = starts, np.concatenate([[0], np.cumsum(counts)])
         if self.with_boundaries:
             packed = self._packed[source_ids] if self._packed.any() else None
             boundaries = BoundaryTable(starts, counts, self.window_length, self.micro_batch_size * number, packed)
+        if self._values is not None:
+            found = starts, np.concatenate([[0], np.cumsum(counts)])
         library, copier = native.library(), None
         if library is not None and self.with_tokens:
             maps = [source.places.tokens for source in self.sources]

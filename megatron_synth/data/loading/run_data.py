@@ -181,9 +181,8 @@ def open_data(
     answers = {
         name: open_answers(name, one, tokenizer, eod_id, vocab_size, sequence) for name, one in config.data.answers.items()
     }
-    opened = [*sources, *validation.values()]
     for name in config.log.loss_by:
-        check_column(name, opened)
+        check_column(name, [*sources, *validation.values()])
     values = values_of(config.log.loss_by, sources, validation.values()) if staged and config.log.loss_by else None
     return RunData(
         plan=plan,

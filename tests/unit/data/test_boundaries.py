@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_synth.data.loading import loader as loader_module
 from megatron_synth.data.loading.boundaries import BoundaryTable
 from megatron_synth.data.loading.loader import Loader, validation_batches
+from megatron_synth.data.loading.values import SourceValues
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards import indexed, native
 from megatron_synth.data.shards.indexed import ShardWriter
@@ -107,7 +108,8 @@ def test_a_loader_s_boundaries_are_those_of_the_documents_that_it_reads(
             check(batch.boundaries, batch.tokens)
 
 
-def test_of_many_closed_shards_few_indexes_are_opened_at_once(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("asked", ["boundaries", "values"])
+def test_of_many_closed_shards_few_indexes_are_opened_at_once(tmp_path, monkeypatch, asked: str) -> None:
     shards, rows = 40, 2
     make(tmp_path / "s", [[7, 5, 9]] * shards)
     monkeypatch.setattr(loader_module, "OPENED_AHEAD", 8)
@@ -116,7 +118,9 @@ def test_of_many_closed_shards_few_indexes_are_opened_at_once(tmp_path, monkeypa
         source = open_source(tmp_path / "s", "s")
         plan = MixturePlan([SourceSpec("s", Fraction(1), source.num_windows(4), 1e9)], 1)
         places = {"data_parallel_rank": 0, "data_parallel_size": 1}
-        return Loader(plan, [source], sequence_length=4, micro_batch_size=rows, with_boundaries=True, **places)
+        values = [SourceValues(source, np.zeros((1, source.num_documents), np.uint8))] if asked == "values" else None
+        both = {"with_boundaries": asked == "boundaries", "values": values}
+        return Loader(plan, [source], sequence_length=4, micro_batch_size=rows, **places, **both)
 
     few, many = fresh(), fresh()
     monkeypatch.setattr(many, "_rows_ahead", lambda: 200)
@@ -124,7 +128,8 @@ def test_of_many_closed_shards_few_indexes_are_opened_at_once(tmp_path, monkeypa
     for step in range(50):
         batches = [next(loader.micro_batches(step * rows, rows)) for loader in (few, many)]
         assert batches[0].tokens.tolist() == batches[1].tokens.tolist()
-        assert batches[0].boundaries.cu_seqlens.tolist() == batches[1].boundaries.cu_seqlens.tolist()
+        if asked == "boundaries":
+            assert batches[0].boundaries.cu_seqlens.tolist() == batches[1].boundaries.cu_seqlens.tolist()
         counts.append([sum(shard._index is not None for shard in loader.sources[0]._shards) for loader in (few, many)])
     assert counts[1][0] <= rows * 2 + 8 * 2 and counts[1][1] == shards  # a window may lie in two shards
     if native.library() is not None:
