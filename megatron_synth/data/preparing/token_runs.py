@@ -24,6 +24,7 @@ import xxhash
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import sync_folder
 from megatron_synth.data.shards.columns import DTYPES
+from megatron_synth.data.shards.learned import bools_of, mask_bytes
 
 HEADER = struct.Struct("<8sQQQ")  # magic, checksum of the rest, documents, tokens
 MAGIC = b"MSPIECE1"
@@ -114,8 +115,7 @@ class TokenRun:
         first = begin // 8
         with open(self.path, "rb") as file:
             file.seek(HEADER.size + self.documents * self.record.itemsize + self.tokens * dtype.itemsize + first)
-            bits = np.fromfile(file, np.uint8, -(-end // 8) - first)
-        found = np.unpackbits(bits, bitorder="little")[begin % 8 :][: end - begin].astype(np.bool_)
+            found = bools_of(np.fromfile(file, np.uint8, mask_bytes(end) - first), begin, end - begin)
         if found.size != end - begin:
             raise UserError(f"{self.path}: ends within what tells the learned tokens; start again with --force")
         return found

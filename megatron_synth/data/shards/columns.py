@@ -14,7 +14,6 @@ beginning at a multiple of 8 bytes. The manifest says which columns there are, a
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import MAX_CATEGORIES, MAX_CATEGORY_BYTES, column_name
 from megatron_synth.config.section import Section
-from megatron_synth.core.files import fill, open_regular
+from megatron_synth.data.shards.open_files import opened_whole, read_exactly
 
 SUFFIX = ".columns"
 
@@ -124,20 +123,9 @@ class ColumnFile:
         self._columns = {column.name: column for column in columns}
         begins, size = layout(columns, documents)
         self._documents, self._begins = documents, dict(zip(self._columns, begins, strict=True))
-        try:
-            file = open_regular(path)
-            try:
-                found = os.fstat(file).st_size
-                if found != size:
-                    raise UserError(f"{path}: {size} bytes expected, found {found} bytes; {again}")
-                content = np.empty(size, np.uint8)
-                done = fill(file, content.data, 0)
-                if done < size:
-                    raise UserError(f"{path}: ends at byte {done}: it was cut off after it was opened; {again}")
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; {again}") from None
+        with opened_whole(path, size, again) as file:
+            content = np.empty(size, np.uint8)
+            read_exactly(file, path, content.data, 0, again)
         if hashlib.sha256(content.data).hexdigest() != sha256:
             raise UserError(f"{path}: altered: its checksum is not the manifest's; {again}")
         self._content = content

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import fill, open_regular
+from megatron_synth.core.files import open_regular
+from megatron_synth.data.shards.open_files import read_exactly
 
 ENTRIES = 1 << 18
 """Sequences that are looked at together: 5 MB of the file."""
@@ -98,9 +99,7 @@ def _refuse_first(path: Path, place: int, wrong: np.ndarray, values: np.ndarray,
 
 def _read(file: int, path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
     out = np.empty(count, dtype)
-    done = fill(file, out.data, offset)
-    if done < out.nbytes:
-        raise UserError(f"{path}: ends at byte {offset + done}: it was cut off after it was opened; copy it again")
+    read_exactly(file, path, out.data, offset, "copy it again")
     return out
 
 

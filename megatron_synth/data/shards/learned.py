@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import fill, open_regular
 from megatron_synth.data.shards import native
-from megatron_synth.data.shards.open_files import AGAIN, OpenFile, map_file, unreadable
+from megatron_synth.data.shards.open_files import AGAIN, OpenFile, map_file, opened_whole, read_exactly, unreadable
 
 SUFFIX = ".learned"
 _PART = 4 * 2**20
@@ -29,6 +28,11 @@ Bools = npt.NDArray[np.bool_]
 def mask_bytes(tokens: int) -> int:
     """Size of the file of so many tokens."""
     return -(-tokens // 8)
+
+
+def bools_of(content: npt.NDArray[np.uint8], begin: int, count: int) -> Bools:
+    """Of tokens [begin, begin + count) whether they are learned, fewer where it ends. content: from byte begin // 8 on."""
+    return np.unpackbits(content, bitorder="little")[begin % 8 :][:count].view(np.bool_)
 
 
 class LearnedWriter:
@@ -120,12 +124,10 @@ class LearnedFile:
             try:
                 file = self._file or OpenFile(self.path)
                 self._file = file
-                done = os.preadv(file.fd, [content.data], first)
+                read_exactly(file.fd, self.path, content.data, first)
             except OSError as error:
                 raise UserError(f"{self.path}: {error.strerror} while reading at offset {first}; {AGAIN}") from None
-            if done != len(content):
-                raise UserError(f"{self.path}: ends at byte {first + done}: it was cut off after it was opened; {AGAIN}")
-        out[:] = np.unpackbits(content, bitorder="little")[begin % 8 :][: len(out)]
+        out[:] = bools_of(content, begin, len(out))
 
 
 def check_file(path: Path, tokens: int, learned_tokens: int, sha256: str) -> None:
@@ -134,28 +136,15 @@ def check_file(path: Path, tokens: int, learned_tokens: int, sha256: str) -> Non
     Raises:
         UserError: it cannot be read, or its size, checksum or number of learned tokens is not the manifest's.
     """
-    size, total, found, at = mask_bytes(tokens), hashlib.sha256(), 0, 0
-    last = 0
+    size, total, found, last = mask_bytes(tokens), hashlib.sha256(), 0, 0
     buffer = np.empty(_PART, np.uint8)
-    try:
-        file = open_regular(path)
-        try:
-            there = os.fstat(file).st_size
-            if there != size:
-                raise UserError(f"{path}: {size} bytes expected, found {there} bytes; {AGAIN}")
-            while at < size:
-                part = buffer[: min(_PART, size - at)]
-                done = fill(file, part.data, at)
-                if done < len(part):
-                    raise UserError(f"{path}: ends at byte {at + done}: it was cut off after it was opened; {AGAIN}")
-                total.update(part.data)
-                found += int(np.bitwise_count(part).sum(dtype=np.int64))
-                last = int(part[-1])
-                at += len(part)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {AGAIN}") from None
+    with opened_whole(path, size) as file:
+        for at in range(0, size, _PART):
+            part = buffer[: min(_PART, size - at)]
+            read_exactly(file, path, part.data, at)
+            total.update(part.data)
+            found += int(np.bitwise_count(part).sum(dtype=np.int64))
+            last = int(part[-1])
     if total.hexdigest() != sha256:
         raise UserError(f"{path}: altered: its checksum is not the manifest's; {AGAIN}")
     if found != learned_tokens or last >> (tokens % 8 or 8):

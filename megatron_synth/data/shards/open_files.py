@@ -1,15 +1,17 @@
-"""Files of shards that are read at random: opened, mapped, and what went wrong told with file and offset."""
+"""Files of shards: opened, mapped, read, and what went wrong told with file and offset."""
 
 from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import open_regular
+from megatron_synth.core.files import fill, open_regular
 from megatron_synth.data.shards import native
 
 AGAIN = "prepare the source again, or copy it again"
@@ -29,6 +31,37 @@ class OpenFile:
         fd = getattr(self, "fd", None)
         if fd is not None:
             os.close(fd)
+
+
+@contextmanager
+def opened_whole(path: Path, size: int, again: str = AGAIN) -> Iterator[int]:
+    """A descriptor of a file of so many bytes, while it is read. again: what to do where it cannot be.
+
+    Raises:
+        UserError: it cannot be opened or read, or has another size.
+    """
+    try:
+        file = open_regular(path)
+        try:
+            found = os.fstat(file).st_size
+            if found != size:
+                raise UserError(f"{path}: {size} bytes expected, found {found} bytes; {again}")
+            yield file
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {again}") from None
+
+
+def read_exactly(file: int, path: Path, out: memoryview, offset: int, again: str = AGAIN) -> None:
+    """Fill `out` from byte `offset` of an open file on.
+
+    Raises:
+        UserError: it ends before.
+    """
+    done = fill(file, out, offset)
+    if done < out.nbytes:
+        raise UserError(f"{path}: ends at byte {offset + done}: it was cut off after it was opened; {again}")
 
 
 def unreadable(path: Path, content: np.ndarray | None, error: native.BusError) -> UserError:

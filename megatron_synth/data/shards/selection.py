@@ -164,10 +164,18 @@ class SelectedSource(Source):
 
     def read(self, begin: int, out: np.ndarray) -> None:
         """As of any source."""
+        self._fill(self.base.read, begin, out)
+
+    def read_learned(self, begin: int, out: np.ndarray) -> None:
+        """As of any source."""
+        self._fill(self.base.read_learned, begin, out)
+
+    def _fill(self, read: Callable[[int, np.ndarray], None], begin: int, out: np.ndarray) -> None:
+        """Fill `out` [N] with what `read` of the whole source tells of tokens [begin, begin + N), part after part."""
         assert 0 <= begin <= self.num_tokens - len(out), (self.name, begin, out.shape)
         filled = 0
         for _, shard, at, count in self.pieces(begin, begin + len(out)):
-            self.base.read(self.base.first_token(shard) + at, out[filled : filled + count])
+            read(self.base.first_token(shard) + at, out[filled : filled + count])
             filled += count
 
     def documents_of(self, tokens: np.ndarray) -> np.ndarray:
@@ -185,13 +193,6 @@ class SelectedSource(Source):
         edges = np.searchsorted(index.document_starts, index.starts)
         counts = np.diff(edges)
         return np.arange(edges[-1]) + np.repeat(firsts - edges[:-1], counts)
-
-    def read_learned(self, begin: int, out: np.ndarray) -> None:
-        """As of any source."""
-        filled = 0
-        for _, shard, at, count in self.pieces(begin, begin + len(out)):
-            self.base.read_learned(self.base.first_token(shard) + at, out[filled : filled + count])
-            filled += count
 
     def places_of(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As of any source: all rows lie in one place, which compiled code finds the parts of."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -187,19 +187,22 @@ class Source:
         Raises:
             UserError: a file cannot be read there; it names file and offset.
         """
-        length = len(out)
-        number = bisect_right(self._ends, begin)
-        assert 0 <= begin <= self.num_tokens - length, (self.name, begin, out.shape)
-        filled = 0
-        while filled < length:
+        for number, local, part in self._of_shards(begin, out):
             shard = self.shard(number)
+            if self._before_read is not None:
+                size = shard.dtype.itemsize
+                self._before_read(number, local * size, (local + len(part)) * size)
+            shard.read(local, part)
+
+    def _of_shards(self, begin: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Which shard, from which token on, holds what belongs into which part of `out` [N], for tokens [begin, begin + N)."""
+        assert 0 <= begin <= self.num_tokens - len(out), (self.name, begin, out.shape)
+        number, filled = bisect_right(self._ends, begin), 0
+        while filled < len(out):
             local = begin + filled - self._begins[number]
-            part = out[filled : filled + shard.num_tokens - local]
+            part = out[filled : filled + self._ends[number] - self._begins[number] - local]
             if len(part):  # shards may be empty
-                if self._before_read is not None:
-                    size = shard.dtype.itemsize
-                    self._before_read(number, local * size, (local + len(part)) * size)
-                shard.read(local, part)
+                yield number, local, part
             filled += len(part)
             number += 1
 
@@ -214,15 +217,8 @@ class Source:
         Raises:
             UserError: a file cannot be read there.
         """
-        assert 0 <= begin <= self.num_tokens - len(out), (self.name, begin, out.shape)
-        number, filled = bisect_right(self._ends, begin), 0
-        while filled < len(out):
-            local = begin + filled - self._begins[number]
-            part = out[filled : filled + self._ends[number] - self._begins[number] - local]
-            if len(part):  # shards may be empty
-                self.shard(number).read_learned(local, part)
-            filled += len(part)
-            number += 1
+        for number, local, part in self._of_shards(begin, out):
+            self.shard(number).read_learned(local, part)
 
     def read_window(self, window: int, out: np.ndarray) -> None:
         """`read` of window `window`; out: [L + 1]."""
