@@ -90,9 +90,7 @@ class Observer:
         if layer in self._seen or self._is_repetition():
             return
         self._seen.add(layer)
-        names = ("query", "key", "value", "attention_mask")
-        given = dict(zip(names, inputs, strict=False)) | keywords
-        found = largest_logits(module, given["query"], given["key"], given.get("packed_seq_params"), stride=self._stride)
+        found = largest_logits(module, attention_arguments(inputs, keywords), stride=self._stride)
         largest = self.logits[layer]
         largest.copy_(torch.maximum(largest, found.amax()))
 
@@ -126,21 +124,24 @@ class Observer:
                 self.output += torch.stack(found)
 
 
+def attention_arguments(inputs: Any, keywords: Any) -> dict[str, Any]:
+    """By name, what the attention is called with, as a hook is told of it."""
+    return {**dict(zip(("query", "key", "value", "attention_mask"), inputs, strict=False)), **keywords}
+
+
 @torch.no_grad()
-def largest_logits(module: Any, query: Tensor, key: Tensor, documents: Any, row: int = 0, *, stride: int = 1) -> Tensor:
+def largest_logits(module: Any, given: dict[str, Any], row: int = 0, *, stride: int = 1) -> Tensor:
     """[A] fp64: the largest attention logit of each of this rank's heads over visible pairs of a row.
 
     Of queries every `stride`-th of the row counts. Where ranks share it, these are queries of this rank and all keys.
 
     Args:
         module: the attention, an `ops.CoreAttention`.
-        query: as that of its `forward`.
-        key: as that of its `forward`.
-        documents: its packed_seq_params.
+        given: what its `forward` is called with (`attention_arguments`).
         row: which.
         stride: 1 for all queries.
     """
-    query, key, places, begins = module.sampled(query, key, documents, row)
+    query, key, places, begins = module.sampled(given["query"], given["key"], given.get("packed_seq_params"), row)
     group = module.context_group
     chosen = _chosen(places, stride, group is not None)
     query, of_query, begins_of_query = query[chosen], places[chosen], begins[chosen]

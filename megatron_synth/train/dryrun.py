@@ -9,7 +9,7 @@ from megatron_synth.config.load import digest
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
 from megatron_synth.core.log import gib, human, scientific, table
 from megatron_synth.data.loading import shared_content
-from megatron_synth.data.loading.run_data import chosen, chosen_domains, open_or_head, plan_of, vocab_size_of
+from megatron_synth.data.loading.run_data import chooses, chosen, chosen_domains, open_or_head, plan_of, vocab_size_of
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import Source, check_compatible, open_source
@@ -65,8 +65,9 @@ def prepared_sources(config: Config) -> tuple[dict[str, Source | None], dict[str
 
 def _open_to_choose(config: Config, entry: SourceConfig | ValidationConfig, name: str) -> Source | None:
     """The same as `open_if_prepared`, and with what documents are chosen by, where some are and `data.staging` has a place."""
-    chooses = entry.where is not None or config.data.exclude_parents_of is not None
-    return open_or_head(config, entry, name) if chooses and is_remote(entry.path) else open_if_prepared(entry.path, name)
+    if is_remote(entry.path) and chooses(config, entry):
+        return open_or_head(config, entry, name)
+    return open_if_prepared(entry.path, name)
 
 
 def open_if_prepared(path: str, name: str) -> Source | None:

@@ -25,7 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from megatron_synth.model.observer import largest_logits
+from megatron_synth.model.observer import attention_arguments, largest_logits
 from megatron_synth.parallel.average import places
 
 
@@ -84,12 +84,10 @@ class QkClip:
     def _see(self, layer: int, module: Any, inputs: Any, keywords: Any) -> None:
         if self._recomputed and torch.is_grad_enabled():  # the second pass of a recomputed layer
             return
-        names = ("query", "key", "value", "attention_mask")
-        given = dict(zip(names, inputs, strict=False)) | keywords
+        given = attention_arguments(inputs, keywords)
         largest = self._largest[layer]
         for row in range(given["query"].shape[1]):
-            found = largest_logits(module, given["query"], given["key"], given.get("packed_seq_params"), row)
-            largest.copy_(torch.maximum(largest, found))
+            largest.copy_(torch.maximum(largest, largest_logits(module, given, row)))
 
     @torch.no_grad()
     def apply(self) -> None:

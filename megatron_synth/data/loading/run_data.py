@@ -29,7 +29,7 @@ from megatron_synth.data.shards.fingerprint import content_of
 from megatron_synth.data.shards.manifest import Manifest, TokenizerInfo
 from megatron_synth.data.shards.selection import Int64, ids_of, parents_of, select
 from megatron_synth.data.shards.source import WHOLE, Source, check_compatible, open_source
-from megatron_synth.data.staging.copies import copied_file, copy_name, head, stage, stage_documents
+from megatron_synth.data.staging.copies import DOCUMENT_FILES, copied_file, copy_name, head, stage, stage_documents
 from megatron_synth.data.staging.limit import claim
 from megatron_synth.data.tokenizer import fingerprint_of
 from megatron_synth.storage.remote import Location, Remote, location_of
@@ -267,7 +267,7 @@ def _copy_of(source: Source, place: Location) -> tuple[str, int]:
 
 def _document_bytes(manifest: Manifest) -> int:
     """Bytes of the indexes and columns of a source."""
-    return sum(shard.idx_bytes + (shard.columns_bytes or 0) for shard in manifest.shards)
+    return sum(shard.sizes.get(suffix, 0) for shard in manifest.shards for suffix in DOCUMENT_FILES)
 
 
 def _tokenizer(config: Config) -> Path | None:
@@ -290,10 +290,15 @@ def open_or_head(config: Config, entry: SourceConfig | ValidationConfig, name: s
     if isinstance(place, Path):
         return _open(config, entry.path, name, part)
     staging = _staging(config, f"data: source {name!r}", place)
-    if entry.where is not None or config.data.exclude_parents_of is not None:
+    if chooses(config, entry):
         return open_documents(config, place, name, staging)
     folder = head(place, staging)
     return Source(name, folder, Manifest.load(folder), memory_map=config.data.memory_map)
+
+
+def chooses(config: Config, entry: SourceConfig | ValidationConfig) -> bool:
+    """Whether some of a source's documents may be left out."""
+    return entry.where is not None or config.data.exclude_parents_of is not None
 
 
 def open_documents(config: Config, place: Remote, name: str, staging: Path) -> Source:

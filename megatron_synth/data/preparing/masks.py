@@ -59,13 +59,10 @@ def with_templates(config: PrepareConfig, tokenizer: Tokenizer | None) -> Prepar
         UserError: the template cannot be read.
     """
     sources = dict(config.sources)
-    template: tuple[str, dict[str, str]] | None = None
-    for name, source in config.sources.items():
-        messages = source.messages
-        if messages is None or messages.turns is not None:
-            continue
+    chats = {name: one.messages for name, one in sources.items() if one.messages is not None and one.messages.turns is None}
+    template = chat_template(config) if chats else None
+    for name, messages in chats.items():
         update: dict[str, Any] = {}
-        template = template or chat_template(config)
         if messages.jinja is None and (template is None or tokenizer is None):
             update["turns"] = PLAIN_TURNS
         else:
@@ -75,7 +72,7 @@ def with_templates(config: PrepareConfig, tokenizer: Tokenizer | None) -> Prepar
                 update["tokens"] = template[1]
             if not messages.special and tokenizer is not None:
                 update["special"] = tuple(sorted(tokenizer.special_tokens))
-        sources[name] = source.model_copy(update={"messages": messages.model_copy(update=update)})
+        sources[name] = sources[name].model_copy(update={"messages": messages.model_copy(update=update)})
     return config.model_copy(update={"sources": sources})
 
 

@@ -23,6 +23,7 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_atomic, write_json
 from megatron_synth.core.log import human, show
 from megatron_synth.data.shards.block_hash import BlockHasher
+from megatron_synth.data.shards.columns import SUFFIX as COLUMNS
 from megatron_synth.data.shards.indexed import with_suffix
 from megatron_synth.data.shards.manifest import FILE_NAME, Manifest, ShardInfo
 from megatron_synth.data.shards.open_files import file_size
@@ -33,6 +34,8 @@ from megatron_synth.storage.remote import Location, Remote
 COPY_BYTES = 16 * 2**20
 LOG_INTERVAL_S = 30.0
 LOCK, CHECKED = ".lock", ".checked.json"
+DOCUMENT_FILES = (".idx", COLUMNS)
+"""What tells of documents: enough to choose some."""
 Progress = Callable[[int, int], None]
 
 
@@ -57,13 +60,7 @@ def stage(source: Location, folder: Path, progress: Progress | None = None) -> P
     """
     manifest = Manifest.load(source)
     target = folder / copy_name(source, manifest)
-    wanted = files_of(source, manifest, target)
-    try:
-        own_folder(target)
-        with locked(target / LOCK):
-            complete(source, target, manifest, wanted, progress)
-    except OSError as error:
-        raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
+    _copied(source, target, manifest, files_of(source, manifest, target), progress)
     return target
 
 
@@ -103,11 +100,24 @@ def stage_documents(source: Remote, manifest: Manifest, folder: Path) -> tuple[P
         UserError: as `stage`.
     """
     target = folder / copy_name(source, manifest)
-    wanted = [one for one in files_of(source, manifest, target) if one.copy.suffix != ".bin"]
+    wanted = [one for one in files_of(source, manifest, target) if one.copy.suffix in DOCUMENT_FILES]
+    return target, _copied(source, target, manifest, wanted, None, whole=False)
+
+
+def _copied(
+    source: Location,
+    target: Path,
+    manifest: Manifest,
+    wanted: Sequence[StagedFile],
+    progress: Progress | None,
+    *,
+    whole: bool = True,
+) -> Manifest:
+    """`complete` in a folder that is this user's, under its lock."""
     try:
         own_folder(target)
         with locked(target / LOCK):
-            return target, complete(source, target, manifest, wanted, None, whole=False)
+            return complete(source, target, manifest, wanted, progress, whole=whole)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror} while {source} was copied to {target}") from error
 

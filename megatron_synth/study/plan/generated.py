@@ -53,11 +53,6 @@ class Generated(Section):
     hardest: RunOf | None = None
     """Parents by loss: the run that is weakest on them. `settings.hardest.count` says how many."""
 
-    @property
-    def models(self) -> tuple[tuple[str, RunOf | None], ...]:
-        """The runs of the study that it needs, by the key of each."""
-        return (("generator", self.generator), ("against", self.against), ("hardest", self.hardest))
-
     seed: Seed | None = None
     """Of the synthesis. Default: that of the run which reads the text."""
     seeds: tuple[Seed, ...] = ()
@@ -70,6 +65,11 @@ class Generated(Section):
     """As in a training configuration."""
     tokens: Amount | None = None
     """How many it will have, for planning."""
+
+    @property
+    def models(self) -> tuple[tuple[str, RunOf | None], ...]:
+        """The runs of the study that it needs, by the key of each."""
+        return (("generator", self.generator), ("against", self.against), ("hardest", self.hardest))
 
 
 class Rounds(Section):

@@ -23,7 +23,7 @@ from megatron_synth.storage import objects
 from megatron_synth.storage.remote import remote
 from megatron_synth.train.dryrun import dry_run
 from tests.object_store import BUCKET, SECRET, Reply, first
-from tests.support import child_environment, with_columns, write_config, write_corpus
+from tests.support import child_environment, with_columns, with_masks, write_config, write_corpus
 
 PREPARE = """
 import sys
@@ -172,7 +172,7 @@ def test_plans_read_manifests_alone_and_a_run_reads_copies(store, tmp_path) -> N
 @pytest.mark.parametrize("chooses", ["where", "exclude_parents_of"])
 def test_documents_are_chosen_by_the_index_and_the_columns_alone(store, tmp_path, chooses) -> None:
     for number, name in enumerate(("web", "held")):
-        with_columns(tmp_path / name, number + 5)
+        with_masks(with_columns(tmp_path / name, number + 5), number)
         fsspec.filesystem("s3", use_listings_cache=False).put(str(tmp_path / name), f"{BUCKET}/{name}", recursive=True)
 
     def config(root, **more):
@@ -192,7 +192,8 @@ def test_documents_are_chosen_by_the_index_and_the_columns_alone(store, tmp_path
     remotely = config(f"s3://{BUCKET}", staging=str(tmp_path / "local"))
     with store.failing(lambda *_: None) as requests:
         planned, told = open_data(remotely), dry_run(remotely, 1).splitlines()
-    assert any(".idx" in path for _, path in requests) and not any(".bin" in path for _, path in requests)
+    assert any(".idx" in path for _, path in requests)
+    assert not any(suffix in path for _, path in requests for suffix in (".bin", ".learned"))
     assert planned.digest == local.digest and told[3:] == dry_run(config(tmp_path), 1).splitlines()[3:]
     with store.failing(lambda *_: None) as requests:
         copied = open_data(remotely, staged=True)
@@ -204,6 +205,11 @@ def test_documents_are_chosen_by_the_index_and_the_columns_alone(store, tmp_path
         ours.read(0, found)
         theirs.read(0, expected)
         np.testing.assert_array_equal(found, expected)
+        learned = [np.empty(len(found), np.bool_) for _ in range(2)]
+        ours.read_learned(0, learned[0])
+        theirs.read_learned(0, learned[1])
+        np.testing.assert_array_equal(*learned)
+        assert 0 < learned[0].sum() < len(found)
     needed = int((tmp_path / "web" / "shard-00000.idx").stat().st_size)
     few = config(f"s3://{BUCKET}", staging=str(tmp_path / "few"), staging_bytes=needed)
     with pytest.raises(UserError, match=r"data.staging_bytes: the copies of this run take \d+ bytes"):
