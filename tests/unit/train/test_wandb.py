@@ -37,7 +37,20 @@ def stored(file: Path) -> list[Any]:
     return records
 
 
+def is_closed(file: Path) -> bool:
+    """Whether wandb's own process has written the last record; that it does after `finish` has returned, now and then."""
+    try:
+        return file.stat().st_size > 7 and stored(file)[-1].WhichOneof("record_type") == "exit"
+    except (IndexError, struct.error):  # it is being written
+        return False
+
+
 def history(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file that was closed, or of one that never will be."""
+    deadline = time.monotonic() + 30
+    while not is_closed(file) and not file.parent.name.startswith("unfinished-"):
+        assert time.monotonic() < deadline, f"{file} was not closed"
+        time.sleep(0.05)
     rows = []
     for record in stored(file):
         if record.WhichOneof("record_type") == "history":
