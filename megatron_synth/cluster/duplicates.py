@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from megatron_synth.cluster import shares
 from megatron_synth.cluster.sbatch import JobSpec, interpreter
-from megatron_synth.cluster.shares import JOBS, SHARES, Jobs
+from megatron_synth.cluster.shares import JOBS, Jobs
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.section import Section
@@ -60,18 +59,11 @@ def _jobs(asked: Comparison, tasks: int, cluster: ClusterConfig, folder: Path) -
     run = [interpreter(cluster), "-m", "megatron_synth", "prepare", "duplicates", *asked.folders, "--work", asked.work]
     run += ["--shingle", str(asked.shingle), "--threshold", repr(asked.threshold), "--ngram", str(asked.ngram)]
     run += ["--part-mib", str(asked.part_mib)]
-    name = f"duplicates-{Path(asked.work).name}"
-
-    def spec(part: str, command: tuple[str, ...] = ()) -> JobSpec:
-        return JobSpec(
-            name=name if part == SHARES else f"{name}-{part}",
-            folder=folder / part,
-            chdir=Path.cwd(),
-            command=command,
-            cluster=cluster,
-            mounts=(Path(asked.work).parent, folder, *(Path(one) for one in asked.folders), Path(asked.json_file).parent),
-            code=folder / "code",
-        )
-
-    commands = [shlex.join([*run, "--share", f"{number}/{tasks}"]) for number in range(tasks)]
-    return Jobs(spec(SHARES), spec(COMPARISON, (*run, "--json", asked.json_file)), commands)
+    common = JobSpec(
+        name=f"duplicates-{Path(asked.work).name}",
+        folder=folder,
+        chdir=Path.cwd(),
+        cluster=cluster,
+        mounts=(Path(asked.work).parent, folder, *(Path(one) for one in asked.folders), Path(asked.json_file).parent),
+    )
+    return shares.pair(common, run, tasks, COMPARISON, "--json", asked.json_file)

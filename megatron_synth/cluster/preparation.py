@@ -6,13 +6,12 @@ have ended, however that was, the last job does what is lacking and puts the out
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_synth.cluster import shares, slurm
 from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter
-from megatron_synth.cluster.shares import JOBS, SHARES, Jobs
+from megatron_synth.cluster.shares import JOBS, Jobs
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
@@ -68,20 +67,14 @@ def job_states(output: Path) -> dict[str, slurm.JobState]:
 def _jobs(config: PrepareConfig, options: JobOptions, folder: Path) -> Jobs:
     run = [interpreter(options.cluster), "-m", "megatron_synth", "prepare", str(folder / "config.yaml")]
     run += [] if options.workers is None else ["--workers", str(options.workers)]
-    name = f"prepare-{Path(config.output).resolve().name}"
-
-    def spec(part: str, command: tuple[str, ...] = ()) -> JobSpec:
-        return JobSpec(
-            name=name if part == SHARES else f"{name}-{part}",
-            folder=folder / part,
-            chdir=Path.cwd(),
-            command=command,
-            ranks_per_node=options.workers or 1,
-            # without a number of workers a task takes all cores of its node
-            cluster=changed(options.cluster, exclusive=options.workers is None or options.cluster.exclusive),
-            mounts=(Path(config.output).resolve().parent, folder),
-            code=folder / "code",
-        )
-
-    commands = [shlex.join([*run, "--share", f"{number}/{options.tasks}"]) for number in range(options.tasks)]
-    return Jobs(spec(SHARES), spec(ASSEMBLY, tuple(run)), commands)
+    output = Path(config.output).resolve()
+    common = JobSpec(
+        name=f"prepare-{output.name}",
+        folder=folder,
+        chdir=Path.cwd(),
+        ranks_per_node=options.workers or 1,
+        # without a number of workers a task takes all cores of its node
+        cluster=changed(options.cluster, exclusive=options.workers is None or options.cluster.exclusive),
+        mounts=(output.parent, folder),
+    )
+    return shares.pair(common, run, options.tasks, ASSEMBLY)

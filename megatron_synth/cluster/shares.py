@@ -6,7 +6,9 @@ the array and one of the job after it. A task that loses its node, or comes to i
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,17 @@ class Jobs(NamedTuple):
     tasks: JobSpec
     last: JobSpec
     commands: list[str]
+
+
+def pair(common: JobSpec, command: Sequence[str], shares: int, last: str, *more: str) -> Jobs:
+    """An array whose task K runs `command --share K/N`, and a job that runs `command` with more words after it.
+
+    common: what both have, with the folder that theirs are in and the name of the array; the other's has `-<last>` besides.
+    """
+    commands = [shlex.join([*command, "--share", f"{number}/{shares}"]) for number in range(shares)]
+    tasks = replace(common, folder=common.folder / SHARES, code=common.folder / "code")
+    whole = replace(tasks, name=f"{common.name}-{last}", folder=common.folder / last, command=(*command, *more))
+    return Jobs(tasks, whole, commands)
 
 
 class Queued(NamedTuple):

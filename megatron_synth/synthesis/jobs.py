@@ -7,13 +7,12 @@ goes back into the queue alone and asks what is left. When all have ended, a job
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_synth.cluster import shares, slurm
 from megatron_synth.cluster.sbatch import JobSpec, changed, interpreter
-from megatron_synth.cluster.shares import JOBS, SHARES, Jobs
+from megatron_synth.cluster.shares import JOBS, Jobs
 from megatron_synth.config.cluster import ClusterConfig
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.lock import refuse_alive
@@ -83,25 +82,18 @@ def _check_nodes(config: SynthesisConfig, options: JobOptions) -> None:
 
 def _jobs(config: SynthesisConfig, options: JobOptions, folder: Path) -> Jobs:
     run = (interpreter(options.cluster), "-m", "megatron_synth", "synthesize", "run", str(folder / "config.yaml"))
-    name = f"synthesize-{config.folder.resolve().name}"
-    mounts = (config.folder.resolve(), folder)
-
-    def spec(part: str, gpus: int, command: tuple[str, ...] = ()) -> JobSpec:
-        return JobSpec(
-            name=name if part == SHARES else f"{name}-{part}",
-            folder=folder / part,
-            chdir=Path.cwd(),
-            command=command,
-            ranks_per_node=max(gpus, 1),
-            gpus_per_node=gpus,
-            # a server takes the GPUs, or all cores, of its node
-            cluster=changed(options.cluster, exclusive=True) if part == SHARES else options.cluster,
-            mounts=mounts,
-            code=folder / "code",
-        )
-
-    commands = [shlex.join([*run, "--share", f"{number}/{options.nodes}"]) for number in range(options.nodes)]
-    return Jobs(spec(SHARES, options.gpus_per_node), spec(JUDGE, 0, (*run, "--judge")), commands)
+    output, gpus = config.folder.resolve(), options.gpus_per_node
+    common = JobSpec(
+        name=f"synthesize-{output.name}",
+        folder=folder,
+        chdir=Path.cwd(),
+        cluster=options.cluster,
+        mounts=(output, folder),
+    )
+    jobs = shares.pair(common, run, options.nodes, JUDGE, "--judge")
+    # a server takes the GPUs, or all cores, of its node
+    whole_node = changed(options.cluster, exclusive=True)
+    return jobs._replace(tasks=replace(jobs.tasks, ranks_per_node=max(gpus, 1), gpus_per_node=gpus, cluster=whole_node))
 
 
 def job_states(config: SynthesisConfig) -> dict[str, slurm.JobState]:
