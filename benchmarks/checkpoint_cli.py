@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, file_and_overrides
+from megatron_synth.cli.options.types import count, file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 

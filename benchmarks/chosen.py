@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_synth.bench.tables import header, header_lines, markdown_table
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.config.expression import parse
 from megatron_synth.core.log import show

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.fp8_convergence import BASELINE, CONTROL, LIMIT, run, summarize, table
 from megatron_synth.bench import tables
-from megatron_synth.cli.argparse_types import file_and_overrides
+from megatron_synth.cli.options.types import file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config

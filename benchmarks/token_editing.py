@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK
 
 THRESHOLDS = (0.999, 0.99, 0.9, 0.5)

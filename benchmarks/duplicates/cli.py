@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.duplicates import corpus, memory, peers
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK
 
 ROOT = Path(__file__).resolve().parents[2]

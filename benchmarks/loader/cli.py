@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 

@@ -28,7 +28,7 @@ import psutil
 import uvloop
 
 from megatron_synth.bench import tables
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK
 from megatron_synth.config.synthesis import EngineConfig, SamplingConfig
 from megatron_synth.core.log import show, table

@@ -10,8 +10,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.lock import Lock
 from megatron_synth.core.log import gib, human, show, table

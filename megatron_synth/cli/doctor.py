@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.cluster import sbatch, slurm
 from megatron_synth.cluster.diagnosis import Finding, diagnose
 from megatron_synth.cluster.probe import read_answers

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config

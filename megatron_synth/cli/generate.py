@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.log import say, show, visible
 

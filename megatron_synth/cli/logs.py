@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import tail
 from megatron_synth.cluster.status import newest_job

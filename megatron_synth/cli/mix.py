@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from megatron_synth.cli.argparse_types import parse_verb
+from megatron_synth.cli.options.types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress

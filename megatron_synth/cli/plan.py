@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import apply_overrides, load_yaml, resolve
 from megatron_synth.config.schema import Config

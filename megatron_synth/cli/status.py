@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import seconds
+from megatron_synth.cli.options.types import seconds
 from megatron_synth.cluster import slurm
 from megatron_synth.cluster.progress import jobs_of
 from megatron_synth.cluster.status import RunStatus, find_runs, rows, status

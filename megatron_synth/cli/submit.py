@@ -8,7 +8,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.cli.train import default_run_dir
 from megatron_synth.cluster import sbatch, slurm, snapshot
 from megatron_synth.cluster.progress import jobs_of

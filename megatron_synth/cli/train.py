@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.load import digest, load_file
 from megatron_synth.config.schema import Config

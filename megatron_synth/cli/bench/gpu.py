@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_synth.bench.gpu import measure, memory_of_gpus, parts
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 EXIT_FAILED = 1

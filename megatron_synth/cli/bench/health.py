@@ -8,7 +8,7 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, file_and_overrides
+from megatron_synth.cli.options.types import count, file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 DEFAULT_CONFIG = "bench/tiny-7m.yaml"

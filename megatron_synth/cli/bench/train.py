@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_synth.cli.argparse_types import count, file_and_overrides
+from megatron_synth.cli.options.types import count, file_and_overrides
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:

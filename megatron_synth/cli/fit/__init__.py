@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
 from megatron_synth.cli.fit.jobs import (
     AUTO,
     FIGURE_FILE,
@@ -22,6 +21,7 @@ from megatron_synth.cli.fit.jobs import (
     write_law,
 )
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table

@@ -21,7 +21,7 @@ from megatron_synth.cli.fit.jobs import (
     write_law,
 )
 from megatron_synth.cli.fit.predictions import FEWEST_RUNS, describe_scores, read_asked, write_predictions
-from megatron_synth.cli.share_bounds import bounds_of
+from megatron_synth.cli.options.share_bounds import bounds_of
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.log import human, say
 from megatron_synth.core.log import table as text_table

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_synth.cli.argparse_types import count
 from megatron_synth.cli.interrupts import Interrupted, interruptible
+from megatron_synth.cli.options import slurm
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
@@ -122,15 +123,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tasks", type=count, metavar="N", help="shares, each on a node; --workers: of each, default all its cores"
     )
-    group.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
-    for option in ("partition", "account", "qos", "time"):
-        group.add_argument(f"--{option}", help=f"the cluster's `{option}`, for these jobs")
-    group.add_argument("--dry-run", action="store_true", help="check all and print the scripts; nothing is written")
+    slurm.add_options(group)
 
 
 def _submit(config: PrepareConfig, arguments: argparse.Namespace) -> int:
     from megatron_synth.cluster.preparation import JobOptions, submit_preparation
-    from megatron_synth.cluster.sbatch import changed, load_cluster
     from megatron_synth.data.preparing.prepare import check_inputs
 
     if arguments.tasks is None:
@@ -140,8 +137,7 @@ def _submit(config: PrepareConfig, arguments: argparse.Namespace) -> int:
     if not check_inputs(config):
         show(f"{config.output}: up to date")
         return EXIT_OK
-    names = ("partition", "account", "qos", "time")
-    cluster = changed(load_cluster(arguments.cluster), **{name: getattr(arguments, name) for name in names})
+    cluster = slurm.cluster_of(arguments)
     submit_preparation(config, JobOptions(arguments.tasks, arguments.workers, cluster, arguments.dry_run))
     return EXIT_OK
 
@@ -196,9 +192,7 @@ def run(config: PrepareConfig, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     if arguments.slurm:
         return _submit(config, arguments)
-    given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")
-    if wrong := [name for name in given if getattr(arguments, name) not in (None, False)]:
-        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    slurm.refuse_without_slurm(arguments, "tasks")
     workers = arguments.workers or core_count()
     start = time.perf_counter()
     try:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, tokens
+from megatron_synth.cli.options import slurm
+from megatron_synth.cli.options.types import count, tokens
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -43,16 +44,12 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--slurm", action="store_true", help="the shares as an array of SLURM, and then the comparison")
     group.add_argument("--tasks", type=count, metavar="N", help="with --slurm: shares, each on a node")
-    group.add_argument("--cluster", metavar="NAME", help="with --slurm: configs/cluster/NAME.yaml, or a file.yaml")
-    for option in ("partition", "account", "qos", "time"):
-        group.add_argument(f"--{option}", help=f"with --slurm: the cluster's `{option}`")
-    group.add_argument("--dry-run", action="store_true", help="with --slurm: check all and print the scripts")
+    slurm.add_options(parser.add_argument_group("with --slurm"))
     return parser
 
 
 def _submit(options: argparse.Namespace, folders: Sequence[Path]) -> int:
     from megatron_synth.cluster.duplicates import REPORT, Comparison, submit_comparison
-    from megatron_synth.cluster.sbatch import changed, load_cluster
     from megatron_synth.data.overlap.sources import Sources
 
     if options.tasks is None:
@@ -60,8 +57,6 @@ def _submit(options: argparse.Namespace, folders: Sequence[Path]) -> int:
     if options.share is not None:
         raise UserError("--share: not with --slurm, whose tasks do all shares")
     Sources(folders)  # says now what is wrong with them
-    names = ("partition", "account", "qos", "time")
-    cluster = changed(load_cluster(options.cluster), **{name: getattr(options, name) for name in names})
     asked = Comparison(
         folders=tuple(str(folder.resolve()) for folder in folders),
         work=str(options.work.resolve()),
@@ -71,7 +66,7 @@ def _submit(options: argparse.Namespace, folders: Sequence[Path]) -> int:
         part_mib=options.part_mib,
         json_file=str((options.json or options.work / REPORT).resolve()),
     )
-    submit_comparison(asked, options.tasks, cluster, dry_run=options.dry_run)
+    submit_comparison(asked, options.tasks, slurm.cluster_of(options), dry_run=options.dry_run)
     return EXIT_OK
 
 
@@ -81,9 +76,8 @@ def main(argv: list[str]) -> int:
     if not 0 < options.threshold <= 1:
         raise UserError(f"--threshold: expected a number above 0 and at most 1, got {options.threshold}")
     start = time.perf_counter()
-    given = ("tasks", "cluster", "partition", "account", "qos", "time", "dry_run")
-    if wrong := [name for name in given if not options.slurm and getattr(options, name) not in (None, False)]:
-        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    if not options.slurm:
+        slurm.refuse_without_slurm(options, "tasks")
     if options.work is None and (options.slurm or options.share is not None):
         name = "--slurm" if options.slurm else "--share"
         raise UserError(f"{name}: where do shares put what they gather? give --work, a folder that all of them see")

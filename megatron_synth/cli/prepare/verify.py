@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count
+from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import counted, show

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb, seconds
 from megatron_synth.cli.interrupts import interruptible
+from megatron_synth.cli.options.types import count, count_or_zero, parse_verb, seconds
 from megatron_synth.cli.prepare import add_options as add_prepare_options
 from megatron_synth.cli.prepare import run as prepare
 from megatron_synth.cli.prepare import status_text as preparation_text

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_synth.cli.argparse_types import count, count_or_zero
-from megatron_synth.cli.share_bounds import bounds_of
+from megatron_synth.cli.options.share_bounds import bounds_of
+from megatron_synth.cli.options.types import count, count_or_zero
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import resolve
 from megatron_synth.core.log import say

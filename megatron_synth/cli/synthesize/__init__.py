@@ -7,7 +7,8 @@ import signal
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from megatron_synth.cli.argparse_types import count, count_or_zero, parse_verb
+from megatron_synth.cli.options import slurm
+from megatron_synth.cli.options.types import count, count_or_zero, parse_verb
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.core.log import show
 
@@ -43,10 +44,7 @@ def _slurm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --slurm")
     group.add_argument("--nodes", type=count, metavar="N", help="nodes, each of which answers a share")
     group.add_argument("--gpus-per-node", type=count_or_zero, metavar="G", help="default: the cluster's, or 0: CPUs only")
-    group.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
-    for option in ("partition", "account", "qos", "time"):
-        group.add_argument(f"--{option}", help=f"the cluster's `{option}`, for this job")
-    group.add_argument("--dry-run", action="store_true", help="check all and print the scripts; nothing is written")
+    slurm.add_options(group)
 
 
 def main(argv: list[str]) -> int:
@@ -86,9 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = load_synthesis(arguments.file, arguments.overrides)
     if arguments.slurm:
         return _submit(config, arguments)
-    given = ("nodes", "gpus_per_node", "cluster", "partition", "account", "qos", "time", "dry_run")
-    if wrong := [name for name in given if getattr(arguments, name) not in (None, False)]:
-        raise UserError(f"--{wrong[0].replace('_', '-')}: is for --slurm, which was not given")
+    slurm.refuse_without_slurm(arguments, "nodes", "gpus_per_node")
     share = None if arguments.share is None else Share.parse(arguments.share)
     stop = _StopRequest()
     outcome = run(config, lambda: stop.requested, share=share, ask=not arguments.judge)
@@ -119,13 +115,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _submit(config: SynthesisConfig, arguments: argparse.Namespace) -> int:
-    from megatron_synth.cluster.sbatch import changed, load_cluster
     from megatron_synth.synthesis.jobs import JobOptions, submit_synthesis
 
     if arguments.nodes is None:
         raise UserError("--nodes: say on how many the array runs")
-    names = ("partition", "account", "qos", "time")
-    cluster = changed(load_cluster(arguments.cluster), **{name: getattr(arguments, name) for name in names})
+    cluster = slurm.cluster_of(arguments)
     gpus = arguments.gpus_per_node if arguments.gpus_per_node is not None else cluster.gpus_per_node or 0
     submit_synthesis(config, JobOptions(arguments.nodes, gpus, cluster, arguments.dry_run))
     return EXIT_OK
