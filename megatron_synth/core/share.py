@@ -35,6 +35,13 @@ class Share:
         """The name of its folder."""
         return f"share-{self.number:05d}-of-{self.of:05d}"
 
+    @classmethod
+    def of_folder(cls, name: str) -> Self | None:
+        """The share whose folder has this name; None: it is no share's."""
+        found = re.fullmatch(r"share-(\d{5,6})-of-(\d{5,6})", name)
+        share = None if found is None else cls(int(found[1]), int(found[2]))
+        return share if share is not None and share.folder == name and share.number < share.of <= MAX_SHARES else None
+
     def has_batch(self, number: int) -> bool:
         """Whether a piece of the work, by its number, is in this share."""
         return number % self.of == self.number

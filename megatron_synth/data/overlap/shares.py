@@ -39,7 +39,8 @@ def finish(folders: Sequence[Path], settings: Settings, work: Path) -> Duplicate
         UserError: as `do_share`; there is no share, or they are of different numbers.
     """
     sources = Sources(folders)
-    numbers = sorted({int(path.name.rpartition("-")[2]) for path in work.glob("share-?????-of-?????") if path.is_dir()})
+    there = [Share.of_folder(path.name) for path in work.glob("share-*") if path.is_dir()]
+    numbers = sorted({share.of for share in there if share is not None})
     if len(numbers) != 1:
         found = ", ".join(map(str, numbers)) or "none"
         raise UserError(

@@ -209,6 +209,7 @@ def test_the_report_s_bytes_are_equal_for_any_number_of_shares(tmp_path, monkeyp
     work = tmp_path / "work-5"
     shutil.rmtree(work / "share-00003-of-00005")  # as if its task had been killed
     (work / ".share-00003-of-00005.abc").mkdir()
+    (work / "share-notes-of-lunch").mkdir()  # somebody's own
     assert cli_main(["prepare", "duplicates", *map(str, folders), "--work", str(work), "--json", str(alone)]) == 0
     assert alone.read_bytes() == (work / "report.json").read_bytes()
     assert "share 3/5 was there" not in capsys.readouterr().out
