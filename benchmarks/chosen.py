@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.made_up import save_manifest
 from megatron_synth.bench.tables import header, header_lines, markdown_table
 from megatron_synth.cli.options.types import count
 from megatron_synth.config.errors import EXIT_OK
@@ -26,7 +27,7 @@ from megatron_synth.data.shards.columns import SUFFIX, ColumnInfo, file_content,
 from megatron_synth.data.shards.indexed import ShardWriter, with_suffix
 from megatron_synth.data.shards.learned import SUFFIX as LEARNED
 from megatron_synth.data.shards.learned import LearnedWriter
-from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.shards.manifest import Manifest, ShardInfo
 from megatron_synth.data.shards.selection import select
 from megatron_synth.data.shards.source import Source, open_source
 
@@ -48,18 +49,7 @@ def write(folder: Path, tokens: int, mean: int) -> Path:
     content = file_content(COLUMNS, values)
     with_suffix(folder / info.name, SUFFIX).write_bytes(content)
     info = info.model_copy(update={"columns_bytes": len(content), "columns_sha256": hashlib.sha256(content).hexdigest()})
-    Manifest(
-        name="web",
-        kind="other",
-        generator=None,
-        split="train",
-        dtype="uint16",
-        tokenizer=TokenizerInfo(path="../tokenizer.json", fingerprint="0" * 64, vocab_size=50_000, eod_id=0),
-        counts=Counts(documents=info.documents, tokens=info.tokens, text_bytes=info.tokens),
-        columns=COLUMNS,
-        shards=(info,),
-        made=Provenance(program="benchmark", config_digest="0" * 64, inputs={}, holdout="0"),
-    ).save(folder)
+    save_manifest(folder, [info], "uint16", 50_000, text_bytes=info.tokens, columns=COLUMNS)
     return folder
 
 

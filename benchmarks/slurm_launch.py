@@ -41,6 +41,23 @@ class Launch:
         return self.sbatch + self.first_up + self.last_up + self.imported + self.met
 
 
+def run_job(spec: sbatch.JobSpec, timeout_s: float) -> tuple[float, float, str]:
+    """Submit a job and wait until it has ended. When it was begun to submit, when sbatch had answered, and the job's number.
+
+    Raises:
+        UserError: it did not end within `timeout_s`.
+    """
+    began = time.time()
+    job = sbatch.submit(spec)
+    submitted = time.time()
+    while any(state.active for state in slurm.states([job]).values()):
+        if time.time() - began > timeout_s:
+            slurm.cancel(job)
+            raise UserError(f"job {job} on {spec.nodes} nodes was not done within {timeout_s:g} s; see {spec.log}")
+        time.sleep(0.2)
+    return began, submitted, job
+
+
 def measure(nodes: int, ranks_per_node: int, folder: Path, cluster: str | None) -> Launch:
     """Launch ranks that only meet. UserError if the job does not get that far."""
     spec = sbatch.JobSpec(
@@ -52,14 +69,7 @@ def measure(nodes: int, ranks_per_node: int, folder: Path, cluster: str | None) 
         cluster=sbatch.load_cluster(cluster),
         command=(sys.executable, str(Path(__file__).with_name("slurm_launch_node.py"))),
     )
-    began = time.time()
-    job = sbatch.submit(spec)
-    submitted = time.time()
-    while any(state.active for state in slurm.states([job]).values()):
-        if time.time() - began > _TIMEOUT_S:
-            slurm.cancel(job)
-            raise UserError(f"job {job} on {nodes} nodes was not done within {_TIMEOUT_S} s; see {spec.log}")
-        time.sleep(0.2)
+    began, submitted, job = run_job(spec, _TIMEOUT_S)
     if not (folder / "times.json").is_file():
         raise UserError(f"job {job} on {nodes} nodes failed:\n{spec.log.read_text() if spec.log.is_file() else '(no log)'}")
     times = json.loads((folder / "times.json").read_text())

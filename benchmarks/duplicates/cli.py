@@ -82,8 +82,9 @@ def compare(rounds: int, python: Path | None) -> tuple[list[list[str]], str]:
 
 def write_prepared(file: Path, folder: Path) -> int:
     """The same documents as a prepared source whose tokens are words; returns how many there are."""
+    from benchmarks.made_up import save_manifest
     from megatron_synth.data.shards.indexed import ShardWriter
-    from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+    from megatron_synth.data.shards.manifest import ShardInfo
 
     folder.mkdir()
     numbers: dict[str, int] = {}
@@ -94,17 +95,8 @@ def write_prepared(file: Path, folder: Path) -> int:
         writer.add(np.array([*tokens, 0], np.int32), np.array([len(tokens) + 1]))
         documents += 1
     written = writer.finish()
-    Manifest(
-        name="web",
-        kind="natural",
-        generator=None,
-        split="train",
-        dtype="int32",
-        tokenizer=TokenizerInfo(path="tokenizer.json", fingerprint="0" * 64, vocab_size=len(numbers) + 1, eod_id=0),
-        counts=Counts(documents=documents, tokens=written.tokens, text_bytes=file.stat().st_size),
-        shards=(ShardInfo(name="shard-00000", **vars(written)),),
-        made=Provenance(program="benchmark", config_digest="0" * 64, inputs={}, holdout="0"),
-    ).save(folder)
+    shard = ShardInfo(name="shard-00000", **vars(written))
+    save_manifest(folder, [shard], "int32", len(numbers) + 1, text_bytes=file.stat().st_size)
     return documents
 
 

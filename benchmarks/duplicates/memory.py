@@ -30,8 +30,9 @@ class Memory:
 
 def write(folder: Path, documents: int) -> Path:
     """Random documents, one in fifty a changed copy of the one before."""
+    from benchmarks.made_up import save_manifest
     from megatron_synth.data.shards.indexed import ShardWriter
-    from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+    from megatron_synth.data.shards.manifest import ShardInfo
 
     folder.mkdir()
     random, infos = np.random.default_rng(0), []
@@ -43,18 +44,7 @@ def write(folder: Path, documents: int) -> Path:
         tokens[:, -1] = 0
         writer.add(tokens.reshape(-1), np.full(len(tokens), DOCUMENT_TOKENS))
         infos.append(ShardInfo(name=f"shard-{number:05d}", **vars(writer.finish())))
-    total = sum(info.documents for info in infos)
-    Manifest(
-        name="web",
-        kind="natural",
-        generator=None,
-        split="train",
-        dtype="uint16",
-        tokenizer=TokenizerInfo(path="tokenizer.json", fingerprint="0" * 64, vocab_size=50_000, eod_id=0),
-        counts=Counts(documents=total, tokens=total * DOCUMENT_TOKENS, text_bytes=0),
-        shards=tuple(infos),
-        made=Provenance(program="benchmark", config_digest="0" * 64, inputs={}, holdout="0"),
-    ).save(folder)
+    save_manifest(folder, infos, "uint16", 50_000)
     return folder
 
 

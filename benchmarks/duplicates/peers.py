@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 SHINGLE, THRESHOLD, VALUES = 8, 0.8, 128
 Pairs = list[tuple[int, int]]
@@ -52,36 +53,37 @@ def datasketch(file: Path, prepared: Path) -> Callable[[], Pairs]:
     """MinHash and MinHashLSH in memory."""
     from datasketch import MinHash, MinHashLSH  # type: ignore[import-not-found, unused-ignore]
 
-    def run() -> Pairs:
-        index, kept, found = MinHashLSH(threshold=THRESHOLD, num_perm=VALUES), {}, []
-        for number, grams in enumerate(_texts(file)):
-            if not grams:
-                continue
-            own = kept[number] = MinHash(num_perm=VALUES)
-            own.update_batch([gram.encode() for gram in set(grams)])
-            found += [(other, number) for other in index.query(own) if own.jaccard(kept[other]) >= THRESHOLD]
-            index.insert(number, own)
-        return found
+    def sketch(grams: list[str]) -> Any:
+        own = MinHash(num_perm=VALUES)
+        own.update_batch([gram.encode() for gram in set(grams)])
+        return own
 
-    return run
+    return lambda: _one_by_one(file, MinHashLSH(threshold=THRESHOLD, num_perm=VALUES), sketch)
 
 
 def rensa(file: Path, prepared: Path) -> Callable[[], Pairs]:
     """RMinHash and RMinHashLSH, in Rust."""
     from rensa import RMinHash, RMinHashLSH  # type: ignore[import-not-found, unused-ignore]
 
-    def run() -> Pairs:
-        index, kept, found = RMinHashLSH(threshold=THRESHOLD, num_perm=VALUES, num_bands=16), {}, []
-        for number, grams in enumerate(_texts(file)):
-            if not grams:
-                continue
-            own = kept[number] = RMinHash(num_perm=VALUES, seed=1)
-            own.update(grams)
-            found += [(other, number) for other in index.query(own) if own.jaccard(kept[other]) >= THRESHOLD]
-            index.insert(number, own)
-        return found
+    def sketch(grams: list[str]) -> Any:
+        own = RMinHash(num_perm=VALUES, seed=1)
+        own.update(grams)
+        return own
 
-    return run
+    return lambda: _one_by_one(file, RMinHashLSH(threshold=THRESHOLD, num_perm=VALUES, num_bands=16), sketch)
+
+
+def _one_by_one(file: Path, index: Any, sketch: Callable[[list[str]], Any]) -> Pairs:
+    """Pairs of an index that holds sketches of texts: each text is asked for before it is put in, and estimated again."""
+    kept: dict[int, Any] = {}
+    found: Pairs = []
+    for number, grams in enumerate(_texts(file)):
+        if not grams:
+            continue
+        own = kept[number] = sketch(grams)
+        found += [(other, number) for other in index.query(own) if own.jaccard(kept[other]) >= THRESHOLD]
+        index.insert(number, own)
+    return found
 
 
 def gaoya(file: Path, prepared: Path) -> Callable[[], Pairs]:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.loader.memory import anonymous_bytes
+from benchmarks.made_up import save_manifest
 from megatron_synth.data.loading.loader import Loader
 from megatron_synth.data.mixing.apportionment import Apportionment
 from megatron_synth.data.mixing.mixture import MixturePlan, SourceSpec
 from megatron_synth.data.shards.indexed import ShardWriter
-from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.shards.manifest import ShardInfo
 from megatron_synth.data.shards.source import Source, open_source
 
 SHARDS = (1, 100, 10_000)
@@ -46,17 +47,7 @@ def write_many_shards(folder: Path, shards: int, tokens: int) -> Path:
     for name in names[1:]:
         for suffix in (".bin", ".idx"):
             os.link(folder / f"{names[0]}{suffix}", folder / f"{name}{suffix}")
-    Manifest(
-        name=folder.name,
-        kind="other",
-        generator=None,
-        split="train",
-        dtype="uint16",
-        tokenizer=TokenizerInfo(path="tokenizer.json", fingerprint="0" * 64, vocab_size=2**16, eod_id=0),
-        counts=Counts(documents=shards * len(documents), tokens=shards * tokens, text_bytes=0),
-        shards=tuple(ShardInfo(name=name, **written) for name in names),
-        made=Provenance(program="benchmark", config_digest="0" * 64, inputs={}, holdout="0"),
-    ).save(folder)
+    save_manifest(folder, [ShardInfo(name=name, **written) for name in names], "uint16", 2**16)
     return folder
 
 

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
         metavar="N[,N]",
         help="instead: processor time and memory of arrays of so many tasks, on --megabytes of text",
     )
+    parser.add_argument("--at-once", action="store_true", help="with --shares: one machine and the arrays at one time")
     parser.add_argument("--plain", action="store_true", help="with --shares: without shuffle and packing")
     parser.add_argument(
         "--folder", type=Path, help="with --memory and --shares: where text and output go for the time; default $TMPDIR"
@@ -61,7 +62,12 @@ def main(argv: list[str]) -> int:
     if options.shares is not None:
         tasks = _whole(options.shares, "--shares: expected numbers of tasks such as 1,4,16")
         prepared = shares.measure(
-            options.megabytes * 10**6, tasks, options.folder, not options.plain, lambda line: print(line, flush=True)
+            options.megabytes * 10**6,
+            tasks,
+            options.folder,
+            not options.plain,
+            lambda line: print(line, flush=True),
+            options.at_once,
         )
         print("\n" + shares.render(head, prepared))
         if options.json is not None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.prepare.corpus import write_corpus
 from benchmarks.prepare.memory import DISK_PER_TEXT, HOLDOUT, SEQUENCE_LENGTH, TRAINING_BYTES, VOCABULARY
 from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
-from megatron_synth.core.files import write_atomic, write_json
+from megatron_synth.core.files import write_json
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.tokenizer import FILE_NAME as TOKENIZER
 
@@ -74,13 +75,19 @@ class SharesBench:
     documents: int
     tokens: int
     shuffled: bool
+    at_once: bool
     start_s: float
     """Processor seconds of a command that finds all of it done: what every process costs before it works."""
     prepared: tuple[Prepared, ...]
 
 
 def measure(
-    text_bytes: int, tasks: Sequence[int], folder: Path | None, shuffled: bool, say: Callable[[str], None]
+    text_bytes: int,
+    tasks: Sequence[int],
+    folder: Path | None,
+    shuffled: bool,
+    say: Callable[[str], None],
+    at_once: bool = False,
 ) -> SharesBench:
     """Prepare so much text by one machine and by arrays of so many tasks, each with one process.
 
@@ -90,51 +97,66 @@ def measure(
         folder: where to put corpus and output, on a disk with room; None: the system's temporary folder.
         shuffled: with a shuffle and packing.
         say: gets a line after each.
+        at_once: all of them at one time, not one after the other: on hours of work, what disturbs one disturbs all.
 
     Raises:
         UserError: no SLURM, no room, a step that fails, or other bytes than those of one machine.
     """
     if not slurm.available():
         raise UserError("--shares: needs a SLURM whose nodes are this machine: python -m tests.slurm.lab --nodes 4 -- COMMAND")
-    place, needed = folder or Path(tempfile.gettempdir()), DISK_PER_TEXT * text_bytes
+    place, needed = folder or Path(tempfile.gettempdir()), (DISK_PER_TEXT + at_once * len(tasks)) * text_bytes
     if shutil.disk_usage(place).free < needed:
         raise UserError(f"{place}: {needed / 1e9:.1f} GB needed; give another --folder, or measure less text")
     with tempfile.TemporaryDirectory(prefix="megatron-synth-shares-", dir=folder) as temporary:
         base = Path(temporary)
         corpus = write_corpus(base / "corpus", text_bytes, compressed=False)
         say(f"{corpus.documents:,} documents of {corpus.text_bytes / 1e6:,.0f} MB written")
-        noting = base / "python"
-        noting.write_text(_NOTING)
-        noting.chmod(0o755)
-        write_atomic(base / "cluster.yaml", json.dumps({"python": str(noting)}))
         web = {"kind": "natural", "input": [str(file) for file in corpus.files]}
         tokenizer = {"train": {"vocab_size": VOCABULARY}}
         few = {"output": str(base / "sample"), "tokenizer": tokenizer, "sources": {"web": web | {"max_bytes": TRAINING_BYTES}}}
         write_json(base / "sample.json", few)
-        _run(noting, "prepare", str(base / "sample.json"), "--workers", "1")
+        _run(Path(sys.executable), "prepare", str(base / "sample.json"), "--workers", "1")
         settings: dict[str, Any] = {
-            "output": str(base / "out"),
             "tokenizer": {"path": str(base / "sample" / TOKENIZER)},
             "sources": {"web": web | {"holdout": HOLDOUT}},
         }
         if shuffled:
             settings |= {"shuffle": {"seed": 1}, "packing": {"sequence_length": SEQUENCE_LENGTH}}
-        write_json(base / "all.json", settings)
-        prepared, digests = [], set()
-        for count in (None, *tasks):
-            (base / _NOTES).unlink(missing_ok=True)
-            shutil.rmtree(base / "out", ignore_errors=True)
-            prepared.append(_prepare(base, noting, count))
-            manifests = [Manifest.load(base / "out" / name) for name in ("web", "web-valid")]
-            digests.add(tuple(manifest.digest() for manifest in manifests))
-            if len(digests) > 1:
+
+        def prepare(count: int | None) -> tuple[Prepared, list[Manifest], float]:
+            own = base / ("one" if count is None else str(count))
+            noting = _noting(own, settings)
+            prepared = _prepare(own, noting, count)
+            manifests = [Manifest.load(own / "out" / name) for name in ("web", "web-valid")]
+            say(f"{'one machine' if count is None else f'{count} tasks'}: {prepared.cpu_s:.0f} processor seconds")
+            start_s = 0.0
+            if count is None:
+                (own / _NOTES).unlink()
+                _run(noting, "prepare", str(own / "all.json"), "--workers", "1")
+                start_s = float(_noted(own)[0]["cpu_s"])
+            shutil.rmtree(own)
+            return prepared, manifests, start_s
+
+        with ThreadPoolExecutor(1 + len(tasks) if at_once else 1) as threads:
+            done = list(threads.map(prepare, (None, *tasks)))
+        _, manifests, start_s = done[0]
+        for count, (_, others, _) in zip(tasks, done[1:], strict=True):
+            if [manifest.digest() for manifest in others] != [manifest.digest() for manifest in manifests]:
                 raise UserError(f"prepare wrote other bytes with {count} tasks than on one machine")
-            say(f"{'one machine' if count is None else f'{count} tasks'}: {prepared[-1].cpu_s:.0f} processor seconds")
-        (base / _NOTES).unlink()
-        _run(noting, "prepare", str(base / "all.json"), "--workers", "1")
-        start_s = float(_noted(base)[0]["cpu_s"])
         tokens = sum(manifest.counts.tokens for manifest in manifests)
-        return SharesBench(corpus.text_bytes, corpus.documents, tokens, shuffled, start_s, tuple(prepared))
+        prepared = tuple(one for one, _, _ in done)
+        return SharesBench(corpus.text_bytes, corpus.documents, tokens, shuffled, at_once, start_s, prepared)
+
+
+def _noting(own: Path, settings: dict[str, Any]) -> Path:
+    """A folder for one preparation, its configuration in all.json; returns an interpreter that notes what each process took."""
+    own.mkdir()
+    noting = own / "python"
+    noting.write_text(_NOTING)
+    noting.chmod(0o755)
+    write_json(own / "cluster.yaml", {"python": str(noting)})
+    write_json(own / "all.json", {**settings, "output": str(own / "out")})
+    return noting
 
 
 def _run(noting: Path, *words: str) -> None:
@@ -186,7 +208,7 @@ def render(head: dict[str, Any], result: SharesBench) -> str:
         *header_lines(head),
         f"- text: {result.text_bytes / 1e6:,.0f} MB made up by benchmarks/prepare/corpus.py, {result.documents:,} documents, "
         f"{result.tokens:,} tokens of {VOCABULARY:,}; {'shuffled and packed' if result.shuffled else 'in its order'}; one "
-        "process for each task",
+        f"process for each task; {'all at one time' if result.at_once else 'one after the other'}",
         f"- CPU s: of all processes; each takes {result.start_s:.1f} s before it works. Its part: that of the last job in the "
         "time of a run where each task and that job have one processor, without these; process: the largest resident set of "
         "one, with pages that others share",

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.made_up import save_manifest
 from megatron_synth.data.shards.block_hash import BLOCK_BYTES, DIGITS, block_count
 from megatron_synth.data.shards.indexed import HEADER, MAGIC, VERSION, token_code
-from megatron_synth.data.shards.manifest import Counts, Manifest, Provenance, ShardInfo, TokenizerInfo
+from megatron_synth.data.shards.manifest import ShardInfo
 
 MOST_LINKS = 50_000
 """Names of one file; ext4 allows 65,000."""
@@ -68,17 +69,7 @@ def write_source(folder: Path, shards: int, tokens: int, seed: int) -> Path:
         ShardInfo(name=name, **written, bin_sha256=checksum(64), idx_sha256=checksum(64), bin_blocks=checksum(blocks))
         for name in names
     )
-    Manifest(
-        name=folder.name,
-        kind="other",
-        generator=None,
-        split="train",
-        dtype="int32",
-        tokenizer=TokenizerInfo(path="tokenizer.json", fingerprint="0" * 64, vocab_size=VOCABULARY, eod_id=0),
-        counts=Counts(documents=shards * documents, tokens=shards * tokens, text_bytes=4 * shards * tokens),
-        shards=infos,
-        made=Provenance(program="benchmark", config_digest="0" * 64, inputs={}, holdout="0"),
-    ).save(folder)
+    save_manifest(folder, infos, DTYPE.name, VOCABULARY, text_bytes=4 * shards * tokens)
     return folder
 
 

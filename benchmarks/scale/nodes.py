@@ -121,21 +121,15 @@ def _doctor(nodes: int, folder: Path) -> tuple[float, int]:
 
 def _launch(nodes: int, folder: Path) -> tuple[float, float, float]:
     """Seconds until sbatch has answered; from there until the first node's process runs; from there until the last one's."""
-    from megatron_synth.cluster import sbatch, slurm
+    from benchmarks.slurm_launch import run_job
+    from megatron_synth.cluster import sbatch
     from megatron_synth.config.errors import UserError
 
     up = folder / "up"
     up.mkdir()
     command = ("bash", "-c", f"date +%s.%N > {up}/.$SLURM_NODEID; mv {up}/.$SLURM_NODEID {up}/$SLURM_NODEID")
     spec = sbatch.JobSpec("nodes", folder=folder / "job", chdir=folder, nodes=nodes, ranks_per_node=1, command=command)
-    began = time.time()
-    job = sbatch.submit(spec)
-    submitted = time.time()
-    while any(state.active for state in slurm.states([job]).values()):
-        if time.time() - began > WAIT_S:
-            slurm.cancel(job)
-            raise UserError(f"job {job} on {nodes} nodes was not done within {WAIT_S} s; see {spec.log}")
-        time.sleep(0.5)
+    began, submitted, job = run_job(spec, WAIT_S)
     times = [float(file.read_text()) for file in up.glob("[0-9]*")]
     if len(times) != nodes:
         raise UserError(f"job {job}: {len(times)} of {nodes} nodes came up:\n{spec.log.read_text()[-2000:]}")

@@ -23,11 +23,11 @@ def test_a_table_of_arrays_beside_one_machine() -> None:
     alone = Prepared(None, 12.0, 0.0, 0.0, 10.0, 200 * 2**20)
     four = Prepared(4, 7.0, shares_s=12.0, longest_s=3.5, last_s=0.75, rss=100 * 2**20)
     assert four.last_part(0.5) == pytest.approx(0.25 / 3.25)
-    told = render(HEAD, SharesBench(10**6, 1000, 5_100_000, True, 0.5, (alone, four)))
+    told = render(HEAD, SharesBench(10**6, 1000, 5_100_000, True, True, 0.5, (alone, four)))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line.startswith("|")]
     assert rows[2] == ["one machine", "12", "10.0", "", "", "", "510,000", "1.000", "200"]
     assert rows[3] == ["4", "7", "12.8", "3.5", "0.8", "8%", "400,000", "0.784", "100"]
-    assert "shuffled and packed" in told and "each takes 0.5 s before it works" in told
+    assert "all at one time" in told and "shuffled and packed" in told and "each takes 0.5 s before it works" in told
 
 
 def test_without_slurm_and_with_numbers_that_are_none_it_is_refused(monkeypatch, tmp_path) -> None:
