@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.config.errors import UserError
-from megatron_synth.data.mixing.permutation import derive_key, keyed_hash, permute
+from megatron_synth.data.mixing.permutation import derive_key, derive_keys, keyed_hash, permute
 
 Int64 = npt.NDArray[np.int64]
 
@@ -61,7 +61,7 @@ def deal_steps(
     first_slot = data_parallel_rank * micro_batch_size
     slots = (np.arange(0, global_batch_size, stride)[:, None] + np.arange(first_slot, first_slot + micro_batch_size)).ravel()
     firsts = first_sample + np.arange(steps) * (global_batch_size * windows_per_sequence)
-    keys = np.stack([derive_key(seed, "step", first) for first in firsts.tolist()], axis=1)
+    keys = derive_keys(seed, "step", firsts)
     number = len(slots)
     key = keys[:, 0] if steps == 1 else np.repeat(keys, number, axis=1)
     samples = permute(np.tile(slots, steps), global_batch_size, key)

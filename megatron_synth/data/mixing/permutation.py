@@ -38,6 +38,17 @@ def derive_key(seed: int, *stream: str | int) -> UInt64:
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
+def derive_keys(seed: int, name: str, numbers: Int64) -> UInt64:
+    """uint64 [ROUNDS, N]: `derive_key(seed, name, number)` of each number [N]; what all names have in common is hashed once."""
+    common = hashlib.shake_256(json.dumps([seed, name])[:-1].encode() + b", ")
+    digests = []
+    for number in numbers.tolist():
+        one = common.copy()
+        one.update(b"%d]" % number)
+        digests.append(one.digest(8 * ROUNDS))
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, ROUNDS).T.astype(np.uint64, order="C")
+
+
 def permute(index: npt.ArrayLike, size: int | Int64, key: UInt64) -> Int64:
     """Image of each index under the permutation of range(size) that `key` names.
 

@@ -86,6 +86,8 @@ static int guarded(void (*body)(void *), void *task) {
 #define CLONES
 #endif
 
+enum { PAGE = 4096 };
+
 /* 1 when an id was negative or above `last`. */
 typedef int (*copier)(const char *from, char *to, int64_t count, const char *next, int64_t last);
 
@@ -195,26 +197,24 @@ static void find_some(void *task) {
     for (int64_t first = 0; first < table->rows; first += TOGETHER) {
         finding->row = first;
         const int64_t *starts[TOGETHER];
-        int64_t tokens[TOGETHER], low[TOGETHER], high[TOGETHER];
-        int number = (int)(table->rows - first < TOGETHER ? table->rows - first : TOGETHER), open = 0;
+        int64_t tokens[TOGETHER], low[TOGETHER], runs_left[TOGETHER], most = 1;
+        int number = (int)(table->rows - first < TOGETHER ? table->rows - first : TOGETHER);
         for (int i = 0; i < number; i++) {
             const struct view *view = (const struct view *)(intptr_t)table->views[table->source_ids[first + i]];
             starts[i] = view ? view->starts : NULL;
             tokens[i] = table->begins[first + i];
             low[i] = 0;
-            high[i] = view ? view->runs - 1 : 0;
-            open |= low[i] < high[i];
+            runs_left[i] = view ? view->runs : 1;
+            if (runs_left[i] > most) most = runs_left[i];
         }
-        while (open) {
-            for (int i = 0; i < number; i++)
-                if (low[i] < high[i]) __builtin_prefetch(&starts[i][(low[i] + high[i] + 1) >> 1]);
-            open = 0;
+        for (; most > 1; most -= most >> 1) {
+            for (int i = 0; i < number; i++) __builtin_prefetch(&starts[i][low[i] + (runs_left[i] >> 1)]);
             for (int i = 0; i < number; i++) {
-                if (low[i] >= high[i]) continue;
-                int64_t middle = (low[i] + high[i] + 1) >> 1;
-                if (starts[i][middle] <= tokens[i]) low[i] = middle;
-                else high[i] = middle - 1;
-                open |= low[i] < high[i];
+                int64_t half = runs_left[i] >> 1;
+                if (!half) continue;
+                /* no branch: which half it is cannot be foreseen */
+                low[i] += -(int64_t)(starts[i][low[i] + half] <= tokens[i]) & half;
+                runs_left[i] -= half;
             }
         }
         for (int i = 0; i < number; i++) runs[first + i] = low[i];
@@ -325,6 +325,18 @@ static void fetch_runs(const struct rows *table, int64_t row) {
     __builtin_prefetch(&view->begins[table->runs[row]]);
 }
 
+/* Fetch one line of every page that a row lies in, all at once: finding out where a page is in memory takes longer than a line, and
+ * a processor finds several at a time. */
+static void fetch_pages(const struct rows *table, int64_t row) {
+    struct part part = {0};
+    for (begin_row(table, &part, row); part.row == row && row < table->rows; go_on(table, &part, part.count)) {
+        if (!part.from) continue;
+        const char *end = part.from + part.count * part.width;
+        __builtin_prefetch(part.from);
+        for (const char *page = (const char *)(((intptr_t)part.from | (PAGE - 1)) + 1); page < end; page += PAGE) __builtin_prefetch(page);
+    }
+}
+
 /* One cursor copies, another is a row ahead of it and fetches into the cache: in step, token for token. */
 static void copy_some(void *task) {
     struct copying *copying = task;
@@ -332,8 +344,12 @@ static void copy_some(void *task) {
     int64_t width = table->wide ? 8 : 4;
     struct part part = {0}, ahead = {0};
     begin_row(table, &part, copying->row);
-    begin_row(table, &ahead, copying->row + 1);
     fetch_runs(table, copying->row + 2);
+    fetch_pages(table, copying->row);
+    fetch_pages(table, copying->row + 1);
+    begin_row(table, &ahead, copying->row + 1);
+    fetch_pages(table, copying->row + 2);
+    fetch_runs(table, copying->row + 3);
     char *out = copying->out;
     unsigned char *learned = copying->learned;
     while (part.row < copying->end && part.from) {
@@ -358,7 +374,10 @@ static void copy_some(void *task) {
         out += count * width;
         if (ahead.row < table->rows) {
             go_on(table, &ahead, count);
-            if (ahead.at == 0) fetch_runs(table, ahead.row + 1);
+            if (ahead.at == 0) {
+                fetch_pages(table, ahead.row + 1);
+                fetch_runs(table, ahead.row + 2);
+            }
         }
         go_on(table, &part, count);
     }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_synth.data.mixing.permutation import ROUNDS, derive_key, permute, unpermute
+from megatron_synth.data.mixing.permutation import ROUNDS, derive_key, derive_keys, permute, unpermute
 
 
 def test_every_small_size_is_permuted_and_undone() -> None:
@@ -105,3 +105,11 @@ def test_no_visible_structure(size: int) -> None:
 def test_index_out_of_range_is_a_bug() -> None:
     with pytest.raises(AssertionError):
         permute(np.array([5]), 5, derive_key(0))
+
+
+@pytest.mark.parametrize("name", ["step", 'a "name", ü]'])
+def test_keys_made_together_are_those_made_one_by_one(name) -> None:
+    numbers = np.array([0, 7, 8, 123_456, 2**40])
+    together = derive_keys(-3, name, numbers)
+    assert together.flags.c_contiguous and together.dtype == np.uint64
+    assert np.array_equal(together, np.stack([derive_key(-3, name, number) for number in numbers.tolist()], axis=1))
