@@ -149,8 +149,9 @@ def largest_logits(module: Any, given: dict[str, Any], row: int = 0, *, stride: 
         key, places, begins = (_gathered(x, group) for x in (key, places, begins))
     grouped = query.unflatten(1, (key.shape[1], -1)).movedim(1, 0)  # [G, n, A / G, D]
     keys = key.movedim(1, 0).transpose(1, 2)  # [G, D, S]
-    largest = torch.full(grouped.shape[:1] + grouped.shape[2:3], -torch.inf, dtype=torch.float64, device=query.device)
-    rows = max(1, _NUMBERS // (grouped.shape[2] * keys.shape[2]))
+    heads = grouped.shape[0], grouped.shape[2]
+    largest = torch.full(heads, -torch.inf, dtype=torch.float64, device=query.device)
+    rows = max(1, _NUMBERS // (len(query[0]) * keys.shape[2]))
     for first in range(0, grouped.shape[1], rows):
         part = slice(first, first + rows)
         # keys after the last query of the part are not visible; which these are is known where no ranks share the row
@@ -158,11 +159,9 @@ def largest_logits(module: Any, given: dict[str, Any], row: int = 0, *, stride: 
         visible = (begins_of_query[part, None] == begins[:end]) & (places[:end] <= of_query[part, None])
         if module.window is not None:
             visible &= of_query[part, None] - places[:end] < module.window
-        for head, (heads, own) in enumerate(zip(grouped, keys, strict=True)):
-            of_part = heads[part]
-            scores = (of_part.flatten(0, 1) @ own[:, :end]).float().view(*of_part.shape[:2], -1)
-            found = scores.masked_fill_(~visible[:, None], -torch.inf).amax(dim=(0, 2))
-            largest[head] = torch.maximum(largest[head], found.double())
+        scores = (grouped[:, part].flatten(1, 2) @ keys[:, :, :end]).float().unflatten(1, (-1, heads[1]))  # [G, n, A / G, S]
+        found = scores.masked_fill_(~visible[:, None], -torch.inf).amax(dim=(1, 3))
+        largest = torch.maximum(largest, found.double())
     scale: float = module.scale
     return scale * largest.flatten()
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
+import pstats
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from megatron_synth.bench.train.engine import Block, Engine, random_batches, run_block
 from megatron_synth.config.schema import Config
@@ -24,6 +28,9 @@ class Cost:
 
     plain: tuple[Block, ...]
     measured: tuple[Block, ...]
+    own: float | None
+    """What watching takes of a measured step, as a part of the rest: by a profile of one more block. None on a GPU, whose work no
+    profile of the host sees."""
 
     @property
     def extra(self) -> list[float]:
@@ -79,7 +86,22 @@ def _measure(config: Config, layout: Layout, ranks: Ranks, pairs: int, steps: in
     for pair in range(pairs):
         for contender in (engine, watched) if pair % 2 == 0 else (watched, engine):
             blocks[contender.name].append(run_block(contender, batches, steps, ranks.device))
-    return Cost(tuple(blocks[engine.name]), tuple(blocks[watched.name]))
+    own = None if ranks.device.type == "cuda" else _profiled(watched, batches, steps, ranks.device)
+    return Cost(tuple(blocks[engine.name]), tuple(blocks[watched.name]), own)
+
+
+def _profiled(watched: _Watched, batches: Any, steps: int, device: torch.device) -> float:
+    """Time in calls of what watches from elsewhere, as a part of the time without them."""
+    from megatron_synth.model import observer
+    from megatron_synth.train import health
+
+    with cProfile.Profile() as profile:
+        block = run_block(watched, batches, steps, device)
+    files, own = {health.__file__, observer.__file__}, 0.0
+    for (file, _, _), (*_, callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        if file in files:
+            own += sum(times[3] for (caller, _, _), times in callers.items() if caller not in files)
+    return own / (sum(block.step_s) - own)
 
 
 def table_rows(cost: Cost) -> list[list[str]]:

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
         f"A measured step takes {100 * statistics.median(extra):.1f} % more {what} than a plain one (median of the pairs, "
         f"{100 * min(extra):.1f} % to {100 * max(extra):.1f} %): 1 % of it with log.health_interval={cost.interval}.",
     ]
+    if cost.own is not None:
+        lines.append(f"A profile of {options.steps} measured steps has {100 * cost.own:.2f} % in what watches.")
     say("\n".join(lines))
     if options.json is not None and is_first_rank():
         write_json(options.json, {**head, "extra": extra, "interval": cost.interval, **asdict(cost)})
