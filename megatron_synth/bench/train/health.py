@@ -29,8 +29,8 @@ class Cost:
     plain: tuple[Block, ...]
     measured: tuple[Block, ...]
     own: float | None
-    """What watching takes of a measured step, as a part of the rest: by a profile of one more block. None on a GPU, whose work no
-    profile of the host sees."""
+    """What watching takes of a measured step, as a part of the rest: by a profile of one more block. None on a GPU, whose work
+    no profile of the host sees."""
 
     @property
     def extra(self) -> list[float]:
