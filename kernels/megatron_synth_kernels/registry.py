@@ -151,11 +151,11 @@ def _attention_by(name: str) -> Test:
         problem = _on_cuda(device, dtype)
         if problem is not None:
             return problem
-        from megatron_synth_kernels.torch import attention_kernels
+        from megatron_synth_kernels.torch.attention import backends
 
         if name == CUDNN:
-            return attention_kernels.why_not_cudnn(device, dtype)
-        problem = attention_kernels.why_not_flash(device, dtype)
+            return backends.why_not_cudnn(device, dtype)
+        problem = backends.why_not_flash(device, dtype)
         if problem is None and name == FA3:
             if torch.cuda.get_device_capability(device)[0] != 9:
                 return "needs compute capability 9.0"
@@ -227,10 +227,10 @@ OPERATIONS: dict[str, Operation] = {
         _operation(
             "attention",
             "(query [S, B, A, D], key, value [S, B, G, D], scale, cu_seqlens, max_seqlen, window) -> [S, B, A D]",
-            cudnn=(".torch.attention_kernels:cudnn", _attention_by(CUDNN)),
+            cudnn=(".torch.attention.backends:cudnn", _attention_by(CUDNN)),
             fa3=(".vendor.fa3:attention", _attention_by(FA3)),
-            flash=(".torch.attention_kernels:flash", _attention_by(FLASH)),
-            torch=".torch.attention:causal_attention",
+            flash=(".torch.attention.backends:flash", _attention_by(FLASH)),
+            torch=".torch.attention.causal:causal_attention",
             te=".vendor.te_attention:attention",
         ),
         _operation(

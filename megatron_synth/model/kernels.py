@@ -16,7 +16,7 @@ from megatron_synth.model.architecture import Dimensions
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.registry import OPERATIONS, Choice, KernelUnavailable
 from megatron_synth_kernels.sizes import Sizes
-from megatron_synth_kernels.torch.attention_kernels import why_not_heads
+from megatron_synth_kernels.torch.attention.backends import why_not_heads
 
 if TYPE_CHECKING:
     from megatron_synth_kernels.compile import Compiled

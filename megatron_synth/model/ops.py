@@ -34,8 +34,8 @@ from megatron_synth.model.documents import Documents
 from megatron_synth.model.objective import Losses, Objective
 from megatron_synth_kernels import registry
 from megatron_synth_kernels.torch import fp8 as fp8
-from megatron_synth_kernels.torch.context_attention import chunks_of as chunks_of
-from megatron_synth_kernels.torch.context_attention import context_attention
+from megatron_synth_kernels.torch.attention.context import chunks_of as chunks_of
+from megatron_synth_kernels.torch.attention.context import context_attention
 from megatron_synth_kernels.torch.fp8 import E4M3 as E4M3
 from megatron_synth_kernels.torch.fp8 import E5M2 as E5M2
 from megatron_synth_kernels.torch.fp8 import Pair as Pair

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels.torch.context_attention import chunks_of
+from megatron_synth_kernels.torch.attention.context import chunks_of
 
 
 @dataclass(frozen=True)

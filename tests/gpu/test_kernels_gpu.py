@@ -118,7 +118,7 @@ def test_libraries_compute_the_same(backend: str) -> None:
 def test_attention_is_that_of_the_definition(name: str, heads: int, groups: int, channels: int, documents: bool) -> None:
     """Forward and backward, against the definition in fp32, for views as the model has them."""
     from megatron_synth_kernels.registry import OPERATIONS
-    from megatron_synth_kernels.torch.attention import causal_attention
+    from megatron_synth_kernels.torch.attention.causal import causal_attention
 
     backend = OPERATIONS["attention"].backend(name)
     problem = backend.why_not(torch.device("cuda", 0), torch.bfloat16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_synth_kernels.torch.adam import FusedAdam
-from megatron_synth_kernels.torch.attention import _masked, causal_attention
+from megatron_synth_kernels.torch.attention.causal import _masked, causal_attention
 from megatron_synth_kernels.torch.loss import cross_entropy
 from megatron_synth_kernels.torch.norm import rms_norm, rms_norm_residual
 from megatron_synth_kernels.torch.rope import rotary

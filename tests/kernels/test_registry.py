@@ -112,15 +112,13 @@ def test_attention_is_held_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     """torch is allowed one kernel and no other, whichever the call."""
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-    from megatron_synth_kernels.torch import attention_kernels
+    from megatron_synth_kernels.torch.attention import backends
 
     allowed = []
-    monkeypatch.setattr(
-        attention_kernels, "causal_attention", lambda *given: (allowed.append(_cur_sdpa_kernel_backends()), given[0])[1]
-    )
+    monkeypatch.setattr(backends, "causal_attention", lambda *given: (allowed.append(_cur_sdpa_kernel_backends()), given[0])[1])
     x = torch.randn(4, 1, 2, 8)
-    attention_kernels.cudnn(x, x, x, 1.0)
-    attention_kernels.flash(x, x, x, 1.0, torch.tensor([0, 4], dtype=torch.int32), 4)
+    backends.cudnn(x, x, x, 1.0)
+    backends.flash(x, x, x, 1.0, torch.tensor([0, 4], dtype=torch.int32), 4)
     assert allowed == [[SDPBackend.CUDNN_ATTENTION], [SDPBackend.FLASH_ATTENTION]]
 
 
@@ -128,7 +126,7 @@ def test_attention_is_held_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_by_transformer_engine(documents: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its module is given, by one that computes the definition from it."""
-    from megatron_synth_kernels.torch.attention import causal_attention
+    from megatron_synth_kernels.torch.attention.causal import causal_attention
 
     class Module:
         def __init__(self, heads: int, channels: int, **settings: Any):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch.nn.attention import activate_flash_attention_impl
 
-from megatron_synth_kernels.torch.attention_kernels import flash
+from megatron_synth_kernels.torch.attention.backends import flash
 
 activate_flash_attention_impl("FA3")
 attention = flash

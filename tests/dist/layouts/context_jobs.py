@@ -21,7 +21,7 @@ def both_ways(cases: list[Case]) -> list[list[list[np.ndarray]]]:
 
     cases: key heads of 4 query heads, places at which documents begin, with the end, and window.
     """
-    from megatron_synth_kernels.torch import context_attention
+    from megatron_synth_kernels.torch.attention import context
 
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
@@ -30,9 +30,9 @@ def both_ways(cases: list[Case]) -> list[list[list[np.ndarray]]]:
     found = []
     for groups, ends, window in cases:
         ways = []
-        for function in (context_attention._Context, context_attention._InBlocks):
+        for function in (context._Context, context._InBlocks):
             own = [x.chunk(2 * size) for x in inputs(4, groups)]
-            early, late = context_attention.chunks_of(rank, size)
+            early, late = context.chunks_of(rank, size)
             query, key, value, grad = (torch.cat([chunks[early], chunks[late]]) for chunks in own)
             for x in (query, key, value):
                 x.requires_grad_()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_synth_kernels.torch.context_attention import chunks_of
+from megatron_synth_kernels.torch.attention.context import chunks_of
 from tests.dist.layouts.context_jobs import Case, inputs
 from tests.dist.pool import RankPool
 

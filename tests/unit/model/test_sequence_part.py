@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_synth_kernels.torch.context_attention import chunks_of
+from megatron_synth_kernels.torch.attention.context import chunks_of
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

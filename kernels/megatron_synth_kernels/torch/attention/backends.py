@@ -1,4 +1,4 @@
-"""The attention of `attention.py`, held to one kernel: if it cannot be had there is an error, and never another in its place.
+"""The attention of `causal.py`, held to one kernel: if it cannot be had there is an error, and never another in its place.
 
 torch's own choice is cuDNN's on compute capability 9.0 and 10.0, where its cuDNN is above 9.15, then FlashAttention 2, then
 kernels that take fp32 or write the scores (`check_prefer_cudnn_attention` in sdp_utils.cpp, torch 2.11 to 2.13). Its function
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_synth_kernels.torch.attention import causal_attention
+from megatron_synth_kernels.torch.attention.causal import causal_attention
 
 
 def cudnn(

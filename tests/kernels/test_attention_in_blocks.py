@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_synth_kernels.torch import attention_blocks
+from megatron_synth_kernels.torch.attention import in_blocks
 
 LENGTH, COUNT, ROWS, HEADS, CHANNELS = 48, 8, 2, 4, 8
 DOCUMENTS = {
@@ -48,11 +48,9 @@ def test_blocks_together_are_the_whole(documents: str, window: int | None, group
     query, key, value, grad = (x.detach().to(dtype) for x in (query, key, value, grad))
     found = [torch.zeros_like(x) for x in (query, key, value)]
     out, lse = torch.zeros(query.shape, dtype=dtype), torch.full(query.shape[:3], -torch.inf, dtype=dtype)
-    chunks = [
-        (first, list(attention_blocks.blocks_of(first, COUNT, ends, LENGTH, window))) for first in range(0, LENGTH, COUNT)
-    ]
+    chunks = [(first, list(in_blocks.blocks_of(first, COUNT, ends, LENGTH, window))) for first in range(0, LENGTH, COUNT)]
 
-    def places(first: int, block: attention_blocks.Block) -> tuple[tuple[slice, int], tuple[slice, int]]:
+    def places(first: int, block: in_blocks.Block) -> tuple[tuple[slice, int], tuple[slice, int]]:
         begin = block.piece * COUNT
         own = slice(first + block.q0, first + block.q1), block.row
         return own, (slice(begin + block.k0, begin + block.k1), block.row)
@@ -60,26 +58,24 @@ def test_blocks_together_are_the_whole(documents: str, window: int | None, group
     for first, blocks in chunks:
         for block in blocks:
             own, keys = places(first, block)
-            attention_blocks.add(out[own], lse[own], *attention_blocks.attend(query[own], key[keys], value[keys], block, scale))
+            in_blocks.add(out[own], lse[own], *in_blocks.attend(query[own], key[keys], value[keys], block, scale))
     torch.testing.assert_close(out, expected.detach().to(dtype), **close)
     for first, blocks in chunks:
         for block in blocks:
             own, keys = places(first, block)
             given = (grad[own], query[own], key[keys], value[keys], out[own], lse[own])
-            for total, place, gradient in zip(
-                found, (own, keys, keys), attention_blocks.gradients(*given, block, scale), strict=True
-            ):
+            for total, place, gradient in zip(found, (own, keys, keys), in_blocks.gradients(*given, block, scale), strict=True):
                 total[place] += gradient
     for ours, theirs in zip(found, of_each, strict=True):
         torch.testing.assert_close(ours, theirs.to(dtype), **close)
 
 
 def test_no_mask_is_larger_than_a_piece() -> None:
-    whole = list(attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, None))
+    whole = list(in_blocks.blocks_of(4096, 1024, [0, 8192], 8192, None))
     assert [(one.piece, one.causal, one.mask) for one in whole] == [
         *((piece, False, None) for piece in range(4)),
         (4, True, None),
     ]
-    narrow = list(attention_blocks.blocks_of(4096, 1024, [0, 8192], 8192, 64))
+    narrow = list(in_blocks.blocks_of(4096, 1024, [0, 8192], 8192, 64))
     assert [one.piece for one in narrow] == [3, 4] and all(one.mask is not None for one in narrow)
     assert [one.mask.shape for one in narrow if one.mask is not None] == [(1024, 1024)] * 2

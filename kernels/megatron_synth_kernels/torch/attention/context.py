@@ -6,7 +6,7 @@ into 2 c chunks; rank r has the chunks r and 2 c - 1 - r, one after the other (a
 On a GPU keys and values of the other ranks are gathered for the time of one layer (Llama 3, arXiv 2407.21783, section 3.3.2),
 and once more in the backward pass, which makes the scores again: a rank keeps no more than its own part of anything. With
 grouped queries they are a small part of the activations. On a CPU the ranks hand out theirs in turn, so that those of one
-rank are there at a time, and scores are made once (attention_blocks.py).
+rank are there at a time, and scores are made once (in_blocks.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_synth_kernels.torch import attention_blocks
-from megatron_synth_kernels.torch.attention import takes_flash, varlen_attention
+from megatron_synth_kernels.torch.attention import in_blocks
+from megatron_synth_kernels.torch.attention.causal import takes_flash, varlen_attention
 
 
 def context_attention(
@@ -107,8 +107,8 @@ class _InBlocks(torch.autograd.Function):
             pair = _handed_out(own, rank, group)
             for place, keys, block in _of_rank(blocks, rank, group, len(query) // 2):
                 of_keys, of_values = pair[:, keys, block.row]
-                found = attention_blocks.attend(query[place], of_keys, of_values, block, scale)
-                attention_blocks.add(out[place], lse[place], *found)
+                found = in_blocks.attend(query[place], of_keys, of_values, block, scale)
+                in_blocks.add(out[place], lse[place], *found)
         out = out.to(query.dtype).flatten(2)
         ctx.save_for_backward(query, own, cu_seqlens, out, lse)
         ctx.options = scale, group, window
@@ -128,7 +128,7 @@ class _InBlocks(torch.autograd.Function):
             for place, keys, block in _of_rank(blocks, rank, group, len(query) // 2):
                 of_keys, of_values = pair[:, keys, block.row]
                 given = (grad[place], query[place], of_keys, of_values, out[place], lse[place])
-                d_block, *d_of_keys = attention_blocks.gradients(*given, block, scale)
+                d_block, *d_of_keys = in_blocks.gradients(*given, block, scale)
                 d_query[place] += d_block
                 for which, gradient in enumerate(d_of_keys):
                     d_pair[which, keys, block.row] += gradient
@@ -138,7 +138,7 @@ class _InBlocks(torch.autograd.Function):
         return d_query, d_own[0], d_own[1], None, None, None, None
 
 
-Placed = tuple[int, attention_blocks.Block]
+Placed = tuple[int, in_blocks.Block]
 
 
 def _own_blocks(query: Tensor, group: ProcessGroup, cu_seqlens: Tensor | None, window: int | None) -> Iterator[Placed]:
@@ -147,13 +147,13 @@ def _own_blocks(query: Tensor, group: ProcessGroup, cu_seqlens: Tensor | None, w
     length, count = query.shape[0] * size, query.shape[0] // 2
     ends = [row * length for row in range(rows + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     for half, chunk in enumerate(chunks_of(group.rank(), size)):
-        for block in attention_blocks.blocks_of(chunk * count, count, ends, length, window):
+        for block in in_blocks.blocks_of(chunk * count, count, ends, length, window):
             yield half * count, block
 
 
 def _of_rank(
     blocks: Sequence[Placed], rank: int, group: ProcessGroup, count: int
-) -> Iterator[tuple[tuple[slice, int], slice, attention_blocks.Block]]:
+) -> Iterator[tuple[tuple[slice, int], slice, in_blocks.Block]]:
     """Of the blocks those whose keys a rank has: the place of its queries, its keys among those of that rank, and the block.
 
     count: tokens of a chunk.
