@@ -19,10 +19,12 @@ COMMON = ("train.steps=1", "optim.warmup_steps=0", "eval.interval=null", "checkp
 FAMILIES = {
     "tied": ("model.share_embeddings_and_output_weights=true", "model.add_qkv_bias=true", "model.qk_norm=head"),
     "norms": ("model.qk_norm=all_heads", "model.norm_placement=after", "model.add_qkv_bias=true"),
+    "documents": ("model.num_query_groups=null", "data.document_masks=true"),
 }
 LAYOUTS_OF = {
     "tied": ("tp2", "tp2-whole-sequence", "pp2vp2dp2-overlap-both", "cp2dp2-plain"),
     "norms": ("tp2", "tp2-whole-sequence", "pp2vp2dp2-overlap-both"),
+    "documents": ("tp2",),
 }
 
 
