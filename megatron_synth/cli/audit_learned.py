@@ -111,13 +111,16 @@ def audit_learned(
             show("learned tokens: not recorded by this run, whose version did not count them; not compared")
         return []
     skipped = skipped_ranges(records, length, trunk)
+    # beyond the last record nothing tells which steps were skipped, and a damaged number is not counted to
+    told = [tokens for record in records if isinstance(tokens := record.get(metrics.TOKENS), int)]
+    reached = max([0 if trunk is None else trunk.samples, *(tokens // length for tokens in told[-1:])])
     counted = 0
     totals: dict[tuple[int, bool, int], dict[str, int]] = {}
     done: tuple[int, bool, int] | None = None
     for part in sorted({one.part for one in run_files}):
         start, masked, end = part
         of_trunk = trunk is not None and trunk.skipped > 0 and start < trunk.samples
-        beyond = end < start or (plan.samples is not None and end > plan.samples)
+        beyond = end < start or end > reached or (plan.samples is not None and end > plan.samples)
         if skipped is None or of_trunk or beyond:
             continue
         # files of the same settings are counted in one pass, from one to the next
@@ -131,7 +134,7 @@ def audit_learned(
     for one in run_files:
         due = totals.get(one.part)
         if due is None:
-            why = "its number of samples is not of the plan"
+            why = "its number of samples is not of the plan, or metrics.jsonl ends before"
             if skipped is None:
                 why = "metrics.jsonl does not tell which steps were skipped"
             elif trunk is not None and trunk.skipped:
@@ -141,9 +144,9 @@ def audit_learned(
         before = one.earlier["sources"] if one.earlier else {}
         own = []
         for name in dict.fromkeys([*plan.names, *one.labels]):
-            expected, told = due.get(name, 0) + before.get(name, 0), one.labels.get(name, 0)
-            if expected != told:
-                own.append((one.file, name, "learned", str(expected), str(told)))
+            expected, recorded = due.get(name, 0) + before.get(name, 0), one.labels.get(name, 0)
+            if expected != recorded:
+                own.append((one.file, name, "learned", str(expected), str(recorded)))
         of_all = sum(one.labels.values())
         if not own and one.tokens is not None and one.tokens != of_all:
             own = [(one.file, "learned", "tokens", str(of_all), str(one.tokens))]

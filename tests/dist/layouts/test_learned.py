@@ -126,6 +126,11 @@ def test_the_audit_finds_a_false_number_of_learned_tokens(
     run = planted("checkpoint", lambda content: content["labels"].update(web=content["labels"]["web"] + 1), file)
     audited(run, capsys, 1, "^1 difference$", r"step_00000003/trainer\.json +web +learned +\d+ +\d+$")
 
+    run = planted("short", lambda content: None)
+    file = run / "metrics.jsonl"
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:-1]))
+    audited(run, capsys, 1, r"^learned tokens of ledger\.json: not compared: .*metrics\.jsonl ends before", "^1 difference$")
+
     run = planted("old", lambda content: content.pop("learned"))
     for checkpoint in (run / "checkpoints").glob("step_*/trainer.json"):
         changed(checkpoint, lambda content: content.pop("labels"))
@@ -145,6 +150,17 @@ def test_labels_counted_under_other_settings_are_kept_apart(
     audited(run, capsys, 0, "those of 2 records$", "^equal: ")
     changed(run / "ledger.json", lambda content: content["learned"]["sources"].update(qa=before["qa"]))
     audited(run, capsys, 1, "^1 difference$", rf"ledger\.json +qa +learned +{learned['sources']['qa']} +{before['qa']}$")
+
+
+def test_a_branch_counts_the_learned_tokens_of_its_trunk(
+    settings: tuple[str, ...], trained: Callable[..., Run], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (*settings, "checkpoint.interval=3")
+    reference = trained("dp2", *more)
+    run = tmp_path / "branch"
+    train(run, "dp2", *more, f"checkpoint.branch_from={reference.path}@3")
+    assert read_ledger(run)["learned"] == reference.ledger["learned"]
+    audited(run, capsys, 0, "^counted learned tokens of 48 samples again", "^equal: ")
 
 
 def documents(path: str) -> Iterator[Document]:
