@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from megatron_synth.cli.audit_learned import Difference, audit_learned, recorded_in
 from megatron_synth.cli.options.types import parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
@@ -39,9 +40,6 @@ EXIT_DIFFERENT = 1
 _SHOWN = 40
 """Differences that `audit` prints one by one."""
 
-Difference = tuple[str, str, str, str, str]
-"""File, place in it, name, planned, recorded."""
-
 
 def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
@@ -57,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--text", action="store_true", help="decode its tokens")
     for one in (plan, show):
         one.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change: train.steps=10")
-    audit = verbs.add_parser("audit", help="recompute what a run should have consumed and compare it with its records")
+    audit = verbs.add_parser(
+        "audit", help="recompute what a run should have consumed and learned, and compare it with its records"
+    )
     audit.add_argument("run", type=Path, help="run directory")
     return parser
 
@@ -280,10 +280,13 @@ def _audit(path: Path) -> int:
         plan, length, records, recorded["tokens"], run.metrics, NOT_BEGUN if trunk is None else trunk.progress
     )
     show(f"read {run.metrics}: {len(records):,} steps")
-    for file in sorted(run.checkpoints.glob("step_*/trainer.json")):
-        state = files.STATE.read(file)
+    checkpoints = [(file, files.STATE.read(file)) for file in sorted(run.checkpoints.glob("step_*/trainer.json"))]
+    for file, state in checkpoints:
         found += audit_checkpoint(data, state, file)
         show(f"read {file}: {state['samples']:,} samples")
+    learned = audit_learned(config, data, recorded_in(config, recorded, run.ledger, checkpoints), records, trunk)
+    told = {difference[:3] for difference in learned}  # a figure beyond its bound is told once, by what is right
+    found = [difference for difference in found if difference[:3] not in told] + learned
     if not found:
         show(f"equal: the run consumed what was planned, to the token, in {recorded['tokens']:,} tokens")
         return EXIT_OK

@@ -169,7 +169,9 @@ class Trainer:
             assert start.resumed is not None
             resume.load(start.resumed, self.chunks, self.optimizer)
             self.step, self.samples = saved.step, saved.samples
-            self.ledger.load_state_dict(saved.ledger, saved.unlearned, saved.labels)
+            self.ledger.load_state_dict(saved.ledger, saved.unlearned, saved.labels, saved.labels_earlier)
+            if resume.counts_labels_anew(saved, config, branches=start.branches):
+                self.ledger.close_labels()
             if self.stepper.guard is not None:
                 self.stepper.guard.restore(saved.window)
             self.ledger.verify(data.plan, self.samples)
@@ -391,6 +393,7 @@ class Trainer:
             contents=dict(self.data.contents),
             unlearned=self.ledger.unlearned,
             labels=self.ledger.labels,
+            labels_earlier=self.ledger.labels_earlier,
             consecutive=self.recorder.consecutive,
             window={} if self.stepper.guard is None else self.stepper.guard.state(),
             noted=self.recorder.noted,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import random
 import shutil
@@ -33,9 +32,9 @@ from megatron_synth.data.preparing.output import lock_file
 from megatron_synth.data.preparing.shared import folder_of
 from tests.slurm.lab import lab, missing
 from tests.support import child_environment
-from tests.unit.data.preparing.support import tree
+from tests.unit.data.preparing.support import tree, write_texts
 
-FILES, LINES, WORDS, NODES = 4, 3000, 60, 4
+LINES, NODES = 3000, 4
 LONGEST_PAUSE_S = 2.0
 TIMEOUT_S = 600
 
@@ -55,15 +54,7 @@ class Row:
 
 def write(folder: Path, output: Path) -> Path:
     """What to prepare: some megabytes in dozens of splits."""
-    text = folder / "in"
-    if not text.exists():
-        text.mkdir()
-        for number in range(FILES):
-            lines = (
-                json.dumps({"text": " ".join(f"w{(number * 7919 + line * 31 + word * word) % 5003}" for word in range(WORDS))})
-                for line in range(LINES * (number + 1))
-            )
-            (text / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    text = write_texts(folder / "in", lines=LINES)
     file = folder / f"{output.name}.yaml"
     file.write_text(
         f"output: {output}\ntokenizer: {{train: {{vocab_size: 400, max_bytes: 100000}}}}\n"

@@ -10,23 +10,15 @@ from pathlib import Path
 from megatron_synth.data.preparing.journal import JOURNAL, read_journal
 from tests.slurm.conftest import call
 from tests.slurm.lab import Lab
-from tests.unit.data.preparing.support import tree
+from tests.unit.data.preparing.support import tree, write_texts
 
-FILES, LINES, WORDS = 4, 4000, 60
+LINES = 4000
 TASKS = 4
 
 
 def write(tmp_path: Path, output: str) -> Path:
     """A text of some megabytes in splits of half a megabyte, and what to prepare of it."""
-    folder = tmp_path / "in"
-    if not folder.exists():
-        folder.mkdir()
-        for number in range(FILES):
-            lines = (
-                json.dumps({"text": " ".join(f"w{(number * 7919 + line * 31 + word * word) % 5003}" for word in range(WORDS))})
-                for line in range(LINES * (number + 1))
-            )
-            (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    folder = write_texts(tmp_path / "in", lines=LINES)
     file = tmp_path / f"{output}.yaml"
     file.write_text(
         f"output: {tmp_path / output}\n"

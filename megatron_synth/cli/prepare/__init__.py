@@ -13,6 +13,7 @@ from types import FrameType
 from megatron_synth.cli.interrupts import Interrupted, interruptible
 from megatron_synth.cli.options import slurm
 from megatron_synth.cli.options.types import count
+from megatron_synth.cli.prepare.tables import aligned
 from megatron_synth.config.errors import EXIT_OK, EXIT_STOPPED, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import VALID_SUFFIX, PrepareConfig
@@ -44,13 +45,7 @@ def format_table(prepared: Sequence[Prepared]) -> str:
                 f"{tokens / max(one.seconds, 1e-9):,.0f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return "\n".join(aligned(rows))
 
 
 class _Stopped(Interrupted):

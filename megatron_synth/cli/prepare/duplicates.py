@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_synth.cli.options import slurm
 from megatron_synth.cli.options.types import count, tokens
+from megatron_synth.cli.prepare.tables import aligned
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
@@ -110,7 +111,7 @@ def render(found: Duplicates) -> str:
             cells = (_share(count, one.documents) for count in (one.exact, one.near))
             shared.append((one.source, other, f"{one.documents:,}", *cells))
     lines = [
-        *_table(shared),
+        *aligned(shared),
         "",
         f"near: Jaccard similarity of {found.shingle}-grams of tokens of at least {found.threshold}, estimated, equal "
         f"documents included; pairs of sources that share nothing are left out",
@@ -123,19 +124,9 @@ def render(found: Duplicates) -> str:
         for two in found.contamination:
             counts = (_share(count, two.documents) for count in (two.any, two.half))
             rows.append((two.validation, two.training, f"{two.documents:,}", *counts, _share(two.ngrams_seen, two.ngrams)))
-        lines += ["", *_table(rows), "", f"n-grams of {found.ngram} tokens; documents shorter than that are left out"]
+        lines += ["", *aligned(rows), "", f"n-grams of {found.ngram} tokens; documents shorter than that are left out"]
     return "\n".join(lines)
 
 
 def _share(count: int, total: int) -> str:
     return f"{count:,} ({100 * count / total:.2f} %)" if total else "0"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -12,11 +12,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from megatron_synth.config.errors import UserError
+from megatron_synth.core.records import OPEN, Count
 from megatron_synth.data.mixing.mixture import MixturePlan
 
 Int64 = npt.NDArray[np.int64]
+
+
+@with_config(OPEN)
+class EarlierLabels(TypedDict):
+    """Labels that were in the loss of the first `samples` samples, where the run's present settings do not tell them."""
+
+    samples: Count
+    sources: dict[str, Count]
 
 
 class LedgerMismatch(AssertionError):
@@ -39,6 +50,8 @@ class Ledger:
         """Of `_total`, the samples of steps that were skipped."""
         self._labels: Int64 | None = None
         """Labels of each source that were learned, where some tokens are read alone; None: they are not counted."""
+        self._earlier: EarlierLabels | None = None
+        """Of these, what was counted under other settings."""
         self._trunk: tuple[str, int, Int64] | None = None
         """Of a branch: id and step of the trunk, and what it had delivered by then."""
 
@@ -60,6 +73,12 @@ class Ledger:
     def count_labels(self) -> None:
         """Count the labels that are learned, too: some tokens of the sources are read and not learned."""
         self._labels = np.zeros(len(self.names), dtype=np.int64)
+
+    def close_labels(self) -> None:
+        """Keep the labels counted so far apart, where they are counted: those that follow are counted under other settings."""
+        if self._labels is not None:
+            sources = {name: count for name, count in self.labels.items() if count}
+            self._earlier = {"samples": int(self._total.sum()), "sources": sources}
 
     def begin_branch(self, run_id: str, step: int, counts: Mapping[str, int]) -> None:
         """Count as a branch of a run that had delivered `counts` samples by source at `step`; they are kept apart."""
@@ -107,7 +126,8 @@ class Ledger:
         epochs = samples / windows of an epoch, share = fraction of all samples. ratio: of a mixture in phases, the exact
         share that the phases so far give it, as a fraction. unlearned: of the samples, those of steps that were skipped, where
         there are any. learned: labels that were in the loss, where some tokens are read and not learned; tokens, and with them
-        the ratios, are those read. Of a branch all this counts the trunk's part too; `trunk` and `branch` tell the parts apart.
+        the ratios, are those read; `earlier` in it is what was counted before a start with other settings. Of a branch all this
+        counts the trunk's part too; `trunk` and `branch` tell the parts apart.
         """
         total = int(self._total.sum())
         ratios = self.ratios if self._overall is None else self._overall(total)
@@ -130,6 +150,8 @@ class Ledger:
         if self._labels is not None:
             by_source = dict(zip(self.names, self._labels.tolist(), strict=True))
             content["learned"] = {"tokens": sum(by_source.values()), "sources": by_source}
+            if self._earlier is not None:
+                content["learned"]["earlier"] = self._earlier
         if self._unlearned.any():
             content["unlearned"] = self._part(self._unlearned)
         if self._trunk is not None:
@@ -159,13 +181,23 @@ class Ledger:
         """Labels that were learned, by source; empty where they are not counted."""
         return {} if self._labels is None else dict(zip(self.names, self._labels.tolist(), strict=True))
 
+    @property
+    def labels_earlier(self) -> EarlierLabels | None:
+        """Of the labels, what was counted under other settings."""
+        return self._earlier
+
     def load_state_dict(
-        self, state: Mapping[str, int], unlearned: Mapping[str, int] | None = None, labels: Mapping[str, int] | None = None
+        self,
+        state: Mapping[str, int],
+        unlearned: Mapping[str, int] | None = None,
+        labels: Mapping[str, int] | None = None,
+        labels_earlier: EarlierLabels | None = None,
     ) -> None:
         """Go on from a saved state; sources that it does not know begin at 0. UserError if it knows others."""
         self._total = self._by_source(state)
         if self._labels is not None:
             self._labels = self._by_source(labels or {})
+            self._earlier = labels_earlier
         self._unlearned = self._by_source(unlearned or {})
 
     def _by_source(self, counts: Mapping[str, int]) -> Int64:

@@ -35,7 +35,8 @@ from megatron_synth.data.preparing.readers.documents import is_held_out
 from megatron_synth.data.preparing.readers.inputs import read_documents, reader_of
 from megatron_synth.data.preparing.readers.reader import Reader
 from megatron_synth.data.preparing.shared import folder_of, run_share, shared_lock, told_by_all, wait_for
-from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Pool, Workers
+from megatron_synth.data.preparing.workers import CHUNK_CHARACTERS, RUN_BYTES, Pool, Workers, stored_columns
+from megatron_synth.data.shards.columns import DTYPES
 from megatron_synth.data.shards.indexed import token_dtype
 from megatron_synth.data.shards.manifest import FILE_NAME as MANIFEST
 from megatron_synth.data.shards.manifest import Provenance, canonical_digest
@@ -49,7 +50,9 @@ RECORD = "prepare.json"  # its presence says that the folder is a finished outpu
 RECORD_VERSION = 1
 SKIPPED = "skipped.txt"  # in the folder of a source: records that were left out
 JOURNAL_VERSION = 3  # 3 added checksums to the lines of the journal, and numbers to what it tells of
-TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0  # only the estimate of the disk space uses it
+# only the estimate of the disk space uses these two
+TYPICAL_TEXT_BYTES_PER_TOKEN = 4.0
+TYPICAL_TEXT_BYTES_PER_DOCUMENT = 2000
 
 
 StartPool = Callable[[Tokenizer, Path], Pool]
@@ -319,11 +322,17 @@ def _stored_dtype(config: PrepareConfig, vocab_size: int) -> np.dtype[Any]:
 
 
 def _check_space(config: PrepareConfig, readers: Mapping[str, Reader], output: Path, dtype: np.dtype[Any]) -> None:
-    sizes = [reader.text_bytes() for reader in readers.values()]
-    limits = [source.max_bytes for source in config.sources.values()]
-    text = sum(size if limit is None else min(size, limit) for size, limit in zip(sizes, limits, strict=True))
+    text, stored = 0, 0.0
+    for name, source in config.sources.items():
+        size = readers[name].text_bytes()
+        size = size if source.max_bytes is None else min(size, source.max_bytes)
+        text += size
+        # a bit for each token says whether it is learned
+        stored += size / TYPICAL_TEXT_BYTES_PER_TOKEN * (dtype.itemsize + (0.125 if source.masked else 0))
+        of_columns = sum(DTYPES[kind].itemsize for _, kind in stored_columns(source.columns))
+        stored += size / TYPICAL_TEXT_BYTES_PER_DOCUMENT * of_columns
     copies = 1 if config.shuffle is None else 2  # a shuffle keeps all token runs until its last shard
-    needed = copies * round(text / TYPICAL_TEXT_BYTES_PER_TOKEN * dtype.itemsize)
+    needed = copies * round(stored)
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -19,7 +19,7 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
 import xxhash
 from pydantic import with_config
@@ -30,6 +30,7 @@ from megatron_synth.config.schema import NOT_BEGUN, Progress
 from megatron_synth.core.files import read_regular, write_atomic
 from megatron_synth.core.names import plain_name
 from megatron_synth.core.records import OPEN, Count, Reader
+from megatron_synth.data.mixing.ledger import EarlierLabels
 
 FOLDER = "checkpoints"
 TRAINER = "trainer.json"
@@ -168,6 +169,9 @@ class SavedState(TypedDict):
     plan_digest: str
     ledger: dict[str, Count]
     prefix_digest: NotRequired[str]
+    labels: NotRequired[dict[str, Count]]
+    labels_earlier: NotRequired[EarlierLabels | None]
+    config: NotRequired[dict[str, Any]]
 
 
 STATE: Reader[SavedState] = Reader(

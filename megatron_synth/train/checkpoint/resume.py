@@ -22,6 +22,7 @@ from megatron_synth.core.files import read_regular
 from megatron_synth.core.log import say
 from megatron_synth.core.names import plain_name
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.data.mixing.ledger import EarlierLabels
 from megatron_synth.data.tokenizer import FILE_NAME, fingerprint_of
 from megatron_synth.model import architecture
 from megatron_synth.model.fp8 import recipe
@@ -75,6 +76,8 @@ class TrainerState:
     """Of the ledger, the samples of skipped steps."""
     labels: dict[str, int] = field(default_factory=dict)
     """Of the ledger, the labels that were learned by source, where some tokens are read and not learned."""
+    labels_earlier: EarlierLabels | None = None
+    """Of these, what was counted under other settings."""
     consecutive: int = 0
     """Steps skipped in a row just before."""
     window: dict[str, list[float]] = field(default_factory=dict)
@@ -221,6 +224,18 @@ def check_resumable(checkpoint: Path, saved: TrainerState, config: Config, data:
             "Restore that (config.yaml in the run directory has the settings); to change the mixture from here on, add a phase "
             f"to data.phases that begins at {saved.samples * data.window_length} tokens or later; or {elsewhere}"
         )
+
+
+def counts_labels_anew(saved: TrainerState, config: Config, *, branches: bool) -> bool:
+    """Whether the learned labels of what was consumed so far cannot be told from the settings and records of the run.
+
+    They were not counted, or with another data.eod_mask_loss, or by a trunk, some of whose steps were skipped.
+    branches: this start begins a branch of the run that saved.
+    """
+    data = saved.config.get("data")
+    masked = data.get("eod_mask_loss", False) if isinstance(data, dict) else False
+    uncounted = saved.samples > 0 and not saved.labels
+    return uncounted or masked != config.data.eod_mask_loss or (branches and saved.skipped > 0)
 
 
 def _optimizer(saved: TrainerState) -> Any:

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from megatron_synth.config.section import parse_ratio
 from megatron_synth.core.records import OPEN, Amount, Count, Positive, Reader
+from megatron_synth.data.mixing.ledger import EarlierLabels
 
 
 def _ratio(text: str) -> str:
@@ -79,6 +80,7 @@ class LearnedCounts(TypedDict):
 
     tokens: Count
     sources: dict[str, Count]
+    earlier: NotRequired[EarlierLabels]
 
 
 @with_config(OPEN)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_synth.cli import main
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import Config
 from megatron_synth.data.loading.run_data import open_data
@@ -63,7 +68,7 @@ def test_every_layout_is_the_same_run(
 
 
 def test_resuming_is_bit_equal_and_goes_on_counting(
-    settings: tuple[str, ...], trained: Callable[..., Run], train: Train, tmp_path: Path
+    settings: tuple[str, ...], trained: Callable[..., Run], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = (*settings, "checkpoint.interval=3")
     reference = trained("dp2", *more)
@@ -74,6 +79,88 @@ def test_resuming_is_bit_equal_and_goes_on_counting(
     learned = reference.ledger["learned"]["sources"]
     assert 0 < learned["web"] < reference.ledger["sources"]["web"]["tokens"]
     assert learned["qa"] == reference.ledger["sources"]["qa"]["tokens"]
+    assert "earlier" not in reference.ledger["learned"]
+    audited(run, capsys, 0, r"^counted learned tokens of 48 samples again.*those of 2 records$", "^equal: ")
+
+
+def audited(run: Path, capsys: pytest.CaptureFixture[str], code: int, *expected: str) -> None:
+    """`mix audit` ends with this code and prints lines that match."""
+    capsys.readouterr()
+    assert main.main(["mix", "audit", str(run)]) == code
+    out = capsys.readouterr().out
+    for pattern in expected:
+        assert re.search(pattern, out, flags=re.MULTILINE), out
+
+
+def changed(file: Path, change: Callable[[Any], None]) -> None:
+    """Change the content of a file of JSON."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_audit_finds_a_false_number_of_learned_tokens(
+    settings: tuple[str, ...], trained: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = trained("dp2", *settings, "checkpoint.interval=3")
+    learned = reference.ledger["learned"]
+
+    def planted(name: str, change: Callable[[Any], None], file: str = "ledger.json") -> Path:
+        run = tmp_path / name
+        shutil.copytree(reference.path, run)
+        changed(run / file, change)
+        return run
+
+    def add(content: Any, source: str, count: int) -> None:
+        content["learned"]["sources"][source] += count
+        content["learned"]["tokens"] += count
+
+    due = learned["sources"]
+    for number, (source, count) in enumerate((("web", 1), ("web", -1), ("qa", 1), ("web", 10_000))):
+        run = planted(f"source{number}", lambda content, source=source, count=count: add(content, source, count))
+        line = rf"^ *ledger\.json +{source} +learned +{due[source]} +{due[source] + count}$"
+        audited(run, capsys, 1, "^1 difference$", line)
+    run = planted("sum", lambda content: content["learned"].update(tokens=learned["tokens"] - 1))
+    audited(run, capsys, 1, "^1 difference$", rf"learned +tokens +{learned['tokens']} +{learned['tokens'] - 1}$")
+    file = "checkpoints/step_00000003/trainer.json"
+    run = planted("checkpoint", lambda content: content["labels"].update(web=content["labels"]["web"] + 1), file)
+    audited(run, capsys, 1, "^1 difference$", r"step_00000003/trainer\.json +web +learned +\d+ +\d+$")
+
+    run = planted("short", lambda content: None)
+    file = run / "metrics.jsonl"
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:-1]))
+    audited(run, capsys, 1, r"^learned tokens of ledger\.json: not compared: .*metrics\.jsonl ends before", "^1 difference$")
+
+    run = planted("old", lambda content: content.pop("learned"))
+    for checkpoint in (run / "checkpoints").glob("step_*/trainer.json"):
+        changed(checkpoint, lambda content: content.pop("labels"))
+    audited(run, capsys, 0, "^learned tokens: not recorded by this run", "^equal: ")
+
+
+def test_labels_counted_under_other_settings_are_kept_apart(
+    settings: tuple[str, ...], trained: Callable[..., Run], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (*settings, "checkpoint.interval=3")
+    reference = trained("dp2", *more)
+    run = rewound(reference.path, tmp_path / "run", 3)
+    train(run, "dp2", *more, "data.eod_mask_loss=true")
+    learned, before = read_ledger(run)["learned"], reference.ledger["learned"]["sources"]
+    assert learned["earlier"]["samples"] == 3 * GLOBAL_BATCH_SIZE
+    assert all(learned["earlier"]["sources"][name] < learned["sources"][name] < before[name] for name in ("web", "qa"))
+    audited(run, capsys, 0, "those of 2 records$", "^equal: ")
+    changed(run / "ledger.json", lambda content: content["learned"]["sources"].update(qa=before["qa"]))
+    audited(run, capsys, 1, "^1 difference$", rf"ledger\.json +qa +learned +{learned['sources']['qa']} +{before['qa']}$")
+
+
+def test_a_branch_counts_the_learned_tokens_of_its_trunk(
+    settings: tuple[str, ...], trained: Callable[..., Run], train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (*settings, "checkpoint.interval=3")
+    reference = trained("dp2", *more)
+    run = tmp_path / "branch"
+    train(run, "dp2", *more, f"checkpoint.branch_from={reference.path}@3")
+    assert read_ledger(run)["learned"] == reference.ledger["learned"]
+    audited(run, capsys, 0, "^counted learned tokens of 48 samples again", "^equal: ")
 
 
 def documents(path: str) -> Iterator[Document]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -21,22 +20,14 @@ from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PrepareConfig
 from megatron_synth.data.preparing.journal import JOURNAL, read_journal
 from tests.support import ROOT
-from tests.unit.data.preparing.support import tree
+from tests.unit.data.preparing.support import tree, write_texts
 
-FILES, LINES, WORDS = 4, 2000, 60
+LINES = 2000
 
 
 def write(folder: Path, output: str) -> Path:
     """A text of some megabytes in splits of half a megabyte, and what to prepare of it; all names are relative."""
-    text = folder / "in"
-    if not text.exists():
-        text.mkdir()
-        for number in range(FILES):
-            lines = (
-                json.dumps({"text": " ".join(f"w{(number * 7919 + line * 31 + word * word) % 5003}" for word in range(WORDS))})
-                for line in range(LINES * (number + 1))
-            )
-            (text / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    write_texts(folder / "in", lines=LINES)
     file = folder / f"{output}.yaml"
     file.write_text(
         f"output: {output}\n"

@@ -1,7 +1,7 @@
 """Documents of which a part is read and not learned: a prompt before its answer, turns of a chat.
 
 A document is made of parts that are tokenized one by one, so that what is learned begins with a token. A chat template is run
-by transformers, in the sandbox that it has for templates of strangers. What a message adds is what the template makes of the
+in a sandbox with a limit of steps (chat_template.py). What a message adds is what the template makes of the
 messages up to it, less what it makes of those before: of an answer, less the header that asks for one, too. Templates that
 change what came before when a message follows are refused.
 """
@@ -9,8 +9,6 @@ change what came before when a message follows are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 from megatron_synth.config.errors import UserError
@@ -18,8 +16,6 @@ from megatron_synth.config.prepare import MessagesConfig, PrepareSource
 from megatron_synth.data.preparing.readers.documents import BadRecord, Document, Part, checked_text
 from megatron_synth.data.preparing.readers.values import values_of
 
-TODAY = datetime(2024, 7, 26)
-"""What templates that ask for the day get: the same text becomes the same tokens on any day."""
 MAX_MESSAGES = 10_000
 
 
@@ -115,39 +111,25 @@ def _rendered(settings: MessagesConfig, messages: list[Mapping[str, Any]], where
     assert settings.jinja is not None
     if not messages and not answer:
         return ""
-    render, errors = _renderer()
     try:
-        texts, _ = render(
-            [list(messages)],
-            chat_template=settings.jinja,
-            add_generation_prompt=answer,
-            strftime_now=TODAY.strftime,
-            **settings.tokens,
-        )
-    except errors as error:
-        raise BadRecord(f"{where}: the chat template refuses it: {str(error)[:200]}") from None
-    return checked_text(texts[0], where, settings.field)
+        from jinja2 import TemplateError
 
-
-@lru_cache(maxsize=1)
-def _renderer() -> tuple[Any, tuple[type[Exception], ...]]:
-    try:
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from megatron_synth.data.preparing.readers.chat_template import TooManySteps, template_of
     except ImportError as error:
         raise UserError(
             f"messages: chat templates need the packages of megatron-synth[synthesis] ({error.name} is missing)"
         ) from None
+    try:
+        text = template_of(settings.jinja).render(messages, answer=answer, tokens=settings.tokens)
+    except TooManySteps as error:
+        raise BadRecord(
+            f"{where}: the chat template takes too long for {len(messages)} messages: {error}; give another template as "
+            "messages.jinja, or messages.turns, or shorten the document"
+        ) from None
     # what a template does with a message that it does not expect is Python's
-    return render_jinja_template, (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise BadRecord(f"{where}: the chat template refuses it: {str(error)[:200]}") from None
+    return checked_text(text, where, settings.field)
 
 
 def _texts(value: Any) -> list[str]:

@@ -23,10 +23,11 @@ import torch
 
 from megatron_synth.config.schema import Config, Progress
 from megatron_synth.data.loading import loader
+from megatron_synth.data.loading.recount import learned_labels
 from megatron_synth.data.loading.run_data import open_data
 from megatron_synth.data.shards.indexed import ShardWriter
 from megatron_synth.data.shards.manifest import Counts, Manifest, PackingInfo, Provenance, ShardInfo, TokenizerInfo
-from megatron_synth.train.batch import TensorBatch, prefetcher_of, to_device
+from megatron_synth.train.batch import TensorBatch, labels_that_count, prefetcher_of, to_device
 from tests.support import with_mask
 
 VOCABULARY = 5000
@@ -321,7 +322,7 @@ def run(content: dict[str, Any], reference: Reference, progress: Progress, ranks
     data = open_data(config, check_length=False)
     data.check_length(config, progress)
     masks, loss = config.data.document_masks, config.data.eod_mask_loss
-    end = progress
+    end, learned = progress, np.zeros(len(data.sources), np.int64)
     for rank in range(ranks):
         place: Any = SimpleNamespace(device=torch.device("cpu"), data_rank=rank, needs_tokens=True)
         layout: Any = SimpleNamespace(data=ranks)
@@ -334,6 +335,11 @@ def run(content: dict[str, Any], reference: Reference, progress: Progress, ranks
                 for batch, wanted in zip(batches, expected, strict=True):
                     held = to_device(batch, place.device, config.data)
                     check(held, wanted, reference.length, masks, loss, bool(reference.packed), bool(reference.learned))
+                    np.add.at(learned, held.sources.numpy(), labels_that_count(held).sum(dim=1).numpy())
                 end = Progress(end.step + 1, end.samples + config.samples_of_step(end.step))
     assert end.samples == config.samples_at_end(progress)
+    middle, length = (progress.samples + end.samples) // 2, reference.length
+    ranges = [(progress.samples, middle), (middle, end.samples)]
+    counted = learned_labels(data.plan, data.sources, ranges, length, eod_mask_loss=loss)
+    assert counted.tolist() == learned.tolist()
     return end

@@ -21,6 +21,21 @@ def jsonl(path, texts=TEXTS, key="text"):
     return path
 
 
+def write_texts(folder, *, files=4, lines=2000, words=60):
+    """Files `0.jsonl` and on in a new folder, each longer than the one before, of made-up words: some megabytes."""
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    for number in range(files):
+        texts = (
+            " ".join(f"w{(number * 7919 + line * 31 + word * word) % 5003}" for word in range(words))
+            for line in range(lines * (number + 1))
+        )
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{number}.jsonl").write_text(content, encoding="utf-8")
+    return folder
+
+
 def stored_texts(folder, tokenizer_path):
     """The documents of a prepared source, decoded."""
     source, tokenizer = open_source(folder, "s"), load_tokenizer(tokenizer_path, EOD)

@@ -1,6 +1,7 @@
 """Prompts and chats: which tokens are learned, from records to shards, the same for every way that they take."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.prepare import PLAIN_TURNS, PrepareConfig
 from megatron_synth.data.preparing.prepare import prepare
+from megatron_synth.data.preparing.readers.chat_template import template_of
 from megatron_synth.data.shards.manifest import Manifest
 from megatron_synth.data.shards.source import open_source
 from megatron_synth.data.tokenizer import load_tokenizer
@@ -209,6 +211,70 @@ def test_a_template_cannot_reach_the_interpreter(make, tmp_path, chat_tokenizer)
     path = str(chat_tokenizer / "tokenizer.json")
     with pytest.raises(UserError, match="the chat template refuses it"):
         prepare(make({"input": write(tmp_path, chats()), "messages": "messages"}, tokenizer={"path": path}))
+
+
+BIG = "{% set big = 'x' * 900000 %}{% set big = big ~ big ~ big ~ big %}"
+HOSTILE = {
+    "loops": "{% for a in range(1000) %}" * 4 + "{% endfor %}" * 4,
+    "conditions": "{% for a in range(100000) %}{% for b in range(100000) if false %}{% endfor %}{% endfor %}",
+    "recursion": "{% for a in range(99999) recursive %}{% if loop.depth < 9 %}{{ loop(range(99999)) }}{% endif %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "filters": "{% for a in range(99999) %}{% set x = range(99999) | map('string') | list %}{% endfor %}",
+    "doubling": "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "output": BIG + "{% for a in range(99999) %}{{ big }}{% endfor %}",
+    "slices": BIG + "{% for a in range(99999) %}{% set x = big[::-1] %}{% endfor %}",
+    "comparisons": BIG + "{% set x = big[1:] ~ 'x' %}{% for a in range(99999) %}{% set y = x == big %}{% endfor %}",
+    "repetition": "{{ 'x' * 10 ** 10 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "center": "{{ 'x'.center(10000000000) }}{{ 'x' | center(10000000000) }}",
+    "format": "{{ '%9999999999d' % 1 }}",
+    "format filter": "{{ '%*d' | format(9999999999, 1) }}",
+    "format method": "{{ '{:{}}'.format(1, 9999999999) }}",
+    "replace": BIG + "{{ big.replace('x', big) }}",
+    "join": BIG + "{{ range(99999) | map('string') | join(big) }}",
+    "round": "{{ 1.5 | round(999999999, 'ceil') }}",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_without_an_end_is_refused_soon(make, tmp_path, chat_tokenizer, kind):
+    settings = json.loads((chat_tokenizer / "tokenizer_config.json").read_text())
+    settings["chat_template"] = HOSTILE[kind] + CHATML
+    (chat_tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    path, start = str(chat_tokenizer / "tokenizer.json"), time.process_time()
+    with pytest.raises(
+        UserError, match=r"rows.jsonl, line 1: the chat template takes too long for \d messages: .* messages.jinja"
+    ):
+        prepare(make({"input": write(tmp_path, chats()), "messages": "messages"}, tokenizer={"path": path}))
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{%- for m in messages if m.role != 'tool' %}{%- if loop.first and not loop.last %}{{ loop.length }}{%- endif %}"
+        "{%- set text = m.content | trim %}{{- m['role'] | upper ~ ': ' ~ text[:5] ~ text[5:] + '%5s' % 'x' }}"
+        "{%- if loop.index0 % 2 == 0 %}{%- continue %}{%- endif %}{{ {'a': [m.role, 1]} | tojson(indent=2) }}{%- endfor %}",
+        "{%- macro turn(m) -%}<{{ m.role }}>{{ m.content.split('quick')[-1] }}{%- endmacro %}{%- set ns = namespace(n=0) %}"
+        "{%- for m in messages[::-1] %}{%- set ns.n = ns.n + 1 %}{% generation %}{{ turn(m) }}{{ ns.n }}{% endgeneration %}"
+        "{%- else %}none{%- endfor %}{{ bos_token }}{{ 'yes' if tools is none and add_generation_prompt else 'no' }}",
+        "{%- for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content is string }}\n {% endfor %} {{ x }}\n",
+    ],
+)
+def test_templates_make_what_transformers_makes_of_them(template):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [
+        [*one["messages"], {"role": "assistant", "content": "a", "thinking": "b"}] for one in chats() if "messages" in one
+    ]
+    expected, _ = render_jinja_template(messages, chat_template=template, add_generation_prompt=True, bos_token="<s>")
+    template = template_of(template)
+    assert [template.render(one, answer=True, tokens={"bos_token": "<s>"}) for one in messages] == expected
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_one():
+    assert template_of("{{ strftime_now('%d %b %Y') }}").render([], answer=False, tokens={}) == "26 Jul 2024"
 
 
 def test_another_template_makes_another_output(make, tmp_path, chat_tokenizer):

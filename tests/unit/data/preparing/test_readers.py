@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,6 +275,31 @@ def test_the_sizes_of_a_small_need_are_told(tmp_path, monkeypatch):
     path = lines(tmp_path / "a.jsonl", [{"text": "x" * 5000}])
     with pytest.raises(UserError, match=r"needs about 2\.51k bytes for 5\.01k bytes of text, 1 bytes are free"):
         prepare(config_of(tmp_path, {"web": {"kind": "natural", "input": str(path)}}))
+
+
+@pytest.mark.parametrize(
+    ("source", "shuffle", "needed"),
+    [
+        ({}, None, 500_000),
+        ({"prompt": "question"}, None, 531_250),  # 250,000 tokens, a bit for each
+        ({"messages": "messages"}, None, 531_250),
+        ({"columns": {"score": "float32", "own": "text_id"}}, None, 506_000),  # 500 documents, 4 and 8 bytes for each
+        ({"columns": {"host": "host"}, "prompt": "question"}, {"seed": 1}, 2 * 533_250),
+        ({"columns": {"host": "host"}, "max_bytes": 100_000}, None, 50_200),
+    ],
+)
+def test_the_space_for_masks_and_columns_is_counted(tmp_path, monkeypatch, source, shuffle, needed):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * (1_000_000 - len('{"text": ""}') - 1)}) + "\n")
+    config = config_of(tmp_path, {"web": {"kind": "natural", "input": str(path), **source}}, shuffle=shuffle)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(preparing.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        readers = {name: reader_of(name, one) for name, one in config.sources.items()}
+        if free < needed:
+            with pytest.raises(UserError, match="are free in"):
+                preparing._check_space(config, readers, tmp_path / "out", np.dtype(np.uint16))
+        else:
+            preparing._check_space(config, readers, tmp_path / "out", np.dtype(np.uint16))
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
