@@ -1,12 +1,14 @@
 """Task files of lm-evaluation-harness, as far as they say what is asked: templates for context, choices and the right answer.
 
 Read as data: what a task file would run (`!function`), download or sample for few-shot examples is refused by its key.
+Templates run in a sandbox with a limit of steps.
 """
 
 from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +112,19 @@ class Task:
             return template
         if template in row:
             return row[template]
-        import jinja2
-        from jinja2.sandbox import SandboxedEnvironment
-
-        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        environment = _environment()
+        environment.begin()
         try:
             return environment.from_string(template).render(**{str(key): value for key, value in row.items()})
         except Exception as error:  # a template may fail in any way
             raise ValueError(f"{self.where}: the template {template!r:.60} cannot be applied: {error}") from None
+
+
+@cache
+def _environment() -> Any:
+    """The sandbox of all templates, which is made once."""
+    import jinja2
+
+    from megatron_synth.data.counted_jinja import CountedEnvironment
+
+    return CountedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

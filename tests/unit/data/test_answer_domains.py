@@ -99,6 +99,10 @@ def test_tasks_that_cannot_be_followed_are_refused(changes: dict[str, Any], faul
     [
         ({"doc_to_text": "{{absent}}"}, "'absent' is undefined"),
         ({"doc_to_text": "{{question.__class__.__mro__}}"}, "cannot be applied"),
+        (
+            {"doc_to_text": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"},
+            "more than 1,000,000 steps",
+        ),
         ({"doc_to_choice": "{{question}}"}, "no list"),
         ({"doc_to_target": 2}, "none of the 2 choices"),
     ],

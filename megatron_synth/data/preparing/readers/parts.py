@@ -1,7 +1,7 @@
 """Documents of which a part is read and not learned: a prompt before its answer, turns of a chat.
 
 A document is made of parts that are tokenized one by one, so that what is learned begins with a token. A chat template is run
-in a sandbox with a limit of steps (chat_template.py). What a message adds is what the template makes of the
+in a sandbox with a limit of steps (counted_jinja.py). What a message adds is what the template makes of the
 messages up to it, less what it makes of those before: of an answer, less the header that asks for one, too. Templates that
 change what came before when a message follows are refused.
 """
@@ -114,7 +114,8 @@ def _rendered(settings: MessagesConfig, messages: list[Mapping[str, Any]], where
     try:
         from jinja2 import TemplateError
 
-        from megatron_synth.data.preparing.readers.chat_template import TooManySteps, template_of
+        from megatron_synth.data.counted_jinja import TooManySteps
+        from megatron_synth.data.preparing.readers.chat_template import template_of
     except ImportError as error:
         raise UserError(
             f"messages: chat templates need the packages of megatron-synth[synthesis] ({error.name} is missing)"
