@@ -7,6 +7,7 @@ Each process is started through a script that notes its processor time and its l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks.prepare.corpus import write_corpus
 from benchmarks.prepare.memory import DISK_PER_TEXT, HOLDOUT, SEQUENCE_LENGTH, TRAINING_BYTES, VOCABULARY
+from benchmarks.prepare.turns import TURN_S, in_turn
 from megatron_synth.cluster import slurm
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.files import write_json
@@ -97,7 +99,8 @@ def measure(
         folder: where to put corpus and output, on a disk with room; None: the system's temporary folder.
         shuffled: with a shuffle and packing.
         say: gets a line after each.
-        at_once: all of them at one time, not one after the other: on hours of work, what disturbs one disturbs all.
+        at_once: all of them at one time, not one after the other: on hours of work, what disturbs one disturbs all. The
+            tasks of an array then take turns, so that each preparation has one busy process.
 
     Raises:
         UserError: no SLURM, no room, a step that fails, or other bytes than those of one machine.
@@ -126,7 +129,8 @@ def measure(
         def prepare(count: int | None) -> tuple[Prepared, list[Manifest], float]:
             own = base / ("one" if count is None else str(count))
             noting = _noting(own, settings)
-            prepared = _prepare(own, noting, count)
+            with in_turn(own) if at_once and count else contextlib.nullcontext():
+                prepared = _prepare(own, noting, count)
             manifests = [Manifest.load(own / "out" / name) for name in ("web", "web-valid")]
             say(f"{'one machine' if count is None else f'{count} tasks'}: {prepared.cpu_s:.0f} processor seconds")
             start_s = 0.0
@@ -194,6 +198,7 @@ def render(head: dict[str, Any], result: SharesBench) -> str:
     from megatron_synth.bench.tables import header_lines, markdown_table
 
     alone = result.prepared[0].cpu_s
+    turns = f"all at one time, the tasks of an array in turns of {TURN_S:.0f} s"
     rows = [["tasks", "seconds", "CPU s", "longest task", "last job", "its part", "tokens/CPU s", "beside one", "process, MiB"]]
     for one in result.prepared:
         parts = (
@@ -208,7 +213,7 @@ def render(head: dict[str, Any], result: SharesBench) -> str:
         *header_lines(head),
         f"- text: {result.text_bytes / 1e6:,.0f} MB made up by benchmarks/prepare/corpus.py, {result.documents:,} documents, "
         f"{result.tokens:,} tokens of {VOCABULARY:,}; {'shuffled and packed' if result.shuffled else 'in its order'}; one "
-        f"process for each task; {'all at one time' if result.at_once else 'one after the other'}",
+        f"process for each task; {turns if result.at_once else 'one after the other'}",
         f"- CPU s: of all processes; each takes {result.start_s:.1f} s before it works. Its part: that of the last job in the "
         "time of a run where each task and that job have one processor, without these; process: the largest resident set of "
         "one, with pages that others share",
