@@ -19,6 +19,7 @@ STEPS_OF_A_MESSAGE = 1000
 """Beyond STEPS."""
 TODAY = datetime(2024, 7, 26)
 """What templates that ask for the day get: the same text becomes the same tokens on any day."""
+_LONGEST_FORMAT = 200
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that the reasoning of a message has in data sets."""
 
@@ -34,7 +35,7 @@ class ChatTemplate:
         """
         self._environment = CountedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self._environment.add_filter("tojson", _tojson)
-        self._environment.globals.update(raise_exception=_refuse, strftime_now=TODAY.strftime)
+        self._environment.globals.update(raise_exception=_refuse, strftime_now=_strftime)
         self._template = self._environment.from_string(text)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, answer: bool, tokens: Mapping[str, str]) -> str:
@@ -83,6 +84,12 @@ def _characters(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _strftime(format: str) -> str:
+    if len(format) > _LONGEST_FORMAT:  # the C library's may take hundreds of characters for one
+        raise ValueError(f"strftime_now: a format of more than {_LONGEST_FORMAT} characters")
+    return TODAY.strftime(format)
 
 
 def _refuse(message: Any) -> None:

@@ -112,8 +112,6 @@ def _rendered(settings: MessagesConfig, messages: list[Mapping[str, Any]], where
     if not messages and not answer:
         return ""
     try:
-        from jinja2 import TemplateError
-
         from megatron_synth.data.counted_jinja import TooManySteps
         from megatron_synth.data.preparing.readers.chat_template import template_of
     except ImportError as error:
@@ -127,8 +125,7 @@ def _rendered(settings: MessagesConfig, messages: list[Mapping[str, Any]], where
             f"{where}: the chat template takes too long for {len(messages)} messages: {error}; give another template as "
             "messages.jinja, or messages.turns, or shorten the document"
         ) from None
-    # what a template does with a message that it does not expect is Python's
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # a template may fail in any way
         raise BadRecord(f"{where}: the chat template refuses it: {str(error)[:200]}") from None
     return checked_text(text, where, settings.field)
 

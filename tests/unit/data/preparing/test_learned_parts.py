@@ -204,12 +204,29 @@ def test_a_template_that_changes_what_came_before_is_refused(make, tmp_path, cha
         prepare(make({"input": write(tmp_path, chats()), "messages": "messages"}, tokenizer={"path": path}))
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // 0 }}",
+        "{{ '{}'.format() }}",
+        "{{ strftime_now('%99999d' * 100000) }}",
+        "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,  # more than Python nests
+    ],
+)
+def test_a_template_that_fails_in_any_way_refuses_its_record(make, tmp_path, chat_tokenizer, template):
+    refused_by(template, make, tmp_path, chat_tokenizer)
+
+
 def test_a_template_cannot_reach_the_interpreter(make, tmp_path, chat_tokenizer):
+    refused_by("{{ ''.__class__.__mro__[1].__subclasses__() }}", make, tmp_path, chat_tokenizer)
+
+
+def refused_by(template, make, tmp_path, chat_tokenizer):
     settings = json.loads((chat_tokenizer / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + CHATML
+    settings["chat_template"] = template + CHATML
     (chat_tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     path = str(chat_tokenizer / "tokenizer.json")
-    with pytest.raises(UserError, match="the chat template refuses it"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: the chat template refuses it"):
         prepare(make({"input": write(tmp_path, chats()), "messages": "messages"}, tokenizer={"path": path}))
 
 
