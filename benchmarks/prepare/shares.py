@@ -111,7 +111,7 @@ def measure(
     if shutil.disk_usage(place).free < needed:
         raise UserError(f"{place}: {needed / 1e9:.1f} GB needed; give another --folder, or measure less text")
     with tempfile.TemporaryDirectory(prefix="megatron-synth-shares-", dir=folder) as temporary:
-        base = Path(temporary)
+        base = Path(temporary).resolve()  # jobs are not started where this process was
         corpus = write_corpus(base / "corpus", text_bytes, compressed=False)
         say(f"{corpus.documents:,} documents of {corpus.text_bytes / 1e6:,.0f} MB written")
         web = {"kind": "natural", "input": [str(file) for file in corpus.files]}

@@ -22,7 +22,8 @@ def in_turn(folder: Path, turn_s: float = TURN_S) -> Iterator[None]:
     no node of a cluster does that. When the block ends, none is left stopped.
     """
     ended = threading.Event()
-    thread = threading.Thread(target=_turns, args=(folder, turn_s, ended), daemon=True)
+    # commands of jobs name their files without links, whatever the folder was called
+    thread = threading.Thread(target=_turns, args=(folder.resolve(), turn_s, ended), daemon=True)
     thread.start()
     try:
         yield

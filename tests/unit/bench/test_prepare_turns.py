@@ -50,6 +50,19 @@ def test_one_share_works_at_a_time_each_in_its_turn_and_others_are_left_alone(tm
         assert not _stopped(second)
 
 
+def test_a_folder_that_is_called_by_a_link_has_its_turns(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(f"import time\ntime.sleep({2 * _LONG_S})\n")
+    folder, link = tmp_path / "4", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    with _waiting(tmp_path, folder, "0/2") as first, _waiting(tmp_path, folder, "1/2") as second:
+        deadline = time.monotonic() + _LONG_S
+        with turns.in_turn(link, turn_s=0.2):
+            while not (stopped := _stopped(first) or _stopped(second)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert stopped
+
+
 def test_without_shares_it_ends_at_once(tmp_path: Path) -> None:
     assert turns.shares(tmp_path) == {}
     with turns.in_turn(tmp_path):
