@@ -88,7 +88,7 @@ _NUMBER = re.compile(r"\d+")
 _WIDE_FORMAT = re.compile(r"\d{6}|%[^a-zA-Z%]*\*|:[^{}]*\{")
 """In a format: a width of six digits, and one that is an argument."""
 _MOST_BITS = 4096
-_HOLDING: tuple[type, ...] = (list, tuple, dict, range, type({}.keys()), type({}.values()), type({}.items()), MappingProxyType)
+_HOLDING: Any = (list, tuple, dict, range, type({}.keys()), type({}.values()), type({}.items()), MappingProxyType)
 
 
 class TooManySteps(Exception):
@@ -241,6 +241,8 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
 
     def _steps(self, number: int) -> bool:
         """Spend steps; always true."""
+        if type(number) is not int or number < 1:  # a template may ask for this filter by its name
+            raise SecurityError("no number of steps")
         self._left -= number
         if self._left < 0:
             self.spend(0)
@@ -307,12 +309,13 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
 
     def _check_format(self, text: str, mark: str, values: tuple[Any, ...]) -> None:
         """Refuse a format that makes much of little. mark: begins a field in it."""
-        self.spend(1 + len(text) // CHARACTERS)
+        fields = text.count(mark)
+        self.spend(1 + fields + len(text) // CHARACTERS)
         if _WIDE_FORMAT.search(text):
             raise TooManySteps("a format of any width")
         widest = max(map(int, _NUMBER.findall(text)), default=0)
         each = widest + CHARACTERS * (len(values) + sum(map(self._go_over, values)))
-        _refuse_long("a format", text.count(mark), each)
+        _refuse_long("a format", fields, each)
 
     def _check(self, name: str, value: Any, others: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Spend what it costs to go over values, and refuse what would make much of little. value: of which it is a method."""
@@ -335,9 +338,10 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
         if name in _SEARCHING and isinstance(value, str) and texts:
             self.spend(len(value) * max(texts) // CHARACTERS**2)
         if name == "wordwrap":
-            # a word that is too long is cut again and again
-            word = max(map(len, str(value).split()), default=0)
-            self.spend(word * word // (max(1, min(numbers, default=79)) * CHARACTERS**2))
+            text = str(value)
+            word = max(map(len, text.split()), default=0)
+            # word by word; one that is too long is cut again and again
+            self.spend(len(text) // 8 + word * word // (max(1, min(numbers, default=79)) * CHARACTERS**2))
         if name in _GROWING:
             self._check_growing(name, value, given, numbers)
 
