@@ -143,7 +143,7 @@ def audit_learned(
             continue
         before = one.earlier["sources"] if one.earlier else {}
         own = []
-        for name in dict.fromkeys([*plan.names, *one.labels]):
+        for name in dict.fromkeys([*plan.names, *before, *one.labels]):
             expected, recorded = due.get(name, 0) + before.get(name, 0), one.labels.get(name, 0)
             if expected != recorded:
                 own.append((one.file, name, "learned", str(expected), str(recorded)))

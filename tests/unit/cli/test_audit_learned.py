@@ -61,6 +61,9 @@ def test_learned_tokens_of_skipped_steps_are_not_counted(tmp_path: Path, capsys:
     assert [one[:3] for one in found(40, labels((0, 40)))] == [("x", name, "learned") for name in data.plan.names]
     earlier = {"samples": 24, "sources": {"web": 7}}
     assert found(40, {**labels((32, 40)), "web": labels((32, 40))["web"] + 7}, earlier) == []
+    # what was counted before belongs to a source of the run, whatever the sums say
+    unknown = {"samples": 40, "sources": {"web": 7, "lost": 1}}
+    assert found(40, {"web": 7}, unknown) == [("x", "lost", "learned", "1", "0")]
     capsys.readouterr()
     # a number beyond the records is not counted to, nor is a trunk of which nobody knows what it skipped
     assert found(10**15, counted) == [] and "metrics.jsonl ends before" in capsys.readouterr().out
