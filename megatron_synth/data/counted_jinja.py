@@ -1,4 +1,4 @@
-"""Jinja's sandbox for templates of strangers, with a limit of steps.
+"""Jinja's sandbox for untrusted templates, with a limit of steps.
 
 A step is a turn of a loop, a call, a filter, an item that is gone over, or so many characters of a text. Steps are counted, not
 timed: a template is refused on every machine or on none, in any process and thread. What makes much of little at once, as

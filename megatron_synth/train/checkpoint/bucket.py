@@ -5,7 +5,7 @@
     UPLOAD_TO/run/...                           what a run is beside its checkpoints: run.json, metrics.jsonl, events.log, ...
 
 So what has a manifest is whole, whenever a process, a machine or the connection was lost. What is fetched is as doubtful as any
-file of a stranger: names are those of a checked manifest, contents are held against its checksums.
+untrusted file: names are those of a checked manifest, contents are held against its checksums.
 """
 
 from __future__ import annotations

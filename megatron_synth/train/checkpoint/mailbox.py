@@ -1,4 +1,4 @@
-"""Small messages between ranks through the store of the process group, which strangers may be able to write to.
+"""Small messages between ranks through the store of the process group, which others may be able to write to.
 
 A message is JSON with a keyed digest. The key is made from a secret that the launcher hands to the ranks (`SECRET`), where
 there is one, and from random bytes that rank 0 sends through the process group, not the store. The digest is of the name of the

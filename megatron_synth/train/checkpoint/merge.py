@@ -158,7 +158,7 @@ def _write(
 
 
 def _files_of_the_run(run: Path) -> list[Path]:
-    """What goes along. A link of a stranger's run would put a file of somebody else's into the result.
+    """What goes along. A link in an untrusted run would put a file of somebody else's into the result.
 
     Raises:
         UserError: one is a link.

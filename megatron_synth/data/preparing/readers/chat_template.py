@@ -1,4 +1,4 @@
-"""Chat templates of strangers, run in Jinja's sandbox with what those of transformers have, and with a limit of steps."""
+"""Untrusted chat templates, run in Jinja's sandbox with what those of transformers have, and with a limit of steps."""
 
 from __future__ import annotations
 
