@@ -71,7 +71,8 @@ class SkipConfig(Section):
     """When a step changes nothing: its loss or its gradient norm stands out from those of the steps before it."""
 
     sigmas: Annotated[float, Field(gt=0)] = 8.0
-    """So many robust standard deviations (1.4826 x the median absolute deviation) above the median."""
+    """So many robust standard deviations above the median. One is 1.4826 x the median absolute difference between neighbors,
+    divided by the root of 2."""
     window: Annotated[int, Field(ge=4, le=100_000)] = 64
     """Of the last so many steps that were not skipped."""
     least: Annotated[int, Field(ge=4, le=100_000)] = 16
@@ -316,7 +317,7 @@ class WandbConfig(Section):
     project: str = "megatron-synth"
     """Project name."""
     entity: str | None = None
-    """RankGroup or user. Default: wandb's own."""
+    """Team or user. Default: wandb's own."""
     name: str | None = None
     """Display name. Default: the run directory's name."""
     tags: tuple[str, ...] = ()
