@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-synth train",
         description="Train a model on an exact mixture. A run directory that holds a checkpoint is resumed.",
-        epilog="On several processes: torchrun --nproc-per-node N -m megatron_synth train CONFIG ...",
+        epilog="On N processes: launch/local.sh N CONFIG, or torchrun --nproc-per-node N -m megatron_synth train CONFIG",
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace those of the file")

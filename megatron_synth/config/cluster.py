@@ -13,7 +13,7 @@ from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section
 # minutes, minutes:seconds, hours:minutes:seconds; after days: hours, hours:minutes, hours:minutes:seconds
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d))?(?::(?P<third>\d\d))?")
 _EARLY_S = 60
-"""Slurm may send a job's signal so much earlier than asked."""
+"""SLURM may send a job's signal so much earlier than asked."""
 
 
 def _as_text(value: Any) -> Any:
@@ -25,7 +25,7 @@ Text = Annotated[str, BeforeValidator(_as_text)]
 
 
 def time_limit_s(text: str) -> int | None:
-    """Seconds of a time limit in any of Slurm's forms; None if it is none of them."""
+    """Seconds of a time limit in any of SLURM's forms; None if it is none of them."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -40,7 +40,7 @@ class ContainerConfig(Section):
     image: str
     """Image: a .sqsh file or registry name for pyxis, a .sif file or docker:// name for apptainer."""
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """What starts it: Slurm's pyxis plugin, or apptainer (also under its name of old, singularity)."""
+    """What starts it: SLURM's pyxis plugin, or apptainer (also named singularity)."""
     mounts: tuple[str, ...] = ()
     """Further folders as `outside:inside`, such as data and tokenizers."""
     options: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class ClusterConfig(Section):
     exclusive: bool = False
     """Ask for whole nodes."""
     stop_lead_s: Annotated[int, Field(ge=20)] = 300
-    """How long before the time limit a run is asked to save and stop. Slurm may do it up to 60 s earlier. Longer than a
+    """How long before the time limit a run is asked to save and stop. SLURM may do it up to 60 s earlier. Longer than a
     step and a save take together."""
     max_restarts: NonNegativeInt = 20
     """Restarts after failures; those after a time limit or a preemption do not count."""

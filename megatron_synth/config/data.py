@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from megatron_synth.config.expression import parse
-from megatron_synth.config.section import Amount, PositiveInt, Ratio, Section
+from megatron_synth.config.section import Amount, DiskPath, PositiveInt, Ratio, Section
 
 
 def _expression(value: str) -> str:
@@ -63,10 +63,10 @@ class ValidationConfig(Section):
 class AnswersConfig(Section):
     """A domain of questions whose right answers are scored in every evaluation: bits per byte, and accuracy of choices."""
 
-    path: str
+    path: DiskPath
     """A .jsonl of rows `{"context": ..., "answer": ...}`, or `{"context": ..., "choices": [...], "answer": 2}`, the number of
     a choice from 0. The answer is what follows the context, a space included."""
-    task: str | None = None
+    task: DiskPath | None = None
     """A task file of lm-evaluation-harness, whose templates make context and answers of the rows. Default: they have them."""
     limit: PositiveInt | None = None
     """The first so many rows. Default: all."""
@@ -124,7 +124,7 @@ class DataConfig(Section):
     memory_map: bool = True
     """Read tokens through a memory map. false reads with calls instead: slower from a page cache, but some network file systems
     like it better. With `verify: blocks` it is always so."""
-    staging: str | None = None
+    staging: DiskPath | None = None
     """Folder on a disk of the machine, such as a local NVMe drive: sources are copied there when training starts, unless they
     are there already, and read from there. For corpora on a network file system, and needed for those in object storage. Needs
     sources with a manifest.json."""
@@ -140,7 +140,7 @@ class DataConfig(Section):
     exclude_parents_of: Literal["validation"] | None = None
     """validation: of every source that has a column of type parent, leave out the documents of which a parent is a document of
     a validation domain, by its id. The domains need a column of type id or text_id."""
-    cache: str | None = None
+    cache: DiskPath | None = None
     """Folder for the indexes that `where` and `exclude_parents_of` need. Default: megatron-synth in $XDG_CACHE_HOME, or in
     ~/.cache."""
     tokenizer: str | None = None

@@ -18,7 +18,7 @@ from megatron_synth.config.data import RampConfig as RampConfig
 from megatron_synth.config.data import SourceConfig as SourceConfig
 from megatron_synth.config.data import ValidationConfig as ValidationConfig
 from megatron_synth.config.model import ModelConfig as ModelConfig
-from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section, Seed
+from megatron_synth.config.section import DiskPath, NonNegativeInt, PositiveInt, Section, Seed
 
 
 class ParallelConfig(Section):
@@ -71,7 +71,8 @@ class SkipConfig(Section):
     """When a step changes nothing: its loss or its gradient norm stands out from those of the steps before it."""
 
     sigmas: Annotated[float, Field(gt=0)] = 8.0
-    """So many robust standard deviations (1.4826 x the median absolute deviation) above the median."""
+    """So many robust standard deviations above the median. One is 1.4826 x the median absolute difference between neighbors,
+    divided by the root of 2."""
     window: Annotated[int, Field(ge=4, le=100_000)] = 64
     """Of the last so many steps that were not skipped."""
     least: Annotated[int, Field(ge=4, le=100_000)] = 16
@@ -285,14 +286,14 @@ class CheckpointConfig(Section):
     upload_to: str | None = None
     """Folder of this run alone in object storage, such as `s3://bucket/runs/a`: checkpoints are uploaded there while training
     goes on, kept as here, and the newest sound one is fetched where the run directory has none that is as new."""
-    init_from: str | None = None
+    init_from: DiskPath | None = None
     """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
     init_vocabulary: Literal["same", "extend"] = "same"
     """With init_from: same refuses another vocabulary or tokenizer. extend takes the checkpoint's tokenizer with tokens added:
     a new token's row in embedding and output layer is the mean of all old rows."""
     init_ema: bool = False
     """With init_from: start from the average that the run kept (optim.ema_decay) in place of its weights."""
-    branch_from: str | None = None
+    branch_from: DiskPath | None = None
     """`RUN@STEP`: go on from this checkpoint of another run with its weights, moments, steps and data position, under this
     file's schedule, budget and mixture. A mixture that differs from the trunk's begins there, its phases counted from there."""
 
@@ -316,7 +317,7 @@ class WandbConfig(Section):
     project: str = "megatron-synth"
     """Project name."""
     entity: str | None = None
-    """RankGroup or user. Default: wandb's own."""
+    """Team or user. Default: wandb's own."""
     name: str | None = None
     """Display name. Default: the run directory's name."""
     tags: tuple[str, ...] = ()

@@ -7,7 +7,16 @@ import typing
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 
 
 class Section(BaseModel):
@@ -53,6 +62,17 @@ def parse_ratio(value: Any) -> Fraction:
     return ratio
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def _on_a_disk(value: str) -> str:
+    if _SCHEME.match(value):
+        raise ValueError("expected a path on a disk, not one in object storage; copy it to a disk first")
+    return value
+
+
+DiskPath = Annotated[str, AfterValidator(_on_a_disk)]
+"""A path that nothing reads from object storage: with a scheme it would be taken for a folder named `s3:`."""
 Ratio = Annotated[Fraction, BeforeValidator(parse_ratio), PlainSerializer(str, return_type=str)]
 LARGEST = 2**31 - 1
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]

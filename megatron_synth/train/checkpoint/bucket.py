@@ -28,7 +28,18 @@ from megatron_synth.train.checkpoint import files
 
 RUN = "run"
 # the first one makes a folder a run: a start that is killed while it fetches the others finds its own run again
-RUN_FILES = ("run.json", "config.yaml", "events.log", "huggingface.json", "ledger.json", "metrics.jsonl", "tokenizer.json")
+RUN_FILES = (
+    "run.json",
+    "branch.json",
+    "config.yaml",
+    "events.log",
+    "huggingface.json",
+    "ledger.json",
+    "metrics.jsonl",
+    "nodes.json",
+    "times.jsonl",
+    "tokenizer.json",
+)
 UPLOADS_AT_ONCE = 4
 _IDENTITY = "run.json"
 

@@ -37,6 +37,10 @@ def test_the_newest_comes_back_as_it_was_and_older_ones_go_as_on_the_disk(store,
     bucket, run = Bucket(URL), tmp_path / "run"
     told: list[str] = []
     uploader = Uploader(bucket, CheckpointConfig(keep_last=2), told.append)
+    beside = ("branch.json", "events.log", "nodes.json", "times.jsonl")
+    run.mkdir()
+    for name in beside:
+        (run / name).write_text(name)
     for step in (10, 20, 30):
         uploader.offer(checkpoint(run, step, b"x" * step))
         assert uploader.wait(60) and uploader.steps == ()
@@ -46,6 +50,7 @@ def test_the_newest_comes_back_as_it_was_and_older_ones_go_as_on_the_disk(store,
     assert bucket.fetch_newest(there, told.append) == there / "checkpoints" / files.name_of(30)
     assert snapshot(there / "checkpoints" / files.name_of(30)) == snapshot(run / "checkpoints" / files.name_of(30))
     assert (there / "metrics.jsonl").read_text() == '{"step": 30}\n'
+    assert [(there / name).read_text() for name in beside] == list(beside)
     assert bucket.fetch_newest(there, told.append) is None and not told  # it is there
     assert not list((there / "checkpoints").glob("*.tmp"))
 

@@ -8,7 +8,9 @@ import pytest
 
 from megatron_synth.cli import train
 from megatron_synth.config.errors import UserError
+from megatron_synth.config.load import load_file
 from megatron_synth.config.prepare import PrepareConfig
+from megatron_synth.config.schema import Config
 from megatron_synth.data.preparing.prepare import prepare
 from megatron_synth.storage.faults import scrubbed
 from megatron_synth.storage.remote import is_remote, location_of, remote
@@ -57,6 +59,22 @@ def test_what_is_written_in_place_needs_a_disk(tmp_path) -> None:
     settings = {"output": "s3://bucket/out", "tokenizer": {"train": {"vocab_size": 300}}, "sources": {"s": source}}
     with pytest.raises(UserError, match=r"output: s3://bucket/out is in object storage: prepare to a folder on a disk"):
         prepare(PrepareConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.staging=s3://bucket/a",
+        "data.cache=s3://bucket/a",
+        "data.answers.facts.path=s3://bucket/a.jsonl",
+        "checkpoint.init_from=s3://bucket/a",
+        "checkpoint.branch_from=s3://bucket/a@10",
+    ],
+)
+def test_settings_that_need_a_disk_refuse_a_scheme(tmp_path, setting: str) -> None:
+    write_config(tmp_path / "run.yaml", tmp_path)
+    with pytest.raises(UserError, match=rf"{setting.partition('=')[0]}: expected a path on a disk, not one in object storage"):
+        load_file(Config, tmp_path / "run.yaml", [setting])
 
 
 def test_an_error_that_quotes_a_secret_is_shown_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
