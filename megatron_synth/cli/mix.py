@@ -154,7 +154,8 @@ def _plan(config: Config, progress: Progress) -> None:
             show(f"{source.name}: {chosen:,} of {all_:,} documents of {source.path}, where {source.where}")
         if source.manifest is not None and source.masked:
             show(f"{source.path}: {source.manifest.learned_tokens:,} of {source.manifest.counts.tokens:,} tokens are learned")
-    for text in shared_content.notes(opened, {name: domain for name, domain in domains.items() if domain is not None}):
+    validation = {name: domain for name, domain in domains.items() if domain is not None}
+    for text in shared_content.notes(opened, validation, config.data.exclude_parents_of is not None):
         show(f"note: {text}")
     order.check(total, length, progress.samples)
     if len(opened) == len(sources):

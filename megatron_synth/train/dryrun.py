@@ -46,7 +46,7 @@ def dry_run(config: Config, world_size: int, progress: Progress = NOT_BEGUN) -> 
         sections.append(["validation domains", *_validation(validation)])
     opened = [source for source in sources.values() if source is not None]
     domains = {name: domain for name, domain in validation.items() if domain is not None}
-    if notes := shared_content.notes(opened, domains):
+    if notes := shared_content.notes(opened, domains, config.data.exclude_parents_of is not None):
         sections.append([f"note: {text}" for text in notes])
     return "\n\n".join("\n".join(section) for section in sections)
 

@@ -155,7 +155,7 @@ def open_data(
     if training and check_length:
         plan.check(config.total_samples, length)
         shared_content.check_epochs(plan, sources, config.total_samples)
-    notes = tuple(shared_content.notes(sources, validation))
+    notes = tuple(shared_content.notes(sources, validation, config.data.exclude_parents_of is not None))
     for domain in validation.values():
         validation_windows(domain, sequence)
     known = (source.tokenizer_path for source in (*sources, *validation.values()) if source.tokenizer_path)

@@ -8,12 +8,12 @@ from itertools import combinations
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.data.mixing.mixture import MixturePlan
-from megatron_synth.data.shards.selection import SelectedSource, shared_tokens
+from megatron_synth.data.shards.selection import SelectedSource, parents_of, shared_tokens
 from megatron_synth.data.shards.source import Source
 
 
-def notes(sources: Sequence[Source], validation: Mapping[str, Source]) -> list[str]:
-    """What is likely a mistake, and may be meant: one line each."""
+def notes(sources: Sequence[Source], validation: Mapping[str, Source], exclude_parents: bool) -> list[str]:
+    """What is likely a mistake, and may be meant: one line each. exclude_parents: whether data.exclude_parents_of is set."""
     shards = {id(source): _shards(source) for source in [*sources, *validation.values()]}
     found = []
     for source in sources:
@@ -21,6 +21,11 @@ def notes(sources: Sequence[Source], validation: Mapping[str, Source]) -> list[s
             found.append(
                 f"data.sources.{source.name}: {source.path} was prepared as validation text (split: validation), and is "
                 "trained on"
+            )
+        if exclude_parents and source.manifest is not None and source.manifest.kind != "natural" and not parents_of(source):
+            found.append(
+                f"data.sources.{source.name}: {source.path} is of kind {source.manifest.kind} and has no column of type "
+                "parent: data.exclude_parents_of leaves nothing of it out"
             )
     for one, two in combinations(sources, 2):
         if _overlap(one, two, shards) and isinstance(one, SelectedSource) | isinstance(two, SelectedSource):

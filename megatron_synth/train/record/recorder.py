@@ -202,7 +202,7 @@ class Recorder:
     def _trouble(self) -> UserError:
         """Why the run cannot go on, and where it can be started again."""
         if self._config.train.skip is None:
-            return UserError(
+            return TrainingFailed(
                 f"{self.consecutive} steps in a row had a loss or gradient that was not finite "
                 f"(train.max_consecutive_skips); the weights are those before them. The last checkpoint is in "
                 f"{self._run_dir.checkpoints}. Look at the samples of these steps, which events.log names, or lower optim.lr"

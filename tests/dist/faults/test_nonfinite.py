@@ -72,7 +72,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(
         1,
         [5, 6, 12, 13, 14],  # two in a row, separated from the next by good steps, are not three
     )
-    assert [result.value[0] for result in results] == [2, 2]
+    assert [result.value[0] for result in results] == [1, 1]
     assert [result.stderr.count("error:") for result in results] == [1, 0]
     message = results[0].stderr
     assert "3 steps in a row" in message and "train.max_consecutive_skips" in message and str(run) in message

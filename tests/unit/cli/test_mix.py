@@ -459,7 +459,12 @@ def test_documents_whose_parent_is_evaluated_are_left_out(
     assert web.num_documents == sum(int(mask.sum()) for mask in kept)
     # the same is left out of what is planned, and without the domain nothing can be said
     assert cli.main(["mix", "plan", str(plain), *changes]) == 0
-    assert "and no parent is evaluated" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert "and no parent is evaluated" in planned
+    # what was made from other text, and does not say from which
+    note = "note: data.sources.qa: {} is of kind other and has no column of type parent: data.exclude_parents_of leaves nothing"
+    assert note.format(qa.path) in planned and note.format(qa.path).replace("note: ", "") in "\n".join(data.notes)
+    assert "is of kind" not in "".join(open_data(load_file(Config, plain)).notes)
     assert cli.main(["mix", "plan", str(plain), "data.validation=null", "eval.interval=null", changes[3]]) == 2
     assert "data.exclude_parents_of: validation: there is no domain" in capsys.readouterr().err
     for changed in (changes[1:], [*changes, "data.validation.val.path=" + str(plain.parent / "none")]):
