@@ -1,5 +1,7 @@
 """Checks that what documents name exists: files and tests of the repository, Python modules, verbs and make targets.
 
+Settings, options of verbs and samples of YAML are checked by `docs/settings.py`.
+
 `python docs/references.py` prints what does not exist, with file and line; `make docs` runs it, and a test as well.
 """
 
@@ -12,6 +14,10 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from docs import settings  # noqa: E402  # this file is also run by its path
+
 # below these a path in a document may be meant, as readers shorten `megatron_synth/train/loop.py` to `train/loop.py`
 HOMES = ("", "configs/train", "megatron_synth", "kernels/megatron_synth_kernels", "configs", "docs", "tests")
 SUFFIXES = "py|c|yaml|sh|sbatch|toml|txt|md|png|csv"
@@ -91,7 +97,8 @@ def problems() -> list[str]:
     """What documents name and does not exist, as `file:line: what`."""
     found = []
     for document in documents():
-        for line, what in missing(document.read_text(), document.parent):
+        text = document.read_text()
+        for line, what in sorted([*missing(text, document.parent), *settings.wrong(text)]):
             found.append(f"{document.relative_to(ROOT)}:{line}: {what}")
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from docs import references
+from docs import references, settings
 
 
 def test_documents_name_what_exists() -> None:
@@ -33,3 +33,24 @@ def test_documents_name_what_exists() -> None:
 )
 def test_what_does_not_exist_is_found_with_its_line(text: str, found: list[tuple[int, str]]) -> None:
     assert list(references.missing(text, references.ROOT / "docs")) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```yaml\ndata:\n  document_masks: true\n```", []),  # what it is not about may be left out
+        ("```yaml\ndata:\n  document_mask: true\n```", ["data.document_mask: Extra inputs are not permitted"]),
+        ("```yaml\nsources:\n  web: {input: a, columns: {score: float32}}\n```", ["sources.web.kind: Field required"]),
+        ("```yaml\nbase: model/1b.yaml\ntrain: {steps: 5}\n```", []),
+        ("set `data.cache`, `data.sources.NAME.where: a == 1` and `kernels.NAME`", []),
+        ("set `data.cash`", ["no setting data.cash"]),
+        ("`megatron-synth train run.yaml data.seeds=1`", ["no setting data.seeds"]),
+        ("see `data.json` and `torch.compile`", []),
+        ("`megatron-synth prepare x.yaml --slurm --tasks 4`", []),
+        ("`megatron-synth prepare x.yaml --task 4`", ["prepare has no option --task"]),
+        ("    megatron-synth prepare duplicates out \\\n      --jsn x", ["prepare has no option --jsn"]),
+        ("`megatron-synth checkpoint merge RUN --out x`, `sbatch --array`", []),
+    ],
+)
+def test_settings_and_options_that_do_not_exist_are_found(text: str, found: list[str]) -> None:
+    assert [what for _, what in settings.wrong(text)] == found
