@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.cli.options.types import count
+from megatron_synth.cli.options.types import count, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
-from megatron_synth.core.lock import Lock
+from megatron_synth.core.lock import Lock, folder_for
 from megatron_synth.core.log import gib, human, show, table
-from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.storage.remote import is_remote
+from megatron_synth.train.checkpoint import branch, fetched, files
 from megatron_synth.train.record.run_lock import LOCK
 
 EXIT_DAMAGED = 1
@@ -34,12 +35,17 @@ def parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="read every file and compare its checksum; exit code 1 if one is damaged")
     prune = verbs.add_parser("prune", help="remove old checkpoints; the newest and that to resume always stay")
     for verb in (ls, verify, prune):
-        verb.add_argument("run", type=Path, help="run directory, or its checkpoints folder")
+        verb.add_argument("run", type=on_disk, help="run directory, or its checkpoints folder")
     merge = verbs.add_parser("merge", help="the mean of the weights of several checkpoints, for eval, convert and init_from")
-    merge.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or RUN@STEP; of one architecture and tokenizer")
+    merge.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory, URL, or either with @STEP; of one tokenizer and model"
+    )
     merge.add_argument("--steps", type=_steps, help="800,900,1000: these of each run; default: the newest")
     merge.add_argument("--weights", type=_weights, help="1,1,2: shares, one per checkpoint; default: equal")
-    merge.add_argument("--out", type=Path, required=True, help="new folder")
+    merge.add_argument("--out", type=on_disk, required=True, help="new folder")
+    fetch = verbs.add_parser("fetch", help="make a run directory of a run in a bucket, each file held against its checksum")
+    fetch.add_argument("url", metavar="URL[@STEP]", help="what checkpoint.upload_to names; default: its newest sound step")
+    fetch.add_argument("folder", type=on_disk, help="new folder, or run directory of the same run")
     verify.add_argument("step", type=int, nargs="?", help="this one alone; default: all")
     prune.add_argument(
         "--keep", type=count, required=True, metavar="N", help="keep the N newest sound ones, which are read for it"
@@ -50,11 +56,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run `checkpoint ls`, `verify`, `prune` or `merge` and return the exit code; 1: `verify` found damage."""
+    """Run `checkpoint ls`, `verify`, `prune`, `merge` or `fetch` and return the exit code; 1: `verify` found damage."""
     arguments = parser().parse_args(argv)
     if arguments.verb == "merge":
         with interruptible(f"{arguments.out} was not written; the same command starts again"):
             return _merge(arguments.runs, arguments.steps, arguments.weights, arguments.out)
+    if arguments.verb == "fetch":
+        return _fetch(arguments.url, arguments.folder)
     root = files.root_of(arguments.run)
     found = files.all_of(root)
     if not found:
@@ -103,6 +111,11 @@ def _chosen(runs: list[str], steps: list[int] | None) -> list[Path]:
     """
     found = []
     for text in runs:
+        if is_remote(text):
+            url, step = fetched.split(text)
+            named: list[int | None] = [step] if steps is None else [*steps]
+            found += [files.candidates(fetched.local(url if one is None else f"{url}@{one}"))[0] for one in named]
+            continue
         if steps is None and "@" in text and not Path(text).exists():
             path, step = branch.split(text, "RUN")
             asked: list[int] | None = [step]
@@ -135,6 +148,15 @@ def _merge(runs: list[str], steps: list[int] | None, weights: list[Fraction] | N
         made = merge([Part(*pair) for pair in zip(chosen, weights or [Fraction(1)] * len(chosen), strict=True)], out)
     show(f"{len(chosen)} checkpoints -> {made.checkpoint}: {human(made.parameters)} parameters")
     show(f"use it: checkpoint.init_from={out}, megatron-synth eval {out}, megatron-synth convert to-hf {out} FOLDER")
+    return EXIT_OK
+
+
+def _fetch(url: str, folder: Path) -> int:
+    if not is_remote(url):
+        raise UserError(f"{url}: expected a URL, such as s3://bucket/runs/a or s3://bucket/runs/a@900")
+    with folder_for(folder), Lock(folder / LOCK, "checkpoint fetch"):
+        checkpoint = fetched.fetch_into(url, folder)
+    show(f"{folder} is a run directory, its checkpoint {checkpoint.name} is sound")
     return EXIT_OK
 
 

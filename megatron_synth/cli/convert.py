@@ -7,6 +7,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from megatron_synth.cli.options.types import on_disk
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import ParallelConfig, PrecisionConfig
 from megatron_synth.core.log import human, say
@@ -20,12 +21,12 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="to-hf|from-hf")
     to_hf = verbs.add_parser("to-hf", help="checkpoint of any layout -> folder for AutoModelForCausalLM")
-    to_hf.add_argument("run", type=Path, help="run directory (its newest checkpoint) or one checkpoint")
-    to_hf.add_argument("folder", type=Path, help="new folder")
+    to_hf.add_argument("run", help="run directory (its newest checkpoint), one checkpoint, or URL[@STEP] of a run in a bucket")
+    to_hf.add_argument("folder", type=on_disk, help="new folder")
     to_hf.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay) in place of them")
     from_hf = verbs.add_parser("from-hf", help="folder of such a model -> weights for checkpoint.init_from, in any layout")
-    from_hf.add_argument("folder", type=Path, help="folder with config.json and safetensors")
-    from_hf.add_argument("out", type=Path, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
+    from_hf.add_argument("folder", type=on_disk, help="folder with config.json and safetensors")
+    from_hf.add_argument("out", type=on_disk, help="new folder: checkpoints/, model.yaml to use as `base:`, tokenizer.json")
     return parser
 
 
@@ -37,11 +38,12 @@ def main(argv: list[str]) -> int:
     return _from_hf(arguments.folder, arguments.out)
 
 
-def _to_hf(run: Path, folder: Path, *, average: bool) -> int:
+def _to_hf(run: str, folder: Path, *, average: bool) -> int:
     _refuse_existing(folder)
     from megatron_synth.interop.export import export_to_hf
+    from megatron_synth.train.checkpoint import fetched
 
-    made = export_to_hf(run, folder, average=average)
+    made = export_to_hf(fetched.local(run), folder, average=average)
     if made.lost_tokenizer is not None:
         say(f"warning: {made.lost_tokenizer} of the run is not there any more; the folder has no tokenizer")
     say(f"{made.checkpoint} -> {folder}: {human(made.parameters)} parameters, step {made.step}")

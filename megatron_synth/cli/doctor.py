@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_synth.cli.options.types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero, on_disk
 from megatron_synth.cluster import sbatch, slurm
 from megatron_synth.cluster.diagnosis import Finding, diagnose
 from megatron_synth.cluster.probe import read_answers
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", metavar="NAME", help="settings: configs/cluster/NAME.yaml, or a file.yaml")
     for option in ("partition", "account", "qos"):
         parser.add_argument(f"--{option}", help=f"the cluster's `{option}`")
-    parser.add_argument("--shared", type=Path, default=Path(), metavar="DIR", help="a shared folder; default: this one")
+    parser.add_argument("--shared", type=on_disk, default=Path(), metavar="DIR", help="a shared folder; default: this one")
     parser.add_argument("--disk-mib", type=count, default=256, help="size of the files that are written; default 256")
     parser.add_argument("--timeout", type=count, default=180, metavar="S", help="for each of the two parts; default 180")
     parser.add_argument("--json", action="store_true", help="all that was measured, for programs")

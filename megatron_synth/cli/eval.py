@@ -15,6 +15,7 @@ from megatron_synth.config.schema import Config
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import is_first_rank, say, table
 from megatron_synth.data.tokenizer import FILE_NAME
+from megatron_synth.storage.remote import is_remote
 from megatron_synth.train.record import metrics
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description="Loss per token (nats) and bits per byte of a run's newest checkpoint on each validation domain.",
         epilog="Overrides such as eval.batches=8 or data.validation.code.path=data/code are welcome.",
     )
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", help="run directory, or URL[@STEP] of a run in a bucket")
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay) in place of them")
     tasks = parser.add_argument_group("downstream tasks, by lm-evaluation-harness, in place of the domains")
     tasks.add_argument("--tasks", metavar="A,B", help="names, such as arc_easy,hellaswag; RUN may be a Hugging Face folder")
@@ -54,39 +55,43 @@ def main(argv: list[str]) -> int:
     """Evaluate the newest checkpoint of a run on its validation domains, whole; writes RUN/eval.json."""
     arguments = parser().parse_intermixed_args(argv)
     with interruptible(f"nothing was written, {arguments.run} is as it was; the same command starts again"):
-        return _main(arguments) if arguments.tasks is None else _tasks(arguments)
+        from megatron_synth.train.checkpoint import fetched, files
+
+        weights = fetched.local(arguments.run)
+        # of a step of a run in a bucket it is that checkpoint, in a run directory
+        run = files.run_of(weights) if is_remote(arguments.run) and weights.parent.name == files.FOLDER else weights
+        return _main(arguments, run, weights) if arguments.tasks is None else _tasks(arguments, run, weights)
 
 
-def _main(arguments: argparse.Namespace) -> int:
-    file = arguments.run / "config.yaml"
+def _main(arguments: argparse.Namespace, run: Path, weights: Path) -> int:
+    file = run / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{arguments.run}: not a run directory, there is no config.yaml in it")
+        raise UserError(f"{run}: not a run directory, there is no config.yaml in it")
     # unlike training, an evaluation covers each domain whole unless an option says otherwise
     config = load_file(Config, file, arguments.overrides, first=(*_ONE_RANK_PER_COPY, "eval.batches=null"))
     from megatron_synth.data.loading.run_data import open_data
     from megatron_synth.parallel.plan import plan
 
     layout = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
-    if config.data.tokenizer is None and (arguments.run / FILE_NAME).is_file():  # the data may be elsewhere by now
-        own = config.data.model_copy(update={"tokenizer": str(arguments.run / FILE_NAME)})
+    if config.data.tokenizer is None and (run / FILE_NAME).is_file():  # the data may be elsewhere by now
+        own = config.data.model_copy(update={"tokenizer": str(run / FILE_NAME)})
         config = config.model_copy(update={"data": own})
     data = open_data(config, staged=True, training=False)
     if not data.validation and not data.answers:
         raise UserError(f"{file}: data.validation: no domains; add data.validation.NAME.path=FOLDER")
-    result = _evaluate(config, layout, data, arguments.run, average=arguments.ema)
+    result = _evaluate(config, layout, data, weights, average=arguments.ema)
     say(_table(result, list(data.validation)))
     if is_first_rank():
-        write_json(arguments.run / "eval.json", result)
-        say(f"written to {arguments.run / 'eval.json'}")
+        write_json(run / "eval.json", result)
+        say(f"written to {run / 'eval.json'}")
     return 0
 
 
-def _tasks(arguments: argparse.Namespace) -> int:
+def _tasks(arguments: argparse.Namespace, run: Path, weights: Path) -> int:
     """Downstream tasks; their results go to RUN/tasks.json, metrics.jsonl and the tracker."""
     from megatron_synth.train.record import tasks as record
     from megatron_synth.train.record.run_lock import refuse_used
 
-    run: Path = arguments.run
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks: expected names, such as arc_easy,hellaswag")
@@ -103,7 +108,7 @@ def _tasks(arguments: argparse.Namespace) -> int:
     if not (run / "config.json").is_file():
         from megatron_synth.interop.export import kept_export
 
-        kept = kept_export(run, average=arguments.ema)
+        kept = kept_export(weights, average=arguments.ema)
         folder, step = kept.folder, kept.mark["step"]
     elif arguments.ema:
         raise UserError(f"--ema: {run} is a folder in Hugging Face's format, which has one set of weights; name the run")

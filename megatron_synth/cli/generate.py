@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         description="Let a model continue prompts. A run's newest checkpoint is exported into the run's folder, once, and its "
         "texts stand in samples.jsonl there; `megatron-synth report` shows them.",
     )
-    parser.add_argument("model", type=Path, help="run directory, checkpoint, or folder in Hugging Face's format")
+    parser.add_argument("model", help="run directory, checkpoint, folder in Hugging Face's format, or URL[@STEP] of a run")
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help='to continue; again for more; "" begins a document'
     )
@@ -149,7 +149,9 @@ def _of_file(file: Path) -> list[str]:
 
 def _exported(arguments: argparse.Namespace) -> tuple[Path | None, int | None, Path]:
     """The run directory and step, if there are any, and the folder in Hugging Face's format."""
-    model: Path = arguments.model
+    from megatron_synth.train.checkpoint import fetched
+
+    model = fetched.local(arguments.model)
     if not model.is_dir():
         raise UserError(
             f"{model}: no such folder; expected a run directory, a checkpoint, or a folder in Hugging Face's format"

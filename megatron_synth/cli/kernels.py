@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_synth.cli.options.types import on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.log import show
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="instead, compile every Triton kernel for Hopper; needs Triton and no GPU"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --compile: write the table to FILE, too")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="with --compile: write the table to FILE, too")
     return parser
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_synth.cli.audit_learned import Difference, audit_learned, recorded_in
-from megatron_synth.cli.options.types import parse_verb
+from megatron_synth.cli.options.types import on_disk, parse_verb
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import load_file
 from megatron_synth.config.schema import NOT_BEGUN, Config, Progress
@@ -26,7 +26,7 @@ from megatron_synth.data.mixing.mixture import MixturePlan
 from megatron_synth.data.mixing.tables import phase_tables, source_table
 from megatron_synth.data.shards import places
 from megatron_synth.data.shards.selection import SelectedSource
-from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint import branch, fetched, files
 from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.dryrun import prepared_sources
 from megatron_synth.train.record import metrics
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="shares, tokens and epochs by phase and source, and when each source runs out")
     show = verbs.add_parser("show", help="what one sample holds: source, epoch, window, shard, documents, text")
     for one in (plan, show):
-        one.add_argument("config", type=Path, help="a training configuration, or a run directory")
+        one.add_argument("config", type=on_disk, help="a training configuration, or a run directory")
     show.add_argument("sample", type=_samples, help="number of the sample, from 0, or FIRST-LAST")
     show.add_argument("--text", action="store_true", help="decode its tokens")
     for one in (plan, show):
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     audit = verbs.add_parser(
         "audit", help="recompute what a run should have consumed and learned, and compare it with its records"
     )
-    audit.add_argument("run", type=Path, help="run directory")
+    audit.add_argument("run", help="run directory, or URL of a run in a bucket")
     return parser
 
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_verb(parser(), argv)
     verb = argv[0]
     if verb == "audit":
-        return _audit(arguments.run)
+        return _audit(fetched.local_records(arguments.run))
     file = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
     config = load_file(Config, file, arguments.overrides)
     run = arguments.config if arguments.config.is_dir() else None

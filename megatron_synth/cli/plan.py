@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
-from megatron_synth.cli.options.types import count
+from megatron_synth.cli.options.types import count, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import apply_overrides, load_yaml, resolve
 from megatron_synth.config.schema import Config
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="show all layouts")
     parser.add_argument("--assumptions", action="store_true", help="print every constant with its source")
     parser.add_argument("--check", action="store_true", help="hold the model of time against published runs instead")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every layout with its parts")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write every layout with its parts")
     return parser
 
 

@@ -8,7 +8,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_synth.cli.options.types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero, on_disk
 from megatron_synth.cli.train import default_run_dir
 from megatron_synth.cluster import sbatch, slurm, snapshot
 from megatron_synth.cluster.progress import jobs_of
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--container", metavar="IMAGE", help="image that ranks run in")
     parser.add_argument("--stop-lead", type=count_or_zero, metavar="SECONDS", help="before the time limit, to save and stop")
     parser.add_argument("--max-restarts", type=count_or_zero, metavar="N", help="restarts after failures")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the file>-<digest of the configuration>")
+    parser.add_argument("--run-dir", type=on_disk, help="default: runs/<name of the file>-<digest of the configuration>")
     parser.add_argument("--name", help="name in the queue; default: that of the run directory")
     parser.add_argument("--allow-tp-across-nodes", action="store_true", help="tensor-parallel groups may span nodes")
     parser.add_argument("--dry-run", action="store_true", help="check all and print the script; nothing is written")

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--run-dir: {run_path}: expected a folder on a disk; checkpoints go to object storage by checkpoint.upload_to"
         )
-    from megatron_synth.train.checkpoint import branch, files
+    from megatron_synth.train.checkpoint import branch, fetched, files
     from megatron_synth.train.checkpoint.bucket import Bucket
 
     config = branch.resolved(config, run_path)
@@ -61,9 +61,16 @@ def main(argv: list[str]) -> int:
     refuse_used(run_path)  # all ranks of a machine, before they wait for each other
     say(f"{arguments.config}: {layout.describe()}, to {run_path}; opens the data, then loads the engine, some seconds")
     # how long a run that goes on is follows from its checkpoint, which all ranks read together
-    goes_on = bool(files.candidates(run_path)) or config.checkpoint.branch_from is not None
+    resumes = bool(files.candidates(run_path))
     if config.checkpoint.upload_to is not None:  # asked at once, whether it can be reached
-        goes_on = Bucket(config.checkpoint.upload_to).has_any() or goes_on
+        resumes = Bucket(config.checkpoint.upload_to).has_any() or resumes
+    goes_on = resumes or config.checkpoint.branch_from is not None
+    if not resumes:
+        # each node copies what is in object storage before ranks wait for each other, which has a limit of time
+        trunk = branch.trunk_of(config, run_path)
+        other = config.checkpoint.init_from if trunk is None else trunk.url
+        if other is not None:
+            fetched.local(other, "checkpoint.init_from" if trunk is None else "checkpoint.branch_from")
     part = (int(os.environ.get("RANK", 0)), world_size) if "RANK" in os.environ else WHOLE
     data = open_data(config, staged=True, check_length=not goes_on, part=part)
     from megatron_synth.train.loop import train

@@ -14,7 +14,7 @@ from megatron_synth.cluster.slurm import JobState
 from megatron_synth.cluster.verdict import Attempt, read_attempts
 from megatron_synth.config.errors import UserError
 from megatron_synth.core.log import duration, human
-from megatron_synth.train.checkpoint import branch, files
+from megatron_synth.train.checkpoint import branch
 from megatron_synth.train.record import metrics, nodes
 from megatron_synth.train.record.goodput import Goodput, goodput
 from megatron_synth.train.record.run_dir import JOBS, RunDir, read_config
@@ -120,7 +120,7 @@ def _status(run: Path, states: Mapping[str, JobState], now: float) -> RunStatus:
         restarts=max(starts, begun, 1) - 1,
         event=_last_event(run, attempts),
         productive=None if (found := goodput_of(run)) is None else found.share,
-        trunk=None if (trunk := branch.kept(run)) is None else f"{files.run_of(trunk.checkpoint).name}@{trunk.step}",
+        trunk=None if (trunk := branch.kept(run)) is None else trunk.name.rpartition("/")[2],
         slow_node=nodes.slowest(nodes.read_nodes(run)),
     )
 

@@ -18,7 +18,7 @@ from megatron_synth.config.data import RampConfig as RampConfig
 from megatron_synth.config.data import SourceConfig as SourceConfig
 from megatron_synth.config.data import ValidationConfig as ValidationConfig
 from megatron_synth.config.model import ModelConfig as ModelConfig
-from megatron_synth.config.section import DiskPath, NonNegativeInt, PositiveInt, Section, Seed
+from megatron_synth.config.section import NonNegativeInt, PositiveInt, Section, Seed
 
 
 class ParallelConfig(Section):
@@ -286,16 +286,18 @@ class CheckpointConfig(Section):
     upload_to: str | None = None
     """Folder of this run alone in object storage, such as `s3://bucket/runs/a`: checkpoints are uploaded there while training
     goes on, kept as here, and the newest sound one is fetched where the run directory has none that is as new."""
-    init_from: DiskPath | None = None
-    """Start from these weights (a run directory or checkpoint), with fresh optimizer and data."""
+    init_from: str | None = None
+    """Start from these weights (a run directory or checkpoint, or `URL` or `URL@STEP` of a run in object storage), with fresh
+    optimizer and data."""
     init_vocabulary: Literal["same", "extend"] = "same"
     """With init_from: same refuses another vocabulary or tokenizer. extend takes the checkpoint's tokenizer with tokens added:
     a new token's row in embedding and output layer is the mean of all old rows."""
     init_ema: bool = False
     """With init_from: start from the average that the run kept (optim.ema_decay) in place of its weights."""
-    branch_from: DiskPath | None = None
-    """`RUN@STEP`: go on from this checkpoint of another run with its weights, moments, steps and data position, under this
-    file's schedule, budget and mixture. A mixture that differs from the trunk's begins there, its phases counted from there."""
+    branch_from: str | None = None
+    """`RUN@STEP`, or `URL@STEP` of a run in object storage: go on from this checkpoint of another run with its weights,
+    moments, steps and data position, under this file's schedule, budget and mixture. A mixture that differs from the trunk's
+    begins there, its phases counted from there."""
 
 
 class EvalConfig(Section):

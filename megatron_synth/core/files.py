@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """The folder of what this user could make again: megatron-synth in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "megatron-synth"
+
+
 def write_atomic(path: Path, data: str | bytes, *, private: bool = False) -> None:
     """Write `path` so that a reader, or a crash at any moment, sees the old content or the new, never a part.
 

@@ -53,6 +53,19 @@ def test_trained_from_a_bucket_to_a_bucket_killed_and_resumed_on_an_empty_machin
     ids = [json.loads((machine / "run" / "run.json").read_text())["id"] for machine in (one, two)]
     assert ids[0] == ids[1]
     assert files.cat_file(f"{BUCKET}/runs/a/checkpoints/latest") == b"step_00000020\n"
+    # its weights, and the run itself, go on elsewhere by its URL
+    three = tmp_path / "three"
+    environment = {**store.environment(), "XDG_CACHE_HOME": str(three / "cache")}
+    url = f"s3://{BUCKET}/runs/a"
+    for name, setting in (("weights", f"checkpoint.init_from={url}"), ("branch", f"checkpoint.branch_from={url}@20")):
+        words = ["train", str(config), *layout, *paths, f"data.staging={two / 'staging'}", setting, "train.steps=22"]
+        results = ranks.run(world_size, "tests.dist.bucket_jobs.train", [*words, "--run-dir", str(three / name)], environment)
+        assert [result.value for result in results] == [0, 0], results[0].stderr
+        assert setting.partition("=")[2] in (three / name / "config.yaml").read_text()
+    assert read_metrics(three / "branch")[0]["step"] == 21
+    assert json.loads((three / "branch" / "branch.json").read_text())["url"] == f"{url}@20"
+    (copy,) = (three / "cache" / "megatron-synth" / "runs").iterdir()
+    assert [path.name for path in (copy / "checkpoints").glob("step_*")] == ["step_00000020"]
     for path in [*one.rglob("*"), *two.rglob("*")]:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert all(SECRET not in result.stdout + result.stderr for result in results)

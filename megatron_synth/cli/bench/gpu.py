@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_synth.bench.gpu import measure, memory_of_gpus, parts
-from megatron_synth.cli.options.types import count
+from megatron_synth.cli.options.types import count, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 EXIT_FAILED = 1
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         "Run again, it goes on where it ended.",
     )
     parser.add_argument("--smoke", action="store_true", help="the same with tiny models, on a CPU too, in under a minute")
-    parser.add_argument("--json", type=Path, default=Path("bench-gpu.json"), metavar="FILE", help="default bench-gpu.json")
+    parser.add_argument("--json", type=on_disk, default=Path("bench-gpu.json"), metavar="FILE", help="default bench-gpu.json")
     parser.add_argument("--again", action="store_true", help="run all of it anew, whatever the file has")
     parser.add_argument("--patience", type=count, default=1, metavar="N", help="budgets times N, on a busy machine")
     parser.add_argument("--only", metavar="TEXT", help="parts whose name holds TEXT")

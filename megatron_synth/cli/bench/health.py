@@ -6,9 +6,8 @@ import argparse
 import os
 import statistics
 from dataclasses import asdict
-from pathlib import Path
 
-from megatron_synth.cli.options.types import count, file_and_overrides
+from megatron_synth.cli.options.types import count, file_and_overrides, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 DEFAULT_CONFIG = "bench/tiny-7m.yaml"
@@ -25,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=count, default=6, help="blocks of plain and of measured steps, in turn; default 6")
     parser.add_argument("--steps", type=count, default=4, help="timed optimizer steps in a block; default 4")
     parser.add_argument("--warmup", type=count, default=2, help="steps of each kind before the first block; default 2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write all that was measured")
     return parser
 
 

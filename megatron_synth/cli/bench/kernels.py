@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_synth.cli.options.types import count
+from megatron_synth.cli.options.types import count, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--vs", help=f"baselines: any of {', '.join(BASELINES)} with commas, or none; default all, on a CPU eager"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that everything runs, not how fast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write all that was measured")
     return parser
 
 

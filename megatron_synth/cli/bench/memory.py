@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_synth.cli.options.types import on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import is_first_rank, say
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", nargs="?", help="default: bench/tiny-7m.yaml in several sizes and layouts")
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every rank's figures")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write every rank's figures")
     return parser
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_synth.bench.report import MALFORMED, compare, content, draw, read, table_rows, verdict_rows
 from megatron_synth.bench.tables import markdown_table
 from megatron_synth.bench.train.ablations_table import render as render_ablations
+from megatron_synth.cli.options.types import on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import say
@@ -25,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", type=Path, help="what --json wrote: bench train, a sweep, bench gpu")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="exit with 1 when a point of it is slower here")
     parser.add_argument("--tolerance", type=float, default=0.03, help="slowdown of the median that is let pass; default 0.03")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw tokens/s per point")
+    parser.add_argument("--csv", type=on_disk, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--png", type=on_disk, metavar="FILE", help="draw tokens/s per point")
     return parser
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_synth.cli.options.types import count, file_and_overrides
+from megatron_synth.cli.options.types import count, file_and_overrides, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=count, default=5, help="blocks of steps of each contender, in turn; default 5")
     parser.add_argument("--steps", type=count, default=8, help="timed optimizer steps in a block; default 8")
     parser.add_argument("--warmup", type=count, default=3, help="optimizer steps before the first block; default 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write all that was measured")
     parser.add_argument("--model", help="sizes of configs/model/ instead of the file's model; several with commas")
     parser.add_argument("--data", choices=("random", "real"), default="random", help="real: the file's sources, by the loader")
     parser.add_argument("--profile", action="store_true", help="also tell what a step's time goes to")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profile as a Chrome trace; implies --profile")
+    parser.add_argument("--trace", type=on_disk, metavar="FILE", help="write the profile as a Chrome trace; implies --profile")
     sweeping = parser.add_argument_group("ablations and sweep, every point in processes of its own")
     sweeping.add_argument(
         "--ablations",

@@ -21,7 +21,7 @@ from megatron_synth.cli.fit.jobs import (
     write_law,
 )
 from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.cli.options.types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import say, table
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
         help="what the mixtures of --predict measured, at any size",
     )
     shares.add_argument("--method", default="auto", metavar="NAME", help=f"auto | {' | '.join(SHARE_LAWS)}")
-    add("--out", type=Path, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
+    add("--out", type=on_disk, metavar="DIR", help="default fits/RUNS-LAW; with several fits, a folder in it for each")
     return result
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from megatron_synth.storage.remote import is_remote
 
 _DIGITS = 19
 """More than a whole number of 64 bits surely holds."""
@@ -37,6 +40,13 @@ def seconds(text: str) -> float:
     if not 0 < found <= _DAY_S:
         raise argparse.ArgumentTypeError(f"expected seconds above 0, at most {_DAY_S}, found '{text}'")
     return found
+
+
+def on_disk(text: str) -> Path:
+    """A path that is only read or written on a disk, for argparse: with a scheme it would be a folder named `s3:`."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"expected a path on a disk, not one in object storage, found '{text}'")
+    return Path(text)
 
 
 def _whole(text: str, least: int) -> int:

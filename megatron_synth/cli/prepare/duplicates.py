@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_synth.cli.options import slurm
-from megatron_synth.cli.options.types import count, tokens
+from megatron_synth.cli.options.types import count, on_disk, tokens
 from megatron_synth.cli.prepare.tables import aligned
 from megatron_synth.cli.prepare.verify import source_folders
 from megatron_synth.config.errors import EXIT_OK, UserError
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shingle", type=tokens, default=8, help="tokens of the n-grams of near duplicates (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.8, help="least Jaccard similarity of these (%(default)s)")
     parser.add_argument("--ngram", type=tokens, default=13, help="tokens of an n-gram that counts as seen (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write the result")
     parser.add_argument(
         "--part-mib",
         type=count,
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="records that are sorted at a time; bounds memory (%(default)s)",
     )
     group = parser.add_argument_group("over several processes or nodes")
-    group.add_argument("--work", type=Path, metavar="DIR", help="a shared folder for what shares have gathered")
+    group.add_argument("--work", type=on_disk, metavar="DIR", help="a shared folder for what shares have gathered")
     group.add_argument(
         "--share", metavar="K/N", help="only gather share K, from 0, of N; without it the same command compares all shares"
     )

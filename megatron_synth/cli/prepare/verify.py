@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_synth.cli.options.types import count
+from megatron_synth.cli.options.types import count, on_disk
 from megatron_synth.config.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megatron_synth.core.files import write_json
 from megatron_synth.core.log import counted, show
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a prepared source, or a folder of them")
     parser.add_argument("--workers", type=count, default=core_count(), help="threads (default: all cores, %(default)s)")
     parser.add_argument("--sha256", action="store_true", help="check the SHA-256 of whole files, too (slower)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--json", type=on_disk, metavar="FILE", help="write the result")
     return parser
 
 

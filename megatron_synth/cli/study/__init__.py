@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_synth.cli.interrupts import interruptible
-from megatron_synth.cli.options.types import count, count_or_zero, parse_verb, seconds
+from megatron_synth.cli.options.types import count, count_or_zero, on_disk, parse_verb, seconds
 from megatron_synth.cli.prepare import add_options as add_prepare_options
 from megatron_synth.cli.prepare import run as prepare
 from megatron_synth.cli.prepare import status_text as preparation_text
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", nargs="?", type=seconds, const=5.0, metavar="SECONDS", help="again every so many seconds")
     status.add_argument("--runs", action="store_true", help="also name the runs that are to do")
     report = verbs.add_parser("report", help="tables, fits, figures and one HTML page, from what is finished")
-    report.add_argument("--out", type=Path, help="folder to write. Default: report/ in the study's folder")
+    report.add_argument("--out", type=on_disk, help="folder to write. Default: report/ in the study's folder")
     report.add_argument("--from", dest="table", metavar="RUNS.csv", type=Path, help="take the runs from such a table instead")
     report.add_argument(
         "--count-generation",

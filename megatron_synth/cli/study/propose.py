@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_synth.cli.options.share_bounds import bounds_of
-from megatron_synth.cli.options.types import count, count_or_zero
+from megatron_synth.cli.options.types import count, count_or_zero, on_disk
 from megatron_synth.config.errors import EXIT_OK, UserError
 from megatron_synth.config.load import resolve
 from megatron_synth.core.log import say
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="lowest and highest share of a source; may be given again",
     )
     add("--seed", type=count_or_zero, default=0, help="of candidates; default %(default)s")
-    add("--out", type=Path, metavar="NEW.yaml", help="study file to write; default FILE-proposed.yaml")
+    add("--out", type=on_disk, metavar="NEW.yaml", help="study file to write; default FILE-proposed.yaml")
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

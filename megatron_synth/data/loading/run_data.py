@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,6 +16,7 @@ import numpy as np
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.expression import parse
 from megatron_synth.config.schema import Config, Progress, SourceConfig, ValidationConfig
+from megatron_synth.core.files import cache_folder
 from megatron_synth.core.process_time import span
 from megatron_synth.data.answers import AnswerDomain, open_answers
 from megatron_synth.data.loading import shared_content
@@ -241,7 +241,7 @@ def _select(config: Config, source: Source, where: str | None, key: str, without
 def _cache(config: Config) -> Path:
     if config.data.cache is not None:
         return Path(config.data.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "megatron-synth"
+    return cache_folder()
 
 
 def _check_staging(sources: Sequence[Source]) -> None:

@@ -250,14 +250,14 @@ class StagedFile:
         return digest == self.shard.checksums[self.path.suffix]
 
 
-def own_folder(target: Path) -> None:
-    """Make a folder that nobody else can write in; refuse one that is another's, or a link."""
+def own_folder(target: Path, remedy: str = "set data.staging to one of your own") -> None:
+    """Make a folder that nobody else can write in; refuse one that is another's, or a link. remedy: what to do then."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         target.mkdir(mode=0o700)
     found = target.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise UserError(f"{target}: is not a folder of yours; remove it, or set data.staging to one of your own")
+        raise UserError(f"{target}: is not a folder of yours; remove it, or {remedy}")
     if found.st_mode & 0o022:
         target.chmod(0o700)
 

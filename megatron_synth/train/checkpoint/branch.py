@@ -27,7 +27,10 @@ from megatron_synth.core.files import write_json
 from megatron_synth.core.records import OPEN, Count, Positive, Reader, first_fault
 from megatron_synth.data.mixing.schedule import Phase, Schedule, phases_of, whole_samples
 from megatron_synth.data.mixing.skips import Skips
-from megatron_synth.train.checkpoint import files
+from megatron_synth.storage.faults import StorageError
+from megatron_synth.storage.remote import is_remote
+from megatron_synth.train.checkpoint import fetched, files
+from megatron_synth.train.checkpoint.bucket import RUN, Bucket
 
 FILE = "branch.json"
 _KEY = "checkpoint.branch_from"
@@ -55,6 +58,8 @@ class TrunkRecord(TrunkState):
 
     checkpoint: str
     """The folder that the branch began from."""
+    url: NotRequired[str | None]
+    """`URL@STEP`, where the trunk is in object storage and that folder is a copy."""
 
 
 _STATE: Reader[TrunkState] = Reader(
@@ -83,11 +88,13 @@ class Trunk(NamedTuple):
     """Of the ledger, the samples of skipped steps."""
     file: Path
     """Where this was read: trainer.json of the trunk's checkpoint, or the branch's own branch.json."""
+    url: str | None = None
+    """`URL@STEP` of a trunk in object storage, of which `checkpoint` is the copy once training needs it."""
 
     @property
     def name(self) -> str:
         """The trunk's run directory, and the step: `runs/a@60`."""
-        return f"{files.run_of(self.checkpoint)}@{self.step}"
+        return self.url or f"{files.run_of(self.checkpoint)}@{self.step}"
 
     @property
     def progress(self) -> Progress:
@@ -98,6 +105,8 @@ class Trunk(NamedTuple):
         """Write branch.json into the branch's run directory."""
         content = {**self._asdict(), "checkpoint": str(self.checkpoint.absolute())}
         del content["file"]
+        if self.url is None:
+            del content["url"]
         write_json(run / FILE, content)
 
 
@@ -115,16 +124,24 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
                 f"{_KEY}: not set, but {run} is a branch of {begun.name}; set it to that, or use another run directory"
             )
         return None
+    if begun is None and run is not None:
+        begun = _kept_in_bucket(config, run)
     folder, step = split(asked)
+    url = f"{fetched.split(asked)[0]}@{step}" if is_remote(asked) else None
     checkpoint = files.root_of(folder) / files.name_of(step)
     if begun is not None:
-        if begun.step != step or (
-            begun.checkpoint != checkpoint.absolute() and _run_id(checkpoint) not in (None, begun.run_id)
-        ):
+        same = begun.url == url if url is not None else begun.checkpoint == checkpoint.absolute()
+        if begun.step != step or (not same and _run_id(checkpoint if url is None else url) not in (None, begun.run_id)):
             raise UserError(
                 f"{_KEY}: {asked}, but {run} is a branch of {begun.name}; set it to that, or use another run directory"
             )
         return begun
+    if url is not None:
+        if config.checkpoint.upload_to is not None and fetched.split(config.checkpoint.upload_to)[0] == fetched.split(url)[0]:
+            raise UserError(f"{_KEY}: {asked} is what checkpoint.upload_to names; set that to a folder of the branch's own")
+        copy = fetched.Copy(fetched.split(url)[0], _KEY)
+        head = copy.state(step)
+        return _trunk(copy.path_of(step), _checked(head, step), head / files.TRAINER, url)
     if run is not None and folder.resolve() in (run.resolve(), (run / files.FOLDER).resolve()):
         raise UserError(f"{_KEY}: {asked} is the branch's own run directory; choose another with --run-dir")
     if not folder.is_dir():
@@ -135,12 +152,30 @@ def trunk_of(config: Config, run: Path | None) -> Trunk | None:
             f"{_KEY}: {asked}: step {step} is not saved there; saved: {saved}. The trunk keeps steps for branches with "
             "checkpoint.keep_steps, or checkpoint.interval and checkpoint.keep_every"
         )
+    return _trunk(checkpoint.absolute(), _checked(checkpoint, step), checkpoint / files.TRAINER)
+
+
+def _checked(checkpoint: Path, step: int) -> TrunkState:
+    """trainer.json of a checkpoint that one can branch from. Raises UserError."""
     state = _STATE.read(checkpoint / files.TRAINER)
     if not state["run_id"]:
         raise UserError(f"{_KEY}: {checkpoint} holds weights alone, made by convert or merge; use checkpoint.init_from")
     if state["step"] != step:
         raise UserError(f"{_KEY}: {checkpoint} is of step {state['step']} by its {files.TRAINER}, expected {step}")
-    return _trunk(checkpoint.absolute(), state, checkpoint / files.TRAINER)
+    return state
+
+
+def _kept_in_bucket(config: Config, run: Path) -> Trunk | None:
+    """What a branch whose run directory is empty, as on another machine, has kept of its trunk where it uploads to."""
+    if config.checkpoint.upload_to is None or (run / "run.json").exists():
+        return None
+    bucket = Bucket(config.checkpoint.upload_to)
+    content = bucket.record(FILE) if bucket.has_any() else None
+    if content is None:
+        return None
+    file = run / FILE  # which it is, once it is fetched
+    found = _RECORD.parse(content, str(bucket.root / RUN / FILE))
+    return _trunk(Path(found["checkpoint"]), found, file, found.get("url"))
 
 
 def split(text: str, key: str = _KEY) -> tuple[Path, int]:
@@ -158,10 +193,10 @@ def split(text: str, key: str = _KEY) -> tuple[Path, int]:
 def kept(run: Path) -> Trunk | None:
     """What the branch in a run directory has kept of its trunk; None: it is none. UserError if that is damaged."""
     found = _RECORD.read_optional(run / FILE)
-    return None if found is None else _trunk(Path(found["checkpoint"]), found, run / FILE)
+    return None if found is None else _trunk(Path(found["checkpoint"]), found, run / FILE, found.get("url"))
 
 
-def _trunk(checkpoint: Path, state: TrunkState, file: Path) -> Trunk:
+def _trunk(checkpoint: Path, state: TrunkState, file: Path, url: str | None = None) -> Trunk:
     own = (
         state["run_id"],
         state["step"],
@@ -171,10 +206,18 @@ def _trunk(checkpoint: Path, state: TrunkState, file: Path) -> Trunk:
         state["prefix_digest"],
         state["config"],
     )
-    return Trunk(checkpoint, *own, state.get("unlearned", {}), file)
+    return Trunk(checkpoint, *own, state.get("unlearned", {}), file, url)
 
 
-def _run_id(checkpoint: Path) -> str | None:
+def _run_id(checkpoint: Path | str) -> str | None:
+    """The run that a checkpoint, or that of `URL@STEP`, is of; None: it is not there any more."""
+    if isinstance(checkpoint, str):
+        url, step = fetched.split(checkpoint)
+        assert step is not None
+        try:
+            checkpoint = fetched.Copy(url, _KEY).state(step)
+        except StorageError:
+            return None
     file = checkpoint / files.TRAINER
     return _STATE.read(file)["run_id"] if file.is_file() else None
 

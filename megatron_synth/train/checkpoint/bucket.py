@@ -17,13 +17,15 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import xxhash
+
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import CheckpointConfig
 from megatron_synth.core.files import write_atomic
 from megatron_synth.core.log import human, say
 from megatron_synth.storage import objects
 from megatron_synth.storage.faults import ObjectMissing, StorageError
-from megatron_synth.storage.remote import remote
+from megatron_synth.storage.remote import Remote, remote
 from megatron_synth.train.checkpoint import files
 
 RUN = "run"
@@ -45,10 +47,13 @@ _IDENTITY = "run.json"
 
 
 class Bucket:
-    """The folder of one run in object storage, as `checkpoint.upload_to` names it."""
+    """The folder of one run in object storage, as `checkpoint.upload_to` names it.
 
-    def __init__(self, url: str):
-        self.root = remote(url, "checkpoint.upload_to")
+    key: what was set to it, for messages.
+    """
+
+    def __init__(self, url: str, key: str = "checkpoint.upload_to"):
+        self.root = remote(url, key)
         self._checkpoints = self.root / files.FOLDER
 
     def candidates(self) -> list[str]:
@@ -68,6 +73,44 @@ class Bucket:
     def has_any(self) -> bool:
         """Whether a run can go on from here, as far as names tell."""
         return bool(self.candidates())
+
+    def place(self, name: str) -> Remote:
+        """The folder of a checkpoint."""
+        return self._checkpoints / name
+
+    def manifest(self, name: str) -> bytes | None:
+        """The manifest of a checkpoint; None where it has none, and so is not whole. Raises StorageError."""
+        try:
+            return objects.read(self._checkpoints / name / files.MANIFEST)
+        except ObjectMissing:
+            return None
+
+    def checked(self, step: int, manifest: bytes, file: str) -> bytes:
+        """A small file of a checkpoint, held against its manifest.
+
+        Raises:
+            UserError: it is not there, or is not what the manifest says.
+        """
+        folder = self._checkpoints / files.name_of(step)
+        try:
+            wanted = files.parse_manifest(manifest)[file]
+        except ValueError as error:
+            raise UserError(f"{folder}: damaged: {error}; name another step") from None
+        content = objects.read(folder / file)
+        if files.FileInfo(len(content), xxhash.xxh3_64_hexdigest(content)) != wanted:
+            raise UserError(f"{folder / file}: damaged: it is not what {files.MANIFEST} says; name another step")
+        return content
+
+    def record(self, name: str) -> bytes | None:
+        """A record of the run; None where it has none of that name. Raises StorageError."""
+        try:
+            return objects.read(self.root / RUN / name)
+        except ObjectMissing:
+            return None
+
+    def records(self) -> dict[str, Remote]:
+        """The records of the run by name; of a run directory that was copied there as it is, too. Raises StorageError."""
+        return objects.listing(self.root / RUN)[0] or objects.listing(self.root)[0]
 
     def check_same_run(self, run: Path) -> None:
         """Refuse a folder of another run: two would remove each other's checkpoints.
@@ -114,8 +157,8 @@ class Bucket:
             except ObjectMissing:
                 continue  # its upload was cut short
             try:
-                self._fetch_run(run)
-                found, checkpoint = self._fetch(name, run / files.FOLDER)
+                self.fetch_records(run)
+                found, checkpoint = self.fetch(name, run / files.FOLDER)
             except OSError as error:
                 raise UserError(
                     f"{error.filename or run}: {error.strerror or error} while {self._checkpoints / name} was copied there; "
@@ -137,8 +180,13 @@ class Bucket:
             warn(f"{text}; going on from {here[0]}")
         return None
 
-    def _fetch(self, name: str, root: Path) -> tuple[list[str], Path | None]:
-        """What is wrong with a checkpoint, or where it now is."""
+    def fetch(self, name: str, root: Path) -> tuple[list[str], Path | None]:
+        """Copy a checkpoint to a folder of checkpoints: what is wrong with it there, or where it now is.
+
+        Raises:
+            UserError: there is no room, or the store cannot be asked.
+            OSError: it cannot be written.
+        """
         folder, target = self._checkpoints / name, root / f"{name}.fetched{files.TEMPORARY}"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
@@ -172,8 +220,9 @@ class Bucket:
         finally:
             shutil.rmtree(target, ignore_errors=True)
 
-    def _fetch_run(self, run: Path) -> None:
-        there = objects.listing(self.root / RUN)[0]
+    def fetch_records(self, run: Path) -> None:
+        """Copy the records of the run into a run directory. Raises StorageError, and OSError where it cannot be written."""
+        there = self.records()
         run.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             if name in there:

@@ -139,6 +139,11 @@ def read_manifest(checkpoint: Path) -> dict[str, FileInfo] | None:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from None
+    return parse_manifest(text)
+
+
+def parse_manifest(text: str | bytes) -> dict[str, FileInfo]:
+    """Files by name, of the content of a manifest. ValueError if that is damaged."""
     try:
         files = {
             plain_name(name, "the name of a file"): FileInfo(int(info["bytes"]), str(info["xxh3"]))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_synth.config.errors import UserError
 from megatron_synth.config.schema import Config, Progress
 from megatron_synth.data.loading.run_data import RunData
+from megatron_synth.storage.remote import is_remote
 from megatron_synth.train.changes import check_steps, rate_jump
+from megatron_synth.train.checkpoint import fetched, files
 from megatron_synth.train.checkpoint.averages import check_average
 from megatron_synth.train.checkpoint.branch import Trunk
 from megatron_synth.train.checkpoint.resume import (
@@ -57,7 +60,8 @@ def starting_point(config: Config, data: RunData, run_path: Path, trunk: Trunk |
     branches = found is None and trunk is not None
     if branches:
         assert trunk is not None
-        found = newest_sound(trunk.checkpoint, config.checkpoint.verify)
+        place = trunk.checkpoint if trunk.url is None else on_every_node(trunk.url, "checkpoint.branch_from")
+        found = newest_sound(place, config.checkpoint.verify)
         if found is None:
             raise UserError(f"checkpoint.branch_from: {trunk.checkpoint} is not there any more; restore it from a copy")
         check_tokenizer(found, read_trainer(found), data)
@@ -82,7 +86,7 @@ def to_start_from(config: Config, data: RunData) -> Path:
             `checkpoint.init_ema` asks for it.
     """
     assert config.checkpoint.init_from is not None
-    path = newest_sound(Path(config.checkpoint.init_from), config.checkpoint.verify)
+    path = newest_sound(on_every_node(config.checkpoint.init_from, "checkpoint.init_from"), config.checkpoint.verify)
     if path is None:
         raise UserError(
             f"checkpoint.init_from: {config.checkpoint.init_from}: expected a run directory or a checkpoint, found neither"
@@ -99,3 +103,45 @@ def to_start_from(config: Config, data: RunData) -> Path:
     if config.checkpoint.init_ema:
         check_average(path)
     return path
+
+
+def on_every_node(text: str, key: str) -> Path:
+    """A run directory or checkpoint on the disks of all nodes; of a URL the copy of one checkpoint. Called by all ranks.
+
+    Rank 0 chooses the checkpoint: the newest may be another one a moment later, and ranks must not read two.
+
+    Raises:
+        UserError: it cannot be copied, or its copy has another path on another node.
+    """
+    if not is_remote(text):
+        return Path(text)
+    copy = fetched.Copy(fetched.split(text)[0], key)
+    own = Path()
+    chosen: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            step = fetched.split(text)[1]
+            own = copy.newest() if step is None else copy.step(step)
+            chosen = [(str(own), files.hash_file(own / files.MANIFEST))]
+        except UserError as error:
+            chosen = [UserError(str(error))]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    if isinstance(chosen[0], UserError):
+        raise chosen[0]
+    path, digest = chosen[0]
+    fault = ""
+    if torch.distributed.get_rank() != 0:
+        try:
+            own = copy.step(files.step_of(Path(path)))
+            if str(own) != path:
+                fault = f"is copied to {path} on one node and to {own} on another; let XDG_CACHE_HOME be the same on all"
+            elif files.hash_file(own / files.MANIFEST) != digest:
+                fault = "was replaced in the bucket while it was copied; start again"
+        except UserError as error:
+            fault = str(error)
+    faults: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(faults, fault)
+    for found in faults:
+        if found:
+            raise UserError(found if found.startswith(key) else f"{key}: {text} {found}")
+    return own

@@ -67,8 +67,6 @@ def test_what_is_written_in_place_needs_a_disk(tmp_path) -> None:
         "data.staging=s3://bucket/a",
         "data.cache=s3://bucket/a",
         "data.answers.facts.path=s3://bucket/a.jsonl",
-        "checkpoint.init_from=s3://bucket/a",
-        "checkpoint.branch_from=s3://bucket/a@10",
     ],
 )
 def test_settings_that_need_a_disk_refuse_a_scheme(tmp_path, setting: str) -> None:
