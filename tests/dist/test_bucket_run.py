@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from megatron_synth.cli import main as cli
 from tests.dist.conftest import Run
 from tests.dist.pool import RankPool, RanksFailed
 from tests.object_store import BUCKET, SECRET, Store, running
@@ -24,7 +25,13 @@ def store() -> Iterator[Store]:
 
 
 def test_trained_from_a_bucket_to_a_bucket_killed_and_resumed_on_an_empty_machine(
-    trained: Callable[..., Run], ranks: RankPool, config: Path, corpus: Path, store: Store, tmp_path: Path
+    trained: Callable[..., Run],
+    ranks: RankPool,
+    config: Path,
+    corpus: Path,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = trained(LAYOUT)
     files = fsspec.filesystem("s3", use_listings_cache=False)
@@ -66,6 +73,9 @@ def test_trained_from_a_bucket_to_a_bucket_killed_and_resumed_on_an_empty_machin
     assert json.loads((three / "branch" / "branch.json").read_text())["url"] == f"{url}@20"
     (copy,) = (three / "cache" / "megatron-synth" / "runs").iterdir()
     assert [path.name for path in (copy / "checkpoints").glob("step_*")] == ["step_00000020"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "four"))
+    assert cli.main(["mix", "audit", url]) == 0
+    assert cli.main(["checkpoint", "merge", url, "--steps", "15,20", "--out", str(tmp_path / "merged")]) == 0
     for path in [*one.rglob("*"), *two.rglob("*")]:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert all(SECRET not in result.stdout + result.stderr for result in results)
