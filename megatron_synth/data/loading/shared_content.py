@@ -12,7 +12,7 @@ from megatron_synth.data.shards.selection import SelectedSource, parents_of, sha
 from megatron_synth.data.shards.source import Source
 
 
-def notes(sources: Sequence[Source], validation: Mapping[str, Source], exclude_parents: bool) -> list[str]:
+def notes(sources: Sequence[Source], validation: Mapping[str, Source], exclude_parents: bool = False) -> list[str]:
     """What is likely a mistake, and may be meant: one line each. exclude_parents: whether data.exclude_parents_of is set."""
     shards = {id(source): _shards(source) for source in [*sources, *validation.values()]}
     found = []
