@@ -151,7 +151,8 @@ def test_dry_run_tells_how_long_prepared_sources_last(tmp_path: Path, monkeypatc
         dry_run(config.model_copy(update={"train": too_long}), 1)
 
 
-def test_dry_run_warns_of_equal_sources_as_a_run_does(tmp_path: Path) -> None:
+def test_dry_run_warns_of_equal_sources_as_a_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the other domains are not prepared
     natural = write_source(tmp_path / "natural", 100 * 256 + 1)
     same = [f"data.sources.qa.path={natural}", f"data.validation={{natural: {{path: {natural}}}}}"]
     overrides = [f"data.sources.natural.path={natural}", *same, "model.vocab_size=100", "train.steps=20"]
