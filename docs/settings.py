@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -60,39 +58,29 @@ def _faults(model: type[BaseModel], content: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def has_key(model: type[BaseModel], parts: list[str]) -> bool:
-    """Whether a configuration has a key. Names that users choose, such as those of sources, may be any."""
-    field = next((one for name, one in model.model_fields.items() if parts[0] in (name, one.alias)), None)
-    return field is not None and _has(field.annotation, parts[1:])
+@cache
+def keys(model: type[BaseModel]) -> tuple[tuple[str, ...], ...]:
+    """Keys of a configuration as paths."""
+    from megatron_synth.config.validation import keys_of
+
+    return tuple(keys_of(model))
 
 
-def _has(annotation: Any, parts: list[str]) -> bool:
-    if not parts:
-        return True
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return has_key(annotation, parts)
-    inner = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (dict, Mapping):
-        return _has(inner[1], parts[1:])
-    return any(_has(one, parts) for one in inner)
+def has_key(model: type[BaseModel], parts: tuple[str, ...]) -> bool:
+    """Whether a configuration has a key, or one below it. Names that users choose, such as those of sources, may be any."""
+    from megatron_synth.config.validation import matches
+
+    return any(matches(path[: len(parts)], parts) for path in keys(model) if len(path) >= len(parts))
 
 
 @cache
 def options(verb: str) -> frozenset[str]:
     """Options of a verb and of what it is made of."""
-    from megatron_synth.cli.completion import GROUPS
+    from megatron_synth.cli.completion import GROUPS, actions
 
     names = [verb, *(f"{verb}.{name}" for name in GROUPS.get(verb, ()))]
     parsers = [importlib.import_module(f"megatron_synth.cli.{name}").parser() for name in names if name != "bench"]
-    return frozenset(option for parser in parsers for option in _options(parser))
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _options(inner)
+    return frozenset(option for parser in parsers for action in actions(parser) for option in action.option_strings)
 
 
 def wrong(text: str) -> Iterator[tuple[int, str]]:
@@ -110,7 +98,7 @@ def wrong(text: str) -> Iterator[tuple[int, str]]:
             if option not in options(verb):
                 yield line(match), f"{verb} has no option {option}"
     for match in KEY.finditer(text):
-        parts = match[1].split(".")
+        parts = tuple(match[1].split("."))
         known = [model for model in models() if parts[0] in model.model_fields]
         if known and parts[-1] not in _FILES and not parts[-1].isupper() and not any(has_key(model, parts) for model in known):
             yield line(match), f"no setting {match[1]}"

@@ -66,18 +66,19 @@ def _of_module(name: str) -> argparse.ArgumentParser:
     if name == "bench":
         return argparse.ArgumentParser()
     made: argparse.ArgumentParser = importlib.import_module(f"megatron_synth.cli.{name}").parser()
-    for action in _actions(made):
+    for action in actions(made):
         if action.dest == "overrides":
             action.completer = _settings  # type: ignore[attr-defined]
     return made
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All options and arguments of a parser and of its verbs."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                yield from _actions(inner)
+                yield from actions(inner)
 
 
 def _settings(prefix: str, **_: object) -> list[str]:

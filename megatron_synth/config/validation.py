@@ -181,8 +181,8 @@ def _suggest_key(model_class: type[BaseModel], location: tuple[int | str, ...]) 
     instead = _ABSENT.get(word.lower().lstrip("-").replace("-", "_"))
     if instead is not None:
         return f"; {instead}"
-    keys = list(_keys(model_class))
-    siblings = [path[-1] for path in keys if len(path) == len(location) and _matches(path[:-1], here)]
+    keys = list(keys_of(model_class))
+    siblings = [path[-1] for path in keys if len(path) == len(location) and matches(path[:-1], here)]
     name = _SYNONYMS.get(word.lower(), word)
     if name in siblings:
         return f"; did you mean '{_dotted((*here, name))}'?"
@@ -199,17 +199,18 @@ def _suggest_key(model_class: type[BaseModel], location: tuple[int | str, ...]) 
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 
-def _matches(path: tuple[str, ...], location: tuple[int | str, ...]) -> bool:
+def matches(path: tuple[str, ...], location: tuple[int | str, ...]) -> bool:
+    """Whether a path of `keys_of` is the place of a value."""
     return all(known == "<name>" or known == part for known, part in zip(path, location, strict=True))
 
 
-def _keys(model_class: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def keys_of(model_class: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key below `model_class`, as a path; a mapping's free names stand as `<name>`."""
     for name, field in model_class.model_fields.items():
         path = (*above, field.alias or name)
         yield path
         for section, free in _sections(field.annotation):
-            yield from _keys(section, (*path, "<name>") if free else path)
+            yield from keys_of(section, (*path, "<name>") if free else path)
 
 
 def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
